@@ -1,0 +1,1 @@
+"""Gradient Agreement in place of the average over tasks, for meta-learning in PyTorch."""
