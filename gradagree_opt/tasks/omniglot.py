@@ -1,0 +1,263 @@
+"""Omniglot classification: every task tells a few handwritten characters apart."""
+
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gradagree_opt.annotations import Float, Int
+from gradagree_opt.tasks.draws import random_subsets
+from gradagree_opt.tasks.omniglot_files import SIDE, SplitScheme, read_folder, read_npz
+from gradagree_opt.tasks.protocol import SPLITS, Batch, Split, check_sample_arguments
+
+
+class Omniglot:
+    """N-way, K-shot classification of handwritten characters, 20 drawings of each.
+
+    A task is ``way`` different characters of one split, numbered at random, and of each ``shot`` drawings
+    to learn from and ``query_shots`` others to be tested on. Examples are in random order: consecutive
+    sub-batches of a support set mix the classes. Images are ``[1, 28, 28]`` in [0, 1] with ink 1 on
+    paper 0, the inverted convention of Finn et al. 2017.
+
+    Usually made by :meth:`from_npz` or :meth:`from_torchvision`. They know two ways to split:
+
+    - ``"vinyals"``: 1028 characters to train, 172 to validate, 423 to test, the split the field uses.
+    - ``"background"``: 964 to train and 659 to test, of other alphabets: Lake et al.'s harder original.
+      It has nothing to validate on.
+
+    Args:
+        images: uint8 ``[characters, drawings, 28, 28]``, ink 255.
+        splits: ``[characters]``, for each 0 (train), 1 (validation) or 2 (test).
+        way: classes per task.
+        shot: support drawings per class.
+        query_shots: query drawings per class.
+        rotations: every character turned by 90°, 180° and 270° is three more classes of its split, in all
+            splits; takes four times the memory (102 MB instead of 25 MB).
+        dtype: of the sampled images.
+        device: where the images are kept, as uint8, and where tasks come out.
+
+    Raises:
+        TypeError: ``images`` is not uint8 or ``dtype`` not a floating one.
+        ValueError: shapes are not those above, a split number is unknown, a count is below 1, ``way`` is
+            larger than a split or ``shot + query_shots`` larger than the drawings of a character.
+
+    Source: Lake et al. 2015 (data, background split); Vinyals et al. 2016 (protocol, rotations);
+    Finn et al. 2017 (28×28 images, ink 1).
+
+    Example:
+        >>> images = torch.zeros(30, 20, 28, 28, dtype=torch.uint8)
+        >>> omniglot = Omniglot(images, torch.arange(30) % 3, way=5, shot=1, query_shots=15)
+        >>> tasks = omniglot.sample(4, split="test", generator=torch.Generator().manual_seed(0))
+        >>> [x.shape for x in tasks["support"]]
+        [torch.Size([4, 5, 1, 28, 28]), torch.Size([4, 5])]
+        >>> [x.shape for x in tasks["query"]]
+        [torch.Size([4, 75, 1, 28, 28]), torch.Size([4, 75])]
+    """
+
+    def __init__(
+        self,
+        images: Int[Tensor, "characters drawings 28 28"],
+        splits: Int[Tensor, " characters"],
+        /,
+        *,
+        way: int = 5,
+        shot: int = 1,
+        query_shots: int = 15,
+        rotations: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        check_characters(images, splits)
+        for name, count in (("way", way), ("shot", shot), ("query_shots", query_shots)):
+            if count < 1:
+                raise ValueError(f"expected {name} to be at least 1, found {count}")
+        if shot + query_shots > images.shape[1]:
+            raise ValueError(
+                f"expected shot + query_shots to be at most the {images.shape[1]} drawings of a "
+                f"character, found {shot} + {query_shots}"
+            )
+        if not dtype.is_floating_point:
+            raise TypeError(f"expected a floating dtype, found {dtype}")
+        if rotations:
+            images = torch.cat([images.rot90(turns, (2, 3)) for turns in range(4)])
+            splits = splits.repeat(4)
+        self.way, self.shot, self.query_shots = way, shot, query_shots
+        self.dtype, self.device = dtype, torch.device(device)
+        self.drawings = images.shape[1]
+        self.images = images.to(device).flatten(0, 1).unsqueeze(1)
+        """uint8 ``[classes * drawings, 1, 28, 28]``, the drawings of a class one after another."""
+        self.classes: dict[str, Int[Tensor, " classes"]] = {
+            name: (splits == number).nonzero().squeeze(1).to(device)
+            for number, name in enumerate(SPLITS)
+        }
+        """For each split the classes in it."""
+        for name, classes in self.classes.items():
+            if 0 < len(classes) < way:
+                raise ValueError(
+                    f"expected way to be at most the {len(classes)} classes of split {name!r}, "
+                    f"found {way}"
+                )
+
+    @classmethod
+    def from_npz(
+        cls,
+        path: str | PathLike[str],
+        /,
+        *,
+        way: int = 5,
+        shot: int = 1,
+        query_shots: int = 15,
+        split_scheme: SplitScheme = "vinyals",
+        rotations: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "Omniglot":
+        """Omniglot from an .npz archive. Needs NumPy; pickled objects are refused.
+
+        Args:
+            path: archive with ``images`` (uint8 ``[characters, drawings, 28, 28]``, ink 255) and, as the
+                scheme needs, ``vinyals_split`` (0, 1, 2) or ``background`` (bool), both ``[characters]``.
+            split_scheme: ``"vinyals"`` or ``"background"``.
+
+        The other arguments are those of the class.
+
+        Raises:
+            FileNotFoundError: there is no file at ``path``.
+            ValueError: it is no .npz archive, or a member is missing, damaged, a pickled object or not
+                what is described above; and whatever the class raises.
+        """
+        characters = read_npz(Path(path), split_scheme)
+        return cls(
+            *characters,
+            way=way,
+            shot=shot,
+            query_shots=query_shots,
+            rotations=rotations,
+            dtype=dtype,
+            device=device,
+        )
+
+    @classmethod
+    def from_torchvision(
+        cls,
+        root: str | PathLike[str],
+        /,
+        *,
+        download: bool = False,
+        way: int = 5,
+        shot: int = 1,
+        query_shots: int = 15,
+        split_scheme: SplitScheme = "vinyals",
+        rotations: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "Omniglot":
+        """Omniglot from the folder that ``torchvision.datasets.Omniglot(root)`` fills.
+
+        All drawings are read and resized once, which takes some seconds. Needs Pillow, and torchvision
+        where ``download`` is true.
+
+        Args:
+            root: folder with ``omniglot-py/images_background`` and ``omniglot-py/images_evaluation``.
+            download: let torchvision fetch what is not there, about 15 MB.
+            split_scheme: ``"vinyals"`` or ``"background"``.
+
+        The other arguments are those of the class.
+
+        Raises:
+            FileNotFoundError: one of the two folders is not there.
+            ValueError: characters differ in their number of drawings; and whatever the class raises.
+        """
+        if download:
+            fetch(root)
+        characters = read_folder(Path(root) / "omniglot-py", split_scheme)
+        return cls(
+            *characters,
+            way=way,
+            shot=shot,
+            query_shots=query_shots,
+            rotations=rotations,
+            dtype=dtype,
+            device=device,
+        )
+
+    def sample(
+        self, n_tasks: int, *, split: Split = "train", generator: torch.Generator
+    ) -> dict[str, Batch]:
+        """Draw tasks.
+
+        Args:
+            n_tasks: number of tasks.
+            split: no character of one split is ever in a task of another.
+            generator: a seeded generator, on any device: which tasks are drawn depends on it alone, and
+                they come out on the device of the images.
+
+        Returns:
+            ``{"support": (x, y), "query": (x, y)}``: x ``[n_tasks, way * shots, 1, 28, 28]`` in [0, 1],
+            y int64 ``[n_tasks, way * shots]`` in 0 … way - 1.
+
+        Raises:
+            TypeError: ``n_tasks`` is not an integer or ``generator`` not a ``torch.Generator``.
+            ValueError: ``n_tasks`` is below 1, or ``split`` is unknown or has no characters.
+        """
+        check_sample_arguments(n_tasks, split, generator)
+        classes = self.classes[split]
+        if len(classes) == 0:
+            raise ValueError(
+                f"expected a split with characters, found none in {split!r}: "
+                "the background scheme has nothing to validate on"
+            )
+        chosen = random_subsets((n_tasks,), len(classes), self.way, generator)
+        drawings = random_subsets(
+            (n_tasks, self.way), self.drawings, self.shot + self.query_shots, generator
+        )
+        rows = classes[chosen.to(self.device)].unsqueeze(2) * self.drawings + drawings.to(
+            self.device
+        )
+        return {
+            "support": self._shuffled(rows[:, :, : self.shot], generator),
+            "query": self._shuffled(rows[:, :, self.shot :], generator),
+        }
+
+    def _shuffled(self, rows: Int[Tensor, "n way shots"], generator: torch.Generator) -> Batch:
+        n_tasks, way, shots = rows.shape
+        order = random_subsets((n_tasks,), way * shots, way * shots, generator).to(self.device)
+        return self._pixels(rows.flatten(1).gather(1, order)), order // shots
+
+    def _pixels(self, rows: Int[Tensor, "n examples"]) -> Float[Tensor, "n examples 1 28 28"]:
+        return self.images[rows].to(self.dtype).div_(255)
+
+
+def check_characters(images: Tensor, splits: Tensor, /) -> None:
+    """Say in one sentence why these are not characters with their splits."""
+    if images.dtype != torch.uint8:
+        raise TypeError(f"expected images of dtype torch.uint8, found {images.dtype}")
+    if images.dim() != 4 or images.shape[2:] != (SIDE, SIDE):
+        raise ValueError(
+            f"expected images of shape [characters, drawings, {SIDE}, {SIDE}], "
+            f"found {list(images.shape)}"
+        )
+    if splits.shape != images.shape[:1]:
+        raise ValueError(
+            f"expected one split number for each of the {len(images)} characters, "
+            f"found shape {list(splits.shape)}"
+        )
+    unknown = splits[(splits < 0) | (splits >= len(SPLITS))]
+    if len(unknown):
+        raise ValueError(
+            f"expected split numbers 0 (train), 1 (validation) or 2 (test), found {unknown[0].item()}"
+        )
+
+
+def fetch(root: str | PathLike[str], /) -> None:
+    """Have torchvision download both parts of Omniglot to ``root``."""
+    try:
+        from torchvision.datasets import Omniglot as TorchvisionOmniglot
+    except ImportError as error:
+        raise ImportError(
+            "downloading Omniglot needs torchvision: pip install torchvision"
+        ) from error
+
+    for background in (True, False):
+        TorchvisionOmniglot(root, background=background, download=True)

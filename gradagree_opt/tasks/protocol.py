@@ -1,0 +1,54 @@
+"""What every task distribution offers: task-stacked support and query sets from a seeded generator."""
+
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+Batch = tuple[Tensor, Tensor]
+"""Inputs ``[n, examples, ...]`` and targets ``[n, examples, ...]``, the task axis first."""
+
+
+class TaskDistribution(Protocol):
+    """Anything meta-learning tasks can be drawn from.
+
+    All randomness comes from ``generator``: the same distribution and the same generator state give
+    the same tasks, and PyTorch's global generator is neither read nor advanced.
+    """
+
+    def sample(
+        self, n_tasks: int, *, split: Split = "train", generator: torch.Generator
+    ) -> dict[str, Batch]:
+        """Draw tasks.
+
+        Args:
+            n_tasks: number of tasks, at least 1.
+            split: which part of the distribution; the parts share no task.
+            generator: the only source of randomness, advanced by the call.
+
+        Returns:
+            ``{"support": (x, y), "query": (x, y)}``, every tensor with the task axis ``n_tasks`` first.
+        """
+        ...
+
+
+def check_sample_arguments(n_tasks: int, split: str, generator: torch.Generator, /) -> None:
+    """Say in one sentence what is wrong with the arguments of ``sample``.
+
+    Raises:
+        TypeError: ``n_tasks`` is not an integer or ``generator`` not a ``torch.Generator``.
+        ValueError: ``n_tasks`` is below 1 or ``split`` is none of the three.
+    """
+    if not isinstance(n_tasks, int) or isinstance(n_tasks, bool):
+        raise TypeError(f"expected n_tasks to be an int, found {n_tasks!r}")
+    if n_tasks < 1:
+        raise ValueError(f"expected n_tasks to be at least 1, found {n_tasks}")
+    if split not in SPLITS:
+        raise ValueError(f"expected split to be one of {SPLITS}, found {split!r}")
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"expected generator to be a seeded torch.Generator, found {generator!r}: "
+            "pass torch.Generator().manual_seed(seed)"
+        )
