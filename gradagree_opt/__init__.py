@@ -1,1 +1,42 @@
-"""Gradient Agreement in place of the average over tasks, for meta-learning in PyTorch."""
+"""Gradient Agreement for meta-learning: aggregate over tasks by how well they agree."""
+
+from gradagree_opt.aggregation import Aggregation, Aggregator
+from gradagree_opt.aggregators import (
+    GradientAgreement,
+    Mean,
+    NormShare,
+    RandomWeights,
+    Sum,
+    agreement_weights,
+)
+from gradagree_opt.diagnostics import Diagnostics
+from gradagree_opt.engines import (
+    AggregatedGradients,
+    TaskGradients,
+    aggregate_gradients,
+    task_gradients,
+)
+from gradagree_opt.meta import MAML, InnerSGD, MetaSGD, MetaStep, Reptile
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MAML",
+    "AggregatedGradients",
+    "Aggregation",
+    "Aggregator",
+    "Diagnostics",
+    "GradientAgreement",
+    "InnerSGD",
+    "Mean",
+    "MetaSGD",
+    "MetaStep",
+    "NormShare",
+    "RandomWeights",
+    "Reptile",
+    "Sum",
+    "TaskGradients",
+    "aggregate_gradients",
+    "agreement_weights",
+    "task_gradients",
+]

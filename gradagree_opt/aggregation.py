@@ -1,0 +1,300 @@
+"""Aggregator: measure the signals, decide on weights, apply them to the directions.
+
+The three steps are methods of their own, so that an engine that never holds the directions as a
+stack (a vjp, a backward pass of the weighted loss) runs the same ones.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure
+
+from gradagree_opt.annotations import Bool, Float
+from gradagree_opt.diagnostics import Diagnostics, diagnose
+from gradagree_opt.stacks import (
+    PyTree,
+    check_stack,
+    combine,
+    leaf_paths,
+    mask_rows,
+    row_magnitudes,
+    tree_norm,
+)
+from gradagree_opt.statistics import Statistics, measure, measure_groups
+from gradagree_opt.weightings import (
+    AgreementWeighting,
+    ConstantWeighting,
+    Weighting,
+    check_choice,
+)
+
+Scope = Literal["global", "leaf"] | Callable[[str], str]
+Combine = Callable[[Tensor, list[int] | None], PyTree]
+"""Linear map from weights ``[n]``, or ``[groups, n]`` and each leaf's group, to Σ w_i direction_i."""
+
+
+class Aggregation(NamedTuple):
+    """Result of one aggregation of n tasks.
+
+    Attributes:
+        update: Σ_i w_i · direction_i, a pytree without the task axis: what an optimizer subtracts.
+        weights: ``[n]``, or ``[groups, n]`` where the scope is not "global".
+        scores: what the weights come from, shaped like them, in squared units of the signal.
+        diagnostics: plain tensors that say how the tasks agreed.
+    """
+
+    update: PyTree
+    weights: Float[Tensor, "*groups n"]
+    scores: Float[Tensor, "*groups n"]
+    diagnostics: Diagnostics
+
+
+class Measured(NamedTuple):
+    """The statistics of a batch, with which tasks were non-finite and which leaf is of which group."""
+
+    statistics: Statistics
+    nonfinite: Bool[Tensor, " n"]
+    groups: list[int] | None
+
+
+class Aggregator:
+    """A weighting, and how its weights are applied.
+
+    Args:
+        weighting: from statistics to weights.
+        scope: "global", one weight a task; "leaf", one for each parameter tensor; or a callable
+            from the path of a leaf to the name of its group.
+        match_norm: None, "mean" or "agreement": rescale the update to the norm of that method's.
+        nonfinite: "raise" names the tasks with NaN or inf, "drop" gives them weight 0,
+            "propagate" looks at nothing (no host synchronisation).
+        generator: source of randomness of a weighting that draws.
+    """
+
+    def __init__(
+        self,
+        weighting: Weighting,
+        *,
+        scope: Scope = "global",
+        match_norm: Literal["mean", "agreement"] | None = None,
+        nonfinite: Literal["raise", "drop", "propagate"] = "raise",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not callable(scope):
+            check_choice("scope", scope, ("global", "leaf"))
+        check_choice("match_norm", match_norm, (None, "mean", "agreement"))
+        check_choice("nonfinite", nonfinite, ("raise", "drop", "propagate"))
+        self.weighting = weighting
+        self.scope = scope
+        self.match_norm = match_norm
+        self.nonfinite = nonfinite
+        self.generator = generator
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.weighting}, scope={self.scope!r}, "
+            f"match_norm={self.match_norm!r}, nonfinite={self.nonfinite!r})"
+        )
+
+    def __call__(self, grads: PyTree, /) -> PyTree:
+        """Σ_i w_i g_i of task-stacked gradients: :meth:`aggregate`, the update alone."""
+        return self.aggregate(grads).update
+
+    def aggregate(self, directions: PyTree, /, signal: PyTree | None = None) -> Aggregation:
+        """Weights the tasks by their signals and combines their directions.
+
+        Args:
+            directions: task-stacked pytree, every leaf ``[n, *shape]``: what is combined.
+            signal: task-stacked pytree that agreement is measured on; the directions if None.
+
+        Returns:
+            The update (same structure and dtypes as the directions, without the task axis), the
+            weights, the scores and the diagnostics.
+
+        Raises:
+            ValueError: the task axes differ or are empty; a task is non-finite under
+                nonfinite="raise"; the scores cancel under degenerate="raise".
+            TypeError: a leaf is not a floating-point tensor.
+
+        Source: Eshratifar et al. 2018 (arXiv:1810.08178), algorithm 1.
+
+        >>> import gradagree_opt as ga
+        >>> grads = {"w": torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])}
+        >>> result = ga.GradientAgreement().aggregate(grads)
+        >>> result.weights
+        tensor([ 0.3333,  0.3333, -0.3333])
+        >>> result.update
+        {'w': tensor([1., 0.])}
+        """
+        result = self.aggregate_unchecked(directions, signal)
+        self.verify(result)
+        return result
+
+    def aggregate_unchecked(
+        self,
+        directions: PyTree,
+        signal: PyTree | None = None,
+        draws: Float[Tensor, " n"] | None = None,
+    ) -> Aggregation:
+        """:meth:`aggregate` without the look at its result: runs under vmap and torch.compile."""
+        n = check_stack(directions, "directions" if signal is not None else "gradients")
+        nonfinite = self._nonfinite(directions)
+        if signal is not None:
+            n_signal = check_stack(signal, "signal")
+            if n_signal != n:
+                raise ValueError(
+                    f"expected one signal for each of the {n} directions, found {n_signal}; "
+                    "both need the same tasks in the same order"
+                )
+            if self.scope != "global" and tree_structure(signal) != tree_structure(directions):
+                raise ValueError(
+                    "expected signal and directions of the same structure, as the scope is not "
+                    "'global'; found two structures, use scope='global'"
+                )
+        if self.nonfinite == "drop":
+            if signal is None:
+                signal = directions = mask_rows(directions, ~nonfinite)
+            else:
+                nonfinite = nonfinite | self._nonfinite(signal)
+                directions, signal = (mask_rows(s, ~nonfinite) for s in (directions, signal))
+        measured = self.measure(
+            directions if signal is None else signal, nonfinite=nonfinite, draws=draws
+        )
+        return self.apply(
+            measured,
+            lambda weights, groups: combine(directions, weights, groups),
+            signal_is_direction=signal is None or signal is directions,
+        )
+
+    def measure(
+        self,
+        signal: PyTree,
+        /,
+        *,
+        nonfinite: Bool[Tensor, " n"] | None = None,
+        draws: Float[Tensor, " n"] | None = None,
+    ) -> Measured:
+        """Statistics of a task-stacked signal: what :meth:`apply` needs to know of it.
+
+        Args:
+            signal: task-stacked pytree, every leaf ``[n, *shape]``.
+            nonfinite: tasks already known to be non-finite; under "drop" they get weight 0.
+            draws: result of :meth:`draw`, where it was called beforehand.
+        """
+        leaves = [leaf.detach() for leaf in tree_leaves(signal)]
+        found = self._nonfinite(leaves)
+        nonfinite = found if nonfinite is None else nonfinite | found
+        active = ~nonfinite if self.nonfinite == "drop" else torch.ones_like(nonfinite)
+        cosine = "cosine_row_sums" in self.weighting.needs
+        groups = self._groups(signal)
+        if groups is None:
+            statistics = measure(leaves, active, cosine=cosine)
+        else:
+            members: list[list[Tensor]] = [[] for _ in range(max(groups) + 1)]
+            for leaf, group in zip(leaves, groups, strict=True):
+                members[group].append(leaf)
+            statistics = measure_groups(members, active, cosine=cosine)
+        if draws is None:
+            draws = self.draw(leaves[0].shape[0])
+        if draws is not None:
+            draws = draws.to(leaves[0].device, statistics.row_sums.dtype)
+        return Measured(statistics._replace(draws=draws), nonfinite, groups)
+
+    def apply(
+        self,
+        measured: Measured,
+        combine_directions: Combine,
+        /,
+        *,
+        signal_is_direction: bool,
+    ) -> Aggregation:
+        """Decides on the weights and combines the directions with them.
+
+        Args:
+            measured: result of :meth:`measure`.
+            combine_directions: linear map from weights to Σ_i w_i · direction_i.
+            signal_is_direction: the directions are what was measured, so the statistics hold the
+                norm of their mean.
+        """
+        statistics = measured.statistics
+        decision = self.weighting(statistics)
+        update = combine_directions(decision.weights, measured.groups)
+        length = tree_norm(update)
+        if self.match_norm is not None:
+            reference = _reference(self.match_norm)(statistics)
+            target = combine_directions(reference.weights, measured.groups)
+            factor = tree_norm(target) / torch.where(length > 0, length, torch.ones_like(length))
+            update = tree_map(lambda leaf: leaf * factor.to(leaf.dtype), update)
+            decision = decision._replace(weights=decision.weights * factor)
+            length = length * factor
+        mean_length = (
+            _mean_norm(statistics) if signal_is_direction else torch.full_like(length, torch.nan)
+        )
+        diagnostics = diagnose(statistics, decision, measured.nonfinite, length / mean_length)
+        return Aggregation(update, decision.weights, decision.scores, diagnostics)
+
+    def verify(self, result: Aggregation, /) -> None:
+        """One host synchronisation: raises where the policies for bad tasks say so.
+
+        Raises:
+            ValueError: a task or the update is non-finite under nonfinite="raise", or the scores
+                cancel under degenerate="raise".
+        """
+        diagnostics = result.diagnostics
+        checks = []
+        if self.nonfinite == "raise":
+            checks.append(diagnostics.nonfinite.any())
+            checks += [~torch.isfinite(leaf).all() for leaf in tree_leaves(result.update)]
+        if self._raises_on_degenerate:
+            checks.append(diagnostics.degenerate.any())
+        if not checks or not torch.stack(checks).any():
+            return
+        tasks = diagnostics.nonfinite.nonzero().flatten().tolist()
+        if self.nonfinite == "raise" and tasks:
+            raise ValueError(
+                f"expected finite values for every task, found NaN or inf in tasks {tasks}; lower "
+                "the inner rate, or give nonfinite='drop' to leave such tasks out"
+            )
+        if self._raises_on_degenerate and diagnostics.degenerate.any():
+            raise ValueError(
+                "expected tasks that agree or disagree, found scores that cancel to zero (all "
+                "signals zero, or Σ g_i = 0); give degenerate='uniform' or 'zero' for a fallback"
+            )
+        raise ValueError(
+            "expected a finite update, found NaN or inf although every signal is finite; look at "
+            "the losses after adaptation, or give nonfinite='drop' to leave such tasks out"
+        )
+
+    def draw(self, n: int, /) -> Float[Tensor, " n"] | None:
+        """The random numbers of one aggregation of n tasks; None if the weighting needs none."""
+        if "draws" not in self.weighting.needs:
+            return None
+        device = self.generator.device if self.generator is not None else None
+        return torch.empty(n, device=device).exponential_(generator=self.generator)
+
+    @property
+    def _raises_on_degenerate(self) -> bool:
+        return getattr(self.weighting, "degenerate", None) == "raise"
+
+    def _nonfinite(self, stack: PyTree) -> Bool[Tensor, " n"]:
+        return ~torch.isfinite(row_magnitudes([leaf.detach() for leaf in tree_leaves(stack)]))
+
+    def _groups(self, signal: PyTree) -> list[int] | None:
+        """Index of the group of every leaf, in order of appearance; None for the global scope."""
+        if self.scope == "global":
+            return None
+        paths = leaf_paths(signal)
+        names = paths if self.scope == "leaf" else [self.scope(path) for path in paths]
+        order = {name: index for index, name in enumerate(dict.fromkeys(names))}
+        return [order[name] for name in names]
+
+
+def _reference(method: Literal["mean", "agreement"]) -> Weighting:
+    return ConstantWeighting() if method == "mean" else AgreementWeighting()
+
+
+def _mean_norm(statistics: Statistics) -> Float[Tensor, ""]:
+    """‖Σ g_i / n‖ over all groups, from ‖Σ g_i‖² = Σ s_i."""
+    norms = statistics.row_sums.sum(-1).clamp(min=0).sqrt() * statistics.scale
+    return torch.linalg.vector_norm(norms) / statistics.active.sum()

@@ -1,0 +1,85 @@
+"""What an aggregation tells about itself: plain tensors, read on the host only by ``log``."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradagree_opt.annotations import Bool, Float
+from gradagree_opt.statistics import Statistics
+from gradagree_opt.weightings import Decision
+
+
+class Diagnostics(NamedTuple):
+    """Health of one aggregation; with grouped weights, one entry for each group.
+
+    Attributes:
+        weight_sum: Σ w_i; in [0, 1] for Gradient Agreement.
+        smallest_weight: min w_i.
+        negative_share: share of the tasks whose weight is negative.
+        effective_tasks: (Σ|w_i|)² / Σ w_i², between 1 and n; 0 where all weights are zero.
+        cancellation: ‖Σ g_i‖ / Σ ‖g_i‖ of the signals: 1 where they point one way, 0 where they cancel.
+        update_to_mean: ‖update‖ / ‖mean direction‖; NaN where the mean was never computed.
+        norm_correlation: Pearson correlation of w_i with ‖g_i‖²; NaN where either is constant.
+        degenerate: whether the scores cancelled and the fallback weights were used.
+        nonfinite: the tasks ``[n]`` with a NaN or infinite entry; left out if the policy is "drop".
+    """
+
+    weight_sum: Float[Tensor, "*groups"]
+    smallest_weight: Float[Tensor, "*groups"]
+    negative_share: Float[Tensor, "*groups"]
+    effective_tasks: Float[Tensor, "*groups"]
+    cancellation: Float[Tensor, "*groups"]
+    update_to_mean: Float[Tensor, ""]
+    norm_correlation: Float[Tensor, "*groups"]
+    degenerate: Bool[Tensor, "*groups"]
+    nonfinite: Bool[Tensor, " n"]
+
+    def log(self) -> dict[str, float]:
+        """A flat dict of floats for TensorBoard, W&B or MLflow; groups are averaged.
+
+        Reads the tensors on the host. What is NaN because it was not measured is left out.
+
+        >>> import gradagree_opt as ga
+        >>> stack = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+        >>> logged = ga.GradientAgreement().aggregate(stack).diagnostics.log()
+        >>> logged["weight_sum"], logged["nonfinite_tasks"]
+        (1.0, 0.0)
+        """
+        values = {
+            name: value.to(torch.get_default_dtype()).mean()
+            for name, value in self._asdict().items()
+            if name != "nonfinite"
+        }
+        values["nonfinite_tasks"] = self.nonfinite.sum().to(torch.get_default_dtype())
+        numbers = torch.stack(list(values.values())).tolist()
+        return {name: x for name, x in zip(values, numbers, strict=True) if x == x}
+
+
+def diagnose(
+    statistics: Statistics,
+    decision: Decision,
+    nonfinite: Bool[Tensor, " n"],
+    update_to_mean: Float[Tensor, ""],
+    /,
+) -> Diagnostics:
+    """Diagnostics of a decision, from the statistics alone."""
+    weights, norms = decision.weights, statistics.squared_norms
+    size = weights.abs().sum(-1)
+    squares = weights.square().sum(-1)
+    total = statistics.row_sums.sum(-1).clamp(min=0).sqrt()
+    lengths = norms.sqrt().sum(-1)
+    centred = weights - weights.mean(-1, keepdim=True)
+    centred_norms = norms - norms.mean(-1, keepdim=True)
+    spread = (centred.square().sum(-1) * centred_norms.square().sum(-1)).sqrt()
+    return Diagnostics(
+        weight_sum=weights.sum(-1),
+        smallest_weight=weights.amin(-1),
+        negative_share=(weights < 0).to(weights.dtype).mean(-1),
+        effective_tasks=size.square() / torch.where(squares > 0, squares, 1.0),
+        cancellation=total / torch.where(lengths > 0, lengths, 1.0),
+        update_to_mean=update_to_mean,
+        norm_correlation=(centred * centred_norms).sum(-1) / spread,
+        degenerate=decision.degenerate,
+        nonfinite=nonfinite,
+    )

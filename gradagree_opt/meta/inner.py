@@ -1,0 +1,98 @@
+"""Inner loops: how the parameters adapt to the support set of one task."""
+
+from typing import Any, Protocol
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure
+
+from gradagree_opt.engines.stacked import LossFn
+from gradagree_opt.stacks import PyTree
+
+
+class InnerLoop(Protocol):
+    """From parameters and the support set of one task to the adapted parameters."""
+
+    def __call__(
+        self,
+        loss_fn: LossFn,
+        params: PyTree,
+        support: PyTree,
+        /,
+        *,
+        first_order: bool = False,
+        steps: int | None = None,
+    ) -> PyTree:
+        """θ_i, differentiable in θ; with first_order, as if ∂θ_i/∂θ were the identity."""
+
+
+class InnerSGD:
+    """k steps of gradient descent on the support set: θ ← θ − α_in ∇L(θ).
+
+    Args:
+        lr: α_in, one float for all parameters, or a pytree like the parameters (Meta-SGD).
+        steps: k, the number of steps.
+        batch_size: examples of each step: step t takes the t-th consecutive sub-batch of the
+            support set and starts over at its end; None takes the whole set each time. The
+            paper's "k sub-batches of its examples".
+
+    Raises:
+        ValueError: steps is negative, or batch_size does not divide the support set.
+
+    >>> import gradagree_opt as ga
+    >>> loss_fn = lambda w, x: ((w - x) ** 2).mean()
+    >>> ga.InnerSGD(lr=0.25, steps=2)(loss_fn, torch.tensor(0.0), torch.tensor([4.0]))
+    tensor(3.)
+    """
+
+    def __init__(self, lr: float | PyTree, steps: int, *, batch_size: int | None = None) -> None:
+        if steps < 0:
+            raise ValueError(f"expected steps of 0 or more, found {steps}")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"expected a batch_size of at least 1, found {batch_size}")
+        self.lr = lr
+        self.steps = steps
+        self.batch_size = batch_size
+
+    def __repr__(self) -> str:
+        return f"InnerSGD(lr={self.lr}, steps={self.steps}, batch_size={self.batch_size})"
+
+    def __call__(
+        self,
+        loss_fn: LossFn,
+        params: PyTree,
+        support: PyTree,
+        /,
+        *,
+        first_order: bool = False,
+        steps: int | None = None,
+    ) -> PyTree:
+        """Adapted parameters of one task; ``steps`` in place of the loop's own number."""
+        rates = self._rates(params)
+        gradient = torch.func.grad(loss_fn)
+        for step in range(self.steps if steps is None else steps):
+            at = tree_map(lambda p: p.detach(), params) if first_order else params
+            grads = gradient(at, self._sub_batch(support, step))
+            params = tree_map(lambda p, g, rate: p - rate * g, params, grads, rates)
+        return params
+
+    def _rates(self, params: PyTree) -> PyTree:
+        if isinstance(self.lr, float | int):
+            return tree_map(lambda _: self.lr, params)
+        if tree_structure(self.lr) != tree_structure(params):
+            raise ValueError(
+                "expected lr to be a float or a pytree like the parameters, found another "
+                "structure; build it with tree_map over the parameters"
+            )
+        return self.lr
+
+    def _sub_batch(self, support: PyTree, step: int) -> PyTree:
+        if self.batch_size is None:
+            return support
+        sizes: list[Any] = [leaf.shape[0] for leaf in tree_leaves(support)]
+        if any(size % self.batch_size for size in sizes):
+            raise ValueError(
+                f"expected a support set whose size is a multiple of batch_size "
+                f"{self.batch_size}, found {sizes}"
+            )
+        start = step * self.batch_size % sizes[0]
+        return tree_map(lambda leaf: leaf[start : start + self.batch_size], support)

@@ -1,0 +1,200 @@
+"""Task-stacked pytrees: every leaf is a tensor ``[n, *shape]`` whose first axis is the task.
+
+Leaves are never concatenated: each function visits them one by one.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import (
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+    tree_structure,
+    tree_unflatten,
+)
+
+from gradagree_opt.annotations import Bool, Float
+
+PyTree = Any
+"""A tensor, or any nesting of dicts, lists, tuples and named tuples of tensors."""
+
+
+def leaf_paths(tree: PyTree, /) -> list[str]:
+    """Names of the leaves in order, keys joined by dots.
+
+    >>> leaf_paths({"layer": {"weight": torch.zeros(2), "bias": torch.zeros(1)}})
+    ['layer.weight', 'layer.bias']
+    """
+    paths, _ = tree_flatten_with_path(tree)
+    return [".".join(_key_name(key) for key in path) for path, _ in paths]
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def task_count(stack: PyTree, /, name: str) -> int:
+    """Number of tasks n that every leaf of a task-stacked pytree has as its first axis.
+
+    Args:
+        stack: pytree whose leaves are tensors ``[n, *shape]``.
+        name: what the stack holds, for the messages.
+
+    Raises:
+        TypeError: a leaf is not a tensor.
+        ValueError: there is no leaf, no task, or the task axes differ.
+    """
+    leaves = tree_leaves(stack)
+    if not leaves:
+        raise ValueError(
+            f"expected {name} with at least one tensor, found an empty pytree; "
+            "pass a tensor [n, *shape] or a dict, list or tuple of them"
+        )
+    for index, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"expected every leaf of the {name} to be a tensor, found {type(leaf).__name__} in "
+                f"{leaf_paths(stack)[index]!r}; give zeros for a parameter that a task does not use"
+            )
+        if leaf.ndim == 0:
+            raise ValueError(
+                f"expected every leaf of the {name} to have the task axis first, found a tensor "
+                f"without axes in {leaf_paths(stack)[index]!r}; stack the tasks along a new axis"
+            )
+    n = leaves[0].shape[0]
+    for index, leaf in enumerate(leaves):
+        if leaf.shape[0] != n:
+            paths = leaf_paths(stack)
+            raise ValueError(
+                f"expected every leaf of the {name} to have the same task axis, found {n} in "
+                f"{paths[0]!r} and {leaf.shape[0]} in {paths[index]!r}; per-parameter gradients of "
+                "one task, or a list of tasks, are to be stacked first: one tensor [n, *shape] for "
+                "each parameter"
+            )
+    if n == 0:
+        raise ValueError(
+            f"expected {name} of at least one task, found an empty task axis; "
+            "skip the step when the batch has no tasks"
+        )
+    return n
+
+
+def check_stack(stack: PyTree, /, name: str = "gradients") -> int:
+    """:func:`task_count` of a stack that is to be aggregated: every leaf is floating-point.
+
+    Raises:
+        TypeError: a leaf is not a floating-point tensor.
+        ValueError: as :func:`task_count`.
+    """
+    n = task_count(stack, name)
+    check_floating(stack, name)
+    return n
+
+
+def check_floating(tree: PyTree, /, name: str) -> None:
+    """TypeError or ValueError in one sentence unless every leaf is a floating-point tensor."""
+    leaves = tree_leaves(tree)
+    if not leaves:
+        raise ValueError(
+            f"expected {name} with at least one floating-point tensor, found an empty pytree"
+        )
+    for index, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise TypeError(
+                f"expected floating-point {name}, found {found} in {leaf_paths(tree)[index]!r}; "
+                "leave out what has no gradient"
+            )
+
+
+def accumulation_dtype(leaves: Sequence[Tensor], /) -> torch.dtype:
+    """float32, or float64 where a leaf has it: what sums over the leaves are kept in."""
+    if any(leaf.dtype == torch.float64 for leaf in leaves):
+        return torch.float64
+    return torch.float32
+
+
+def full_precision(device: torch.device, /) -> AbstractContextManager[Any]:
+    """Switches autocast off inside the block, where it is on."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def row_magnitudes(leaves: Sequence[Tensor], /) -> Float[Tensor, " n"]:
+    """Largest absolute entry of every task over all leaves; NaN or inf where a task has one."""
+    dtype = accumulation_dtype(leaves)
+    magnitudes = [
+        torch.linalg.vector_norm(rows(leaf), float("inf"), dim=1).to(dtype)
+        for leaf in leaves
+        if leaf.numel()
+    ]
+    if not magnitudes:
+        return leaves[0].new_zeros(leaves[0].shape[0], dtype=dtype)
+    return torch.stack(magnitudes).amax(0)
+
+
+def tree_norm(tree: PyTree, /) -> Float[Tensor, ""]:
+    """Euclidean norm over all leaves, safe at every scale that the leaves can hold."""
+    rows_of_one = [leaf.unsqueeze(0) for leaf in tree_leaves(tree)]
+    magnitude = row_magnitudes(rows_of_one)
+    divisor = torch.where(magnitude > 0, magnitude, torch.ones_like(magnitude))
+    return (divisor * scaled_square_sums(rows_of_one, divisor).sqrt()).squeeze(0)
+
+
+def scaled_square_sums(
+    leaves: Sequence[Tensor], divisors: Float[Tensor, " n"], /
+) -> Float[Tensor, " n"]:
+    """‖g_i / divisor_i‖² of every task over all leaves."""
+    sums = torch.zeros_like(divisors)
+    for leaf in leaves:
+        scaled = rows(leaf).to(divisors.dtype) / divisors.unsqueeze(1)
+        sums = sums + scaled.square().sum(1)
+    return sums
+
+
+def mask_rows(stack: PyTree, keep: Bool[Tensor, " n"], /) -> PyTree:
+    """The stack with zeros in place of every task that is not kept, NaN and inf included."""
+    return tree_map(
+        lambda leaf: torch.where(
+            keep.reshape(-1, *([1] * (leaf.ndim - 1))), leaf, leaf.new_zeros(())
+        ),
+        stack,
+    )
+
+
+def combine(
+    stack: PyTree, weights: Float[Tensor, "*groups n"], groups: Sequence[int] | None = None, /
+) -> PyTree:
+    """Σ_i w_i · row i for every leaf, accumulated in float32 or better, in the leaf's own dtype.
+
+    Args:
+        stack: task-stacked pytree.
+        weights: ``[n]``, or ``[groups, n]`` with the group of every leaf in ``groups``.
+        groups: index of the group of every leaf, or None where there is one for all.
+    """
+    leaves = tree_leaves(stack)
+    with full_precision(leaves[0].device):
+        sums = [
+            _weighted_sum(leaf, weights if groups is None else weights[groups[index]])
+            for index, leaf in enumerate(leaves)
+        ]
+    return tree_unflatten(sums, tree_structure(stack))
+
+
+def rows(leaf: Float[Tensor, "n *shape"], /) -> Float[Tensor, "n d"]:
+    """The leaf as a matrix with one row a task, also where a task's entry has no axes."""
+    return leaf.flatten(1) if leaf.ndim > 1 else leaf.unsqueeze(1)
+
+
+def _weighted_sum(leaf: Tensor, weights: Tensor) -> Tensor:
+    dtype = torch.promote_types(leaf.dtype, torch.float32)
+    total = weights.to(dtype) @ rows(leaf).to(dtype)
+    return total.reshape(leaf.shape[1:]).to(leaf.dtype)
