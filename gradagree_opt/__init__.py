@@ -9,6 +9,7 @@ from gradagree_opt.aggregators import (
     Sum,
     agreement_weights,
 )
+from gradagree_opt.collect import TaskBatch
 from gradagree_opt.diagnostics import Diagnostics
 from gradagree_opt.engines import (
     AggregatedGradients,
@@ -17,6 +18,7 @@ from gradagree_opt.engines import (
     task_gradients,
 )
 from gradagree_opt.meta import MAML, InnerSGD, MetaSGD, MetaStep, Reptile
+from gradagree_opt.optim import TaskOptimizer
 
 __version__ = "0.1.0"
 
@@ -35,7 +37,9 @@ __all__ = [
     "RandomWeights",
     "Reptile",
     "Sum",
+    "TaskBatch",
     "TaskGradients",
+    "TaskOptimizer",
     "aggregate_gradients",
     "agreement_weights",
     "task_gradients",

@@ -139,32 +139,21 @@ class Aggregator:
     ) -> Aggregation:
         """:meth:`aggregate` without the look at its result: runs under vmap and torch.compile."""
         n = check_stack(directions, "directions" if signal is not None else "gradients")
-        nonfinite = self._nonfinite(directions)
         if signal is not None:
-            n_signal = check_stack(signal, "signal")
-            if n_signal != n:
-                raise ValueError(
-                    f"expected one signal for each of the {n} directions, found {n_signal}; "
-                    "both need the same tasks in the same order"
-                )
-            if self.scope != "global" and tree_structure(signal) != tree_structure(directions):
-                raise ValueError(
-                    "expected signal and directions of the same structure, as the scope is not "
-                    "'global'; found two structures, use scope='global'"
-                )
-        if self.nonfinite == "drop":
-            if signal is None:
-                signal = directions = mask_rows(directions, ~nonfinite)
-            else:
-                nonfinite = nonfinite | self._nonfinite(signal)
-                directions, signal = (mask_rows(s, ~nonfinite) for s in (directions, signal))
+            self._check_signal(signal, directions, n)
+        nonfinite = None
+        if signal is not None or self.nonfinite == "drop":
+            nonfinite = _nonfinite_tasks(directions, signal)
+        if nonfinite is not None and self.nonfinite == "drop":
+            directions = mask_rows(directions, ~nonfinite)
+            signal = None if signal is None else mask_rows(signal, ~nonfinite)
         measured = self.measure(
             directions if signal is None else signal, nonfinite=nonfinite, draws=draws
         )
         return self.apply(
             measured,
             lambda weights, groups: combine(directions, weights, groups),
-            signal_is_direction=signal is None or signal is directions,
+            signal_is_direction=signal is None,
         )
 
     def measure(
@@ -179,12 +168,14 @@ class Aggregator:
 
         Args:
             signal: task-stacked pytree, every leaf ``[n, *shape]``.
-            nonfinite: tasks already known to be non-finite; under "drop" they get weight 0.
+            nonfinite: tasks already known to be non-finite; "drop" gives them weight 0 and wants
+                zeros in place of their signals.
             draws: result of :meth:`draw`, where it was called beforehand.
         """
         leaves = [leaf.detach() for leaf in tree_leaves(signal)]
-        found = self._nonfinite(leaves)
-        nonfinite = found if nonfinite is None else nonfinite | found
+        n = leaves[0].shape[0]
+        if nonfinite is None:
+            nonfinite = torch.zeros(n, dtype=torch.bool, device=leaves[0].device)
         active = ~nonfinite if self.nonfinite == "drop" else torch.ones_like(nonfinite)
         cosine = "cosine_row_sums" in self.weighting.needs
         groups = self._groups(signal)
@@ -196,10 +187,10 @@ class Aggregator:
                 members[group].append(leaf)
             statistics = measure_groups(members, active, cosine=cosine)
         if draws is None:
-            draws = self.draw(leaves[0].shape[0])
+            draws = self.draw(n)
         if draws is not None:
-            draws = draws.to(leaves[0].device, statistics.row_sums.dtype)
-        return Measured(statistics._replace(draws=draws), nonfinite, groups)
+            statistics = statistics._replace(draws=draws.to(statistics.row_sums))
+        return Measured(statistics, nonfinite | ~statistics.finite, groups)
 
     def apply(
         self,
@@ -220,18 +211,18 @@ class Aggregator:
         statistics = measured.statistics
         decision = self.weighting(statistics)
         update = combine_directions(decision.weights, measured.groups)
-        length = tree_norm(update)
+        norm = tree_norm(update)
         if self.match_norm is not None:
             reference = _reference(self.match_norm)(statistics)
             target = combine_directions(reference.weights, measured.groups)
-            factor = tree_norm(target) / torch.where(length > 0, length, torch.ones_like(length))
+            factor = tree_norm(target) / torch.where(norm > 0, norm, 1.0)
             update = tree_map(lambda leaf: leaf * factor.to(leaf.dtype), update)
             decision = decision._replace(weights=decision.weights * factor)
-            length = length * factor
-        mean_length = (
-            _mean_norm(statistics) if signal_is_direction else torch.full_like(length, torch.nan)
+            norm = norm * factor
+        mean_norm = (
+            _mean_norm(statistics) if signal_is_direction else torch.full_like(norm, torch.nan)
         )
-        diagnostics = diagnose(statistics, decision, measured.nonfinite, length / mean_length)
+        diagnostics = diagnose(statistics, decision, measured.nonfinite, norm, mean_norm)
         return Aggregation(update, decision.weights, decision.scores, diagnostics)
 
     def verify(self, result: Aggregation, /) -> None:
@@ -244,8 +235,7 @@ class Aggregator:
         diagnostics = result.diagnostics
         checks = []
         if self.nonfinite == "raise":
-            checks.append(diagnostics.nonfinite.any())
-            checks += [~torch.isfinite(leaf).all() for leaf in tree_leaves(result.update)]
+            checks += [diagnostics.nonfinite.any(), ~torch.isfinite(diagnostics.update_norm)]
         if self._raises_on_degenerate:
             checks.append(diagnostics.degenerate.any())
         if not checks or not torch.stack(checks).any():
@@ -277,8 +267,18 @@ class Aggregator:
     def _raises_on_degenerate(self) -> bool:
         return getattr(self.weighting, "degenerate", None) == "raise"
 
-    def _nonfinite(self, stack: PyTree) -> Bool[Tensor, " n"]:
-        return ~torch.isfinite(row_magnitudes([leaf.detach() for leaf in tree_leaves(stack)]))
+    def _check_signal(self, signal: PyTree, directions: PyTree, n: int) -> None:
+        n_signal = check_stack(signal, "signal")
+        if n_signal != n:
+            raise ValueError(
+                f"expected one signal for each of the {n} directions, found {n_signal}; "
+                "both need the same tasks in the same order"
+            )
+        if self.scope != "global" and tree_structure(signal) != tree_structure(directions):
+            raise ValueError(
+                f"expected signal and directions of one structure for scope={self.scope!r}, found "
+                "two; give both the same leaves, or take scope='global'"
+            )
 
     def _groups(self, signal: PyTree) -> list[int] | None:
         """Index of the group of every leaf, in order of appearance; None for the global scope."""
@@ -288,6 +288,12 @@ class Aggregator:
         names = paths if self.scope == "leaf" else [self.scope(path) for path in paths]
         order = {name: index for index, name in enumerate(dict.fromkeys(names))}
         return [order[name] for name in names]
+
+
+def _nonfinite_tasks(directions: PyTree, signal: PyTree | None) -> Bool[Tensor, " n"]:
+    """The tasks with a NaN or infinite entry in either stack."""
+    leaves = tree_leaves(directions) + ([] if signal is None else tree_leaves(signal))
+    return ~torch.isfinite(row_magnitudes([leaf.detach() for leaf in leaves]))
 
 
 def _reference(method: Literal["mean", "agreement"]) -> Weighting:

@@ -19,7 +19,9 @@ class Diagnostics(NamedTuple):
         negative_share: share of the tasks whose weight is negative.
         effective_tasks: (Σ|w_i|)² / Σ w_i², between 1 and n; 0 where all weights are zero.
         cancellation: ‖Σ g_i‖ / Σ ‖g_i‖ of the signals: 1 where they point one way, 0 where they cancel.
-        update_to_mean: ‖update‖ / ‖mean direction‖; NaN where the mean was never computed.
+        update_norm: ‖update‖.
+        update_to_mean: ‖update‖ / ‖mean direction‖; NaN where the directions are not the signal,
+            since their mean is never formed.
         norm_correlation: Pearson correlation of w_i with ‖g_i‖²; NaN where either is constant.
         degenerate: whether the scores cancelled and the fallback weights were used.
         nonfinite: the tasks ``[n]`` with a NaN or infinite entry; left out if the policy is "drop".
@@ -30,6 +32,7 @@ class Diagnostics(NamedTuple):
     negative_share: Float[Tensor, "*groups"]
     effective_tasks: Float[Tensor, "*groups"]
     cancellation: Float[Tensor, "*groups"]
+    update_norm: Float[Tensor, ""]
     update_to_mean: Float[Tensor, ""]
     norm_correlation: Float[Tensor, "*groups"]
     degenerate: Bool[Tensor, "*groups"]
@@ -60,7 +63,8 @@ def diagnose(
     statistics: Statistics,
     decision: Decision,
     nonfinite: Bool[Tensor, " n"],
-    update_to_mean: Float[Tensor, ""],
+    update_norm: Float[Tensor, ""],
+    mean_norm: Float[Tensor, ""],
     /,
 ) -> Diagnostics:
     """Diagnostics of a decision, from the statistics alone."""
@@ -78,7 +82,8 @@ def diagnose(
         negative_share=(weights < 0).to(weights.dtype).mean(-1),
         effective_tasks=size.square() / torch.where(squares > 0, squares, 1.0),
         cancellation=total / torch.where(lengths > 0, lengths, 1.0),
-        update_to_mean=update_to_mean,
+        update_norm=update_norm,
+        update_to_mean=update_norm / mean_norm,
         norm_correlation=(centred * centred_norms).sum(-1) / spread,
         degenerate=decision.degenerate,
         nonfinite=nonfinite,

@@ -153,11 +153,11 @@ def scaled_square_sums(
     leaves: Sequence[Tensor], divisors: Float[Tensor, " n"], /
 ) -> Float[Tensor, " n"]:
     """‖g_i / divisor_i‖² of every task over all leaves."""
-    sums = torch.zeros_like(divisors)
-    for leaf in leaves:
-        scaled = rows(leaf).to(divisors.dtype) / divisors.unsqueeze(1)
-        sums = sums + scaled.square().sum(1)
-    return sums
+    column = divisors.unsqueeze(1)
+    norms = [
+        torch.linalg.vector_norm(rows(leaf).to(divisors.dtype) / column, dim=1) for leaf in leaves
+    ]
+    return torch.stack(norms).square().sum(0)
 
 
 def mask_rows(stack: PyTree, keep: Bool[Tensor, " n"], /) -> PyTree:

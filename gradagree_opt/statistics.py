@@ -12,7 +12,6 @@ from torch import Tensor
 
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.stacks import (
-    accumulation_dtype,
     full_precision,
     row_magnitudes,
     rows,
@@ -28,6 +27,7 @@ class Statistics(NamedTuple):
         squared_norms: ‖g_i‖², in units of scale².
         cosine_row_sums: u_i · Σ_j u_j with u_i = g_i / ‖g_i‖ (0 for a zero signal), or None where
             no weighting asked for it.
+        finite: False for the tasks with a NaN or infinite entry.
         active: False for the tasks that get weight 0 whatever the weighting.
         scale: largest absolute entry of the signals; 1 where all are zero.
         draws: positive random numbers, for the weightings that need them.
@@ -36,6 +36,7 @@ class Statistics(NamedTuple):
     row_sums: Float[Tensor, "*groups n"]
     squared_norms: Float[Tensor, "*groups n"]
     cosine_row_sums: Float[Tensor, "*groups n"] | None
+    finite: Bool[Tensor, " n"]
     active: Bool[Tensor, " n"]
     scale: Float[Tensor, "*groups"]
     draws: Float[Tensor, " n"] | None = None
@@ -61,6 +62,7 @@ def measure(
             cosine_row_sums=(
                 _row_sums(leaves, _or_one(squares).rsqrt(), units) if cosine else None
             ),
+            finite=torch.isfinite(magnitudes),
             active=active,
             scale=scale,
         )
@@ -83,6 +85,7 @@ def measure_groups(
             if cosine
             else None
         ),
+        finite=torch.stack([s.finite for s in each]).all(0),
         active=active,
         scale=torch.stack([s.scale for s in each]),
     )
@@ -91,12 +94,13 @@ def measure_groups(
 def _row_sums(leaves: Sequence[Tensor], lengths: Tensor, units: Tensor) -> Tensor:
     """v_i · Σ_j v_j for v_i = lengths_i · g_i / units_i; no entry of g_i / units_i exceeds 1."""
     n = lengths.shape[0]
-    dots = torch.zeros_like(lengths)
+    dtype = lengths.dtype
+    coefficients = lengths / units / n
+    dots = []
     for leaf in leaves:
-        matrix = rows(leaf).to(accumulation_dtype(leaves))
-        mean = (lengths / units / n) @ matrix
-        dots = dots + matrix @ mean
-    return lengths * n * (dots / units)
+        matrix = rows(leaf).to(dtype)
+        dots.append(matrix @ (coefficients @ matrix))
+    return lengths * n * (torch.stack(dots).sum(0) / units)
 
 
 def _or_one(values: Tensor) -> Tensor:

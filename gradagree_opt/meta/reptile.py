@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from gradagree_opt.aggregation import Aggregator
+from gradagree_opt.aggregation import Aggregation, Aggregator
 from gradagree_opt.engines.stacked import LossFn, scalar_loss
 from gradagree_opt.meta.inner import InnerLoop
 from gradagree_opt.meta.steps import MetaStep, check_tasks, maybe_compiled, meta_step
@@ -31,7 +31,9 @@ class Reptile:
     def __init__(self, loss_fn: LossFn, inner: InnerLoop, *, compile: bool = False) -> None:
         self.loss_fn = scalar_loss(loss_fn)
         self.inner = inner
+        # Two graphs: a new aggregator need not compile the inner loops again.
         self._displacements = maybe_compiled(self._displacements_of, compile)
+        self._aggregate = maybe_compiled(_aggregate, compile)
 
     def step(self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /) -> MetaStep:
         """One outer step, without changing the parameters.
@@ -46,9 +48,11 @@ class Reptile:
             ValueError, TypeError: the tasks are not task-stacked, the loss is not a scalar, or the
                 aggregator refuses the displacements.
         """
-        check_tasks(params, tasks, "support")
+        n = check_tasks(params, tasks, "support")
         displacements, losses = self._displacements(params, tasks)
-        return meta_step(aggregator.aggregate(displacements), losses)
+        aggregation = self._aggregate(aggregator, displacements, aggregator.draw(n))
+        aggregator.verify(aggregation)
+        return meta_step(aggregation, losses)
 
     def adapt(self, params: PyTree, support: PyTree, /, *, steps: int | None = None) -> PyTree:
         """Parameters adapted to the support set of one task, in ``steps`` inner steps."""
@@ -63,3 +67,7 @@ class Reptile:
             return tree_map(torch.sub, params, adapted), loss
 
         return torch.func.vmap(one_task)(tasks)  # type: ignore[no-any-return]
+
+
+def _aggregate(aggregator: Aggregator, displacements: PyTree, draws: Tensor | None) -> Aggregation:
+    return aggregator.aggregate_unchecked(displacements, draws=draws)

@@ -1,0 +1,80 @@
+"""The complete training loop of MAML, FOMAML, Meta-SGD and Reptile, short enough to copy."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gradagree_opt.aggregation import Aggregator
+from gradagree_opt.meta import MetaStep
+from gradagree_opt.stacks import PyTree
+
+TaskSource = Callable[[int], PyTree]
+"""From the number of the iteration to its task-stacked tasks."""
+Callback = Callable[[int, MetaStep], bool | None]
+"""Called after every outer step; True ends the training."""
+
+
+class MetaAlgorithm(Protocol):
+    """What :class:`gradagree_opt.MAML`, ``MetaSGD`` and ``Reptile`` have in common."""
+
+    def step(self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /) -> MetaStep:
+        """One outer step, without changing the parameters."""
+
+
+def train(
+    meta: MetaAlgorithm,
+    params: PyTree,
+    task_source: TaskSource,
+    optimizer: torch.optim.Optimizer,
+    aggregator: Aggregator,
+    /,
+    *,
+    iterations: int,
+    callback: Callback | None = None,
+) -> PyTree:
+    """Trains the parameters in place for a number of outer steps.
+
+    Args:
+        meta: the meta-algorithm.
+        params: pytree of the tensors that the optimizer holds.
+        task_source: from an iteration to ``{"support": batch, "query": batch}``, leaves
+            ``[n, *shape]``.
+        optimizer: the outer optimizer, over the leaves of ``params``.
+        aggregator: what weights the tasks.
+        iterations: outer steps.
+        callback: called with the iteration and its :class:`MetaStep` after the outer step; return
+            True to stop. A learning-rate scheduler steps here.
+
+    Returns:
+        The same parameters, trained.
+
+    Raises:
+        ValueError: the optimizer holds none of the parameters, or a batch is refused; the
+            parameters are as the last good step left them.
+
+    >>> import gradagree_opt as ga
+    >>> w = torch.tensor(0.0, requires_grad=True)
+    >>> maml = ga.MAML(lambda w, x: ((w - x) ** 2).mean(), ga.InnerSGD(lr=0.25, steps=1))
+    >>> x = torch.tensor([[1.0], [3.0]])
+    >>> train(maml, w, lambda _: {"support": x, "query": x}, torch.optim.SGD([w], lr=1.0),
+    ...       ga.Mean(), iterations=20)
+    tensor(2.0000, requires_grad=True)
+    """
+    leaves = tree_leaves(params)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not all(id(leaf) in held for leaf in leaves):
+        raise ValueError(
+            "expected an optimizer over the leaves of params, found one that lacks some; "
+            "build it as torch.optim.SGD(tree_leaves(params), lr=…)"
+        )
+    for iteration in range(iterations):
+        detached = tree_map(torch.Tensor.detach, params)
+        result = meta.step(detached, task_source(iteration), aggregator)
+        for leaf, update in zip(leaves, tree_leaves(result.update), strict=True):
+            leaf.grad = update
+        optimizer.step()
+        if callback is not None and callback(iteration, result):
+            break
+    return params
