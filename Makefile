@@ -1,0 +1,56 @@
+# make demo   a quick sine study from a fresh clone, in runs/sine-quick
+# make test   everything that has to pass: lint, tests, tests of compiled code
+# make lint   ruff and mypy alone
+# make clean  removes the environment, the caches and the build
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+
+# Frameworks whose adapters are tested; learn2learn is built below, and Ray has no test yet.
+EXTRAS := ablation,higher,learn2learn,lightning,torchjd,torchopt
+
+# One process per core, one thread per process.
+export OMP_NUM_THREADS := 1
+
+.PHONY: demo test lint typecheck clean
+
+demo: $(VENV)/.study
+	$(BIN)/gradagree ablate sine --quick --out runs/sine-quick
+
+test: lint
+	$(BIN)/pytest -n 2
+	$(BIN)/pytest -m compiled
+
+lint: $(VENV)/.dev typecheck
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+# adapters/ is installed as gradagree_opt.adapters by a hook that mypy does not run, so mypy is shown
+# a tree of links in which it already lies there.
+typecheck: $(VENV)/.dev
+	rm -rf build/mypy
+	mkdir -p build/mypy/gradagree_opt
+	ln -s $(CURDIR)/gradagree_opt/* $(CURDIR)/adapters build/mypy/gradagree_opt/
+	cd build/mypy && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p gradagree_opt
+
+# A stamp is written only when everything before it has succeeded, so an interrupted installation is
+# taken up again; each environment adds to the one before.
+$(VENV)/.pip:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade 'pip>=25.1'  # first with --group
+	touch $@
+
+$(VENV)/.study: $(VENV)/.pip pyproject.toml
+	$(BIN)/python -m pip install --group torch --editable '.[ablation]'
+	touch $@
+
+# learn2learn's shipped C does not compile on current Pythons: build_ext makes it anew. Without the
+# cache, because a wheel in it would hide a build that fails.
+$(VENV)/.dev: $(VENV)/.study pyproject.toml
+	$(BIN)/python -m pip install --group dev --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --no-cache-dir --no-deps -C--build-option=build_ext learn2learn==0.2.0
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
