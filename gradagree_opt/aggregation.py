@@ -23,6 +23,7 @@ from gradagree_opt.stacks import (
     tree_norm,
 )
 from gradagree_opt.statistics import Statistics, measure, measure_groups
+from gradagree_opt.verification import verify
 from gradagree_opt.weightings import (
     AgreementWeighting,
     ConstantWeighting,
@@ -32,7 +33,7 @@ from gradagree_opt.weightings import (
 
 Scope = Literal["global", "leaf"] | Callable[[str], str]
 Combine = Callable[[Tensor, list[int] | None], PyTree]
-"""Linear map from weights ``[n]``, or ``[groups, n]`` and each leaf's group, to Σ w_i direction_i."""
+"""From weights ``[n]``, or ``[groups, n]`` and the group of each leaf, to Σ_i w_i · direction_i."""
 
 
 class Aggregation(NamedTuple):
@@ -52,7 +53,7 @@ class Aggregation(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """The statistics of a batch, with which tasks were non-finite and which leaf is of which group."""
+    """Statistics of a batch, its non-finite tasks, and the group of every leaf."""
 
     statistics: Statistics
     nonfinite: Bool[Tensor, " n"]
@@ -232,28 +233,10 @@ class Aggregator:
             ValueError: a task or the update is non-finite under nonfinite="raise", or the scores
                 cancel under degenerate="raise".
         """
-        diagnostics = result.diagnostics
-        checks = []
-        if self.nonfinite == "raise":
-            checks += [diagnostics.nonfinite.any(), ~torch.isfinite(diagnostics.update_norm)]
-        if self._raises_on_degenerate:
-            checks.append(diagnostics.degenerate.any())
-        if not checks or not torch.stack(checks).any():
-            return
-        tasks = diagnostics.nonfinite.nonzero().flatten().tolist()
-        if self.nonfinite == "raise" and tasks:
-            raise ValueError(
-                f"expected finite values for every task, found NaN or inf in tasks {tasks}; lower "
-                "the inner rate, or give nonfinite='drop' to leave such tasks out"
-            )
-        if self._raises_on_degenerate and diagnostics.degenerate.any():
-            raise ValueError(
-                "expected tasks that agree or disagree, found scores that cancel to zero (all "
-                "signals zero, or Σ g_i = 0); give degenerate='uniform' or 'zero' for a fallback"
-            )
-        raise ValueError(
-            "expected a finite update, found NaN or inf although every signal is finite; look at "
-            "the losses after adaptation, or give nonfinite='drop' to leave such tasks out"
+        verify(
+            result.diagnostics,
+            finite=self.nonfinite == "raise",
+            agreement=getattr(self.weighting, "degenerate", None) == "raise",
         )
 
     def draw(self, n: int, /) -> Float[Tensor, " n"] | None:
@@ -262,10 +245,6 @@ class Aggregator:
             return None
         device = self.generator.device if self.generator is not None else None
         return torch.empty(n, device=device).exponential_(generator=self.generator)
-
-    @property
-    def _raises_on_degenerate(self) -> bool:
-        return getattr(self.weighting, "degenerate", None) == "raise"
 
     def _check_signal(self, signal: PyTree, directions: PyTree, n: int) -> None:
         n_signal = check_stack(signal, "signal")
@@ -303,4 +282,5 @@ def _reference(method: Literal["mean", "agreement"]) -> Weighting:
 def _mean_norm(statistics: Statistics) -> Float[Tensor, ""]:
     """‖Σ g_i / n‖ over all groups, from ‖Σ g_i‖² = Σ s_i."""
     norms = statistics.row_sums.sum(-1).clamp(min=0).sqrt() * statistics.scale
-    return torch.linalg.vector_norm(norms) / statistics.active.sum()
+    total: Tensor = torch.linalg.vector_norm(norms)
+    return total / statistics.active.sum()

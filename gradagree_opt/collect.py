@@ -1,11 +1,10 @@
 """TaskBatch: measure and apply inside the user's own loop over the tasks of a meta-batch."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from gradagree_opt.aggregation import Aggregation, Aggregator
 from gradagree_opt.stacks import PyTree
@@ -159,7 +158,9 @@ class TaskBatch:
 
     def _gradient(self, loss: Tensor, *, retain_graph: bool) -> dict[str, Tensor]:
         parameters = list(self._trained.values())
-        grads = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
+        grads: Sequence[Tensor | None] = torch.autograd.grad(
+            loss, parameters, retain_graph=retain_graph, allow_unused=True
+        )
         if all(grad is None for grad in grads):
             raise ValueError(
                 "expected a loss that depends on the parameters, found none that does; "
@@ -196,8 +197,8 @@ def _named(parameters: Parameters) -> dict[str, Tensor]:
         return dict(parameters.named_parameters())
     if isinstance(parameters, Mapping):
         return dict(parameters)
-    tensors: list[Any] = tree_leaves(list(parameters))
-    for index, tensor in enumerate(tensors):
+    tensors = list(parameters)
+    for index, tensor in enumerate(cast(list[object], tensors)):
         if not isinstance(tensor, Tensor):
             raise TypeError(
                 f"expected a module or tensors, found {type(tensor).__name__} at position {index}; "
@@ -210,7 +211,7 @@ def _stack(tasks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([task[name] for task in tasks]) for name in tasks[0]}
 
 
-def _check_loss(loss: Tensor) -> None:
+def _check_loss(loss: object) -> None:
     if not isinstance(loss, Tensor) or loss.ndim != 0:
         found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"expected a scalar loss, found {found}; reduce it, as in loss.mean()")

@@ -18,7 +18,8 @@ class Diagnostics(NamedTuple):
         smallest_weight: min w_i.
         negative_share: share of the tasks whose weight is negative.
         effective_tasks: (Σ|w_i|)² / Σ w_i², between 1 and n; 0 where all weights are zero.
-        cancellation: ‖Σ g_i‖ / Σ ‖g_i‖ of the signals: 1 where they point one way, 0 where they cancel.
+        cancellation: ‖Σ g_i‖ / Σ ‖g_i‖ of the signals: 1 where they point one way, 0 where they
+            cancel.
         update_norm: ‖update‖.
         update_to_mean: ‖update‖ / ‖mean direction‖; NaN where the directions are not the signal,
             since their mean is never formed.

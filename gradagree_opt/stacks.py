@@ -68,7 +68,7 @@ def task_count(stack: PyTree, /, name: str) -> int:
                 f"expected every leaf of the {name} to have the task axis first, found a tensor "
                 f"without axes in {leaf_paths(stack)[index]!r}; stack the tasks along a new axis"
             )
-    n = leaves[0].shape[0]
+    n = int(leaves[0].shape[0])
     for index, leaf in enumerate(leaves):
         if leaf.shape[0] != n:
             paths = leaf_paths(stack)
@@ -189,7 +189,7 @@ def combine(
     return tree_unflatten(sums, tree_structure(stack))
 
 
-def rows(leaf: Float[Tensor, "n *shape"], /) -> Float[Tensor, "n d"]:
+def rows(leaf: Float[Tensor, "n ..."], /) -> Float[Tensor, "n d"]:
     """The leaf as a matrix with one row a task, also where a task's entry has no axes."""
     return leaf.flatten(1) if leaf.ndim > 1 else leaf.unsqueeze(1)
 

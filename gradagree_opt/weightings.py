@@ -89,7 +89,7 @@ class AgreementWeighting:
         return (scores if self.include_self else scores - own), own
 
     def _softmax(self, shares: Tensor, active: Tensor) -> Tensor:
-        """softmax of the scores in units of their mean absolute value, so of no scale."""
+        """Softmax of the scores in units of their mean absolute value, so of no scale."""
         logits = shares * active.sum() / self.temperature
         weights = logits.masked_fill(~active, float("-inf")).softmax(-1)
         return torch.where(active, weights, torch.zeros_like(weights))
@@ -161,4 +161,5 @@ def _rounding(own: Tensor) -> Tensor:
     multiple of eps · √n · Σ‖g_i‖² when the exact sum is zero.
     """
     eps = torch.finfo(own.dtype).eps
-    return 8 * eps * own.shape[-1] ** 0.5 * own.sum(-1, keepdim=True)
+    tolerance: float = 8 * eps * own.shape[-1] ** 0.5
+    return tolerance * own.sum(-1, keepdim=True)

@@ -15,7 +15,7 @@ LossFn = Callable[[PyTree, PyTree], Tensor]
 
 
 class TaskGradients(NamedTuple):
-    """Gradients of n tasks, a pytree like the parameters with leaves ``[n, *shape]``, and losses."""
+    """Gradients of n tasks, like the parameters with leaves ``[n, *shape]``, and their losses."""
 
     gradients: PyTree
     losses: Float[Tensor, " n"]
@@ -25,7 +25,7 @@ def scalar_loss(loss_fn: LossFn, /) -> LossFn:
     """The loss function, which answers anything but a scalar with one sentence."""
 
     def checked(params: PyTree, batch: PyTree) -> Tensor:
-        loss = loss_fn(params, batch)
+        loss: object = loss_fn(params, batch)
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             found = (
                 f"a tensor of shape {list(loss.shape)}"
@@ -62,9 +62,8 @@ def task_gradients(
 
     >>> import gradagree_opt as ga
     >>> loss_fn = lambda w, x: ((w * x) ** 2).mean()
-    >>> gradients, losses = ga.task_gradients(loss_fn, torch.tensor(1.0), torch.tensor([[1.0], [2.0]]))
-    >>> gradients, losses
-    (tensor([2., 8.]), tensor([1., 4.]))
+    >>> ga.task_gradients(loss_fn, torch.tensor(1.0), torch.tensor([[1.0], [2.0]]))
+    TaskGradients(gradients=tensor([2., 8.]), losses=tensor([1., 4.]))
     """
     check_floating(params, "parameters")
     n = task_count(tasks, "tasks")

@@ -1,5 +1,6 @@
 """MAML, FOMAML and Meta-SGD: the displacement is the signal, the meta-gradient the direction."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -107,7 +108,7 @@ class MAML:
             losses, (displacement, _) = torch.func.vmap(self._query_loss, (None, 0))(params, tasks)
             return losses, displacement
 
-        losses, backward, displacement = torch.func.vjp(query_losses, params, has_aux=True)
+        losses, backward, displacement = _vjp(query_losses, params)
 
         def weighted(weights: Tensor, groups: list[int] | None) -> PyTree:
             if groups is None:
@@ -125,6 +126,13 @@ class MAML:
         loss = self.loss_fn(adapted, task["query"])
         displacement = tree_map(lambda a, b: (a - b).detach(), self._initial(params), adapted)
         return loss, (displacement, loss.detach())
+
+
+def _vjp(
+    function: Callable[[PyTree], tuple[Tensor, PyTree]], params: PyTree
+) -> tuple[Tensor, Callable[[Tensor], tuple[PyTree]], PyTree]:
+    """torch.func.vjp with an auxiliary output, whose type depends on it."""
+    return torch.func.vjp(function, params, has_aux=True)  # type: ignore[return-value]
 
 
 class MetaSGD(MAML):
@@ -156,7 +164,8 @@ class MetaSGD(MAML):
     def __init__(
         self, loss_fn: LossFn, steps: int, *, first_order: bool = False, compile: bool = False
     ) -> None:
-        inner = InnerSGD(lr=0.0, steps=steps)
+        self._steps = steps
+        inner = InnerSGD(lr=0.0, steps=steps)  # its rate is a meta-parameter: see _adapt
         super().__init__(loss_fn, inner, first_order=first_order, compile=compile)
 
     def step(self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /) -> MetaStep:
@@ -174,7 +183,7 @@ class MetaSGD(MAML):
         return super().step(params, tasks, aggregator)
 
     def _adapt(self, params: PyTree, support: PyTree, steps: int | None = None) -> PyTree:
-        inner = InnerSGD(params["lr"], self.inner.steps)
+        inner = InnerSGD(params["lr"], self._steps)
         return inner(
             self.loss_fn, params["params"], support, first_order=self.first_order, steps=steps
         )

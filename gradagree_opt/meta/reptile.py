@@ -66,7 +66,7 @@ class Reptile:
             loss = self.loss_fn(adapted, task.get("query", task["support"]))
             return tree_map(torch.sub, params, adapted), loss
 
-        return torch.func.vmap(one_task)(tasks)  # type: ignore[no-any-return]
+        return torch.func.vmap(one_task)(tasks)
 
 
 def _aggregate(aggregator: Aggregator, displacements: PyTree, draws: Tensor | None) -> Aggregation:

@@ -1,7 +1,7 @@
 """What every meta-algorithm answers with, and how its tasks are checked."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -68,4 +68,6 @@ def check_tasks(params: PyTree, tasks: PyTree, /, *sets: str) -> int:
 
 def maybe_compiled(step: Step, compile: bool, /) -> Step:
     """The function, compiled as one graph of static shapes where asked for."""
-    return torch.compile(step, fullgraph=True, dynamic=False) if compile else step
+    if not compile:
+        return step
+    return cast(Step, torch.compile(step, fullgraph=True, dynamic=False))

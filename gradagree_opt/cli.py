@@ -1,0 +1,93 @@
+"""The ``gradagree`` command."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from gradagree_opt.ablation import tables
+    from gradagree_opt.ablation.artefacts import prepare_folder, write_artefacts, write_config
+    from gradagree_opt.ablation.study import StudyError, load, shipped
+    from gradagree_opt.ablation.sweep import Sweep
+except ModuleNotFoundError as missing:
+    if missing.name and missing.name.startswith("gradagree_opt"):
+        raise
+    raise SystemExit(
+        f"the gradagree command needs {missing.name}: pip install 'gradagree-opt[ablation]'"
+    ) from None
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+errors = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+@app.callback()
+def main() -> None:
+    """Gradient Agreement for meta-learning: ablation studies."""
+
+
+def list_studies(wanted: bool) -> None:
+    if wanted:
+        for name, path in shipped().items():
+            typer.echo(f"{name:12} {load(str(path)).title}")
+        raise typer.Exit
+
+
+@app.command()
+def ablate(
+    study: Annotated[str, typer.Argument(help="A shipped study, a study file, or a run's config.json.")],
+    quick: Annotated[bool, typer.Option(help="The study's small form, in minutes.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder.", show_default="runs/<study>")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Omniglot as .npz, or a folder for torchvision's download.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    _list: Annotated[
+        bool, typer.Option("--list", callback=list_studies, is_eager=True, help="The shipped studies.")
+    ] = False,
+) -> None:
+    """Runs a study: every method at its own best outer rate, on the same tasks.
+
+    Interrupted, the same command goes on with the runs that are missing.
+    """
+    try:
+        loaded = load(study, quick=quick)
+        folder = out or Path("runs") / loaded.name
+        sweep = Sweep(loaded, folder, data, warn=lambda sentence: errors.print(sentence, markup=False))
+        prepare_folder(folder, loaded)
+        write_config(folder, loaded, ["gradagree", *sys.argv[1:]], sweep.digest)
+    except StudyError as mistake:
+        errors.print(f"gradagree: {mistake}", markup=False)
+        raise typer.Exit(2) from None
+    try:
+        with progress_bar() as progress:
+            bar = progress.add_task(loaded.title, total=sweep.iterations)
+            results = sweep.run(jobs, report=lambda steps: progress.advance(bar, steps))
+    except KeyboardInterrupt:
+        command = shlex.join(["gradagree", *sys.argv[1:]])
+        errors.print(f"stopped; the finished runs are in {folder}, {command!r} goes on", markup=False)
+        raise typer.Exit(130) from None
+    write_artefacts(folder, results, data, sweep.digest)
+    console = Console()
+    console.print(tables.terminal(results))
+    console.print(f"written to {folder}", markup=False)
+
+
+def progress_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=errors,
+        speed_estimate_period=120,
+    )

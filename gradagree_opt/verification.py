@@ -1,0 +1,40 @@
+"""The look at a finished aggregation, on the host, before anything is changed by it."""
+
+import torch
+
+from gradagree_opt.diagnostics import Diagnostics
+
+
+def verify(diagnostics: Diagnostics, /, *, finite: bool, agreement: bool) -> None:
+    """One host synchronisation, or none where neither is asked for.
+
+    Args:
+        diagnostics: of the aggregation.
+        finite: raise where a task or the update is not finite.
+        agreement: raise where the scores cancel.
+
+    Raises:
+        ValueError: in one sentence that names the tasks and what to do.
+    """
+    checks = []
+    if finite:
+        checks += [diagnostics.nonfinite.any(), ~torch.isfinite(diagnostics.update_norm)]
+    if agreement:
+        checks.append(diagnostics.degenerate.any())
+    if not checks or not torch.stack(checks).any():
+        return
+    tasks = diagnostics.nonfinite.nonzero().flatten().tolist()
+    if finite and tasks:
+        raise ValueError(
+            f"expected finite values for every task, found NaN or inf in tasks {tasks}; lower the "
+            "inner rate, or give nonfinite='drop' to leave such tasks out"
+        )
+    if agreement and diagnostics.degenerate.any():
+        raise ValueError(
+            "expected tasks that agree or disagree, found scores that cancel to zero (all signals "
+            "zero, or Σ g_i = 0); give degenerate='uniform' or 'zero' for a fallback"
+        )
+    raise ValueError(
+        "expected a finite update, found NaN or inf although every signal is finite; look at the "
+        "losses after adaptation, or give nonfinite='drop' to leave such tasks out"
+    )
