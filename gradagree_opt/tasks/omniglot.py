@@ -6,25 +6,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gradagree_opt.annotations import Float, Int
+from gradagree_opt.annotations import Int
 from gradagree_opt.tasks.draws import random_subsets
-from gradagree_opt.tasks.omniglot_files import SIDE, SplitScheme, read_folder, read_npz
+from gradagree_opt.tasks.omniglot_files import (
+    SIDE,
+    SplitScheme,
+    download_folder,
+    read_folder,
+    read_npz,
+)
 from gradagree_opt.tasks.protocol import SPLITS, Batch, Split, check_sample_arguments
 
 
 class Omniglot:
     """N-way, K-shot classification of handwritten characters, 20 drawings of each.
 
-    A task is ``way`` different characters of one split, numbered at random, and of each ``shot`` drawings
-    to learn from and ``query_shots`` others to be tested on. Examples are in random order: consecutive
-    sub-batches of a support set mix the classes. Images are ``[1, 28, 28]`` in [0, 1] with ink 1 on
-    paper 0, the inverted convention of Finn et al. 2017.
+    A task is ``way`` different characters of one split, numbered at random, with ``shot`` drawings
+    of each to learn from and ``query_shots`` others to be tested on. Examples come in random order,
+    so consecutive sub-batches of a support set mix the classes. Images are ``[1, 28, 28]`` in
+    [0, 1] with ink 1 on paper 0, the inverted convention of Finn et al. 2017.
 
     Usually made by :meth:`from_npz` or :meth:`from_torchvision`. They know two ways to split:
 
-    - ``"vinyals"``: 1028 characters to train, 172 to validate, 423 to test, the split the field uses.
-    - ``"background"``: 964 to train and 659 to test, of other alphabets: Lake et al.'s harder original.
-      It has nothing to validate on.
+    - ``"vinyals"``: 1028 characters to train, 172 to validate, 423 to test; what the field uses.
+    - ``"background"``: 964 characters to train and 659 of other alphabets to test, the harder
+      original of Lake et al.; it has nothing to validate on.
 
     Args:
         images: uint8 ``[characters, drawings, 28, 28]``, ink 255.
@@ -32,15 +38,16 @@ class Omniglot:
         way: classes per task.
         shot: support drawings per class.
         query_shots: query drawings per class.
-        rotations: every character turned by 90°, 180° and 270° is three more classes of its split, in all
-            splits; takes four times the memory (102 MB instead of 25 MB).
+        rotations: every character turned by 90°, 180° and 270° is three more classes of its split,
+            in all splits; takes four times the memory (102 MB instead of 25 MB).
         dtype: of the sampled images.
         device: where the images are kept, as uint8, and where tasks come out.
 
     Raises:
         TypeError: ``images`` is not uint8 or ``dtype`` not a floating one.
-        ValueError: shapes are not those above, a split number is unknown, a count is below 1, ``way`` is
-            larger than a split or ``shot + query_shots`` larger than the drawings of a character.
+        ValueError: shapes are not those above, a split number is unknown, a count is below 1,
+            ``way`` is larger than a split, or ``shot + query_shots`` is more than the drawings of a
+            character.
 
     Source: Lake et al. 2015 (data, background split); Vinyals et al. 2016 (protocol, rotations);
     Finn et al. 2017 (28×28 images, ink 1).
@@ -57,8 +64,8 @@ class Omniglot:
 
     def __init__(
         self,
-        images: Int[Tensor, "characters drawings 28 28"],
-        splits: Int[Tensor, " characters"],
+        images: Tensor,
+        splits: Tensor,
         /,
         *,
         way: int = 5,
@@ -116,16 +123,16 @@ class Omniglot:
         """Omniglot from an .npz archive. Needs NumPy; pickled objects are refused.
 
         Args:
-            path: archive with ``images`` (uint8 ``[characters, drawings, 28, 28]``, ink 255) and, as the
-                scheme needs, ``vinyals_split`` (0, 1, 2) or ``background`` (bool), both ``[characters]``.
+            path: archive with ``images`` (uint8 ``[characters, drawings, 28, 28]``, ink 255) and,
+                as the scheme needs, ``vinyals_split`` (0, 1 or 2 for each character) or
+                ``background`` (whether it is to train on).
             split_scheme: ``"vinyals"`` or ``"background"``.
-
-        The other arguments are those of the class.
+            way, shot, query_shots, rotations, dtype, device: those of the class.
 
         Raises:
             FileNotFoundError: there is no file at ``path``.
-            ValueError: it is no .npz archive, or a member is missing, damaged, a pickled object or not
-                what is described above; and whatever the class raises.
+            ValueError: it is no .npz archive, or a member is missing, damaged, a pickled object or
+                not what is described above; and whatever the class raises.
         """
         characters = read_npz(Path(path), split_scheme)
         return cls(
@@ -155,22 +162,24 @@ class Omniglot:
     ) -> "Omniglot":
         """Omniglot from the folder that ``torchvision.datasets.Omniglot(root)`` fills.
 
-        All drawings are read and resized once, which takes some seconds. Needs Pillow, and torchvision
-        where ``download`` is true.
+        All drawings are read and resized once, which takes some seconds. Needs Pillow, and
+        torchvision where ``download`` is true. Characters come in another order than in an .npz
+        archive, so that one seed gives other tasks.
 
         Args:
-            root: folder with ``omniglot-py/images_background`` and ``omniglot-py/images_evaluation``.
-            download: let torchvision fetch what is not there, about 15 MB.
+            root: folder with ``omniglot-py``, in which are ``images_background`` and
+                ``images_evaluation``.
+            download: let torchvision fetch what is not there, about 16 MB.
             split_scheme: ``"vinyals"`` or ``"background"``.
-
-        The other arguments are those of the class.
+            way, shot, query_shots, rotations, dtype, device: those of the class.
 
         Raises:
             FileNotFoundError: one of the two folders is not there.
-            ValueError: characters differ in their number of drawings; and whatever the class raises.
+            ValueError: characters differ in their number of drawings; and whatever the class
+                raises.
         """
         if download:
-            fetch(root)
+            download_folder(Path(root))
         characters = read_folder(Path(root) / "omniglot-py", split_scheme)
         return cls(
             *characters,
@@ -190,12 +199,12 @@ class Omniglot:
         Args:
             n_tasks: number of tasks.
             split: no character of one split is ever in a task of another.
-            generator: a seeded generator, on any device: which tasks are drawn depends on it alone, and
-                they come out on the device of the images.
+            generator: a seeded generator, on any device: which tasks are drawn depends on it alone,
+                and they come out on the device of the images.
 
         Returns:
-            ``{"support": (x, y), "query": (x, y)}``: x ``[n_tasks, way * shots, 1, 28, 28]`` in [0, 1],
-            y int64 ``[n_tasks, way * shots]`` in 0 … way - 1.
+            ``{"support": (x, y), "query": (x, y)}``: x ``[n_tasks, way * shots, 1, 28, 28]`` in
+            [0, 1], y int64 ``[n_tasks, way * shots]`` in 0 … way - 1.
 
         Raises:
             TypeError: ``n_tasks`` is not an integer or ``generator`` not a ``torch.Generator``.
@@ -223,10 +232,8 @@ class Omniglot:
     def _shuffled(self, rows: Int[Tensor, "n way shots"], generator: torch.Generator) -> Batch:
         n_tasks, way, shots = rows.shape
         order = random_subsets((n_tasks,), way * shots, way * shots, generator).to(self.device)
-        return self._pixels(rows.flatten(1).gather(1, order)), order // shots
-
-    def _pixels(self, rows: Int[Tensor, "n examples"]) -> Float[Tensor, "n examples 1 28 28"]:
-        return self.images[rows].to(self.dtype).div_(255)
+        images = self.images[rows.flatten(1).gather(1, order)]
+        return images.to(self.dtype).div_(255), order // shots
 
 
 def check_characters(images: Tensor, splits: Tensor, /) -> None:
@@ -246,18 +253,6 @@ def check_characters(images: Tensor, splits: Tensor, /) -> None:
     unknown = splits[(splits < 0) | (splits >= len(SPLITS))]
     if len(unknown):
         raise ValueError(
-            f"expected split numbers 0 (train), 1 (validation) or 2 (test), found {unknown[0].item()}"
+            "expected split numbers 0 (train), 1 (validation) or 2 (test), "
+            f"found {unknown[0].item()}"
         )
-
-
-def fetch(root: str | PathLike[str], /) -> None:
-    """Have torchvision download both parts of Omniglot to ``root``."""
-    try:
-        from torchvision.datasets import Omniglot as TorchvisionOmniglot
-    except ImportError as error:
-        raise ImportError(
-            "downloading Omniglot needs torchvision: pip install torchvision"
-        ) from error
-
-    for background in (True, False):
-        TorchvisionOmniglot(root, background=background, download=True)

@@ -1,4 +1,4 @@
-"""Reads Omniglot from disk: one .npz archive, or the folder of drawings that torchvision downloads."""
+"""Reads Omniglot from disk: an .npz archive, or the folder of drawings torchvision downloads."""
 
 import zipfile
 import zlib
@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from gradagree_opt.annotations import Int
 from gradagree_opt.tasks.protocol import SPLITS
+from gradagree_opt.weightings import check_choice
 
 SplitScheme = Literal["vinyals", "background"]
 SIDE = 28
@@ -17,7 +17,7 @@ SIDE = 28
 SPLIT_MEMBERS: dict[SplitScheme, str] = {"vinyals": "vinyals_split", "background": "background"}
 PARTS = ("images_background", "images_evaluation")
 
-# The split of Vinyals et al. 2016 as lists of characters circulate it follows alphabets, all but one.
+# The list that circulates as the split of Vinyals et al. 2016 divides one alphabet, Gurmukhi.
 VINYALS_VALIDATION = {"Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)"}
 VINYALS_TEST = {
     "Kannada",
@@ -38,18 +38,10 @@ VINYALS_TEST = {
 class Characters(NamedTuple):
     """Drawings of characters, and the split that each character is in."""
 
-    images: Int[Tensor, "characters drawings 28 28"]
-    """uint8, ink 255 on paper 0."""
-    splits: Int[Tensor, " characters"]
-    """Positions in ``("train", "validation", "test")``."""
-
-
-def check_split_scheme(split_scheme: str, /) -> None:
-    """Raise a ValueError when the scheme is none that exists."""
-    if split_scheme not in get_args(SplitScheme):
-        raise ValueError(
-            f"expected split_scheme to be one of {get_args(SplitScheme)}, found {split_scheme!r}"
-        )
+    images: Tensor
+    """uint8 ``[characters, drawings, 28, 28]``, ink 255 on paper 0."""
+    splits: Tensor
+    """``[characters]``, positions in ``("train", "validation", "test")``."""
 
 
 def read_npz(path: Path, split_scheme: SplitScheme, /) -> Characters:
@@ -60,7 +52,7 @@ def read_npz(path: Path, split_scheme: SplitScheme, /) -> Characters:
         ValueError: it is no .npz archive, a member is missing, damaged or a pickled object (which
             is never loaded), or ``split_scheme`` is unknown.
     """
-    check_split_scheme(split_scheme)
+    check_choice("split_scheme", split_scheme, get_args(SplitScheme))
     images, splits = read_members(path, ("images", SPLIT_MEMBERS[split_scheme]))
     if split_scheme == "background":
         splits = torch.where(splits.bool(), SPLITS.index("train"), SPLITS.index("test"))
@@ -78,9 +70,13 @@ def read_members(path: Path, names: tuple[str, ...], /) -> list[Tensor]:
         raise FileNotFoundError(
             f"expected an .npz archive of Omniglot at {path}, found no file there"
         )
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"expected {path} to be an .npz archive, found a file of another kind")
-    with zipfile.ZipFile(path) as archive:
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(
+            f"expected {path} to be an .npz archive, found a damaged one or a file of another kind"
+        ) from error
+    with archive:
         missing = [name for name in names if f"{name}.npy" not in archive.namelist()]
         if missing:
             raise ValueError(
@@ -104,25 +100,40 @@ def read_members(path: Path, names: tuple[str, ...], /) -> list[Tensor]:
     return tensors
 
 
+def download_folder(root: Path, /) -> None:
+    """Have torchvision fetch both parts of Omniglot into ``root/omniglot-py``."""
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise ImportError(
+            "downloading Omniglot needs torchvision: pip install torchvision"
+        ) from error
+
+    for background in (True, False):
+        datasets.Omniglot(root, background=background, download=True)
+
+
 def read_folder(folder: Path, split_scheme: SplitScheme, /) -> Characters:
     """Characters of ``folder/images_*/<alphabet>/<character>/*.png``, resized to 28×28.
 
-    Drawings become greyscale before they are resized with Lanczos' filter: Pillow would resize the
-    two-level originals by picking nearest pixels, which breaks thin strokes.
+    Drawings become greyscale before they are resized with Lanczos' filter, as in learn2learn:
+    Pillow would resize the two-level originals by nearest pixels, which breaks thin strokes.
 
     Raises:
         FileNotFoundError: one of the two folders is not there.
         ValueError: there are no characters, they differ in their number of drawings, or
             ``split_scheme`` is unknown.
     """
-    check_split_scheme(split_scheme)
+    check_choice("split_scheme", split_scheme, get_args(SplitScheme))
     for part in PARTS:
         if not (folder / part).is_dir():
             raise FileNotFoundError(
                 f"expected the drawings of Omniglot in {folder / part}, found no such folder: "
                 "pass download=True to fetch them"
             )
-    characters = [path for part in PARTS for path in sorted((folder / part).glob("*/*/"))]
+    characters = [
+        path for part in PARTS for path in sorted((folder / part).glob("*/*")) if path.is_dir()
+    ]
     drawings = [sorted(character.glob("*.png")) for character in characters]
     counts = {len(paths) for paths in drawings}
     if len(counts) != 1 or counts == {0}:
@@ -147,8 +158,8 @@ def folder_split(character: Path, split_scheme: SplitScheme, /) -> str:
     return "test" if {alphabet, f"{alphabet}/{name}"} & VINYALS_TEST else "train"
 
 
-def read_drawing(path: Path, /) -> Int[Tensor, "28 28"]:
-    """One drawing as uint8, inverted so that ink is 255."""
+def read_drawing(path: Path, /) -> Tensor:
+    """One drawing as uint8 ``[28, 28]``, inverted so that ink is 255."""
     try:
         from PIL import Image
     except ImportError as error:

@@ -1,9 +1,11 @@
-"""What every task distribution offers: task-stacked support and query sets from a seeded generator."""
+"""What every task distribution offers: task-stacked tasks from a seeded generator."""
 
 from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
+
+from gradagree_opt.weightings import check_choice
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -29,12 +31,11 @@ class TaskDistribution(Protocol):
             generator: the only source of randomness, advanced by the call.
 
         Returns:
-            ``{"support": (x, y), "query": (x, y)}``, every tensor with the task axis ``n_tasks`` first.
+            ``{"support": (x, y), "query": (x, y)}``, every tensor with the task axis first.
         """
-        ...
 
 
-def check_sample_arguments(n_tasks: int, split: str, generator: torch.Generator, /) -> None:
+def check_sample_arguments(n_tasks: object, split: object, generator: object, /) -> None:
     """Say in one sentence what is wrong with the arguments of ``sample``.
 
     Raises:
@@ -45,8 +46,7 @@ def check_sample_arguments(n_tasks: int, split: str, generator: torch.Generator,
         raise TypeError(f"expected n_tasks to be an int, found {n_tasks!r}")
     if n_tasks < 1:
         raise ValueError(f"expected n_tasks to be at least 1, found {n_tasks}")
-    if split not in SPLITS:
-        raise ValueError(f"expected split to be one of {SPLITS}, found {split!r}")
+    check_choice("split", split, SPLITS)
     if not isinstance(generator, torch.Generator):
         raise TypeError(
             f"expected generator to be a seeded torch.Generator, found {generator!r}: "

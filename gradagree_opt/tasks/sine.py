@@ -10,6 +10,7 @@ from torch import Tensor
 from gradagree_opt.annotations import Float
 from gradagree_opt.tasks.draws import random_subsets
 from gradagree_opt.tasks.protocol import Batch, Split, check_sample_arguments
+from gradagree_opt.weightings import check_choice
 
 Support = Literal["uniform", "shuffled_grid"]
 Query = Literal["uniform", "grid"]
@@ -19,18 +20,19 @@ Query = Literal["uniform", "grid"]
 class Sine:
     """Regression on ``f(x) = amplitude · sin(x + phase)``, both drawn uniformly for every task.
 
-    The defaults are the paper's distribution: amplitude U[0.1, 5], phase U[0, 2π], 10 support points.
-    Two set-ups of other papers::
+    The defaults are the paper's distribution: amplitude U[0.1, 5], phase U[0, 2π], 10 support
+    points. It does not say where the inputs lie nor how many points its loss is the mean of: the
+    range of inputs and the 50 query points are those of OpenAI's Reptile demo. Set-ups of others::
 
-        Sine(phase=(0, math.pi), query_shots=10)              # Finn et al. 2017
+        Sine(phase=(0, math.pi), query_shots=10)                         # Finn et al. 2017
         Sine(support="shuffled_grid", support_shots=50, query="grid")    # OpenAI's Reptile demo
 
     In the second the support set is the whole grid in random order, so that an inner loop over
     consecutive minibatches of ten (``InnerSGD(lr, steps=5, batch_size=10)``) sees each point once.
 
-    A continuous distribution has no list of tasks to divide: no task comes twice, and train, validation
-    and test are different streams of draws. ``split`` changes nothing, **the caller gives each split a
-    generator with a seed of its own**; the same seed gives the same tasks in every split.
+    A continuous distribution has no list of tasks to divide: no task comes twice, and train,
+    validation and test are different streams of draws. ``split`` changes nothing, **the caller
+    gives each split a generator with a seed of its own**; the same seed gives the same tasks.
 
     Args:
         amplitude: lowest and highest amplitude.
@@ -38,15 +40,16 @@ class Sine:
         x_range: lowest and highest input.
         support_shots: support points per task.
         query_shots: query points per task.
-        support: ``"uniform"`` draws inputs from ``x_range``; ``"shuffled_grid"`` takes ``support_shots``
-            evenly spaced ones, both ends included, in a random order of each task's own.
-        query: ``"uniform"``, or ``"grid"`` for ``query_shots`` evenly spaced inputs in rising order: the
-            whole range, as a test protocol wants it.
+        support: ``"uniform"`` draws inputs from ``x_range``; ``"shuffled_grid"`` takes
+            ``support_shots`` evenly spaced ones, both ends included, in an order drawn per task.
+        query: ``"uniform"``, or ``"grid"`` for ``query_shots`` evenly spaced inputs in rising
+            order: the whole range, as a test protocol wants it.
         dtype: of the sampled tensors.
 
     Raises:
-        ValueError: an interval is not (low, high) with finite low <= high, a number of shots is below
-            1, an option is unknown or ``dtype`` is not a floating one.
+        ValueError: an interval is not (low, high) with finite low <= high, a number of shots is
+            below 1 or an option is unknown.
+        TypeError: ``dtype`` is not a floating one.
 
     Source: Gradient Agreement (2018), section on sine regression; Finn et al. 2017, section 5.1.
 
@@ -76,13 +79,10 @@ class Sine:
         for name in ("support_shots", "query_shots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} to be at least 1, found {getattr(self, name)}")
-        for name, known in (("support", get_args(Support)), ("query", get_args(Query))):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"expected {name} to be one of {known}, found {getattr(self, name)!r}"
-                )
+        check_choice("support", self.support, get_args(Support))
+        check_choice("query", self.query, get_args(Query))
         if not self.dtype.is_floating_point:
-            raise ValueError(f"expected a floating dtype, found {self.dtype}")
+            raise TypeError(f"expected a floating dtype, found {self.dtype}")
 
     def sample(
         self, n_tasks: int, *, split: Split = "train", generator: torch.Generator
@@ -122,8 +122,8 @@ class Sine:
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         """Amplitudes and phases (radians) of ``n`` tasks, each ``[n]``.
 
-        They are the first thing that ``sample`` draws: from a generator in the same state, these are the
-        curves behind its tasks.
+        They are the first thing that ``sample`` draws: from a generator in the same state, these
+        are the curves behind its tasks.
 
         >>> sine, seed = Sine(), torch.Generator().manual_seed
         >>> x, y = sine.sample(3, generator=seed(0))["query"]
@@ -148,9 +148,8 @@ class Sine:
     def _uniform(
         self, interval: tuple[float, float], shape: tuple[int, ...], generator: torch.Generator
     ) -> Tensor:
-        low, high = interval
-        draws = torch.rand(shape, generator=generator, device=generator.device, dtype=self.dtype)
-        return low + (high - low) * draws
+        empty = torch.empty(shape, device=generator.device, dtype=self.dtype)
+        return empty.uniform_(*interval, generator=generator)
 
     def _grid(self, points: int, generator: torch.Generator) -> Float[Tensor, " points"]:
         return torch.linspace(*self.x_range, points, device=generator.device, dtype=self.dtype)
