@@ -1,6 +1,6 @@
 """What every task distribution offers: task-stacked tasks from a seeded generator."""
 
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ Batch = tuple[Tensor, Tensor]
 """Inputs ``[n, examples, ...]`` and targets ``[n, examples, ...]``, the task axis first."""
 
 
+@runtime_checkable
 class TaskDistribution(Protocol):
     """Anything meta-learning tasks can be drawn from.
 

@@ -24,7 +24,7 @@ class Sine:
     points. It does not say where the inputs lie nor how many points its loss is the mean of: the
     range of inputs and the 50 query points are those of OpenAI's Reptile demo. Set-ups of others::
 
-        Sine(phase=(0, math.pi), query_shots=10)                         # Finn et al. 2017
+        Sine(phase=(0.0, math.pi), query_shots=10)                       # Finn et al. 2017
         Sine(support="shuffled_grid", support_shots=50, query="grid")    # OpenAI's Reptile demo
 
     In the second the support set is the whole grid in random order, so that an inner loop over

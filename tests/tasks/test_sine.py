@@ -66,7 +66,7 @@ def test_targets_of_the_paper_have_mean_0_and_the_closed_variance(seeded):
 
 def test_targets_with_half_a_period_of_phase_have_the_closed_mean(seeded):
     # E[sin(x + φ)] = E[cos x] E[sin φ] = sin(5) / 5 · 2 / π, for x even and φ on [0, π]
-    sine = Sine(phase=(0, math.pi), dtype=torch.float64, support_shots=1)
+    sine = Sine(phase=(0.0, math.pi), dtype=torch.float64, support_shots=1)
     _, y = sine.sample(MANY, generator=seeded(2))["support"]
     assert_mean(y, 2.55 * math.sin(5) / 5 * 2 / math.pi, y.var().item())
 
