@@ -13,7 +13,7 @@ EXTRAS := ablation,higher,learn2learn,lightning,torchjd,torchopt
 # One process per core, one thread per process.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test lint typecheck clean
+.PHONY: demo test lint clean
 
 demo: $(VENV)/.study
 	$(BIN)/gradagree ablate sine --quick --out runs/sine-quick
@@ -22,17 +22,16 @@ test: lint
 	$(BIN)/pytest -n 2
 	$(BIN)/pytest -m compiled
 
-lint: $(VENV)/.dev typecheck
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
-
 # adapters/ is installed as gradagree_opt.adapters by a hook that mypy does not run, so mypy is shown
 # a tree of links in which it already lies there.
-typecheck: $(VENV)/.dev
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 	rm -rf build/mypy
 	mkdir -p build/mypy/gradagree_opt
 	ln -s $(CURDIR)/gradagree_opt/* $(CURDIR)/adapters build/mypy/gradagree_opt/
-	cd build/mypy && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p gradagree_opt
+	cd build/mypy && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
+		--cache-dir $(CURDIR)/.mypy_cache -p gradagree_opt
 
 # A stamp is written only when everything before it has succeeded, so an interrupted installation is
 # taken up again; each environment adds to the one before.
