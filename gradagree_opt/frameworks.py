@@ -1,0 +1,133 @@
+"""The optional packages: which versions are supported, and how each is installed on this Python."""
+
+import importlib
+import re
+from importlib import metadata
+from types import ModuleType
+from typing import NamedTuple
+
+
+class Framework(NamedTuple):
+    """An optional package.
+
+    Attributes:
+        module: name that it is imported by.
+        distribution: name that it is installed by.
+        supported: its supported versions: ``">=1.2"`` from that release on, ``"==1.2.3"`` that
+            release alone.
+        install: the commands that install it, one after the other.
+        needed_by: what in gradagree-opt uses it.
+    """
+
+    module: str
+    distribution: str
+    supported: str
+    install: tuple[str, ...]
+    needed_by: str
+
+    def installed_version(self) -> str | None:
+        """Version that the environment holds, or None."""
+        try:
+            return metadata.version(self.distribution)
+        except metadata.PackageNotFoundError:
+            return None
+
+    def supports(self, version: str, /) -> bool:
+        """Whether a version is one of the supported.
+
+        >>> FRAMEWORKS["torch"].supports("2.14.1+cpu"), FRAMEWORKS["torch"].supports("1.13.1")
+        (True, False)
+        """
+        bound = _release(self.supported[2:])
+        found = _release(version)
+        return found == bound if self.supported.startswith("==") else found >= bound
+
+    def install_command(self) -> str:
+        """The commands as one line of a shell."""
+        return " && ".join(self.install)
+
+
+def require(name: str, /) -> ModuleType:
+    """Imports a framework for its adapter.
+
+    Args:
+        name: key of :data:`FRAMEWORKS`.
+
+    Returns:
+        The framework's top module.
+
+    Raises:
+        ImportError: it is missing, of an unsupported version or broken; one sentence that ends in
+            the command that installs it on this Python.
+
+    >>> require("torch").__name__
+    'torch'
+    """
+    framework = FRAMEWORKS[name]
+    expected = f"expected {name}{framework.supported}"
+    fix = f"install it with: {framework.install_command()}"
+    version = framework.installed_version()
+    if version is not None and not framework.supports(version):
+        raise ImportError(f"{expected}, found {version}; {fix}", name=framework.module)
+    try:
+        return importlib.import_module(framework.module)
+    except Exception as error:  # a broken installation can raise anything while it is imported
+        missing = isinstance(error, ModuleNotFoundError) and error.name == framework.module
+        found = "none" if missing else f"one whose import fails ({type(error).__name__}: {error})"
+        raise ImportError(f"{expected}, found {found}; {fix}", name=framework.module) from error
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Numbers of a version's release, trailing zeros left out; local and pre-release parts too."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    numbers = [int(number) for number in match[0].split(".")] if match else []
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def _from_index(
+    module: str, supported: str, needed_by: str, distribution: str | None = None
+) -> Framework:
+    """A package that one plain command installs."""
+    name = distribution or module
+    return Framework(module, name, supported, (f'pip install "{name}{supported}"',), needed_by)
+
+
+_LEARN2LEARN = Framework(
+    module="learn2learn",
+    distribution="learn2learn",
+    supported="==0.2.0",
+    # Its sdist ships C that Python 3.11 and later cannot compile: build_ext makes it anew, which
+    # --no-deps, to leave out what it declares without importing, goes with.
+    install=(
+        'pip install "gym>=0.26.2" "requests>=2.32" "scipy>=1.13" "torchvision>=0.20" "tqdm>=4.66"',
+        "pip install --no-deps -C--build-option=build_ext learn2learn==0.2.0",
+    ),
+    needed_by="adapters.learn2learn",
+)
+
+# Lower bounds as in pyproject.toml, where each says why.
+FRAMEWORKS: dict[str, Framework] = {
+    framework.distribution: framework
+    for framework in (
+        _from_index("torch", ">=2.5", "everything"),
+        _LEARN2LEARN,
+        _from_index("torchopt", ">=0.7.3", "adapters.torchopt"),
+        _from_index("higher", ">=0.2.1", "adapters.higher"),
+        _from_index("torchjd", ">=0.18", "adapters.torchjd"),
+        _from_index("lightning", ">=2.5", "adapters.lightning"),
+        _from_index("ray", ">=2.51", "gradagree ablate"),
+        _from_index("jinja2", ">=3.1.2", "gradagree ablate"),
+        _from_index("joblib", ">=1.3", "gradagree ablate"),
+        _from_index("matplotlib", ">=3.9", "gradagree ablate"),
+        _from_index("numpy", ">=2.0", "gradagree ablate"),
+        _from_index("pandas", ">=2.2.2", "gradagree ablate"),
+        _from_index("pydantic", ">=2.0", "gradagree ablate"),
+        _from_index("yaml", ">=6.0.1", "gradagree ablate", distribution="pyyaml"),
+        _from_index("rich", ">=13.0", "gradagree ablate"),
+        _from_index("scipy", ">=1.13", "gradagree ablate"),
+        _from_index("typer", ">=0.16", "gradagree ablate"),
+    )
+}
+"""The packages by the name they are installed by, PyTorch first."""
