@@ -145,6 +145,7 @@ def test_a_member_of_text_is_named(tmp_path, arrays):
         Omniglot.from_npz(tmp_path / "omniglot.npz")
 
 
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(
     "read", [Omniglot.from_npz, Omniglot.from_torchvision], ids=["npz", "torchvision"]
 )

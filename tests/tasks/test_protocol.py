@@ -88,6 +88,7 @@ def test_omniglot_tasks_are_on_the_device_of_the_images_whatever_the_generator(
     assert all(tensor.is_cuda for tensor in tasks)
 
 
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(
     ("arguments", "error", "sentence"),
     [

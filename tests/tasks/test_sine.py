@@ -121,6 +121,7 @@ def test_tensors_have_the_dtype_asked_for(dtype, seeded):
     assert {tensor.dtype for batch in tasks.values() for tensor in batch} == {dtype}
 
 
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(
     ("options", "error", "sentence"),
     [
