@@ -1,7 +1,7 @@
 """The complete training loop of MAML, FOMAML, Meta-SGD and Reptile, short enough to copy."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
@@ -16,6 +16,7 @@ Callback = Callable[[int, MetaStep], bool | None]
 """Called after every outer step; True ends the training."""
 
 
+@runtime_checkable
 class MetaAlgorithm(Protocol):
     """What :class:`gradagree_opt.MAML`, ``MetaSGD`` and ``Reptile`` have in common."""
 

@@ -1,6 +1,6 @@
 """Inner loops: how the parameters adapt to the support set of one task."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure
@@ -9,6 +9,7 @@ from gradagree_opt.engines.stacked import LossFn
 from gradagree_opt.stacks import PyTree
 
 
+@runtime_checkable
 class InnerLoop(Protocol):
     """From parameters and the support set of one task to the adapted parameters."""
 
