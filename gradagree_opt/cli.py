@@ -9,7 +9,13 @@ from typing import Annotated
 try:
     import typer
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from gradagree_opt.ablation import tables
     from gradagree_opt.ablation.artefacts import prepare_folder, write_artefacts, write_config
@@ -40,7 +46,9 @@ def list_studies(wanted: bool) -> None:
 
 @app.command()
 def ablate(
-    study: Annotated[str, typer.Argument(help="A shipped study, a study file, or a run's config.json.")],
+    study: Annotated[
+        str, typer.Argument(help="A shipped study, a study file, or a run's config.json.")
+    ],
     quick: Annotated[bool, typer.Option(help="The study's small form, in minutes.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Output folder.", show_default="runs/<study>")
@@ -50,7 +58,8 @@ def ablate(
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
     _list: Annotated[
-        bool, typer.Option("--list", callback=list_studies, is_eager=True, help="The shipped studies.")
+        bool,
+        typer.Option("--list", callback=list_studies, is_eager=True, help="The shipped studies."),
     ] = False,
 ) -> None:
     """Runs a study: every method at its own best outer rate, on the same tasks.
@@ -60,7 +69,9 @@ def ablate(
     try:
         loaded = load(study, quick=quick)
         folder = out or Path("runs") / loaded.name
-        sweep = Sweep(loaded, folder, data, warn=lambda sentence: errors.print(sentence, markup=False))
+        sweep = Sweep(
+            loaded, folder, data, warn=lambda sentence: errors.print(sentence, markup=False)
+        )
         prepare_folder(folder, loaded)
         write_config(folder, loaded, ["gradagree", *sys.argv[1:]], sweep.digest)
     except StudyError as mistake:
@@ -72,7 +83,9 @@ def ablate(
             results = sweep.run(jobs, report=lambda steps: progress.advance(bar, steps))
     except KeyboardInterrupt:
         command = shlex.join(["gradagree", *sys.argv[1:]])
-        errors.print(f"stopped; the finished runs are in {folder}, {command!r} goes on", markup=False)
+        errors.print(
+            f"stopped; the finished runs are in {folder}, {command!r} goes on", markup=False
+        )
         raise typer.Exit(130) from None
     write_artefacts(folder, results, data, sweep.digest)
     console = Console()

@@ -1,0 +1,1 @@
+"""Ablation studies: a study file in; runs, statistics, tables and figures out."""

@@ -1,0 +1,95 @@
+"""The studies' networks, their initial parameters from a seed, and their losses."""
+
+import hashlib
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from gradagree_opt.ablation.study import MLP, Conv4, Study
+from gradagree_opt.tasks import Batch
+
+Params = dict[str, Tensor]
+BatchFunction = Callable[[Params, Batch], Tensor]
+
+DRAWING = 28 * 28
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
+
+
+def build_module(study: Study) -> nn.Module:
+    """The network of a study, its input and output sizes given by the tasks."""
+    inputs, outputs = (1, 1) if study.tasks.kind == "sine" else (DRAWING, study.tasks.way)
+    if isinstance(study.model, MLP):
+        return mlp([inputs, *study.model.hidden, outputs], ACTIVATIONS[study.model.activation])
+    return conv4(study.model, outputs)
+
+
+def mlp(sizes: list[int], activation: type[nn.Module]) -> nn.Module:
+    layers: list[nn.Module] = [nn.Flatten()]
+    for before, after in pairwise(sizes):
+        layers += [nn.Linear(before, after), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def conv4(model: Conv4, ways: int) -> nn.Module:
+    """Four strided convolutions, as for Omniglot in Finn et al. 2017 and Nichol et al. 2018.
+
+    BatchNorm keeps no running statistics: it normalises by the batch at hand, at test time too,
+    so the examples of a query set see one another ("transductive").
+    """
+    layers: list[nn.Module] = []
+    for channels in (1, *[model.filters] * 3):
+        layers += [
+            nn.Conv2d(channels, model.filters, 3, stride=2, padding=1),
+            nn.BatchNorm2d(model.filters, track_running_stats=False),
+            nn.ReLU(),
+        ]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(model.filters * 4, ways))
+
+
+def initial_params(study: Study, seed: int) -> Params:
+    """PyTorch's default initialisation, from the seed; the global generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(seed, "init"))
+        module = build_module(study)
+    return {name: leaf.detach().clone() for name, leaf in module.named_parameters()}
+
+
+def derived_seed(seed: int, purpose: str) -> int:
+    """One independent seed for each purpose (initialisation, train, validation, test, weights)."""
+    digest = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator(seed: int, purpose: str) -> torch.Generator:
+    return torch.Generator().manual_seed(derived_seed(seed, purpose))
+
+
+def predict(module: nn.Module, params: Params, x: Tensor) -> Tensor:
+    """The network's output for one batch of inputs, at the given parameters."""
+    output: Tensor = functional_call(module, params, (x,))
+    return output
+
+
+def batch_loss(study: Study, module: nn.Module) -> BatchFunction:
+    """What training lowers: mean squared error for sine tasks, cross-entropy for classes."""
+    criterion = functional.mse_loss if study.tasks.kind == "sine" else functional.cross_entropy
+
+    def loss(params: Params, batch: Batch) -> Tensor:
+        x, y = batch
+        return criterion(predict(module, params, x), y)
+
+    return loss
+
+
+def batch_accuracy(module: nn.Module) -> BatchFunction:
+    """The share of a batch that is put in its class."""
+
+    def accuracy(params: Params, batch: Batch) -> Tensor:
+        x, y = batch
+        return (predict(module, params, x).argmax(-1) == y).to(x.dtype).mean()
+
+    return accuracy

@@ -1,0 +1,131 @@
+"""Finished runs on disk: a JSON record and an .npz of parameters each, found again by content."""
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gradagree_opt.ablation.methods import Method
+from gradagree_opt.ablation.models import Params
+from gradagree_opt.ablation.study import Study
+
+FORMAT = 1  # raise it when the same study would give other numbers
+
+
+class Run(BaseModel):
+    """One training: a method at one outer rate from one seed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Method
+    rate: float
+    seed: int
+
+    @property
+    def label(self) -> tuple[str, float, int]:
+        """What tells it from the other runs of its study."""
+        return self.method.name, self.rate, self.seed
+
+    def key(self, study: Study, data: str | None) -> str:
+        """A hash of everything that determines the result, and of nothing else.
+
+        A method's name, the other methods, rates and seeds are not part of it: a study can grow
+        without its finished runs being done again.
+        """
+        content = study.model_dump(
+            mode="json",
+            include={
+                "tasks": True,
+                "model": True,
+                "form": True,
+                "inner": True,
+                "outer": {"optimizer", "schedule"},
+                "iterations": True,
+                "meta_batch": True,
+                "compile": True,
+                "tuning": {"tasks", "steps"},
+                "test": True,
+            },
+        )
+        content |= self.model_dump(mode="json", exclude={"method": {"name"}})
+        content |= {"format": FORMAT, "data": data}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
+
+
+class CurvePoint(BaseModel):
+    """The validation loss, and the diagnostics of the batch, after some outer steps."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+    iteration: int
+    loss: float
+    diagnostics: dict[str, float]
+
+
+class RunRecord(BaseModel):
+    """What a run found. Losses and scores of a run that diverged are infinite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+    run: Run
+    validation: float
+    test: Annotated[dict[int, float], Field(min_length=1)]
+    curve: list[CurvePoint]
+    seconds: float
+
+
+class Store:
+    """The records of an output folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "runs"
+
+    def read(self, key: str) -> RunRecord | None:
+        """A finished run, or None if there is none.
+
+        Raises:
+            DamagedRecordError: A file is there and cannot be read as a record.
+        """
+        path = self.folder / f"{key}.json"
+        try:
+            return RunRecord.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValidationError:
+            raise DamagedRecordError(
+                f"{path} is cut off or no run's record; doing it again"
+            ) from None
+
+    def write(self, key: str, record: RunRecord, params: Params) -> None:
+        """Parameters first: where there is a record, there are its parameters."""
+        buffer = io.BytesIO()
+        arrays: Any = {name: leaf.detach().numpy() for name, leaf in params.items()}
+        np.savez(buffer, **arrays)
+        write_atomically(self.folder / f"{key}.npz", buffer.getvalue())
+        write_atomically(self.folder / f"{key}.json", record.model_dump_json(indent=1).encode())
+
+    def params(self, key: str) -> Params:
+        with np.load(self.folder / f"{key}.npz", allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+class DamagedRecordError(Exception):
+    """A record that cannot be read."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces the file in one step: whoever reads it sees all of the old one or all of the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

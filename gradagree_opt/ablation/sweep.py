@@ -1,0 +1,151 @@
+"""The runs of a study: every method tuned on the same candidate rates, then run on every seed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from gradagree_opt.ablation.parallel import Report, execute
+from gradagree_opt.ablation.problem import Problem, build_problem, data_digest
+from gradagree_opt.ablation.records import DamagedRecordError, Run, RunRecord, Store
+from gradagree_opt.ablation.study import Study
+from gradagree_opt.ablation.training import train_run
+
+Label: TypeAlias = tuple[str, float, int]
+
+
+@dataclass(frozen=True)
+class Results:
+    """A finished study.
+
+    Attributes:
+        records: Every run, tuning and final, by its label.
+        rates: The outer rate chosen for each method, by the method's name.
+    """
+
+    study: Study
+    records: dict[Label, RunRecord]
+    rates: dict[str, float]
+
+    def final(self, name: str) -> list[RunRecord]:
+        """The runs of a method at its chosen rate, in the order of the study's seeds."""
+        return [
+            self.records[run.label]
+            for run in final_runs(self.study, self.rates)
+            if run.method.name == name
+        ]
+
+    def at_edge(self, name: str) -> bool:
+        """Whether a better rate may lie beyond the smallest or largest of the candidates."""
+        rates = self.study.outer.rates
+        return len(rates) > 1 and self.rates[name] in (min(rates), max(rates))
+
+
+def tuning_runs(study: Study) -> list[Run]:
+    """Every method at every candidate rate, from the first seeds."""
+    seeds = study.seeds[: study.tuning.seeds]
+    return [
+        Run(method=method, rate=rate, seed=seed)
+        for seed in seeds
+        for rate in study.outer.rates
+        for method in study.methods
+    ]
+
+
+def final_runs(study: Study, rates: dict[str, float]) -> list[Run]:
+    """Every method at its chosen rate, from every seed, those of the tuning among them."""
+    return [
+        Run(method=method, rate=rates[method.name], seed=seed)
+        for method in study.methods
+        for seed in study.seeds
+    ]
+
+
+def choose_rates(study: Study, records: dict[Label, RunRecord]) -> dict[str, float]:
+    """For each method the candidate with the lowest validation loss over the tuning seeds.
+
+    Of equal ones, the first. The test scores are not looked at.
+    """
+    totals = {(method.name, rate): 0.0 for method in study.methods for rate in study.outer.rates}
+    for run in tuning_runs(study):
+        totals[run.method.name, run.rate] += records[run.label].validation
+    return {
+        method.name: min(study.outer.rates, key=lambda rate: totals[method.name, rate])
+        for method in study.methods
+    }
+
+
+class Sweep:
+    """The runs of a study in its output folder, those that are finished left as they are.
+
+    Args:
+        warn: Called with one sentence for each record that is damaged.
+    """
+
+    def __init__(
+        self, study: Study, folder: Path, data: Path | None, warn: Callable[[str], None]
+    ) -> None:
+        self.study, self.data, self.warn = study, data, warn
+        self.store = Store(folder)
+        self.digest = data_digest(build_problem(study, data))
+        self.records: dict[Label, RunRecord] = {}
+
+    @property
+    def iterations(self) -> int:
+        """The outer steps of the whole study, finished runs included."""
+        study = self.study
+        tuning = len(study.outer.rates) * study.tuning.seeds
+        further = len(study.seeds) - study.tuning.seeds
+        return study.iterations * len(study.methods) * (tuning + further)
+
+    def run(self, jobs: int, report: Report) -> Results:
+        """Does what is missing, with that many processes.
+
+        Args:
+            report: Called with numbers of outer steps, as they are done or found done.
+        """
+        self.complete(tuning_runs(self.study), jobs, report)
+        rates = choose_rates(self.study, self.records)
+        self.complete(final_runs(self.study, rates), jobs, report)
+        return Results(self.study, self.records, rates)
+
+    def complete(self, runs: list[Run], jobs: int, report: Report) -> None:
+        missing = []
+        for run in runs:
+            if run.label in self.records:
+                continue
+            record = self.finished(run)
+            if record is None:
+                missing.append(run)
+            else:
+                self.records[run.label] = record
+                report(self.study.iterations)
+        job = Job(self.study, self.store, self.data, self.digest)
+        for record in execute(job, missing, jobs, report):
+            self.records[record.run.label] = record
+
+    def finished(self, run: Run) -> RunRecord | None:
+        try:
+            record = self.store.read(run.key(self.study, self.digest))
+        except DamagedRecordError as damage:
+            self.warn(str(damage))
+            return None
+        return record and record.model_copy(update={"run": run})  # the method may have been renamed
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker process needs to do a run and record it."""
+
+    study: Study
+    store: Store
+    data: Path | None
+    digest: str | None
+
+    def prepare(self) -> Problem:
+        return build_problem(self.study, self.data)
+
+    def perform(self, problem: Problem, run: Run, report: Report) -> RunRecord:
+        record, params = train_run(self.study, problem, run, report)
+        self.store.write(run.key(self.study, self.digest), record, params)
+        return record

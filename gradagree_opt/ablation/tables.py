@@ -1,0 +1,137 @@
+"""The table of a study: Markdown and terminal for people, LaTeX for papers, CSV of all runs."""
+
+import math
+from typing import NamedTuple
+
+import pandas as pd
+from rich.table import Table
+
+from gradagree_opt.ablation.records import RunRecord
+from gradagree_opt.ablation.statistics import Interval, interval, paired_difference
+from gradagree_opt.ablation.sweep import Results
+
+
+class Measure(NamedTuple):
+    """How the test score of a kind of tasks is shown."""
+
+    name: str
+    column: str
+    factor: float
+    digits: str
+    higher_is_better: bool
+
+
+MEASURES = {
+    "sine": Measure("mean squared error", "mse", 1, ".3f", higher_is_better=False),
+    "omniglot": Measure("accuracy in %", "accuracy", 100, ".1f", higher_is_better=True),
+}
+EDGE = "†"
+
+
+def all_runs(results: Results) -> pd.DataFrame:
+    """Every run, tuning and final: one row for each number of gradient steps at the test."""
+    methods = [method.name for method in results.study.methods]
+    records = sorted(
+        results.records.values(),
+        key=lambda record: (
+            methods.index(record.run.method.name),
+            record.run.rate,
+            record.run.seed,
+        ),
+    )
+    score_column = MEASURES[results.study.tasks.kind].column
+    table: pd.DataFrame = pd.DataFrame(
+        {
+            "method": record.run.method.name,
+            "rate": record.run.rate,
+            "seed": record.run.seed,
+            "chosen": results.rates[record.run.method.name] == record.run.rate,
+            "validation_loss": record.validation,
+            "steps": steps,
+            score_column: score,
+        }
+        for record in records
+        for steps, score in record.test.items()
+    )
+    return table
+
+
+def scores(records: list[RunRecord], steps: int) -> dict[int, float]:
+    """The test scores after some gradient steps, by seed."""
+    return {record.run.seed: record.test[steps] for record in records}
+
+
+def summary(results: Results) -> pd.DataFrame:
+    """The table's cells as text, the best method first."""
+    study = results.study
+    measure, steps = MEASURES[study.tasks.kind], study.tuning.steps
+    baseline = scores(results.final(study.baseline), steps)
+
+    def show(value: Interval, sign: str = "") -> str:
+        return format(value.scaled(measure.factor), sign + measure.digits)
+
+    def place(name: str) -> float:
+        mean = interval(list(scores(results.final(name), steps).values())).mean
+        return math.inf if math.isinf(mean) else -mean if measure.higher_is_better else mean
+
+    rows = []
+    for name in sorted(results.rates, key=place):
+        records = results.final(name)
+        difference = paired_difference(scores(records, steps), baseline)
+        row = {"method": name, "outer rate": f"{results.rates[name]:g}"}
+        row["outer rate"] += EDGE if results.at_edge(name) else ""
+        for count in study.test.steps:
+            row[f"{count} steps"] = show(interval(list(scores(records, count).values())))
+        row[f"minus {study.baseline}"] = "" if name == study.baseline else show(difference, "+")
+        rows.append(row)
+    table: pd.DataFrame = pd.DataFrame(rows)
+    return table
+
+
+def notes(results: Results) -> list[str]:
+    """What a reader of the table must know."""
+    study = results.study
+    measure, test, tuning = MEASURES[study.tasks.kind], study.test, study.tuning
+    per_class = " of each class" if study.tasks.kind == "omniglot" else ""
+    rates = ", ".join(f"{rate:g}" for rate in study.outer.rates)
+    shown = (
+        f"{study.title}: {measure.name} on {test.tasks} unseen tasks after gradient steps on "
+        f"{test.support_shots} examples{per_class}; mean and 95 % interval (Student t) over "
+        f"{len(study.seeds)} seeds."
+    )
+    trained = (
+        f"Outer rate chosen from {rates} by the loss after {tuning.steps} steps on {tuning.tasks} "
+        f"validation tasks, {tuning.seeds} of the seeds; {study.iterations} iterations of "
+        f"{study.meta_batch} tasks."
+    )
+    compared = f"Minus {study.baseline}: difference after {tuning.steps} steps, paired by seed."
+    lines = [shown, trained, compared]
+    if any(results.at_edge(name) for name in results.rates):
+        lines.append(f"{EDGE} at the edge of the candidate rates: a better one may lie beyond it.")
+    return lines
+
+
+def markdown(results: Results) -> str:
+    table = summary(results)
+    rows = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([*lines, "", *(f"{note}  " for note in notes(results))]) + "\n"
+
+
+def latex(results: Results) -> str:
+    """A booktabs table; the notes are comments above it."""
+    style = summary(results).style.hide(axis="index").format(escape="latex")
+    style = style.format_index(escape="latex", axis="columns")
+    body: str = style.to_latex(hrules=True, column_format="ll" + "r" * (len(style.columns) - 2))
+    body = body.replace("±", r"$\pm$").replace(EDGE, r"$^\dagger$")
+    return "".join(f"% {note}\n" for note in notes(results)) + body
+
+
+def terminal(results: Results) -> Table:
+    table = summary(results)
+    shown = Table(caption="\n".join(notes(results)), caption_justify="left")
+    for column in table.columns:
+        shown.add_column(column, justify="left" if column == "method" else "right")
+    for row in table.to_numpy().tolist():
+        shown.add_row(*(cell.replace(" ± ", "\n± ") for cell in row))
+    return shown
