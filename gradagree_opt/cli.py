@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,8 @@ try:
 
     from gradagree_opt.ablation import tables
     from gradagree_opt.ablation.artefacts import prepare_folder, write_artefacts, write_config
-    from gradagree_opt.ablation.study import StudyError, load, shipped
+    from gradagree_opt.ablation.loading import load, shipped
+    from gradagree_opt.ablation.study import StudyError
     from gradagree_opt.ablation.sweep import Sweep
 except ModuleNotFoundError as missing:
     if missing.name and missing.name.startswith("gradagree_opt"):
@@ -49,7 +51,9 @@ def ablate(
     study: Annotated[
         str, typer.Argument(help="A shipped study, a study file, or a run's config.json.")
     ],
-    quick: Annotated[bool, typer.Option(help="The study's small form, in minutes.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The study's small form, in minutes.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Output folder.", show_default="runs/<study>")
     ] = None,
@@ -81,13 +85,16 @@ def ablate(
         with progress_bar() as progress:
             bar = progress.add_task(loaded.title, total=sweep.iterations)
             results = sweep.run(jobs, report=lambda steps: progress.advance(bar, steps))
+        write_artefacts(folder, results, data, sweep.digest)
+    except (OSError, BrokenProcessPool) as failure:
+        errors.print(f"gradagree: {failure}; the finished runs are in {folder}", markup=False)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         command = shlex.join(["gradagree", *sys.argv[1:]])
         errors.print(
             f"stopped; the finished runs are in {folder}, {command!r} goes on", markup=False
         )
         raise typer.Exit(130) from None
-    write_artefacts(folder, results, data, sweep.digest)
     console = Console()
     console.print(tables.terminal(results))
     console.print(f"written to {folder}", markup=False)

@@ -53,6 +53,12 @@ class Method(BaseModel):
         return self
 
     def build(self, generator: Generator) -> ga.Aggregator:
-        """The aggregator; only random weights draw from the generator."""
+        """The aggregator; only random weights draw from the generator.
+
+        A batch that overflows is left to do so, unless an option says otherwise: the run's loss
+        shows it, and a rate at which a method diverges is a result.
+        """
         arguments = (generator,) if self.aggregator == "random_weights" else ()
-        return AGGREGATORS[self.aggregator](*arguments, **self.options)
+        return AGGREGATORS[self.aggregator](
+            *arguments, **{"nonfinite": "propagate", **self.options}
+        )

@@ -75,7 +75,7 @@ def distributions(study: Study, data: Path | None) -> tuple[TaskDistribution, Ta
     """The tasks of the training, and those of the test protocol.
 
     Raises:
-        StudyError: The data is absent, not in the expected form, or too small for the tasks.
+        StudyError: The data is absent, not in the expected form, too small, or not wanted.
     """
     tasks, test = study.tasks, study.test
     if isinstance(tasks, OmniglotTasks):
@@ -83,6 +83,8 @@ def distributions(study: Study, data: Path | None) -> tuple[TaskDistribution, Ta
             drawings(data, tasks.way, tasks.support_shots, tasks.query_shots),
             drawings(data, tasks.way, test.support_shots, test.query_shots),
         )
+    if data is not None:
+        raise StudyError("sine tasks are made up: this study takes no --data")
     phase = (0.0, SINE_PHASES[tasks.ranges])
     return (
         Sine(

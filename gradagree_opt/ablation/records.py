@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,17 +91,18 @@ class Store:
         """A finished run, or None if there is none.
 
         Raises:
-            DamagedRecordError: A file is there and cannot be read as a record.
+            DamagedRecordError: The record cannot be read, or lacks its parameters.
         """
-        path = self.folder / f"{key}.json"
+        path, params = self.folder / f"{key}.json", self.folder / f"{key}.npz"
         try:
-            return RunRecord.model_validate_json(path.read_bytes())
+            record = RunRecord.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             return None
         except ValidationError:
-            raise DamagedRecordError(
-                f"{path} is cut off or no run's record; doing it again"
-            ) from None
+            raise DamagedRecordError(f"{path} is cut off or no record; redoing its run") from None
+        if not zipfile.is_zipfile(params):
+            raise DamagedRecordError(f"{params} is cut off or absent; redoing its run")
+        return record
 
     def write(self, key: str, record: RunRecord, params: Params) -> None:
         """Parameters first: where there is a record, there are its parameters."""

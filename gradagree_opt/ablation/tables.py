@@ -81,7 +81,9 @@ def summary(results: Results) -> pd.DataFrame:
         row = {"method": name, "outer rate": f"{results.rates[name]:g}"}
         row["outer rate"] += EDGE if results.at_edge(name) else ""
         for count in study.test.steps:
-            row[f"{count} steps"] = show(interval(list(scores(records, count).values())))
+            row["1 step" if count == 1 else f"{count} steps"] = show(
+                interval(list(scores(records, count).values()))
+            )
         row[f"minus {study.baseline}"] = "" if name == study.baseline else show(difference, "+")
         rows.append(row)
     table: pd.DataFrame = pd.DataFrame(rows)
