@@ -178,15 +178,16 @@ class Aggregator:
         if nonfinite is None:
             nonfinite = torch.zeros(n, dtype=torch.bool, device=leaves[0].device)
         active = ~nonfinite if self.nonfinite == "drop" else torch.ones_like(nonfinite)
-        cosine = "cosine_row_sums" in self.weighting.needs
+        needs = self.weighting.needs
+        cosine, gramian = "cosine_row_sums" in needs, "gramian" in needs
         groups = self._groups(signal)
         if groups is None:
-            statistics = measure(leaves, active, cosine=cosine)
+            statistics = measure(leaves, active, cosine=cosine, gramian=gramian)
         else:
             members: list[list[Tensor]] = [[] for _ in range(max(groups) + 1)]
             for leaf, group in zip(leaves, groups, strict=True):
                 members[group].append(leaf)
-            statistics = measure_groups(members, active, cosine=cosine)
+            statistics = measure_groups(members, active, cosine=cosine, gramian=gramian)
         if draws is None:
             draws = self.draw(n)
         if draws is not None:

@@ -1,26 +1,47 @@
 """TaskOptimizer: an optimizer that steps on a vector of task losses."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.aggregation import Aggregation, Aggregator
 from gradagree_opt.annotations import Float
 from gradagree_opt.collect import TaskBatch
+from gradagree_opt.stacks import PyTree
+
+Losses = Float[Tensor, " n"] | Sequence[Tensor]
+
+
+class FunctionalStep(NamedTuple):
+    """The parameters after a step that left the ones before as they were, and its aggregation."""
+
+    params: PyTree
+    aggregation: Aggregation
 
 
 class TaskOptimizer:
     """Wraps an optimizer: ``step(losses)`` aggregates the gradients of n task losses, then steps.
 
     Everything else (``zero_grad``, ``state_dict``, ``param_groups``) is the wrapped optimizer's;
-    a learning-rate scheduler is given that one. As with ``backward``, the update is added to a
-    ``.grad`` that is already there.
+    a learning-rate scheduler is given that one. What it steps on is what it always does:
+
+    - ``torch.optim.Optimizer`` and ``torchopt.Optimizer`` on ``.grad``; as with ``backward``, the
+      update is added to a ``.grad`` that is already there.
+    - ``torchopt.MetaOptimizer`` on the loss Σ_i w_i L_i, the weights constants, so that the step
+      is differentiable as its steps are; one more backward pass.
+    - ``torchopt.FuncOptimizer``, which holds no parameters, on the same loss in
+      ``functional_step(losses, params)``.
 
     Args:
-        optimizer: a ``torch.optim.Optimizer``, or one with its ``param_groups`` and ``step()``.
+        optimizer: the optimizer.
         aggregator: what weights the tasks; signal and direction are both the loss gradient.
+
+    Raises:
+        TypeError: the optimizer is none of these.
+        ValueError: the optimizer steps on a loss, and the aggregator's scope is not "global".
 
     >>> import gradagree_opt as ga
     >>> w = torch.tensor([0.0], requires_grad=True)
@@ -32,15 +53,24 @@ class TaskOptimizer:
     """
 
     def __init__(self, optimizer: Any, aggregator: Aggregator, /) -> None:
-        if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "step"):
+        # The attributes that tell TorchOpt's three kinds apart, without importing it.
+        self._functional = hasattr(optimizer, "optim_state")
+        self._differentiable = hasattr(optimizer, "param_containers_groups")
+        on_loss = self._functional or self._differentiable
+        if not hasattr(optimizer, "step") or not (on_loss or hasattr(optimizer, "param_groups")):
             raise TypeError(
                 f"expected an optimizer with param_groups and step(), found "
                 f"{type(optimizer).__name__}; wrap one as torch.optim.SGD(model.parameters(), …)"
             )
+        if on_loss and aggregator.scope != "global":
+            raise ValueError(
+                f"expected an aggregator of scope 'global' for {type(optimizer).__name__}, found "
+                f"{aggregator.scope!r}: it steps on one loss, which has one weight a task"
+            )
         self.optimizer = optimizer
         self.aggregator = aggregator
 
-    def step(self, losses: Float[Tensor, " n"] | Sequence[Tensor], /) -> Aggregation:
+    def step(self, losses: Losses, /) -> Aggregation:
         """Aggregates the gradients of the task losses and steps the wrapped optimizer.
 
         Args:
@@ -50,39 +80,132 @@ class TaskOptimizer:
             The aggregation, its update by parameter position.
 
         Raises:
+            TypeError: the wrapped optimizer holds no parameters.
             ValueError: ``losses`` is not a vector or is empty, or the aggregator refuses the
                 gradients. No parameter, ``.grad`` or optimizer state is touched then.
         """
-        if isinstance(losses, Tensor):
-            if losses.ndim != 1:
-                raise ValueError(
-                    f"expected a vector of task losses [n], found shape {list(losses.shape)}; "
-                    "give one loss a task, not their mean"
-                )
-            losses = list(losses.unbind())
+        if self._functional:
+            raise TypeError(
+                f"expected an optimizer that holds its parameters, found "
+                f"{type(self.optimizer).__name__}; call functional_step(losses, params)"
+            )
+        if self._differentiable:
+            loss, result = weighted_loss(losses, self._parameters(), self.aggregator)
+            self.optimizer.step(loss)
+            return result
         batch = TaskBatch(self._parameters(), self.aggregator)
-        for loss in losses:
+        for loss in _vector(losses):
             batch.add(loss)
         result = batch.backward()
+        # torchopt.Optimizer scales .grad in place, and the update is what .grad now holds.
+        result = result._replace(update=tree_map(torch.clone, result.update))
         self.optimizer.step()
         return result
+
+    def functional_step(self, losses: Losses, params: PyTree, /) -> FunctionalStep:
+        """:meth:`step` of a ``torchopt.FuncOptimizer``: returns new parameters.
+
+        Args:
+            losses: ``[n]`` tensor or sequence of n scalars, one loss a task.
+            params: parameters that the losses depend on, a tensor or tuple of tensors.
+
+        Raises:
+            TypeError: the wrapped optimizer holds its parameters.
+            ValueError: as :meth:`step`.
+        """
+        if not self._functional:
+            raise TypeError(
+                f"expected a torchopt.FuncOptimizer, found {type(self.optimizer).__name__}, which "
+                "holds its parameters; call step(losses)"
+            )
+        loss, result = weighted_loss(losses, tree_leaves(params), self.aggregator)
+        return FunctionalStep(self.optimizer.step(loss, params), result)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears ``.grad`` of the wrapped optimizer's parameters."""
         self.optimizer.zero_grad(set_to_none)
 
-    def state_dict(self) -> dict[str, Any]:
-        """State of the wrapped optimizer."""
-        return self.optimizer.state_dict()  # type: ignore[no-any-return]
+    def state_dict(self) -> Any:
+        """State of the wrapped optimizer: a dict, or what TorchOpt has in its place."""
+        return self.optimizer.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+    def load_state_dict(self, state_dict: Any, /) -> None:
         """Loads the state of the wrapped optimizer."""
         self.optimizer.load_state_dict(state_dict)
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> list[Any]:
         """Parameter groups of the wrapped optimizer."""
         return self.optimizer.param_groups  # type: ignore[no-any-return]
 
-    def _parameters(self) -> list[torch.Tensor]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
+    def _parameters(self) -> list[Tensor]:
+        if self._differentiable:
+            groups = self.optimizer.param_containers_groups
+        else:
+            groups = [g["params"] if isinstance(g, dict) else g for g in self.param_groups]
+        return [leaf for leaf in tree_leaves(groups) if leaf is not None]
+
+
+def weighted_loss(
+    losses: Losses, parameters: Sequence[Tensor], aggregator: Aggregator, /
+) -> tuple[Float[Tensor, ""], Aggregation]:
+    """Σ_i w_i L_i, whose gradient is the aggregation of the task gradients, and that aggregation.
+
+    The weights are constants, the losses keep their graphs. Tasks that the aggregator drops are
+    left out.
+
+    Raises:
+        ValueError: a loss does not depend on the parameters, no task is left, the aggregator gives
+            no weights, or it refuses the gradients.
+    """
+    losses = _vector(losses)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    tasks = [_gradients(loss, trained, task) for task, loss in enumerate(losses)]
+    result = aggregator.aggregate([torch.stack(leaves) for leaves in zip(*tasks, strict=True)])
+    if result.weights.isnan().any() and result.diagnostics.update_norm.isfinite():
+        raise ValueError(
+            "expected an aggregator that gives one weight a task, found one whose update is no "
+            "weighted sum; wrap an optimizer that steps on .grad, as torchopt.Optimizer"
+        )
+    terms = [weight * loss for weight, loss in zip(result.weights, losses, strict=True)]
+    if aggregator.nonfinite == "drop":
+        # A dropped task must not reach the shared backward pass: 0 · NaN is NaN there.
+        dropped = result.diagnostics.nonfinite.tolist()
+        terms = [term for term, out in zip(terms, dropped, strict=True) if not out]
+        if not terms:
+            raise ValueError("expected a task with finite gradients, found none; skip the step")
+    return torch.stack(terms).sum(), result
+
+
+def _gradients(loss: object, parameters: list[Tensor], task: int) -> list[Tensor]:
+    if not isinstance(loss, Tensor) or loss.ndim != 0:
+        found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"expected a scalar loss, found {found} for task {task}; reduce it, as in loss.mean()"
+        )
+    grads: Sequence[Tensor | None] = [None]
+    if loss.requires_grad:
+        grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    if all(grad is None for grad in grads):
+        raise ValueError(
+            f"expected losses that depend on the optimizer's parameters, found one of task {task} "
+            "that does not; compute it from them, outside torch.no_grad()"
+        )
+    return [
+        torch.zeros_like(parameter) if grad is None else grad.detach()
+        for parameter, grad in zip(parameters, grads, strict=True)
+    ]
+
+
+def _vector(losses: Losses) -> list[Tensor]:
+    if isinstance(losses, Tensor) and losses.ndim != 1:
+        raise ValueError(
+            f"expected a vector of task losses [n], found shape {list(losses.shape)}; "
+            "give one loss a task, not their mean"
+        )
+    each = list(losses.unbind()) if isinstance(losses, Tensor) else list(losses)
+    if not each:
+        raise ValueError(
+            "expected at least one task, found no losses; skip the step when there are no tasks"
+        )
+    return each

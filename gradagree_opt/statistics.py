@@ -1,7 +1,8 @@
 """Measure: the few numbers that weightings need, from a task-stacked pytree of signals.
 
 Every sum is kept in float32 or better and in units of the largest entry, so that entries from
-1e-30 to 1e30 neither overflow nor vanish. The N×N Gram matrix is never formed: s = J (Jᵀ 1).
+1e-30 to 1e30 neither overflow nor vanish. The N×N Gram matrix is formed for the weightings that
+ask for it and no others: s = J (Jᵀ 1).
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.stacks import (
+    accumulation_dtype,
     full_precision,
     row_magnitudes,
     rows,
@@ -31,6 +33,7 @@ class Statistics(NamedTuple):
         active: False for the tasks that get weight 0 whatever the weighting.
         scale: largest absolute entry of the signals; 1 where all are zero.
         draws: positive random numbers, for the weightings that need them.
+        gramian: g_i · g_j, in units of scale², or None where no weighting asked for it.
     """
 
     row_sums: Float[Tensor, "*groups n"]
@@ -40,6 +43,7 @@ class Statistics(NamedTuple):
     active: Bool[Tensor, " n"]
     scale: Float[Tensor, "*groups"]
     draws: Float[Tensor, " n"] | None = None
+    gramian: Float[Tensor, "*groups n n"] | None = None
 
 
 def measure(
@@ -48,6 +52,7 @@ def measure(
     /,
     *,
     cosine: bool = False,
+    gramian: bool = False,
 ) -> Statistics:
     """Statistics of one group of task-stacked leaves ``[n, *shape]``."""
     with full_precision(leaves[0].device):
@@ -65,6 +70,7 @@ def measure(
             finite=torch.isfinite(magnitudes),
             active=active,
             scale=scale,
+            gramian=_gramian(leaves, scale) if gramian else None,
         )
 
 
@@ -74,21 +80,42 @@ def measure_groups(
     /,
     *,
     cosine: bool = False,
+    gramian: bool = False,
 ) -> Statistics:
     """Statistics of several groups of leaves, one row each."""
-    each = [measure(leaves, active, cosine=cosine) for leaves in groups]
+    each = [measure(leaves, active, cosine=cosine, gramian=gramian) for leaves in groups]
     return Statistics(
         row_sums=torch.stack([s.row_sums for s in each]),
         squared_norms=torch.stack([s.squared_norms for s in each]),
-        cosine_row_sums=(
-            torch.stack([s.cosine_row_sums for s in each if s.cosine_row_sums is not None])
-            if cosine
-            else None
-        ),
+        cosine_row_sums=_stack([s.cosine_row_sums for s in each]),
         finite=torch.stack([s.finite for s in each]).all(0),
         active=active,
         scale=torch.stack([s.scale for s in each]),
+        gramian=_stack([s.gramian for s in each]),
     )
+
+
+def from_gramian(gramian: Float[Tensor, "n n"], /) -> Statistics:
+    """Statistics of n signals that are known by their inner products g_i · g_j alone.
+
+    The scale is the largest norm, since no entry is known.
+    """
+    with full_precision(gramian.device):
+        gramian = gramian.detach().to(accumulation_dtype([gramian]))
+        finite = torch.isfinite(gramian.diagonal())
+        norms = gramian.diagonal().clamp(min=0).sqrt()
+        scale = _or_one(norms.nan_to_num(0.0, 0.0, 0.0).amax())
+        units = _or_one(norms)
+        scaled = gramian / scale / scale
+        return Statistics(
+            row_sums=scaled.sum(1),
+            squared_norms=scaled.diagonal(),
+            cosine_row_sums=(gramian / units / units.unsqueeze(1)).sum(1),
+            finite=finite,
+            active=torch.ones_like(finite),
+            scale=scale,
+            gramian=scaled,
+        )
 
 
 def _row_sums(leaves: Sequence[Tensor], lengths: Tensor, units: Tensor) -> Tensor:
@@ -101,6 +128,21 @@ def _row_sums(leaves: Sequence[Tensor], lengths: Tensor, units: Tensor) -> Tenso
         matrix = rows(leaf).to(dtype)
         dots.append(matrix @ (coefficients @ matrix))
     return lengths * n * (torch.stack(dots).sum(0) / units)
+
+
+def _gramian(leaves: Sequence[Tensor], scale: Tensor) -> Tensor:
+    """G_ij = (g_i / scale) · (g_j / scale)."""
+    products = []
+    for leaf in leaves:
+        matrix = rows(leaf).to(scale.dtype) / scale
+        products.append(matrix @ matrix.T)
+    return torch.stack(products).sum(0)
+
+
+def _stack(values: Sequence[Tensor | None]) -> Tensor | None:
+    """The values of all groups, or None where they were not measured."""
+    measured = [value for value in values if value is not None]
+    return torch.stack(measured) if measured else None
 
 
 def _or_one(values: Tensor) -> Tensor:

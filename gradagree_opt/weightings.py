@@ -27,7 +27,7 @@ class Weighting(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Names of the optional statistics it reads: "cosine_row_sums", "draws"."""
+        """Names of the optional statistics it reads: "cosine_row_sums", "draws", "gramian"."""
 
     def __call__(self, statistics: Statistics, /) -> Decision:
         """The weights of the tasks."""
@@ -106,7 +106,7 @@ class ConstantWeighting:
         weights = uniform(statistics)
         if self.total == "sum":
             weights = (weights > 0).to(weights.dtype)
-        return _plain_decision(weights, statistics)
+        return plain_decision(weights, statistics)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class NormShareWeighting:
         norms = statistics.squared_norms
         total = norms.sum(-1, keepdim=True)
         shares = norms / torch.where(total == 0, torch.ones_like(total), total)
-        return _plain_decision(torch.where(total == 0, uniform(statistics), shares), statistics)
+        return plain_decision(torch.where(total == 0, uniform(statistics), shares), statistics)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class RandomWeighting:
         assert statistics.draws is not None
         draws = statistics.draws * statistics.active
         weights = draws / draws.sum().clamp(min=torch.finfo(draws.dtype).tiny)
-        return _plain_decision(weights.expand_as(statistics.row_sums), statistics)
+        return plain_decision(weights.expand_as(statistics.row_sums), statistics)
 
 
 def uniform(statistics: Statistics, /) -> Float[Tensor, "*groups n"]:
@@ -148,7 +148,7 @@ def check_choice(option: str, value: object, choices: tuple[object, ...], /) -> 
         raise ValueError(f"expected {option} to be one of {expected}; found {value!r}")
 
 
-def _plain_decision(weights: Tensor, statistics: Statistics) -> Decision:
+def plain_decision(weights: Tensor, statistics: Statistics) -> Decision:
     """Weights that do not come from scores, beside the agreement scores of the same tasks."""
     scores = statistics.row_sums * statistics.scale.unsqueeze(-1).square()
     return Decision(weights, scores, torch.zeros_like(statistics.scale, dtype=torch.bool))

@@ -1,0 +1,233 @@
+"""TorchOpt: any functional optimizer as an inner loop, agreement as a gradient transformation.
+
+Its optimizers as the outer one, and loops over a Meta-optimizer, need nothing from here:
+:class:`gradagree_opt.TaskOptimizer` and :class:`gradagree_opt.TaskBatch` take them.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gradagree_opt.aggregation import Aggregator
+from gradagree_opt.annotations import Float
+from gradagree_opt.diagnostics import Diagnostics
+from gradagree_opt.engines import LossFn
+from gradagree_opt.frameworks import require
+from gradagree_opt.stacks import PyTree
+
+require("torchopt")
+
+import torchopt  # noqa: E402 - after require, whose error names the install command
+from torchopt import pytree  # noqa: E402
+from torchopt.base import GradientTransformation  # noqa: E402
+
+__all__ = ["AggregateState", "Inner", "aggregate", "first_order", "inner"]
+
+
+class AggregateState(NamedTuple):
+    """State of :func:`aggregate`.
+
+    Attributes:
+        shapes: of the parameters, in order.
+        weights: of the tasks in the last update; None before the first.
+        diagnostics: of the last update; None before the first.
+    """
+
+    shapes: tuple[torch.Size, ...]
+    weights: Float[Tensor, "*groups n"] | None = None
+    diagnostics: Diagnostics | None = None
+
+
+def aggregate(aggregator: Aggregator, /) -> GradientTransformation:
+    """From task-stacked gradients to their aggregation; first in ``torchopt.chain(…)``.
+
+    What ``update`` is given has one more axis than the parameters, the task first, as
+    :func:`gradagree_opt.task_gradients` gives it; what follows in the chain sees one update.
+    A leaf that is None stays None. Nothing is changed in place, whatever ``inplace`` says.
+
+    Args:
+        aggregator: what weights the tasks.
+
+    Raises:
+        ValueError: in ``update``, where the leaves are no stack of the parameters' shapes, or the
+            aggregator refuses the gradients.
+
+    >>> import gradagree_opt as ga
+    >>> optimizer = torchopt.chain(aggregate(ga.GradientAgreement()), torchopt.sgd(lr=0.1))
+    >>> params = {"w": torch.zeros(2)}
+    >>> state = optimizer.init(params)
+    >>> gradients = {"w": torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, -1.0]])}
+    >>> updates, state = optimizer.update(gradients, state, params=params)
+    >>> updates
+    {'w': tensor([-0.1667, -0.0333])}
+    >>> state[0].weights
+    tensor([0.6667, 0.3333, 0.0000])
+    """
+
+    def init(params: PyTree) -> AggregateState:
+        leaves = pytree.tree_leaves(params, none_is_leaf=True)
+        return AggregateState(tuple(torch.Size(getattr(leaf, "shape", ())) for leaf in leaves))
+
+    def update(
+        updates: PyTree,
+        state: AggregateState,
+        *,
+        params: PyTree | None = None,  # noqa: ARG001 - the protocol's; the state has their shapes
+        inplace: bool = True,  # noqa: ARG001
+    ) -> tuple[PyTree, AggregateState]:
+        paths = pytree.tree_paths(updates, none_is_leaf=True)
+        leaves, structure = pytree.tree_flatten(updates, none_is_leaf=True)
+        names = [".".join(map(str, path)) for path in paths]
+        _check_stacked(names, leaves, state.shapes)
+        stack = {n: leaf for n, leaf in zip(names, leaves, strict=True) if leaf is not None}
+        result = aggregator.aggregate(stack)
+        aggregated = pytree.tree_unflatten(structure, map(result.update.get, names))
+        return aggregated, AggregateState(state.shapes, result.weights, result.diagnostics)
+
+    return GradientTransformation(init, update)
+
+
+def first_order(transformation: GradientTransformation, /) -> GradientTransformation:
+    """The optimizer with its gradients held constant: FOMAML in a loop over a Meta-optimizer.
+
+    ``MetaOptimizer(net, first_order(torchopt.sgd(lr)))`` takes ∂θ_i/∂θ for the identity, which
+    ``MetaSGD`` differentiates through.
+
+    >>> net = torch.nn.Linear(1, 1)
+    >>> optimizer = torchopt.MetaOptimizer(net, first_order(torchopt.adam(lr=0.1)))
+    """
+
+    def update(
+        updates: PyTree, state: Any, *, params: PyTree | None = None, inplace: bool = True
+    ) -> tuple[PyTree, Any]:
+        return transformation.update(
+            pytree.tree_map(torch.Tensor.detach, updates),
+            state,
+            params=None if params is None else pytree.tree_map(torch.Tensor.detach, params),
+            inplace=inplace,
+        )
+
+    return GradientTransformation(transformation.init, update)
+
+
+def inner(transformation: GradientTransformation, steps: int) -> "Inner":
+    """Any functional optimizer of TorchOpt in the place of :class:`gradagree_opt.InnerSGD`.
+
+    Its state is made anew for every task. Second order goes through the state too; Adam and its
+    relatives then need ``eps_root > 0`` where an entry's gradient can be zero, or the derivative
+    of the square root is NaN.
+
+    Args:
+        transformation: as ``torchopt.adam(lr=0.01)``, or a ``torchopt.chain(…)``.
+        steps: inner steps, each on the whole support set.
+
+    Raises:
+        TypeError: ``transformation`` is no GradientTransformation.
+        ValueError: ``steps`` is negative; while adapting, the transformation cannot run under vmap
+            (``use_accelerated_op=True``, ``clip_grad_norm``).
+
+    >>> import gradagree_opt as ga
+    >>> loss_fn = lambda w, x: ((w - x) ** 2).mean()
+    >>> maml = ga.MAML(loss_fn, inner(torchopt.sgd(lr=0.25, momentum=0.9), steps=1))
+    >>> x = torch.tensor([[1.0], [3.0]])
+    >>> maml.step(torch.tensor(0.0), {"support": x, "query": x}, ga.Mean()).update
+    tensor(-1.)
+    """
+    if not isinstance(transformation, GradientTransformation):
+        raise TypeError(
+            f"expected a functional optimizer as torchopt.adam(lr=…), found "
+            f"{type(transformation).__name__}"
+        )
+    if steps < 0:
+        raise ValueError(f"expected steps of 0 or more, found {steps}")
+    return Inner(transformation, steps)
+
+
+@dataclass(frozen=True)
+class Inner:
+    """The inner loop that :func:`inner` makes: from parameters to θ_i of one task."""
+
+    transformation: GradientTransformation
+    steps: int
+
+    def __call__(
+        self,
+        loss_fn: LossFn,
+        params: PyTree,
+        support: PyTree,
+        /,
+        *,
+        first_order: bool = False,
+        steps: int | None = None,
+    ) -> PyTree:
+        """Adapted parameters of one task; ``steps`` in place of the loop's own number."""
+        state = _batched_like(support, self.transformation.init(params))
+        gradient = torch.func.grad(loss_fn)
+        for _ in range(self.steps if steps is None else steps):
+            at = tree_map(torch.Tensor.detach, params) if first_order else params
+            updates, state = self._update(gradient(at, support), state, at)
+            params = torchopt.apply_updates(params, updates, inplace=False)
+        return params
+
+    def _update(self, grads: PyTree, state: Any, params: PyTree) -> tuple[PyTree, Any]:
+        try:
+            with _WrittenOut():
+                return self.transformation.update(grads, state, params=params, inplace=False)
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+            raise ValueError(
+                "expected a transformation that runs under vmap, found one that does not; leave "
+                "out use_accelerated_op=True and transformations that read their tensors, as "
+                "clip_grad_norm"
+            ) from error
+
+
+def _batched_like(support: PyTree, state: Any) -> Any:
+    """The state with the task axes of the support set.
+
+    TorchOpt adds gradients to the state in place, and under vmap only a tensor that has the task
+    axis already can take them.
+    """
+    zero = sum(leaf.new_zeros((), dtype=torch.float32) for leaf in tree_leaves(support))
+
+    def batched(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf + zero
+        return leaf
+
+    return tree_map(batched, state)
+
+
+class _WrittenOut(TorchFunctionMode):
+    """addcmul_ as two operations: vmap has no rule for it and would run the tasks one by one."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.addcmul_:
+            total, first, second = args
+            return total.add_(first * second, alpha=kwargs.get("value", 1))
+        return func(*args, **kwargs)
+
+
+def _check_stacked(
+    names: list[str], leaves: list[Tensor | None], shapes: tuple[torch.Size, ...]
+) -> None:
+    if len(leaves) != len(shapes):
+        raise ValueError(
+            f"expected updates for the {len(shapes)} parameters that init was given, found "
+            f"{len(leaves)}; init and update need the same pytree"
+        )
+    for name, leaf, shape in zip(names, leaves, shapes, strict=True):
+        if leaf is not None and (leaf.ndim == 0 or leaf.shape[1:] != shape):
+            raise ValueError(
+                f"expected task-stacked updates, the task axis before the parameter's "
+                f"{list(shape)}, found {list(leaf.shape)} in {name!r}; put aggregate(…) first in "
+                "its chain and give update() one gradient a task, as ga.task_gradients does"
+            )
