@@ -1,0 +1,282 @@
+"""Lightning 2: accumulated training steps as tasks, and a task batch for manual optimization."""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gradagree_opt.aggregation import Aggregation, Aggregator
+from gradagree_opt.annotations import Float
+from gradagree_opt.collect import Parameters, TaskBatch
+from gradagree_opt.diagnostics import Diagnostics
+from gradagree_opt.frameworks import require
+
+require("lightning")
+
+import lightning.pytorch as pl  # noqa: E402 - after require, whose error names the install command
+from lightning.pytorch.callbacks import GradientAccumulationScheduler  # noqa: E402
+from lightning.pytorch.strategies import SingleDeviceStrategy  # noqa: E402
+
+__all__ = ["AgreementCallback", "ManualTaskBatch"]
+
+
+class AgreementCallback(pl.Callback):
+    """Automatic optimization: the N steps of ``accumulate_grad_batches=N`` are N tasks.
+
+    The gradient of every training step is set aside; after the last of a window their aggregation
+    stands in ``.grad``, before loss scales are undone, gradients clipped and the optimizer stepped.
+    A window that the end of the epoch cuts short is aggregated over the tasks that it has. The
+    diagnostics are logged through the module as ``agreement/…``.
+
+    Args:
+        aggregator: what weights the tasks; signal and direction are both the loss gradient.
+
+    Attributes:
+        weights: of the tasks of the last window, ``[n]``; None before the first.
+
+    Raises:
+        ValueError: when ``Trainer.fit`` starts, for ``accumulate_grad_batches=1``, manual
+            optimization, more than one device, or a GradScaler with an aggregator that stops at
+            its overflows.
+
+    Source: Eshratifar et al. 2018, algorithm 1, without an inner loop.
+
+    >>> import gradagree_opt as ga
+    >>> trainer = pl.Trainer(
+    ...     accumulate_grad_batches=4, callbacks=[AgreementCallback(ga.GradientAgreement())],
+    ...     accelerator="cpu", logger=False, enable_checkpointing=False,
+    ...     enable_progress_bar=False, enable_model_summary=False,
+    ... )
+    """
+
+    def __init__(self, aggregator: Aggregator, /) -> None:
+        self.aggregator = aggregator
+        self.weights: Float[Tensor, "*groups n"] | None = None
+        self._tasks: list[dict[str, Tensor]] = []
+        self._window_closed = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                "expected automatic optimization, found automatic_optimization=False; "
+                "use ManualTaskBatch in training_step"
+            )
+        if not _accumulates(trainer):
+            raise ValueError(
+                "expected accumulate_grad_batches=N with N tasks a step, found 1; "
+                "pass Trainer(accumulate_grad_batches=N)"
+            )
+        _check_trainer(trainer, self.aggregator)
+        self._forget()
+
+    def on_before_zero_grad(
+        self,
+        trainer: pl.Trainer,  # noqa: ARG002 - Lightning's signature, here and below
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        optimizer: torch.optim.Optimizer,  # noqa: ARG002
+    ) -> None:
+        self._forget()
+
+    def on_before_backward(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        loss: Tensor,  # noqa: ARG002
+    ) -> None:
+        for parameter in _trained(trainer):
+            parameter.grad = None
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._window_closed:
+            raise ValueError(
+                "expected one backward pass a training step, found a second one in the last step "
+                f"of a window; {type(trainer.optimizers[0]).__name__} calls its closure again, "
+                "take an optimizer that does not"
+            )
+        # Lightning has divided the loss by N, and a GradScaler has multiplied it.
+        factor = trainer.accumulate_grad_batches / _loss_scale(trainer)
+        gradients = {
+            name: parameter.grad * factor
+            for name, parameter in _named(trainer, pl_module).items()
+            if parameter.grad is not None
+        }
+        self._tasks.append(gradients)
+        if _closes_window(trainer):
+            self._aggregate(trainer, pl_module)
+            self._window_closed = True
+
+    def on_before_optimizer_step(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        optimizer: torch.optim.Optimizer,  # noqa: ARG002
+    ) -> None:
+        # Only if the last training_step of the window returned None, so that no backward closed it.
+        if self._tasks:
+            self._aggregate(trainer, pl_module)
+
+    def _aggregate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        tasks, scale = self._tasks, _loss_scale(trainer)
+        used = {
+            name: parameter
+            for name, parameter in _named(trainer, pl_module).items()
+            if any(name in task for task in tasks)
+        }
+        stack = {
+            name: torch.stack([task.get(name, torch.zeros_like(p)) for task in tasks])
+            for name, p in used.items()
+        }
+        result = self.aggregator.aggregate(stack)
+        for name, parameter in used.items():
+            parameter.grad = result.update[name] * scale
+        self.weights = result.weights
+        self._tasks = []
+        _log(pl_module, "agreement", result.diagnostics)
+
+    def _forget(self) -> None:
+        self._tasks = []
+        self._window_closed = False
+
+
+class ManualTaskBatch(TaskBatch):
+    """Manual optimization: a :class:`TaskBatch` in ``training_step``, for ``manual_backward``.
+
+    Losses go through the precision plugin and the hooks around a backward pass
+    (``on_before_backward`` for each, ``on_after_backward`` once), so that ``clip_gradients`` and
+    ``optimizer.step()`` find in ``.grad`` what ``manual_backward`` would leave there. An overridden
+    ``LightningModule.backward`` is not called. The diagnostics are logged.
+
+    Args:
+        module: the module, inside its ``training_step``.
+        aggregator: what weights the tasks.
+        parameters: the part of the module that this batch is to train; all of it if None. With
+            several optimizers, those of one.
+        memory: as in :class:`TaskBatch`.
+        name: under which the diagnostics are logged, as in ``agreement/weight_sum``.
+
+    Raises:
+        ValueError: automatic optimization, more than one device, or a GradScaler with an aggregator
+            that stops at its overflows.
+    """
+
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        aggregator: Aggregator,
+        /,
+        *,
+        parameters: Parameters | None = None,
+        memory: Literal["graph", "stream"] = "graph",
+        name: str = "agreement",
+    ) -> None:
+        if module.automatic_optimization:
+            raise ValueError(
+                "expected manual optimization, found automatic_optimization=True; set it to False "
+                "in __init__, or take AgreementCallback"
+            )
+        _check_trainer(module.trainer, aggregator)
+        super().__init__(module if parameters is None else parameters, aggregator, memory=memory)
+        self._module = module
+        self._name = name
+        self._total: Tensor | None = None
+
+    def add(self, loss: Tensor | None = None, /, *, adapted: Parameters | None = None) -> None:
+        """As :meth:`TaskBatch.add`; the loss is scaled where the precision plugin scales.
+
+        Raises:
+            ValueError: as there, or no loss under a GradScaler.
+        """
+        trainer = self._module.trainer
+        if loss is not None:
+            loss = trainer.precision_plugin.pre_backward(loss, self._module)
+        elif _scaler(trainer) is not None:
+            raise ValueError(
+                "expected a loss under a GradScaler, which has nothing to scale in the Reptile "
+                "form; train with precision='bf16-mixed' or '32-true'"
+            )
+        super().add(loss, adapted=adapted)
+        if loss is not None:
+            self._total = loss.detach() + (0 if self._total is None else self._total)
+
+    def backward(self) -> Aggregation:
+        """As :meth:`TaskBatch.backward`, then logs the diagnostics.
+
+        Returns:
+            The aggregation, in the units of ``.grad``: under a GradScaler times its scale.
+        """
+        trainer, total = self._module.trainer, self._total
+        result = super().backward()
+        if total is not None:
+            trainer.precision_plugin.post_backward(total, self._module)
+        norm = result.diagnostics.update_norm / _loss_scale(trainer)
+        _log(self._module, self._name, result.diagnostics._replace(update_norm=norm))
+        return result
+
+    def clear(self) -> None:
+        """Forgets the tasks added so far, and their graphs."""
+        super().clear()
+        self._total = None
+
+
+def _check_trainer(trainer: pl.Trainer, aggregator: Aggregator) -> None:
+    if not isinstance(trainer, pl.Trainer):
+        raise TypeError(
+            f"expected a Trainer of lightning.pytorch, found one of {type(trainer).__module__}; "
+            "import lightning.pytorch as pl throughout"
+        )
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        raise ValueError(
+            f"expected one device, found {type(trainer.strategy).__name__}, which averages the "
+            "tasks of several devices by itself; pass Trainer(devices=1, strategy='auto') and all "
+            "the tasks of a step to that one"
+        )
+    if _scaler(trainer) is not None and aggregator.nonfinite != "propagate":
+        raise ValueError(
+            "expected nonfinite='propagate' under a GradScaler, which lowers its scale at every "
+            f"overflow that it sees, found {aggregator.nonfinite!r}; pass it to the aggregator, "
+            "or train with precision='bf16-mixed'"
+        )
+
+
+def _accumulates(trainer: pl.Trainer) -> bool:
+    return trainer.accumulate_grad_batches > 1 or any(
+        isinstance(callback, GradientAccumulationScheduler)
+        and callback.going_to_accumulate_grad_batches()
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+    )
+
+
+def _closes_window(trainer: pl.Trainer) -> bool:
+    """Whether the optimizer steps after this training step: as Lightning decides it."""
+    ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    last = trainer.is_last_batch or ready == trainer.num_training_batches
+    return last or ready % trainer.accumulate_grad_batches == 0
+
+
+def _trained(trainer: pl.Trainer) -> Iterator[nn.Parameter]:
+    """Parameters of the one optimizer that automatic optimization has."""
+    for group in trainer.optimizers[0].param_groups:
+        yield from group["params"]
+
+
+def _named(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, nn.Parameter]:
+    """The optimizer's parameters by their names in the module, else by their positions."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {names.get(id(p), f"parameter {index}"): p for index, p in enumerate(_trained(trainer))}
+
+
+def _scaler(trainer: pl.Trainer) -> Any:
+    """The precision plugin's GradScaler, or None."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _loss_scale(trainer: pl.Trainer) -> float:
+    scaler = _scaler(trainer)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def _log(module: pl.LightningModule, name: str, diagnostics: Diagnostics) -> None:
+    module.log_dict({f"{name}/{key}": value for key, value in diagnostics.log().items()})
