@@ -5,7 +5,7 @@ of them at a time. Its fields are its options; it holds no state.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class Decision(NamedTuple):
     degenerate: Bool[Tensor, "*groups"]
 
 
+@runtime_checkable
 class Weighting(Protocol):
     """What an aggregator asks of a weighting."""
 
