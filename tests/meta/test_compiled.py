@@ -1,0 +1,101 @@
+"""compile=True against the same step in eager mode."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import gradagree_opt as ga
+
+from .loops import ALGORITHMS
+from .problems import assert_same, loss_fn, problem
+from .rules import by_layer, flat
+
+pytestmark = pytest.mark.compiled
+CASE = problem(n=3, shots=2, inputs=2, hidden=2, outputs=1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def without_code_generation(monkeypatch):
+    """Captures and differentiates the whole graph, and runs it by PyTorch's own kernels."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+
+def assert_equals_eager(name, aggregator):
+    """Two steps, so that one runs from the cache; fresh aggregators of equal seeds."""
+    algorithm = ALGORITHMS[name]
+    params = CASE.meta(algorithm.learns_rates)
+    eager = algorithm.build(loss_fn, 0.1, 1)
+    compiled = algorithm.build(loss_fn, 0.1, 1, compile=True)
+    aggregators = aggregator(), aggregator()
+    for _ in range(2):
+        expected = eager.step(params, CASE.tasks, aggregators[0])
+        result = compiled.step(params, CASE.tasks, aggregators[1])
+        assert_same(result.update, flat(expected.update), tolerance=1e-12)
+        for found, wanted in zip(result[1:4], expected[1:4], strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+        logged = result.diagnostics.log()
+        assert logged == pytest.approx(expected.diagnostics.log(), rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", ["MAML", "Meta-SGD", "Reptile"])
+def test_compiled_equals_eager(name):
+    assert_equals_eager(name, ga.GradientAgreement)
+
+
+def random_weights():
+    return ga.RandomWeights(torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "aggregator"),
+    [
+        ("FOMAML", ga.GradientAgreement),
+        ("MAML on gradients", ga.GradientAgreement),
+        ("first-order Meta-SGD", ga.GradientAgreement),
+        ("MAML", partial(ga.GradientAgreement, scope=by_layer)),
+        ("MAML", partial(ga.GradientAgreement, similarity="cosine", match_norm="mean")),
+        ("MAML", partial(ga.GradientAgreement, nonfinite="drop", scope="leaf")),
+        ("MAML", random_weights),
+        ("Reptile", random_weights),
+        ("Reptile", partial(ga.Mean, match_norm="agreement")),
+    ],
+    ids=str,
+)
+def test_captured_graph_equals_eager(name, aggregator, without_code_generation):
+    assert_equals_eager(name, aggregator)
+
+
+@pytest.mark.parametrize("name", ["MAML", "Reptile"])
+def test_a_divergent_task_still_raises_or_is_dropped(name, without_code_generation):
+    meta = ALGORITHMS[name].build(loss_fn, 0.1, 1, compile=True)
+    for target in (float("nan"), float("inf")):
+        x, y = CASE.tasks["support"]
+        y = y.clone()
+        y[1] = target
+        tasks = CASE.tasks | {"support": (x, y)}
+        with pytest.raises(ValueError, match=r"found NaN or inf in tasks \[1\]"):
+            meta.step(CASE.params, tasks, ga.GradientAgreement())
+        dropped = meta.step(CASE.params, tasks, ga.GradientAgreement(nonfinite="drop"))
+        others = ALGORITHMS[name].build(loss_fn, 0.1, 1)
+        expected = others.step(CASE.params, CASE.without(1), ga.GradientAgreement())
+        assert_same(dropped.update, expected.update, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("name", ["MAML", "Reptile"])
+def test_more_instances_and_aggregators_than_torch_recompiles_one_function(name, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    aggregators = [ga.Mean(), ga.Sum(), ga.NormShare()]
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for steps in (1, 2, 3):
+            meta = ALGORITHMS[name].build(loss_fn, 0.1, steps, compile=True)
+            eager = ALGORITHMS[name].build(loss_fn, 0.1, steps)
+            for aggregator in aggregators if steps == 1 else aggregators[:1]:
+                result = meta.step(CASE.params, CASE.tasks, aggregator)
+                expected = eager.step(CASE.params, CASE.tasks, aggregator)
+                assert_same(result.update, expected.update, tolerance=1e-12)
