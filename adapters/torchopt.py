@@ -25,7 +25,7 @@ import torchopt  # noqa: E402 - after require, whose error names the install com
 from torchopt import pytree  # noqa: E402
 from torchopt.base import GradientTransformation  # noqa: E402
 
-__all__ = ["AggregateState", "Inner", "aggregate", "first_order", "inner"]
+__all__ = ["AggregateState", "Inner", "aggregate", "inner"]
 
 
 class AggregateState(NamedTuple):
@@ -89,29 +89,6 @@ def aggregate(aggregator: Aggregator, /) -> GradientTransformation:
         return aggregated, AggregateState(state.shapes, result.weights, result.diagnostics)
 
     return GradientTransformation(init, update)
-
-
-def first_order(transformation: GradientTransformation, /) -> GradientTransformation:
-    """The optimizer with its gradients held constant: FOMAML in a loop over a Meta-optimizer.
-
-    ``MetaOptimizer(net, first_order(torchopt.sgd(lr)))`` takes ∂θ_i/∂θ for the identity, which
-    ``MetaSGD`` differentiates through.
-
-    >>> net = torch.nn.Linear(1, 1)
-    >>> optimizer = torchopt.MetaOptimizer(net, first_order(torchopt.adam(lr=0.1)))
-    """
-
-    def update(
-        updates: PyTree, state: Any, *, params: PyTree | None = None, inplace: bool = True
-    ) -> tuple[PyTree, Any]:
-        return transformation.update(
-            pytree.tree_map(torch.Tensor.detach, updates),
-            state,
-            params=None if params is None else pytree.tree_map(torch.Tensor.detach, params),
-            inplace=inplace,
-        )
-
-    return GradientTransformation(transformation.init, update)
 
 
 def inner(transformation: GradientTransformation, steps: int) -> "Inner":

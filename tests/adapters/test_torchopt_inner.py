@@ -1,0 +1,106 @@
+"""TorchOpt's functional optimizers as inner loops, against loops over one task after the other."""
+
+import pytest
+import torch
+
+import gradagree_opt as ga
+
+torchopt = pytest.importorskip("torchopt", reason="torchopt is not installed")
+
+from gradagree_opt.adapters.torchopt import inner  # noqa: E402
+
+from .torchopt_cases import (  # noqa: E402
+    OPTIMIZERS,
+    STEPS,
+    assert_same,
+    batches,
+    loss_of,
+    naive_step,
+    network,
+    paper_weights,
+    parameters_of,
+    task,
+)
+
+TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+each_order = pytest.mark.parametrize("constant", [False, True], ids=["second", "first"])
+each_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=["float32", "float64"])
+
+
+@each_optimizer
+@each_order
+@each_dtype
+def test_maml_on_any_optimizer_equals_the_loop_over_tasks(name, constant, dtype):
+    net, tasks = network(dtype), batches(dtype=dtype)
+    loss_fn, params = loss_of(net), parameters_of(net)
+    maml = ga.MAML(loss_fn, inner(OPTIMIZERS[name](), STEPS), first_order=constant)
+    result = maml.step(params, tasks, ga.GradientAgreement())
+    signals, gradients = naive_step(OPTIMIZERS[name](), loss_fn, params, tasks, constant=constant)
+    expected = paper_weights(signals) @ gradients.double()
+    assert_same(result.update, expected, TOLERANCES[dtype])
+
+
+@each_optimizer
+def test_reptile_on_any_optimizer_equals_the_loop_over_tasks(name):
+    net, tasks = network(), batches()
+    loss_fn, params = loss_of(net), parameters_of(net)
+    reptile = ga.Reptile(loss_fn, inner(OPTIMIZERS[name](), STEPS))
+    signals, _ = naive_step(OPTIMIZERS[name](), loss_fn, params, tasks, constant=True)
+    result = reptile.step(params, tasks, ga.GradientAgreement())
+    assert_same(result.update, paper_weights(signals) @ signals, 1e-12)
+
+
+def test_adapt_takes_the_number_of_steps_it_is_given():
+    net, tasks = network(), batches()
+    maml = ga.MAML(loss_of(net), inner(torchopt.adam(lr=0.02), steps=1))
+    longer = ga.MAML(loss_of(net), inner(torchopt.adam(lr=0.02), steps=4))
+    params, support = parameters_of(net), task(tasks["support"], 0)
+    found = maml.adapt(params, support, steps=4)
+    assert_same(found, longer.adapt(params, support), 0)
+    assert_same(maml.adapt(params, support, steps=0), params, 0)
+
+
+def test_support_of_integers_adapts_as_any_other():
+    net, (x, y) = network(), batches()["support"]
+    labels = (y > y.mean()).long()
+    params, loss_fn = parameters_of(net), loss_of(net)
+    meta = ga.Reptile(loss_fn, inner(torchopt.adam(lr=0.02), STEPS))
+    found = meta.step(params, {"support": (x, labels)}, ga.Mean()).update
+    expected = meta.step(params, {"support": (x, labels.double())}, ga.Mean()).update
+    assert_same(found, expected, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "transformation",
+    [
+        lambda: torchopt.adam(lr=0.02, use_accelerated_op=True),
+        lambda: torchopt.chain(torchopt.clip.clip_grad_norm(1.0), torchopt.sgd(lr=0.1)),
+    ],
+    ids=["accelerated", "clip_grad_norm"],
+)
+def test_transformation_that_cannot_run_under_vmap_is_refused(transformation):
+    net = network()
+    maml = ga.MAML(loss_of(net), inner(transformation(), STEPS))
+    with pytest.raises(ValueError, match="runs under vmap, found one that does not; leave out"):
+        maml.step(parameters_of(net), batches(), ga.Mean())
+
+
+def test_error_of_the_loss_is_not_taken_for_one_of_the_optimizer():
+    def loss_fn(params, batch):
+        raise RuntimeError("the loss has a message of its own")
+
+    maml = ga.MAML(loss_fn, inner(torchopt.sgd(lr=0.1), steps=1))
+    with pytest.raises(RuntimeError, match="a message of its own"):
+        maml.step(torch.ones(4), batches(), ga.Mean())
+
+
+def test_optimizer_that_is_not_functional_is_refused(without_type_checks):
+    with pytest.raises(TypeError, match=r"functional optimizer as torchopt\.adam"):
+        inner(torchopt.FuncOptimizer(torchopt.sgd(lr=0.1)), steps=1)
+
+
+def test_negative_steps_are_refused():
+    with pytest.raises(ValueError, match="steps of 0 or more, found -1"):
+        inner(torchopt.sgd(lr=0.1), steps=-1)

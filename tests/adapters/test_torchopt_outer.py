@@ -1,0 +1,148 @@
+"""TorchOpt's three kinds of optimizers as the outer one, wrapped in TaskOptimizer."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+import gradagree_opt as ga
+
+torchopt = pytest.importorskip("torchopt", reason="torchopt is not installed")
+
+from .torchopt_cases import assert_same, paper_weights  # noqa: E402
+
+OPTIMIZERS = {
+    "Adam": lambda parameters: torchopt.Adam(parameters, lr=0.1),
+    "SGD": lambda parameters: torchopt.SGD(parameters, lr=0.1, momentum=0.9),
+    "RMSProp": lambda parameters: torchopt.RMSProp(parameters, lr=0.1),
+}
+TARGETS = torch.tensor([[1.0, 0.0], [2.0, -1.0], [-1.5, 0.5]], dtype=torch.float64)
+
+
+def task_losses(w):
+    return (w.tanh() - TARGETS).square().sum(1)
+
+
+def start():
+    return torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
+
+
+def gradients(w):
+    return torch.func.jacrev(task_losses)(w.detach())
+
+
+def expected_steps(wrap, *, steps=4):
+    """The optimizer on its own, its gradient made from the paper's formula."""
+    w = start()
+    optimizer = wrap([w])
+    for _ in range(steps):
+        stack = gradients(w)
+        w.grad = paper_weights(stack) @ stack
+        optimizer.step()
+    return w
+
+
+@pytest.mark.parametrize("wrap", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_optimizer_on_task_losses_takes_the_steps_of_the_one_on_their_aggregation(wrap):
+    w = start()
+    optimizer = ga.TaskOptimizer(wrap([w]), ga.GradientAgreement())
+    for _ in range(4):
+        optimizer.zero_grad()
+        stack = gradients(w)
+        result = optimizer.step(task_losses(w))
+    assert_same(w, expected_steps(wrap), 1e-12)
+    assert_same(result.update, paper_weights(stack) @ stack, 1e-12)
+
+
+def test_functional_optimizer_steps_as_the_one_that_holds_its_parameters():
+    expected = expected_steps(OPTIMIZERS["Adam"])
+    w = before = start()
+    optimizer = ga.TaskOptimizer(
+        torchopt.FuncOptimizer(torchopt.adam(lr=0.1)), ga.GradientAgreement()
+    )
+    for _ in range(4):
+        (w,), _ = optimizer.functional_step(task_losses(w), (w,))
+    assert_same(w, expected, 1e-12)
+    assert torch.equal(before, start())
+
+
+class Weight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(start().detach())
+
+
+def test_meta_optimizer_steps_as_the_one_that_holds_its_parameters():
+    expected = expected_steps(OPTIMIZERS["Adam"])
+    net = Weight()
+    optimizer = ga.TaskOptimizer(torchopt.MetaAdam(net, lr=0.1), ga.GradientAgreement())
+    for _ in range(4):
+        optimizer.step(task_losses(net.w))
+    assert_same(net.w, expected, 1e-12)
+
+
+def test_step_of_a_meta_optimizer_is_differentiable_with_the_weights_constant():
+    net = Weight()
+    optimizer = ga.TaskOptimizer(torchopt.MetaSGD(net, lr=0.1), ga.GradientAgreement())
+    w = net.w
+    result = optimizer.step(task_losses(w))
+    (found,) = torch.autograd.grad(net.w.square().sum(), w)
+    moved = lambda v: v - 0.1 * torch.func.grad(lambda u: result.weights @ task_losses(u))(v)  # noqa: E731
+    expected = torch.func.grad(lambda v: moved(v).square().sum())(start().detach())
+    assert_same(found, expected, 1e-12)
+
+
+def test_dropped_task_stays_out_of_the_loss_that_is_stepped_on():
+    def losses(w):
+        return [*task_losses(w), (w[0] - w[0]).sqrt()]  # the last gradient is NaN
+
+    aggregator = ga.GradientAgreement(nonfinite="drop")
+    w = start()
+    optimizer = ga.TaskOptimizer(torchopt.FuncOptimizer(torchopt.sgd(lr=0.1)), aggregator)
+    ((found,), _) = optimizer.functional_step(losses(w), (w,))
+    ((expected,), _) = optimizer.functional_step(task_losses(w), (w,))
+    assert_same(found, expected, 1e-12)
+
+
+def functional():
+    return torchopt.FuncOptimizer(torchopt.sgd(lr=0.1))
+
+
+def test_functional_optimizer_asks_for_its_parameters():
+    optimizer = ga.TaskOptimizer(functional(), ga.Mean())
+    with pytest.raises(TypeError, match=r"call functional_step\(losses, params\)"):
+        optimizer.step(task_losses(start()))
+
+
+def test_optimizer_that_holds_its_parameters_takes_no_others():
+    w = start()
+    optimizer = ga.TaskOptimizer(torchopt.SGD([w], lr=0.1), ga.Mean())
+    with pytest.raises(TypeError, match=r"holds its parameters; call step\(losses\)"):
+        optimizer.functional_step(task_losses(w), (w,))
+
+
+def test_one_loss_cannot_hold_weights_by_parameter():
+    with pytest.raises(ValueError, match="scope 'global' for FuncOptimizer, found 'leaf'"):
+        ga.TaskOptimizer(functional(), ga.GradientAgreement(scope="leaf"))
+
+
+def test_loss_of_other_parameters_is_named_by_its_task():
+    w = start()
+    optimizer = ga.TaskOptimizer(functional(), ga.Mean())
+    with pytest.raises(ValueError, match="found one of task 1 that does not"):
+        optimizer.functional_step([w.sum(), torch.ones(())], (w,))
+    with pytest.raises(ValueError, match=r"a scalar loss, found shape \[2\] for task 0"):
+        optimizer.functional_step([w], (w,))
+
+
+def test_state_of_torchopts_optimizer_is_saved_and_loaded():
+    w = start()
+    optimizer = ga.TaskOptimizer(torchopt.Adam([w], lr=0.1), ga.Mean())
+    optimizer.step(task_losses(w))
+    other = ga.TaskOptimizer(torchopt.Adam([w], lr=0.1), ga.Mean())
+    other.load_state_dict(optimizer.state_dict())
+    assert_same(
+        [leaf.double() for leaf in tree_leaves(other.state_dict())],
+        [leaf.double() for leaf in tree_leaves(optimizer.state_dict())],
+        0,
+    )
