@@ -1,0 +1,112 @@
+import difflib
+import importlib.util
+import inspect
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from gradagree_opt.frameworks import FRAMEWORKS
+
+ROOT = Path(__file__).parents[1]
+LOOPS = ROOT / "docs" / "loops"
+PAIRS = sorted(path.stem.removesuffix("_before") for path in LOOPS.glob("*_before.py"))
+OMNIGLOT = Path(
+    os.environ.get("GRADAGREE_OMNIGLOT", ROOT.parent / "shared" / "data" / "omniglot28.npz")
+)
+ITERATIONS = 40
+
+each_pair = pytest.mark.parametrize("pair", PAIRS)
+
+
+def lines(pair: str, side: str) -> list[str]:
+    return (LOOPS / f"{pair}_{side}.py").read_text(encoding="utf-8").splitlines()
+
+
+def changes(pair: str) -> list[str]:
+    """Lines that the change to Gradient Agreement removes and adds, empty ones apart."""
+    diff = difflib.unified_diff(lines(pair, "before"), lines(pair, "after"), lineterm="", n=0)
+    return [line for line in list(diff)[2:] if line[0] in "+-" and line[1:].strip()]
+
+
+def in_order(some: Iterable[str], of: Iterable[str]) -> bool:
+    rest = iter(of)
+    return all(line in rest for line in some)
+
+
+def is_the_diff(block: str, pair: str) -> bool:
+    """Whether a diff has exactly the pair's changes, and between them lines of both files."""
+    shown = [line for line in block.splitlines() if line[1:].strip()]
+    kept = {sign: [line[1:] for line in shown if line[0] in f" {sign}"] for sign in "+-"}
+    return (
+        [line for line in shown if line[0] != " "] == changes(pair)
+        and in_order(kept["-"], lines(pair, "before"))
+        and in_order(kept["+"], lines(pair, "after"))
+    )
+
+
+def loaded(name: str) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(f"loops_{name}", LOOPS / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_every_loop_has_a_before_and_an_after() -> None:
+    names = {path.stem for path in LOOPS.glob("*.py")}
+    assert names == {f"{pair}_{side}" for pair in PAIRS for side in ("before", "after")}
+
+
+def test_every_adapter_has_a_pair() -> None:
+    adapters = {path.stem for path in (ROOT / "adapters").glob("*.py")} - {"__init__"}
+    assert adapters <= {pair.split("_")[0] for pair in PAIRS}
+
+
+@each_pair
+def test_three_lines_bring_gradient_agreement_in(pair: str) -> None:
+    signs = [line[0] for line in changes(pair)]
+    assert 0 < max(signs.count("+"), signs.count("-")) <= 3, "\n".join(changes(pair))
+
+
+@each_pair
+def test_the_page_of_the_adapter_shows_the_diff(pair: str) -> None:
+    page = ROOT / "docs" / "adapters" / f"{pair.split('_')[0]}.md"
+    blocks = re.findall(r"```diff\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert any(is_the_diff(block, pair) for block in blocks), "\n".join(changes(pair))
+
+
+@pytest.mark.filterwarnings("ignore")  # what a framework warns of is tested with its adapter
+@pytest.mark.parametrize("side", ["before", "after"])
+@each_pair
+def test_the_loop_learns(pair: str, side: str) -> None:
+    framework = FRAMEWORKS.get(pair.split("_")[0])
+    if framework is not None and framework.installed_version() is None:
+        pytest.skip(f"{framework.distribution} is not installed")
+    main = loaded(f"{pair}_{side}").main
+    if "data" not in inspect.signature(main).parameters:
+        losses = main(ITERATIONS)
+    elif OMNIGLOT.exists():
+        losses = main(ITERATIONS, data=str(OMNIGLOT))
+    else:
+        pytest.skip(f"no Omniglot at {OMNIGLOT}; name its place in GRADAGREE_OMNIGLOT")
+    quarter = ITERATIONS // 4
+    assert len(losses) == ITERATIONS
+    assert sum(losses[-quarter:]) < sum(losses[:quarter])
+
+
+def test_importing_the_library_imports_no_framework() -> None:
+    program = (
+        "import sys, torch; torchs_own = set(sys.modules); import gradagree_opt;"
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - torchs_own})"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    imported = set(run.stdout.split())
+    assert "gradagree_opt" in imported
+    assert not imported & {framework.module for framework in FRAMEWORKS.values()}
