@@ -1,0 +1,38 @@
+"""Run-time checks of every shape in gradagree_opt's signatures, and settings all tests share."""
+
+import os
+import sys
+from collections.abc import Iterator
+
+import hypothesis
+import jaxtyping
+import pytest
+import torch
+
+hypothesis.settings.register_profile("gradagree", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("gradagree")
+
+pytest.register_assert_rewrite("gradagree_testing")
+torch.set_num_threads(1)
+
+
+def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Switches the checks on: the one hook that runs before other conftest.py are imported."""
+    command_line = pluginmanager.get_plugin("pytestconfig").known_args_namespace
+    if command_line.markexpr == "compiled":
+        return  # torch.compile cannot trace through the checks
+    if "gradagree_opt" in sys.modules:
+        raise pytest.UsageError(
+            "expected tests/conftest.py to switch on the shape checks of gradagree_opt before it "
+            "is imported, found it imported; give no plugin that imports it"
+        )
+    sys.modules["gradagree_opt.annotations"] = jaxtyping
+    jaxtyping.install_import_hook("gradagree_opt", "beartype.beartype")
+
+
+@pytest.fixture
+def without_type_checks() -> Iterator[None]:
+    """Lets wrong types through to our own messages: users run without the checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,32 @@
+"""Counts what is read from a device on the host."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+
+READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select"}
+
+
+class _HostReads(TorchDispatchMode):
+    """Notes every operation whose result the host has to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        if name in READS:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def host_reads() -> Iterator[list[str]]:
+    """Names of the operations since the test began that read a tensor on the host."""
+    with _HostReads() as mode:
+        yield mode.names

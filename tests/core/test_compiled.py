@@ -1,0 +1,55 @@
+"""torch.compile of whole aggregations, without a break in their graphs."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+import gradagree_opt as ga
+from gradagree_testing.configurations import CONFIGURATIONS, Configuration
+
+pytestmark = pytest.mark.compiled
+
+SOME = ("paper", "cosine-False-clip-softmax", "mean-matched")
+
+
+def stack(n: int = 5, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "w": torch.randn(n, 4, 3, generator=generator),
+        "b": torch.randn(n, generator=generator),
+    }
+
+
+@pytest.mark.parametrize("configuration", [c for c in CONFIGURATIONS if c.name in SOME], ids=str)
+def test_one_graph_gives_what_eager_execution_gives(configuration: Configuration):
+    aggregator = configuration.make(nonfinite="propagate")
+    compiled = torch.compile(aggregator.aggregate, fullgraph=True)
+    for seed in range(2):
+        expected = aggregator.aggregate(stack(seed=seed))
+        assert_close(tuple(compiled(stack(seed=seed))), tuple(expected), equal_nan=True)
+
+
+def test_groups_and_a_signal_are_compiled_too():
+    aggregator = ga.GradientAgreement(scope="leaf", nonfinite="propagate")
+    compiled = torch.compile(aggregator.aggregate, fullgraph=True)
+    directions, signal = stack(), stack(seed=1)
+    expected = aggregator.aggregate(directions, signal)
+    assert_close(tuple(compiled(directions, signal)), tuple(expected), equal_nan=True)
+
+
+def test_dropping_tasks_is_compiled_too():
+    aggregator = ga.GradientAgreement(nonfinite="drop")
+    compiled = torch.compile(aggregator.aggregate, fullgraph=True)
+    grads = stack()
+    grads["b"][2] = torch.inf
+    expected = aggregator.aggregate(grads)
+    assert_close(tuple(compiled(grads)), tuple(expected), equal_nan=True)
+
+
+def test_compiled_code_propagates_tasks_that_are_not_finite():
+    aggregator = ga.GradientAgreement(nonfinite="propagate")
+    grads = stack()
+    grads["b"][2] = torch.nan
+    update = torch.compile(aggregator.aggregate, fullgraph=True)(grads).update
+    assert update["w"].isnan().all()

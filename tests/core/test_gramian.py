@@ -1,0 +1,78 @@
+"""Statistics of signals that are known by their inner products alone."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from gradagree_opt.statistics import from_gramian, measure, measure_groups
+from gradagree_testing import reference
+from gradagree_testing.configurations import AGREEMENTS, Configuration
+from gradagree_testing.reference import exact
+
+SCALES = [
+    (torch.float32, 1e-15),
+    (torch.float32, 1.0),
+    (torch.float32, 1e15),
+    (torch.float64, 1e100),
+]
+
+
+def signals(dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    matrix = torch.randn(6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix[2] = 0
+    return (matrix * scale).to(dtype)
+
+
+def active(n: int = 6) -> Tensor:
+    return torch.ones(n, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [*SCALES, (torch.float32, 1e30), (torch.bfloat16, 1)])
+def test_the_measured_gramian_is_that_of_the_rows_in_units_of_their_scale(
+    dtype: torch.dtype, scale: float
+):
+    matrix = signals(dtype, scale)
+    statistics = measure([matrix[:, :4], matrix[:, 4:]], active(), gramian=True)
+    largest = matrix.double().abs().max()
+    assert_close(statistics.scale.double(), largest, rtol=1e-6, atol=0)
+    rows = matrix.double() / largest
+    wide = torch.promote_types(dtype, torch.float32)
+    assert_close(statistics.gramian, (rows @ rows.T).to(wide))
+    assert measure([matrix], active()).gramian is None
+
+
+def test_every_group_has_a_gramian():
+    matrix = signals(torch.float64)
+    groups = [[matrix[:, :4]], [matrix[:, 4:], matrix[:, :1]]]
+    statistics = measure_groups(groups, active(), gramian=True)
+    for index, leaves in enumerate(groups):
+        alone = measure(leaves, active(), gramian=True)
+        assert_close(statistics.gramian[index], alone.gramian)
+    assert measure_groups(groups, active()).gramian is None
+
+
+@pytest.mark.parametrize("configuration", AGREEMENTS, ids=str)
+@pytest.mark.parametrize(("dtype", "scale"), SCALES)
+def test_weights_from_a_gramian_are_those_from_its_signals(
+    configuration: Configuration, dtype: torch.dtype, scale: float
+):
+    matrix = signals(dtype, scale)
+    gram = matrix @ matrix.T
+    decision = configuration.make().weighting(from_gramian(gram))
+    expected = configuration.weights(reference.gram(exact(matrix))).astype(float)
+    assert_close(decision.weights, torch.tensor(expected).to(dtype), rtol=1e-4, atol=1e-5)
+    own = configuration.make().aggregate(matrix)
+    assert_close(decision.scores, own.scores, rtol=1e-4, atol=float(gram.max()) * 1e-5)
+
+
+def test_a_gramian_says_which_signals_are_not_finite():
+    gram = signals(torch.float32) @ signals(torch.float32).T
+    gram[1] = gram[:, 1] = torch.nan
+    assert from_gramian(gram).finite.tolist() == [True, False, True, True, True, True]
+
+
+def test_a_gramian_of_zeros_has_scale_one():
+    statistics = from_gramian(torch.zeros(3, 3))
+    assert statistics.scale == 1
+    assert statistics.row_sums.tolist() == statistics.cosine_row_sums.tolist() == [0.0, 0.0, 0.0]

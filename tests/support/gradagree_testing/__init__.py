@@ -1,0 +1,1 @@
+"""Helpers of the tests: references written from the paper, matrix samplers, configurations."""
