@@ -1,17 +1,17 @@
 """TaskBatch: measure and apply inside the user's own loop over the tasks of a meta-batch."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, cast
+from collections.abc import Mapping
+from itertools import chain
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from gradagree_opt.adapted import Parameters, displacement, match, named
 from gradagree_opt.aggregation import Aggregation, Aggregator
+from gradagree_opt.graphs import dependencies, gradients
 from gradagree_opt.stacks import PyTree
 from gradagree_opt.weightings import check_choice
-
-Parameters = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
-"""A module, or its parameters by name or in order."""
 
 
 class TaskBatch:
@@ -22,6 +22,11 @@ class TaskBatch:
     - ``add(loss, adapted=learner)``, the MAML form: signal θ − θ_i, direction ∇L_i(θ_i).
     - ``add(adapted=learner)``, the Reptile form: signal and direction θ − θ_i.
     - ``add(loss)``, multi-task learning: signal and direction ∇L_i(θ).
+
+    What an adapted learner shares with the module, or lacks, has not adapted: its displacement is
+    zero, and its gradient is weighted like that of the rest (GBML's transforms, MetaSGD's rates,
+    the body of ANIL). A learner of detached tensors has its gradient taken where it stands, which
+    is first-order MAML (higher's ``track_higher_grads=False``).
 
     Args:
         parameters: module, named tensors or tensors whose ``.grad`` is to be filled; those that do
@@ -54,7 +59,7 @@ class TaskBatch:
         memory: Literal["graph", "stream"] = "graph",
     ) -> None:
         check_choice("memory", memory, ("graph", "stream"))
-        self._all = _named(parameters)
+        self._all = named(parameters)
         self._trained = {name: p for name, p in self._all.items() if p.requires_grad}
         if not self._trained:
             raise ValueError(
@@ -64,7 +69,9 @@ class TaskBatch:
         self.aggregator = aggregator
         self.memory = memory
         self._losses: list[Tensor] = []
+        self._copies: list[dict[str, Tensor]] = []
         self._directions: list[dict[str, Tensor]] = []
+        self._unused = set(self._trained)
         self._displacements: list[dict[str, Tensor]] = []
 
     def __len__(self) -> int:
@@ -79,8 +86,10 @@ class TaskBatch:
             adapted: the task's adapted parameters θ_i: a module, or tensors by name or in order.
 
         Raises:
-            ValueError: the loss is not a scalar or does not depend on the parameters; ``adapted``
-                does not match the parameters; or the form differs from that of earlier tasks.
+            TypeError: ``adapted`` is neither a module nor tensors.
+            ValueError: the loss is not a scalar, or does not depend on the parameters or on those
+                adapted from them; ``adapted`` is no learner of the same model; or the form differs
+                from that of earlier tasks.
         """
         if loss is None and adapted is None:
             raise ValueError("expected a loss, adapted parameters or both, found neither")
@@ -90,45 +99,69 @@ class TaskBatch:
                 f"expected every task of a batch in one form, found add{_call(form)} after "
                 f"add{_call(self._form)}; call backward() first"
             )
+        after = match(self._all, adapted) if adapted is not None else {}
         if loss is not None:
             _check_loss(loss)
-        displacement = self._displacement(adapted) if adapted is not None else None
-        if loss is not None and self.memory == "stream":
-            self._directions.append(self._gradient(loss, retain_graph=False))
-        elif loss is not None:
-            self._losses.append(loss)
-        if displacement is not None:
-            self._displacements.append(displacement)
+            self._add_loss(loss, after)
+        if adapted is not None:
+            self._displacements.append(displacement(self._trained, after))
 
     def backward(self) -> Aggregation:
         """Adds Σ_i w_i · direction_i to ``.grad`` of every parameter; ready for the next batch.
+
+        As with ``loss.backward()``, a parameter that no loss depends on keeps the ``.grad`` it has.
 
         Returns:
             The aggregation; its update is a dict from parameter name (or position) to gradient.
 
         Raises:
-            ValueError: no task was added, a loss does not depend on the parameters, or the
-                aggregator refuses the tasks. No ``.grad`` is touched then.
+            ValueError: no task was added, the graph of a loss is stale, or the aggregator refuses
+                the tasks. No ``.grad`` is touched then, and the tasks are forgotten.
         """
         if not len(self):
             raise ValueError("expected at least one task, found an empty batch; call add() first")
-        result = self._aggregate()
-        self.aggregator.verify(result)
-        for name, parameter in self._trained.items():
-            update = result.update[name]
-            parameter.grad = update if parameter.grad is None else parameter.grad + update
-        self.clear()
+        try:
+            result = self._aggregate()
+            self.aggregator.verify(result)
+            unused = self._unused if self._form[0] else set()
+        finally:
+            self.clear()
+        add_to_grad({n: p for n, p in self._trained.items() if n not in unused}, result.update)
         return result
 
     def clear(self) -> None:
         """Forgets the tasks added so far, and their graphs."""
         self._losses.clear()
+        self._copies.clear()
         self._directions.clear()
+        self._unused = set(self._trained)
         self._displacements.clear()
 
     @property
     def _form(self) -> tuple[bool, bool]:
         return bool(self._losses or self._directions), bool(self._displacements)
+
+    def _add_loss(self, loss: Tensor, after: Mapping[str, Tensor]) -> None:
+        own = {n: t for n, t in after.items() if n in self._trained and t is not self._all[n]}
+        own = {n: t for n, t in own.items() if t.requires_grad}
+        # A module's own parameters are no copies: they may as well be those of another model.
+        copies = {n: t for n, t in own.items() if t.is_leaf and not isinstance(t, nn.Parameter)}
+        if own and not _depends(loss, own):
+            raise ValueError(
+                "expected a loss of the adapted parameters, found one that depends on none of "
+                "them; add every loss with its own learner, computed after its last inner step"
+            )
+        if not _depends(loss, self._trained | copies):
+            raise ValueError(
+                "expected a loss that depends on the parameters, found one that depends on none of "
+                "them; adapt from those that TaskBatch was given: by clone() in learn2learn, with "
+                "copy_initial_weights=False in higher"
+            )
+        if self.memory == "stream":
+            self._directions.append(self._gradient(loss, [copies], retain_graph=False))
+        else:
+            self._losses.append(loss)
+            self._copies.append(copies)
 
     def _aggregate(self) -> Aggregation:
         signal = _stack(self._displacements) if self._displacements else None
@@ -137,7 +170,8 @@ class TaskBatch:
         if one_backward and self.aggregator.nonfinite != "drop":
             return self._from_one_backward(signal)
         directions = self._directions or [
-            self._gradient(loss, retain_graph=True) for loss in self._losses
+            self._gradient(loss, [copies], retain_graph=loss is not self._losses[-1])
+            for loss, copies in zip(self._losses, self._copies, strict=True)
         ]
         if not directions:
             return self.aggregator.aggregate_unchecked(signal)
@@ -145,66 +179,41 @@ class TaskBatch:
 
     def _from_one_backward(self, signal: PyTree) -> Aggregation:
         losses = torch.stack(self._losses)
+        # What backward() frees is freed here too, unless there is another pass to come.
+        again = self.aggregator.scope != "global" or self.aggregator.match_norm is not None
+
+        def gradient(weights: Tensor) -> dict[str, Tensor]:
+            total = (losses * weights.to(losses)).sum()  # autocast would round a matrix product
+            return self._gradient(total, self._copies, retain_graph=again)
 
         def weighted(weights: Tensor, groups: list[int] | None) -> PyTree:
             if groups is None:
-                return self._gradient(losses @ weights.to(losses), retain_graph=True)
-            each = [self._gradient(losses @ row.to(losses), retain_graph=True) for row in weights]
-            names = enumerate(self._trained)
-            return {name: each[groups[index]][name] for index, name in names}
+                return gradient(weights)
+            each = [gradient(row) for row in weights]
+            return {name: each[groups[at]][name] for at, name in enumerate(self._trained)}
 
         measured = self.aggregator.measure(signal, nonfinite=~torch.isfinite(losses.detach()))
         return self.aggregator.apply(measured, weighted, signal_is_direction=False)
 
-    def _gradient(self, loss: Tensor, *, retain_graph: bool) -> dict[str, Tensor]:
-        parameters = list(self._trained.values())
-        grads: Sequence[Tensor | None] = torch.autograd.grad(
-            loss, parameters, retain_graph=retain_graph, allow_unused=True
-        )
-        if all(grad is None for grad in grads):
-            raise ValueError(
-                "expected a loss that depends on the parameters, found none that does; "
-                "adapt from the parameters that TaskBatch was given"
-            )
-        return {
-            name: torch.zeros_like(parameter) if grad is None else grad.detach()
-            for (name, parameter), grad in zip(self._trained.items(), grads, strict=True)
-        }
-
-    def _displacement(self, adapted: Parameters) -> dict[str, Tensor]:
-        after = _named(adapted)
-        if len(after) != len(self._all):
-            raise ValueError(
-                f"expected adapted parameters for the {len(self._all)} of the batch, found "
-                f"{len(after)}; pass the learner adapted from the same model"
-            )
-        displacement = {}
-        for (name, before), moved in zip(self._all.items(), after.values(), strict=True):
-            if before.shape != moved.shape:
-                raise ValueError(
-                    f"expected adapted parameters of the same shapes, found {list(moved.shape)} "
-                    f"for {name!r} of shape {list(before.shape)}; pass the learner adapted from "
-                    "the same model, its parameters in the same order"
-                )
-            if name in self._trained:
-                displacement[name] = (before - moved).detach()
-        return displacement
+    def _gradient(
+        self, loss: Tensor, copies: list[dict[str, Tensor]], *, retain_graph: bool
+    ) -> dict[str, Tensor]:
+        """Gradient by parameter, that of a detached copy counted for its parameter (FOMAML)."""
+        places = list(chain(self._trained.items(), *(copy.items() for copy in copies)))
+        found = gradients(loss, [tensor for _, tensor in places], retain_graph=retain_graph)
+        total = {name: torch.zeros_like(parameter) for name, parameter in self._trained.items()}
+        for (name, _), grad in zip(places, found, strict=True):
+            if grad is not None:
+                total[name] = total[name] + grad
+                self._unused.discard(name)
+        return total
 
 
-def _named(parameters: Parameters) -> dict[str, Tensor]:
-    """Parameters by name, or by position where they have none."""
-    if isinstance(parameters, nn.Module):
-        return dict(parameters.named_parameters())
-    if isinstance(parameters, Mapping):
-        return dict(parameters)
-    tensors = list(parameters)
-    for index, tensor in enumerate(cast(list[object], tensors)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"expected a module or tensors, found {type(tensor).__name__} at position {index}; "
-                "pass model or model.parameters()"
-            )
-    return {str(index): tensor for index, tensor in enumerate(tensors)}
+def add_to_grad(parameters: Mapping[str, Tensor], update: Mapping[str, Tensor], /) -> None:
+    """Adds an update to ``.grad`` as ``backward`` would, in tensors of its own."""
+    for name, parameter in parameters.items():
+        grad = parameter.grad
+        parameter.grad = update[name].clone() if grad is None else grad + update[name]
 
 
 def _stack(tasks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -220,6 +229,10 @@ def _check_loss(loss: object) -> None:
             "expected a loss with a graph, found one that requires no gradient; "
             "compute it outside torch.no_grad() from the adapted parameters"
         )
+
+
+def _depends(loss: Tensor, tensors: Mapping[str, Tensor]) -> bool:
+    return next(dependencies(loss, list(tensors.values())), None) is not None
 
 
 def _call(form: tuple[bool, bool]) -> str:

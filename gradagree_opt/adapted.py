@@ -1,0 +1,101 @@
+"""Adapted parameters θ_i: which of them is which parameter θ, and how far it has moved."""
+
+from collections.abc import Iterable, Mapping
+from itertools import takewhile
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+Parameters = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
+"""A module, or its parameters by name or in order."""
+
+
+def named(parameters: Parameters, /) -> dict[str, Tensor]:
+    """Parameters by name, or by position where they have none.
+
+    Raises:
+        TypeError: they are neither a module nor tensors.
+    """
+    if isinstance(parameters, nn.Module):
+        return dict(parameters.named_parameters())
+    if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
+        raise TypeError(
+            f"expected a module or tensors, found {type(cast(object, parameters)).__name__}; "
+            "pass model or model.parameters()"
+        )
+    if not isinstance(parameters, Mapping):
+        parameters = {str(position): tensor for position, tensor in enumerate(parameters)}
+    for name, tensor in cast(Mapping[str, Any], parameters).items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"expected a module or tensors, found {type(tensor).__name__} at {name!r}; "
+                "pass model or model.parameters()"
+            )
+    return dict(parameters)
+
+
+def match(parameters: Mapping[str, Tensor], adapted: Parameters, /) -> dict[str, Tensor]:
+    """Adapted parameters under the names of the parameters that they were adapted from.
+
+    Where all their names are known they go by name, and a parameter without one has not adapted:
+    learn2learn's MetaSGD clones hold no inner rates. Otherwise they go in order, and names may
+    differ by a prefix, as those of a wrapped module do.
+
+    Args:
+        parameters: by name or position, as :func:`named` gives them.
+        adapted: a module, or tensors by name or in order.
+
+    Raises:
+        TypeError: ``adapted`` is neither a module nor tensors.
+        ValueError: these are no adapted parameters of the same model.
+    """
+    after = named(adapted)
+    by_name = isinstance(adapted, nn.Module | Mapping) and "0" not in parameters
+    if not (by_name and after and after.keys() <= parameters.keys()):
+        if len(after) != len(parameters):
+            raise ValueError(
+                f"expected adapted parameters for the {len(parameters)} of the batch, found "
+                f"{len(after)}; give TaskBatch the module itself and add its learner, or list the "
+                "parameters of both in the same order"
+            )
+        if by_name and _inner_names(parameters) != _inner_names(after):
+            raise ValueError(
+                f"expected the learner of the same model, found parameters {[*after][:3]} where "
+                f"the batch has {[*parameters][:3]}; add the learner adapted from that model"
+            )
+        after = dict(zip(parameters, after.values(), strict=True))
+    for name, tensor in after.items():
+        if tensor.shape != parameters[name].shape:
+            raise ValueError(
+                f"expected adapted parameters of the same shapes, found {list(tensor.shape)} for "
+                f"{name!r} of shape {list(parameters[name].shape)}; add the learner adapted from "
+                "the same model, its parameters in the same order"
+            )
+    if all(tensor is parameters[name] for name, tensor in after.items()):
+        raise ValueError(
+            "expected adapted parameters, found the parameters of the batch themselves; add the "
+            "learner, before its original parameters are recovered"
+        )
+    return after
+
+
+def displacement(
+    parameters: Mapping[str, Tensor], adapted: Mapping[str, Tensor], /
+) -> dict[str, Tensor]:
+    """θ − θ_i as a constant, for every parameter; zero for those that have not adapted.
+
+    >>> displacement({"w": torch.tensor(3.0), "lr": torch.tensor(0.1)}, {"w": torch.tensor(1.0)})
+    {'w': tensor(2.), 'lr': tensor(0.)}
+    """
+    return {
+        name: (before - adapted[name]).detach() if name in adapted else torch.zeros_like(before)
+        for name, before in parameters.items()
+    }
+
+
+def _inner_names(names: Iterable[str]) -> list[list[str]]:
+    """The names without the modules that all of them lie in."""
+    paths = [name.split(".") for name in names]
+    depth = len(list(takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))))
+    return [path[depth:] for path in paths]

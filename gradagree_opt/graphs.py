@@ -1,0 +1,66 @@
+"""Autograd graphs: what a loss was computed from, and its gradients in one sentence or none."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+
+
+def dependencies(loss: Tensor, tensors: Sequence[Tensor], /) -> Iterator[int]:
+    """Positions of those tensors that a loss was computed from, each as soon as it is found.
+
+    The walk through the graph does not go on behind a tensor that it has found.
+
+    Args:
+        loss: any tensor.
+        tensors: those in question; a tensor that requires no gradient is never found.
+
+    >>> a, b = torch.ones(2, requires_grad=True)
+    >>> list(dependencies(a.exp(), [a, b]))
+    [0]
+    """
+    if not loss.requires_grad:
+        return
+    wanted = {_edge(tensor): at for at, tensor in enumerate(tensors) if tensor.requires_grad}
+    pending: list[tuple[Node | None, int]] = [_edge(loss)]
+    visited = set()
+    while pending:
+        edge = pending.pop()
+        node = edge[0]
+        if edge in wanted:
+            yield wanted.pop(edge)
+        elif node is not None and node not in visited:
+            visited.add(node)
+            pending += node.next_functions
+
+
+def gradients(
+    loss: Tensor, tensors: Sequence[Tensor], /, *, retain_graph: bool
+) -> Sequence[Tensor | None]:
+    """Gradients of a loss, None for a tensor that it does not depend on.
+
+    Raises:
+        ValueError: the graph of the loss is stale: a backward pass has freed it, or an optimizer
+            step has changed the tensors it holds.
+    """
+    try:
+        return torch.autograd.grad(loss, tensors, retain_graph=retain_graph, allow_unused=True)
+    except RuntimeError as error:
+        if "second time" in str(error):
+            raise ValueError(
+                "expected a loss whose graph is alive, found one that a backward pass has freed; "
+                "add every loss once, without backward() of its own, and take memory='graph' "
+                "where the losses of several tasks share a part of their graphs"
+            ) from error
+        if "modified by an inplace operation" in str(error):
+            raise ValueError(
+                "expected a loss of the parameters as they are, found one whose graph holds "
+                "tensors changed since; compute and add the losses after the optimizer's last step"
+            ) from error
+        raise
+
+
+def _edge(tensor: Tensor) -> tuple[Node | None, int]:
+    edge = get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
