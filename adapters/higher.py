@@ -1,0 +1,87 @@
+"""higher: its inner loop over the tasks of a meta-batch, with any optimizer it differentiates.
+
+A loop over ``innerloop_ctx`` needs nothing from here: :class:`gradagree_opt.TaskBatch` takes the
+functional modules.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from gradagree_opt.aggregation import Aggregator
+from gradagree_opt.collect import TaskBatch
+from gradagree_opt.frameworks import require
+from gradagree_opt.meta.steps import MetaStep, check_tasks
+from gradagree_opt.meta.steps import meta_step as with_losses
+from gradagree_opt.stacks import PyTree
+
+require("higher")
+
+import higher  # noqa: E402 - after require, whose error names the install command
+
+__all__ = ["meta_step"]
+
+LearnerLoss = Callable[[Any, PyTree], Tensor]
+"""``loss_fn(learner, batch) -> scalar`` of one task."""
+
+
+def meta_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_fn: LearnerLoss,
+    tasks: PyTree,
+    aggregator: Aggregator,
+    /,
+    *,
+    steps: int = 1,
+    first_order: bool = False,
+    memory: Literal["graph", "stream"] = "graph",
+) -> MetaStep:
+    """``innerloop_ctx`` for one task after the other, their aggregation added to ``.grad``.
+
+    Args:
+        model: the module to train; the learners have copies of its buffers.
+        optimizer: inner optimizer over its parameters, each task starting from its state.
+        loss_fn: ``loss_fn(learner, batch) -> scalar`` of one task.
+        tasks: ``{"support": batch, "query": batch}`` with leaves ``[n, *shape]``.
+        aggregator: what weights the tasks; the signal is the displacement.
+        steps: inner steps, each on the whole support set.
+        first_order: ``track_higher_grads=False``, and the gradient taken where a learner stands.
+        memory: as in :class:`gradagree_opt.TaskBatch`.
+
+    Returns:
+        The update by name of the parameter, the losses after adaptation and the weights.
+
+    Raises:
+        ValueError: the tasks are not task-stacked, the loss is not a scalar, or the aggregator
+            refuses the tasks. Nothing is changed then.
+
+    Source: Eshratifar et al. 2018, algorithm 1, the MAML form.
+
+    >>> import gradagree_opt as ga
+    >>> net = nn.Linear(1, 1)
+    >>> x = torch.rand(4, 10, 1)
+    >>> tasks = {"support": (x[:, ::2], x[:, ::2]), "query": (x[:, 1::2], x[:, 1::2])}
+    >>> def loss_fn(learner, batch):
+    ...     return ((learner(batch[0]) - batch[1]) ** 2).mean()
+    >>> adam = torch.optim.Adam(net.parameters(), lr=0.1)
+    >>> result = meta_step(net, adam, loss_fn, tasks, ga.GradientAgreement(), steps=2)
+    >>> net.weight.grad.shape, result.losses.shape
+    (torch.Size([1, 1]), torch.Size([4]))
+    """
+    n = check_tasks(dict(model.named_parameters()), tasks, "support", "query")
+    batch, losses = TaskBatch(model, aggregator, memory=memory), []
+    for i in range(n):
+        task = tree_map(lambda leaf, i=i: leaf[i], tasks)
+        with higher.innerloop_ctx(
+            model, optimizer, copy_initial_weights=False, track_higher_grads=not first_order
+        ) as (learner, inner):
+            for _ in range(steps):
+                inner.step(loss_fn(learner, task["support"]))
+            loss = loss_fn(learner, task["query"])
+        batch.add(loss, adapted=learner)
+        losses.append(loss.detach())
+    return with_losses(batch.backward(), torch.stack(losses))

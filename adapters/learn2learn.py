@@ -1,0 +1,305 @@
+"""learn2learn: its algorithms over all tasks at once, its tasksets as a task distribution.
+
+A loop over ``clone()`` and ``adapt()`` needs nothing from here: :class:`gradagree_opt.TaskBatch`
+takes the learners.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from gradagree_opt.adapted import displacement, match
+from gradagree_opt.aggregation import Aggregator
+from gradagree_opt.batchnorm import RunningStatistics
+from gradagree_opt.collect import add_to_grad
+from gradagree_opt.engines.stacked import scalar_loss
+from gradagree_opt.frameworks import require
+from gradagree_opt.functional import call_with
+from gradagree_opt.graphs import dependencies
+from gradagree_opt.meta.steps import MetaStep, check_tasks
+from gradagree_opt.meta.steps import meta_step as with_losses
+from gradagree_opt.stacks import PyTree
+from gradagree_opt.tasks.protocol import Batch, Split, check_sample_arguments
+
+require("learn2learn")
+
+from learn2learn.algorithms import GBML, MAML, MetaSGD  # noqa: E402 - after require, which names
+from learn2learn.data import Taskset  # noqa: E402             the install command in its error
+
+__all__ = ["Tasksets", "meta_step"]
+
+LearnerLoss = Callable[[Any, PyTree], Tensor]
+"""``loss_fn(learner, batch) -> scalar`` of one task."""
+
+
+def meta_step(
+    algorithm: nn.Module,
+    loss_fn: LearnerLoss,
+    tasks: PyTree,
+    aggregator: Aggregator,
+    /,
+    *,
+    steps: int = 1,
+    chunk_size: int | None = None,
+) -> MetaStep:
+    """``clone()`` and ``adapt()`` of all tasks at once, their aggregation added to ``.grad``.
+
+    The algorithm's own code runs under vmap, so its options (``first_order``, ``allow_unused``,
+    transforms, …) mean what they mean in a loop, and every learner is in the training mode and
+    draws the dropout masks that it would there. BatchNorm's running statistics, which learn2learn's
+    learners share, end as if one task had come after the other.
+
+    Args:
+        algorithm: MAML, MetaSGD, GBML, or any module with ``clone()`` and ``adapt(loss)``.
+        loss_fn: ``loss_fn(learner, batch) -> scalar`` of one task, without branches that depend on
+            the values of tensors.
+        tasks: ``{"support": batch, "query": batch}`` with leaves ``[n, *shape]``.
+        aggregator: what weights the tasks; the signal is the displacement.
+        steps: calls of ``adapt``, each on the whole support set.
+        chunk_size: tasks at a time, which bounds the memory; None for all.
+
+    Returns:
+        The update by name of the parameter, the losses after adaptation and the weights.
+
+    Raises:
+        TypeError: the algorithm has no ``clone()`` and ``adapt()``.
+        ValueError: the tasks are not task-stacked; a parameter is frozen or unused and the
+            algorithm does not allow it; a module is recurrent; the loss has parameters that the
+            algorithm has not; or the aggregator refuses the tasks. Nothing is changed then.
+
+    Source: Eshratifar et al. 2018, algorithm 1, the MAML form.
+
+    >>> import gradagree_opt as ga
+    >>> maml = MAML(nn.Linear(1, 1), lr=0.1)
+    >>> x = torch.rand(4, 10, 1)
+    >>> tasks = {"support": (x[:, ::2], x[:, ::2]), "query": (x[:, 1::2], x[:, 1::2])}
+    >>> def loss_fn(learner, batch):
+    ...     return ((learner(batch[0]) - batch[1]) ** 2).mean()
+    >>> result = meta_step(maml, loss_fn, tasks, ga.GradientAgreement())
+    >>> maml.module.weight.grad.shape, result.losses.shape
+    (torch.Size([1, 1]), torch.Size([4]))
+    """
+    _check_algorithm(algorithm, steps)
+    trained = {name: p for name, p in algorithm.named_parameters() if p.requires_grad}
+    n = check_tasks(trained, tasks, "support", "query")
+    statistics = RunningStatistics(algorithm)
+    run = _Task(algorithm, scalar_loss(loss_fn), steps)
+
+    def one_task(params: PyTree, buffers: PyTree, task: PyTree) -> tuple[Tensor, PyTree]:
+        swapped = {f"algorithm.{name}": t for name, t in (params | buffers).items()}
+        loss, displacement = call_with(run, swapped, task)
+        return loss, (displacement, loss, buffers)
+
+    gradient = torch.func.vmap(
+        torch.func.grad(one_task, has_aux=True),
+        (None, 0, 0),
+        randomness="different",
+        chunk_size=chunk_size,
+    )
+    params = tree_map(torch.Tensor.detach, trained)
+    directions, (signal, losses, buffers) = gradient(params, statistics.for_tasks(n), tasks)
+    if losses.requires_grad:
+        raise ValueError(
+            "expected a loss whose trained parameters are all the algorithm's, found one with "
+            "others, which would get no gradient; make them part of a module with clone() and "
+            "adapt(), or freeze them with requires_grad_(False)"
+        )
+    aggregation = aggregator.aggregate(directions, signal)
+    statistics.follow(buffers)
+    add_to_grad(trained, aggregation.update)
+    return with_losses(aggregation, losses)
+
+
+class _Task(nn.Module):
+    """Adaptation to one task, as a module so that its parameters can be swapped."""
+
+    def __init__(self, algorithm: Any, loss_fn: LearnerLoss, steps: int) -> None:
+        super().__init__()
+        self.algorithm = algorithm
+        self.loss_fn = loss_fn
+        self.steps = steps
+
+    def forward(self, task: PyTree) -> tuple[Tensor, dict[str, Tensor]]:
+        """Query loss after adaptation, and the displacement."""
+        before = dict(self.algorithm.named_parameters())
+        learner = self.algorithm.clone()
+        for _ in range(self.steps):
+            loss = self.loss_fn(learner, task["support"])
+            _check_adaptable(learner, loss)
+            learner.adapt(loss)
+        trained = {name: p for name, p in before.items() if p.requires_grad}
+        moved = displacement(trained, match(before, learner))
+        return self.loss_fn(learner, task["query"]), moved
+
+
+def _check_algorithm(algorithm: object, steps: int) -> None:
+    if not isinstance(algorithm, nn.Module) or not all(
+        callable(getattr(algorithm, method, None)) for method in ("clone", "adapt")
+    ):
+        raise TypeError(
+            f"expected an algorithm with clone() and adapt(), found {type(algorithm).__name__}; "
+            "wrap the model, as in learn2learn.algorithms.MAML(model, lr=…)"
+        )
+    if steps < 1:
+        raise ValueError(f"expected steps of at least 1, found {steps}")
+    if isinstance(algorithm, GBML) and algorithm.adapt_transform and algorithm.first_order:
+        raise ValueError(
+            "expected GBML with adapt_transform=True to be of second order, found "
+            "first_order=True, with which it frees the graph that it adapts the transform by; "
+            "leave out one of the two"
+        )
+    for name, module in algorithm.named_modules():
+        if isinstance(module, nn.RNNBase):
+            raise ValueError(
+                f"expected modules whose clones run under vmap, found {type(module).__name__} in "
+                f"{name!r}; loop over clone() and adapt() with TaskBatch"
+            )
+
+
+def _check_adaptable(learner: Any, loss: Tensor) -> None:
+    """One sentence where learn2learn prints a traceback and goes on without gradients."""
+    if not isinstance(learner, MAML | MetaSGD | GBML):
+        return
+    names, parameters = zip(*learner.module.named_parameters(), strict=True)
+    # MetaSGD has neither option.
+    for option, there, state in (
+        ("allow_nograd", {at for at, p in enumerate(parameters) if p.requires_grad}, "frozen"),
+        ("allow_unused", set(dependencies(loss, parameters)), "not used by the loss"),
+    ):
+        refused = [name for at, name in enumerate(names) if at not in there]
+        if refused and not getattr(learner, option, False):
+            raise ValueError(
+                f"expected parameters that the loss can adapt, found {refused[0]!r} {state}; give "
+                f"{option}=True to MAML or GBML, or keep it outside the adapted module"
+            )
+
+
+class Tasksets:
+    """learn2learn's tasksets as a :class:`gradagree_opt.tasks.TaskDistribution`.
+
+    Its tasks come task-stacked, for ``meta.step``, ``plain.train`` and studies. All randomness of a
+    task, in learn2learn's transforms and torchvision's too, follows from the generator, and the
+    global generators are left as they were. A taskset of ``num_tasks`` has that many tasks here
+    too.
+
+    Args:
+        train, validation, test: tasksets of one task shape each; ``Tasksets(*tasksets)`` takes
+            what ``learn2learn.vision.benchmarks.get_tasksets`` gives.
+        shots: support examples of each class, the rest are query examples; None takes the examples
+            at even positions for support and those at odd ones for query, as learn2learn's loops
+            do.
+
+    Raises:
+        TypeError: one of them is no taskset.
+
+    >>> from learn2learn.data import MetaDataset
+    >>> from learn2learn.data.transforms import KShots, LoadData, NWays
+    >>> x = torch.arange(30.0).unsqueeze(1)
+    >>> data = MetaDataset(torch.utils.data.TensorDataset(x, torch.arange(30) // 6))
+    >>> taskset = Taskset(data, [NWays(data, 3), KShots(data, 4), LoadData(data)])
+    >>> tasks = Tasksets(taskset).sample(2, generator=torch.Generator().manual_seed(0))
+    >>> [x.shape for x in tasks["support"]]
+    [torch.Size([2, 6, 1]), torch.Size([2, 6])]
+    """
+
+    def __init__(
+        self,
+        train: Taskset,
+        validation: Taskset | None = None,
+        test: Taskset | None = None,
+        /,
+        *,
+        shots: int | None = None,
+    ) -> None:
+        tasksets = {"train": train, "validation": validation, "test": test}
+        self.tasksets = {name: taskset for name, taskset in tasksets.items() if taskset is not None}
+        for name, taskset in self.tasksets.items():
+            if not isinstance(taskset, Taskset):
+                raise TypeError(
+                    f"expected learn2learn.data.Taskset for {name}, found {type(taskset).__name__};"
+                    " Tasksets(*tasksets) takes the three of a benchmark"
+                )
+        if shots is not None and shots < 1:
+            raise ValueError(f"expected shots to be at least 1, found {shots}")
+        self.shots = shots
+
+    def sample(
+        self, n_tasks: int, *, split: Split = "train", generator: torch.Generator
+    ) -> dict[str, Batch]:
+        """Draws tasks.
+
+        Args:
+            n_tasks: number of tasks.
+            split: which of the tasksets.
+            generator: a seeded generator, on any device.
+
+        Returns:
+            ``{"support": (x, y), "query": (x, y)}``, every tensor with the task axis first.
+
+        Raises:
+            TypeError, ValueError: as :meth:`gradagree_opt.tasks.Omniglot.sample`; or the tasks
+                differ in shape, or a class has no more than ``shots`` examples.
+        """
+        check_sample_arguments(n_tasks, split, generator)
+        if split not in self.tasksets:
+            raise ValueError(
+                f"expected one of the splits {sorted(self.tasksets)}, found {split!r}; "
+                "give Tasksets its taskset"
+            )
+        taskset = self.tasksets[split]
+        number = taskset.num_tasks if taskset.num_tasks > 0 else 2**31
+        draws = torch.randint(
+            number, (n_tasks,), generator=generator, device=generator.device
+        ).tolist()
+        tasks = []
+        for draw in draws:
+            with _seeded(draw):
+                tasks.append(self._halves(taskset[draw]))
+        stacked: dict[str, Batch] = tree_map(_stack, *tasks)
+        return stacked
+
+    def _halves(self, task: PyTree) -> dict[str, PyTree]:
+        if self.shots is None:
+            return {
+                "support": tree_map(lambda leaf: leaf[::2], task),
+                "query": tree_map(lambda leaf: leaf[1::2], task),
+            }
+        _, labels = task
+        is_class = labels.unsqueeze(1) == labels.unique()
+        support = is_class.cumsum(0)[is_class] <= self.shots
+        if (is_class.sum(0) <= self.shots).any():
+            raise ValueError(
+                f"expected more than {self.shots} examples of every class, found "
+                f"{int(is_class.sum(0).min())}; give KShots the support and the query shots"
+            )
+        return {
+            "support": tree_map(lambda leaf: leaf[support], task),
+            "query": tree_map(lambda leaf: leaf[~support], task),
+        }
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Python's and PyTorch's global generators seeded inside, as they were outside."""
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            yield
+    finally:
+        random.setstate(state)
+
+
+def _stack(*leaves: Tensor) -> Tensor:
+    if len({leaf.shape for leaf in leaves}) > 1:
+        raise ValueError(
+            f"expected tasks of one shape, found {[list(leaf.shape) for leaf in leaves][:3]}; give "
+            "every task the same ways and shots"
+        )
+    return torch.stack(leaves)
