@@ -240,7 +240,9 @@ def spoil(losses, case):
     "case",
     ["matrix", "mean", "empty vector", "empty list", "vectors", "detached", "independent", "nan"],
 )
-def test_refused_losses_leave_parameters_grads_and_state_untouched(model, case):
+def test_refused_losses_leave_parameters_grads_and_state_untouched(
+    model, case, without_type_checks
+):
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     tasks = ga.TaskOptimizer(optimizer, ga.GradientAgreement())
     tasks.step(losses_of(model, draw(0)))

@@ -13,7 +13,7 @@ from gradagree_opt.tasks import Sine
 from ..meta.loops import ALGORITHMS
 
 INNER = ga.InnerSGD(0.05, 3)
-SINE = Sine(amplitude=(0.5, 2), phase=(0, math.pi / 2), x_range=(-2, 2), support_shots=10)
+SINE = Sine(amplitude=(0.5, 2.0), phase=(0.0, math.pi / 2), x_range=(-2.0, 2.0), support_shots=10)
 
 
 def network(seed, hidden=20):

@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from gradagree_testing import reference
-from gradagree_testing.reference import Array
 from torch import Tensor
 
 import gradagree_opt as ga
+from gradagree_testing import reference
+from gradagree_testing.reference import Array
 
 Named = dict[str, Tensor]
 Weights = Callable[[Array], Array]

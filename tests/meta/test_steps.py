@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from gradagree_testing import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gradagree_opt as ga
+from gradagree_testing import reference
 
 from .loops import ALGORITHMS
 from .problems import assert_same, distance, loss_fn, problem
@@ -114,6 +114,20 @@ def test_step_changes_neither_parameters_nor_tasks_nor_grad(algorithm):
     after = tree_leaves((params, case.tasks))
     assert all(torch.equal(a, b) for a, b in zip(tree_leaves(before), after, strict=True))
     assert all(p.grad is None and p.requires_grad for p in tree_leaves(params))
+
+
+@each_algorithm
+@pytest.mark.parametrize(
+    "aggregator",
+    [ga.GradientAgreement(), ga.GradientAgreement(match_norm="mean"), ga.Mean()],
+    ids=["agreement", "shorter", "mean"],
+)
+def test_what_is_kept_to_be_logged_holds_no_graph(algorithm, aggregator):
+    case = problem()
+    params = tree_map(lambda p: p.requires_grad_(), case.meta(algorithm.learns_rates))
+    result = algorithm.build(loss_fn, LR, 2).step(params, case.tasks, aggregator)
+    kept = tree_leaves(result._replace(update=None))
+    assert not any(leaf.requires_grad for leaf in kept if leaf is not None)
 
 
 @each_algorithm
