@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from gradagree_opt.aggregation import Aggregation, Aggregator
 from gradagree_opt.annotations import Float
 from gradagree_opt.collect import TaskBatch
-from gradagree_opt.stacks import PyTree
+from gradagree_opt.graphs import gradients
 
 Losses = Float[Tensor, " n"] | Sequence[Tensor]
 
@@ -18,7 +18,7 @@ Losses = Float[Tensor, " n"] | Sequence[Tensor]
 class FunctionalStep(NamedTuple):
     """The parameters after a step that left the ones before as they were, and its aggregation."""
 
-    params: PyTree
+    params: tuple[Tensor, ...]
     aggregation: Aggregation
 
 
@@ -97,20 +97,18 @@ class TaskOptimizer:
         for loss in _vector(losses):
             batch.add(loss)
         result = batch.backward()
-        # torchopt.Optimizer scales .grad in place, and the update is what .grad now holds.
-        result = result._replace(update=tree_map(torch.clone, result.update))
         self.optimizer.step()
         return result
 
-    def functional_step(self, losses: Losses, params: PyTree, /) -> FunctionalStep:
+    def functional_step(self, losses: Losses, params: tuple[Tensor, ...], /) -> FunctionalStep:
         """:meth:`step` of a ``torchopt.FuncOptimizer``: returns new parameters.
 
         Args:
             losses: ``[n]`` tensor or sequence of n scalars, one loss a task.
-            params: parameters that the losses depend on, a tensor or tuple of tensors.
+            params: tuple of the parameters that the losses depend on.
 
         Raises:
-            TypeError: the wrapped optimizer holds its parameters.
+            TypeError: the wrapped optimizer holds its parameters, or ``params`` is no tuple.
             ValueError: as :meth:`step`.
         """
         if not self._functional:
@@ -118,7 +116,12 @@ class TaskOptimizer:
                 f"expected a torchopt.FuncOptimizer, found {type(self.optimizer).__name__}, which "
                 "holds its parameters; call step(losses)"
             )
-        loss, result = weighted_loss(losses, tree_leaves(params), self.aggregator)
+        if not isinstance(params, tuple):
+            raise TypeError(
+                f"expected a tuple of parameters, which is what torchopt.FuncOptimizer takes, "
+                f"found {type(params).__name__}; give tuple(params)"
+            )
+        loss, result = weighted_loss(losses, params, self.aggregator)
         return FunctionalStep(self.optimizer.step(loss, params), result)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -183,9 +186,7 @@ def _gradients(loss: object, parameters: list[Tensor], task: int) -> list[Tensor
         raise ValueError(
             f"expected a scalar loss, found {found} for task {task}; reduce it, as in loss.mean()"
         )
-    grads: Sequence[Tensor | None] = [None]
-    if loss.requires_grad:
-        grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    grads = gradients(loss, parameters, retain_graph=True) if loss.requires_grad else [None]
     if all(grad is None for grad in grads):
         raise ValueError(
             f"expected losses that depend on the optimizer's parameters, found one of task {task} "

@@ -121,6 +121,13 @@ def test_optimizer_that_holds_its_parameters_takes_no_others():
         optimizer.functional_step(task_losses(w), (w,))
 
 
+def test_functional_optimizer_takes_its_parameters_in_a_tuple(without_type_checks):
+    w = start()
+    optimizer = ga.TaskOptimizer(functional(), ga.Mean())
+    with pytest.raises(TypeError, match=r"found list; give tuple\(params\)"):
+        optimizer.functional_step(task_losses(w), [w])
+
+
 def test_one_loss_cannot_hold_weights_by_parameter():
     with pytest.raises(ValueError, match="scope 'global' for FuncOptimizer, found 'leaf'"):
         ga.TaskOptimizer(functional(), ga.GradientAgreement(scope="leaf"))
