@@ -23,6 +23,7 @@ try:
     from gradagree_opt.ablation.loading import load, shipped
     from gradagree_opt.ablation.study import StudyError
     from gradagree_opt.ablation.sweep import Sweep
+    from gradagree_opt.doctor import main as try_packages
 except ModuleNotFoundError as missing:
     if missing.name and missing.name.startswith("gradagree_opt"):
         raise
@@ -98,6 +99,15 @@ def ablate(
     console = Console()
     console.print(tables.terminal(results))
     console.print(f"written to {folder}", markup=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Tries every optional package once, and says how to mend what does not work.
+
+    Exit status 1 where something that is installed does not work, or PyTorch is not.
+    """
+    raise typer.Exit(try_packages())
 
 
 def progress_bar() -> Progress:

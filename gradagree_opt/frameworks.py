@@ -46,6 +46,16 @@ class Framework(NamedTuple):
         """The commands as one line of a shell."""
         return " && ".join(self.install)
 
+    def reinstall_command(self) -> str:
+        """The last command, for an installation that is complete but broken.
+
+        >>> FRAMEWORKS["torchopt"].reinstall_command()
+        'pip install --force-reinstall --no-cache-dir --no-deps "torchopt>=0.7.3"'
+        """
+        command = self.install[-1].replace(" --no-deps", "")
+        options = "--force-reinstall --no-cache-dir --no-deps"
+        return command.replace("pip install", f"pip install {options}")
+
 
 def require(name: str, /) -> ModuleType:
     """Imports a framework for its adapter.
@@ -101,7 +111,10 @@ _LEARN2LEARN = Framework(
     # Its sdist ships C that Python 3.11 and later cannot compile: build_ext makes it anew, which
     # --no-deps, to leave out what it declares without importing, goes with.
     install=(
-        'pip install "gym>=0.26.2" "requests>=2.32" "scipy>=1.13" "torchvision>=0.20" "tqdm>=4.66"',
+        (
+            'pip install "gym>=0.26.2" "numpy>=2.0" "requests>=2.32.2" "scipy>=1.13" '
+            '"torchvision>=0.20" "tqdm>=4.66.3"'
+        ),
         "pip install --no-deps -C--build-option=build_ext learn2learn==0.2.0",
     ),
     needed_by="adapters.learn2learn",

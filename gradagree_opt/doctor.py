@@ -1,0 +1,173 @@
+"""``gradagree doctor``: tries every optional package in a process of its own, and names the fix.
+
+``python -m gradagree_opt.doctor`` is the same where the ``gradagree`` command itself cannot start.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from gradagree_opt.frameworks import FRAMEWORKS, Framework, require
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Status = Literal["works", "missing", "unsupported", "broken"]
+
+COLOURS: dict[Status, str] = {
+    "works": "green",
+    "missing": "dim",
+    "unsupported": "yellow",
+    "broken": "red",
+}
+
+# What is tried beyond the import: the least that runs the part of the framework which we build on.
+TRIALS = {
+    "torch": "torch.func.vmap(torch.func.grad(torch.sin))(torch.ones(2))",
+    "learn2learn": (
+        "import torch; learner = learn2learn.algorithms.MAML(torch.nn.Linear(1, 1), 0.1).clone();"
+        "learner.adapt(learner(torch.ones(1, 1)).sum())"
+    ),
+    "torchopt": (
+        "import torch; adam, params = torchopt.adam(0.1), (torch.ones(1),);"
+        "adam.update(params, adam.init(params), inplace=False)"
+    ),
+    "higher": (
+        "import torch; model = torch.nn.Linear(1, 1);"
+        "inner = torch.optim.SGD(model.parameters(), 0.1);"
+        "loop = higher.innerloop_ctx(model, inner, copy_initial_weights=False);"
+        "learner, steps = loop.__enter__(); steps.step(learner(torch.ones(1, 1)).sum())"
+    ),
+    "torchjd": "import torch, torchjd.aggregation; torchjd.aggregation.Mean()(torch.eye(2))",
+    "lightning": "import lightning.pytorch; lightning.pytorch.Callback()",
+    "matplotlib": "import matplotlib.figure; matplotlib.figure.Figure()",
+    "scipy": "import scipy.stats; scipy.stats.norm.ppf(0.5)",
+}
+TIME_LIMIT = 300.0
+"""Seconds for one package: the first import of a large one from a cold disk takes minutes."""
+
+
+class Finding(NamedTuple):
+    """What an examination of one package found.
+
+    Attributes:
+        framework: the package.
+        version: as installed; None where it is missing.
+        status: "works" means that it was imported and tried.
+        reason: why it does not work; empty otherwise.
+    """
+
+    framework: Framework
+    version: str | None
+    status: Status
+    reason: str = ""
+
+    def fix(self) -> str:
+        """The command that mends it; empty where it works."""
+        if self.status == "works":
+            return ""
+        if self.status == "broken" and "No module named" not in self.reason:
+            return self.framework.reinstall_command()
+        return self.framework.install_command()
+
+
+def examine(framework: Framework, /, *, time_limit: float = TIME_LIMIT) -> Finding:
+    """Tries one package in a process of its own, which a broken one cannot take others down from.
+
+    Args:
+        framework: the package.
+        time_limit: seconds after which it counts as broken.
+    """
+    version = framework.installed_version()
+    if version is None:
+        return Finding(framework, None, "missing")
+    if not framework.supports(version):
+        return Finding(framework, version, "unsupported", f"needs {framework.supported}")
+    trial = TRIALS.get(framework.distribution, "")
+    # The path of this process, so that what is tried is what it would import itself.
+    program = f"import sys; sys.path[:] = {sys.path!r}; import {framework.module}; {trial}"
+    try:
+        run = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", program],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=time_limit,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Finding(framework, version, "broken", f"no answer in {time_limit:g} s")
+    if run.returncode == 0:
+        return Finding(framework, version, "works")
+    if run.returncode < 0:
+        return Finding(framework, version, "broken", f"ended by signal {-run.returncode}")
+    complaint = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
+    return Finding(framework, version, "broken", complaint[-1])
+
+
+def examine_all() -> list[Finding]:
+    """Tries every package of :data:`gradagree_opt.frameworks.FRAMEWORKS`, several at a time."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(examine, FRAMEWORKS.values()))
+
+
+def healthy(findings: Sequence[Finding], /) -> bool:
+    """Whether everything that is installed works; only PyTorch must not be missing."""
+    return all(
+        finding.status == "works"
+        or (finding.status == "missing" and finding.framework.distribution != "torch")
+        for finding in findings
+    )
+
+
+def table(findings: Sequence[Finding], /) -> "Table":
+    """One row for each package; the fixes are longer than a row, see :func:`fixes`."""
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = Table(box=None, pad_edge=False)
+    for heading in ("package", "version", "status", "needed by", "why"):
+        rows.add_column(heading, overflow="fold")
+    for finding in findings:
+        name, version = finding.framework.distribution, finding.version or ""
+        status = Text(finding.status, COLOURS[finding.status])
+        rows.add_row(name, version, status, finding.framework.needed_by, Text(finding.reason))
+    return rows
+
+
+def fixes(findings: Sequence[Finding], /) -> list[str]:
+    """One line for each package that does not work, with the command that mends it."""
+    return [
+        f"{finding.framework.distribution} is {finding.status}: {finding.fix()}"
+        for finding in findings
+        if finding.status != "works"
+    ]
+
+
+def main() -> int:
+    """Prints the table, and under it the fixes, each in one line to be copied.
+
+    Returns:
+        Exit status: 0 if everything that is installed works, 1 otherwise.
+
+    Raises:
+        ImportError: rich, which prints the table, is what is missing; it names the command.
+    """
+    require("rich")
+    from rich.console import Console
+
+    with Console(stderr=True).status("importing every package once"):
+        findings = examine_all()
+    console = Console(highlight=False)
+    console.print(table(findings))
+    for line in fixes(findings):
+        console.print(f"\n{line}", markup=False, soft_wrap=True)
+    return 0 if healthy(findings) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
