@@ -6,9 +6,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gradagree_opt.adapted import Parameters
 from gradagree_opt.aggregation import Aggregation, Aggregator
 from gradagree_opt.annotations import Float
-from gradagree_opt.collect import Parameters, TaskBatch
+from gradagree_opt.collect import TaskBatch
 from gradagree_opt.diagnostics import Diagnostics
 from gradagree_opt.frameworks import require
 

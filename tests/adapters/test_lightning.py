@@ -352,6 +352,7 @@ def test_an_optimizer_that_calls_its_closure_again_is_refused() -> None:
     refused("LBFGS calls its closure again", module)
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_the_trainer_of_the_other_distribution_is_refused() -> None:
     other = pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not installed")
 
