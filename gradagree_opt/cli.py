@@ -40,11 +40,12 @@ def main() -> None:
     """Gradient Agreement for meta-learning: ablation studies."""
 
 
-def list_studies(wanted: bool) -> None:
+def list_studies(wanted: bool) -> bool:
     if wanted:
         for name, path in shipped().items():
             typer.echo(f"{name:12} {load(str(path)).title}")
         raise typer.Exit
+    return wanted
 
 
 @app.command()

@@ -12,12 +12,16 @@ from pydantic import ValidationError
 from gradagree_opt.ablation.study import Study, StudyError
 
 Location: TypeAlias = tuple[int | str, ...]
+Nodes: TypeAlias = dict[str, yaml.Node | None]
 
 
 def shipped() -> dict[str, Path]:
     """The studies that come with the package, by name."""
     folder = Path(str(files("gradagree_opt.ablation"))) / "studies"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {
+        name: folder / f"{name}.yaml"
+        for name in sorted(path.stem for path in folder.glob("*.yaml"))
+    }
 
 
 def load(source: str, *, quick: bool = False) -> Study:
@@ -51,14 +55,16 @@ def load(source: str, *, quick: bool = False) -> Study:
         raise StudyError(f"{path}: expected the keys of a study, found {document!r}")
     if path.suffix == ".json" and isinstance(document.get("study"), dict):
         document, root = document["study"], child(root, "study")
-    study = parse(path, root, document)
+    study = parse(path, document, {"": root})
     if study.quick is None:
         if quick:
             raise StudyError(f"{path}: --quick needs a 'quick' section, and there is none")
         return study
-    fast = parse(path, root, merge(document, document["quick"]))
+    nodes = {"": root, "quick.": child(root, "quick")}
+    fast = parse(path, merge(document, document["quick"]), nodes)
     if fast.name != study.name:
-        raise StudyError(f"{path}: the 'quick' section cannot rename the study")
+        line, _ = locate(nodes, ("name",))
+        raise StudyError(f"{path}, line {line}: the 'quick' section cannot rename the study")
     return (
         fast.model_copy(update={"name": f"{study.name}-quick", "quick": None}) if quick else study
     )
@@ -71,13 +77,17 @@ def merge(document: Any, override: Any) -> Any:
     return document | {key: merge(document.get(key), value) for key, value in override.items()}
 
 
-def parse(path: Path, root: yaml.Node | None, document: dict[str, Any]) -> Study:
+def parse(path: Path, document: dict[str, Any], nodes: Nodes) -> Study:
+    """Validates a document whose keys stand at the nodes of the file, the later ones first."""
     try:
         return Study.model_validate(document)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        line, keys = locate(root, problem["loc"])
-        place = f" in {'.'.join(keys)!r}" if keys else ""
+        problems = error.errors(include_url=False)
+        # A misspelt key is also a missing one; the first is the better news.
+        problem = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+        cause = problem.get("ctx", {}).get("error")
+        line, keys = locate(nodes, problem["loc"] + getattr(cause, "location", ()))
+        place = f" in {keys!r}" if keys else ""
         raise StudyError(f"{path}, line {line}{place}: {explain(problem)}") from None
 
 
@@ -94,20 +104,22 @@ def explain(problem: Any) -> str:
             return f"{message}, found {json.dumps(problem['input'], default=str)}"
 
 
-def locate(root: yaml.Node | None, location: Location) -> tuple[int, list[str]]:
-    """The line of a pydantic location, and the keys on the way to it that the file has."""
-    node, marked, keys = root, root, []
-    quick = child(root, "quick")
-    if quick is not None and location and child(quick, location[0]) is not None:
-        node, keys = quick, ["quick"]
-    for part in location:
-        below = child(node, part)
-        if below is None:  # a missing key, or the tag by which pydantic names a union's member
-            continue
-        marked = key_node(node, part) or below
-        node = below
-        keys.append(str(part))
-    return (marked.start_mark.line + 1 if marked else 1), keys
+def locate(nodes: Nodes, location: Location) -> tuple[int, str]:
+    """The line of a pydantic location, and those of its keys that the file has."""
+    found = []
+    for prefix, root in nodes.items():
+        node, marked, keys = root, root, []
+        for part in location:
+            below = child(node, part)
+            if below is None:  # a missing key, or pydantic's name for a member of a union
+                continue
+            marked = key_node(node, part) or below
+            node = below
+            keys.append(str(part))
+        if marked is not None:
+            found.append((len(keys), marked.start_mark.line + 1, prefix + ".".join(keys)))
+    depth = max(length for length, _, _ in found)
+    return next((line, keys) for length, line, keys in reversed(found) if length == depth)
 
 
 def child(node: yaml.Node | None, part: int | str) -> Any:

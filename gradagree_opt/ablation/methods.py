@@ -18,6 +18,14 @@ AGGREGATORS: dict[str, Callable[..., ga.Aggregator]] = {
 }
 
 
+class LocatedError(ValueError):
+    """A value that contradicts another one, and the keys that lead to it."""
+
+    def __init__(self, message: str, *location: str) -> None:
+        super().__init__(message)
+        self.location = location
+
+
 class Method(BaseModel):
     """One row of the table: a name, an aggregator, and that aggregator's keyword options."""
 
@@ -41,15 +49,12 @@ class Method(BaseModel):
         known = [name for name in parameters if name != "generator"]
         for option in self.options:
             if option not in known:
-                raise ValueError(
-                    f"unknown option {option!r} of {self.aggregator}; there are {', '.join(known)}"
-                )
+                there = f"{self.aggregator} has {', '.join(known)}"
+                raise LocatedError(f"unknown option {option!r}; {there}", "options", option)
         try:
             self.build(Generator())
-        except TypeError as error:
-            raise ValueError(
-                f"an option of {self.aggregator} has the wrong type: {error}"
-            ) from None
+        except (TypeError, ValueError) as error:
+            raise LocatedError(str(error), "options") from None
         return self
 
     def build(self, generator: Generator) -> ga.Aggregator:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 Report = Callable[[int], None]
 Task = TypeVar("Task", contravariant=True)
@@ -17,6 +17,7 @@ Context = TypeVar("Context")
 POLL_SECONDS = 0.2
 
 
+@runtime_checkable
 class Job(Protocol[Context, Task, Result]):
     """What each process prepares once, and then performs for one task after another."""
 

@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from gradagree_opt.ablation.methods import Method
+from gradagree_opt.ablation.methods import LocatedError, Method
 
 
 class StudyError(ValueError):
@@ -121,21 +121,19 @@ class Study(Section):
     @model_validator(mode="after")
     def consistent(self) -> "Study":
         if self.baseline not in [method.name for method in self.methods]:
-            raise ValueError(f"the baseline {self.baseline!r} is not one of the methods")
-        if self.tuning.seeds > len(self.seeds):
-            raise ValueError(
-                f"tuning wants {self.tuning.seeds} seeds, the study has {len(self.seeds)}"
+            raise LocatedError(
+                f"the baseline {self.baseline!r} is not one of the methods", "baseline"
             )
+        if self.tuning.seeds > len(self.seeds):
+            raise LocatedError(f"more than the study's {len(self.seeds)} seeds", "tuning", "seeds")
         if self.test.steps != sorted(set(self.test.steps)):
-            raise ValueError(f"the test steps {self.test.steps} do not rise")
+            raise LocatedError(f"the steps {self.test.steps} do not rise", "test", "steps")
         if self.tuning.steps not in self.test.steps:
-            raise ValueError(f"the tuning steps {self.tuning.steps} are not among the test steps")
+            raise LocatedError("tuning.steps is not among the test's steps", "tuning", "steps")
         shots = self.tasks.support_shots * getattr(self.tasks, "way", 1)
         if shots % (self.inner.batch_size or 1):
-            raise ValueError(
-                f"an inner batch_size of {self.inner.batch_size} does not divide the {shots} "
-                "support examples"
-            )
+            message = f"{self.inner.batch_size} does not divide the {shots} support examples"
+            raise LocatedError(message, "inner", "batch_size")
         if self.tasks.kind == "sine" and self.model.kind == "conv4":
-            raise ValueError("a conv4 model needs drawings; sine tasks have numbers")
+            raise LocatedError("a conv4 model needs drawings; sine tasks have numbers", "model")
         return self

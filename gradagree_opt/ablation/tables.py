@@ -22,8 +22,8 @@ class Measure(NamedTuple):
 
 
 MEASURES = {
-    "sine": Measure("mean squared error", "mse", 1, ".3f", higher_is_better=False),
-    "omniglot": Measure("accuracy in %", "accuracy", 100, ".1f", higher_is_better=True),
+    "sine": Measure("mean squared error", "mse", 1.0, ".3f", higher_is_better=False),
+    "omniglot": Measure("accuracy in %", "accuracy", 100.0, ".1f", higher_is_better=True),
 }
 EDGE = "†"
 

@@ -1,0 +1,69 @@
+"""A study small enough to be run whole in a test."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+
+if TYPE_CHECKING:
+    from gradagree_opt.ablation.study import Study
+
+TINY = """\
+name: tiny
+title: Tiny sine
+tasks: {kind: sine, support_shots: 10}
+model: {kind: mlp, hidden: [8], activation: tanh}
+form: {kind: reptile}
+inner:
+  lr: 0.02
+  steps: 2
+  batch_size: 5
+outer: {optimizer: sgd, rates: [0.25, 0.5], schedule: linear}
+iterations: 12
+meta_batch: 3
+seeds: [3, 5]
+tuning: {seeds: 1, tasks: 10, steps: 1}
+test: {tasks: 12, support_shots: 5, query_shots: 7, steps: [0, 1, 2]}
+methods:
+  - {name: mean, aggregator: mean}
+  - name: agreement
+    aggregator: gradient_agreement
+    options:
+      negative: clip
+  - {name: "random_weights & co", aggregator: random_weights}
+baseline: mean
+quick:
+  iterations: 6
+  tuning: {tasks: 5}
+"""
+
+WriteStudy = Callable[..., Path]
+
+
+@pytest.fixture
+def study_file(tmp_path: Path) -> Path:
+    """The tiny study as a file, its lines as above."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture
+def study(study_file: Path) -> "Study":
+    from gradagree_opt.ablation.loading import load
+
+    return load(str(study_file))
+
+
+@pytest.fixture
+def write_study(tmp_path: Path) -> WriteStudy:
+    """Writes the tiny study with some of its top-level keys replaced."""
+
+    def write(**changes: object) -> Path:
+        path = tmp_path / "changed.yaml"
+        path.write_text(yaml.safe_dump(yaml.safe_load(TINY) | changes, sort_keys=False))
+        return path
+
+    return write

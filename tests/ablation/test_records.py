@@ -1,0 +1,135 @@
+"""Records: what a run's key depends on, and what becomes of files that were cut off."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gradagree_opt.ablation.methods import Method
+from gradagree_opt.ablation.records import (
+    CurvePoint,
+    DamagedRecordError,
+    Run,
+    RunRecord,
+    Store,
+    write_atomically,
+)
+from gradagree_opt.ablation.study import Study
+
+RUN = Run(method=Method(name="mean", aggregator="mean"), rate=0.5, seed=3)
+RECORD = RunRecord(
+    run=RUN,
+    validation=0.1,
+    test={0: 4.0, 1: float("inf")},
+    curve=[
+        CurvePoint(iteration=0, loss=float("nan"), diagnostics={}),
+        CurvePoint(iteration=6, loss=1 / 3, diagnostics={"cancellation": 1 / 7}),
+    ],
+    seconds=1.0,
+)
+PARAMS = {"weight": torch.tensor([[1 / 3, -2.0]]), "bias": torch.tensor(0.25)}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = Store(tmp_path)
+    store.write("key", RECORD, PARAMS)
+    return store
+
+
+def test_a_record_and_its_parameters_are_read_as_they_were_written(store: Store) -> None:
+    read = store.read("key")
+    assert read is not None
+    assert repr(read) == repr(RECORD)  # NaN and infinity included
+    params = store.params("key")
+    assert params.keys() == PARAMS.keys()
+    assert all(torch.equal(params[name], PARAMS[name]) for name in PARAMS)
+
+
+def test_a_run_that_is_not_there_is_none(store: Store) -> None:
+    assert store.read("other") is None
+
+
+@pytest.mark.parametrize("suffix", ["json", "npz"])
+def test_a_file_cut_off_anywhere_is_damaged_never_wrong(store: Store, suffix: str) -> None:
+    path = store.folder / f"key.{suffix}"
+    whole = path.read_bytes()
+    for length in range(0, len(whole) - 1, 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DamagedRecordError, match=rf"key\.{suffix} is cut off"):
+            store.read("key")
+    path.write_bytes(whole)
+    assert store.read("key") is not None
+
+
+def test_a_record_without_its_parameters_is_damaged(store: Store) -> None:
+    (store.folder / "key.npz").unlink()
+    with pytest.raises(DamagedRecordError):
+        store.read("key")
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "table.md"
+    write_atomically(path, b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"new")
+    assert [file.name for file in tmp_path.iterdir()] == ["table.md"]
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "other"},
+        {"title": "other"},
+        {"seeds": [3, 5, 7, 9]},
+        {"baseline": "agreement"},
+        {"methods": [Method(name="sum", aggregator="sum")]},
+    ],
+)
+def test_the_key_does_not_depend_on_what_does_not_touch_the_run(
+    study: Study, changes: dict[str, Any]
+) -> None:
+    assert RUN.key(study.model_copy(update=changes), None) == RUN.key(study, None)
+
+
+def test_the_key_does_not_depend_on_the_other_rates_nor_on_the_methods_name(study: Study) -> None:
+    outer = study.outer.model_copy(update={"rates": [0.5, 8.0]})
+    tuning = study.tuning.model_copy(update={"seeds": 2})
+    wider = study.model_copy(update={"outer": outer, "tuning": tuning})
+    assert RUN.key(wider, None) == RUN.key(study, None)
+    renamed = RUN.model_copy(update={"method": Method(name="average", aggregator="mean")})
+    assert renamed.key(study, None) == RUN.key(study, None)
+
+
+def test_the_key_depends_on_everything_that_touches_the_run(study: Study) -> None:
+    def changed(part: str, **changes: object) -> Study:
+        return study.model_copy(update={part: getattr(study, part).model_copy(update=changes)})
+
+    other_options = Method(name="mean", aggregator="mean", options={"match_norm": "agreement"})
+    keys = [
+        RUN.key(study, None),
+        RUN.key(study, "digest of some data"),
+        RUN.model_copy(update={"rate": 0.25}).key(study, None),
+        RUN.model_copy(update={"seed": 4}).key(study, None),
+        RUN.model_copy(update={"method": other_options}).key(study, None),
+        RUN.key(changed("tasks", ranges="finn"), None),
+        RUN.key(changed("model", hidden=[9]), None),
+        RUN.key(changed("inner", lr=0.1), None),
+        RUN.key(changed("outer", schedule="constant"), None),
+        RUN.key(changed("outer", optimizer="adam"), None),
+        RUN.key(changed("tuning", tasks=11), None),
+        RUN.key(changed("test", tasks=13), None),
+        RUN.key(study.model_copy(update={"iterations": 13}), None),
+        RUN.key(study.model_copy(update={"meta_batch": 4}), None),
+        RUN.key(study.model_copy(update={"compile": True}), None),
+    ]
+    assert len(set(keys)) == len(keys)

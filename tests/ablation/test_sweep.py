@@ -1,0 +1,161 @@
+"""The plan of a study: tuning on validation alone, final runs, resuming, and processes."""
+
+import math
+import multiprocessing
+import os
+import signal
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import pytest
+
+from gradagree_opt.ablation import sweep as sweep_module
+from gradagree_opt.ablation.methods import Method
+from gradagree_opt.ablation.records import Run, RunRecord
+from gradagree_opt.ablation.study import Study
+from gradagree_opt.ablation.sweep import (
+    Label,
+    Results,
+    Sweep,
+    choose_rates,
+    final_runs,
+    tuning_runs,
+)
+
+
+def record(run: Run, validation: float, test: float = 0.0) -> RunRecord:
+    return RunRecord(run=run, validation=validation, test={1: test}, curve=[], seconds=0.0)
+
+
+def ignore(_: object) -> None:
+    pass
+
+
+def without_seconds(results: Results) -> dict[Label, dict[str, object]]:
+    return {label: r.model_dump(exclude={"seconds"}) for label, r in results.records.items()}
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[Label]:
+    """The runs that are really done in this process, as they are."""
+    labels: list[Label] = []
+    train_run = sweep_module.train_run
+
+    def spy(*arguments: object) -> object:
+        labels.append(arguments[2].label)  # type: ignore[attr-defined]
+        return train_run(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sweep_module, "train_run", spy)
+    return labels
+
+
+def test_each_method_gets_the_rate_of_its_lowest_validation_loss(study: Study) -> None:
+    losses = {"mean": {0.25: 1.0, 0.5: 2.0}, "agreement": {0.25: math.inf, 0.5: 3.0}}
+    records = {
+        run.label: record(run, losses.get(run.method.name, {}).get(run.rate, 7.0), test=-run.rate)
+        for run in tuning_runs(study)
+    }
+    assert choose_rates(study, records) == {
+        "mean": 0.25,
+        "agreement": 0.5,
+        "random_weights & co": 0.25,  # equal losses: the first candidate
+    }
+
+
+def test_the_choice_is_by_the_sum_over_the_tuning_seeds_alone(study: Study) -> None:
+    tuning = study.tuning.model_copy(update={"seeds": 2})
+    study = study.model_copy(update={"tuning": tuning, "seeds": [0, 1, 2]})
+    table = {(0.25, 0): 1.0, (0.25, 1): 5.0, (0.5, 0): 2.0, (0.5, 1): 2.0}
+    records = {run.label: record(run, table[run.rate, run.seed]) for run in tuning_runs(study)}
+    assert set(choose_rates(study, records).values()) == {0.5}
+
+
+def test_the_choice_does_not_look_at_test_scores(study: Study) -> None:
+    def chosen(sign: int) -> dict[str, float]:
+        return choose_rates(
+            study,
+            {run.label: record(run, run.rate, test=sign * run.rate) for run in tuning_runs(study)},
+        )
+
+    assert chosen(1) == chosen(-1) == dict.fromkeys(chosen(1), 0.25)
+
+
+def test_a_rate_at_either_end_of_several_is_at_the_edge(study: Study) -> None:
+    outer = study.outer.model_copy(update={"rates": [0.5, 0.25, 1.0]})
+    results = Results(study.model_copy(update={"outer": outer}), {}, {"a": 0.5, "b": 0.25, "c": 1})
+    assert [results.at_edge(name) for name in "abc"] == [False, True, True]
+    only = study.outer.model_copy(update={"rates": [0.5]})
+    assert not Results(study.model_copy(update={"outer": only}), {}, {"a": 0.5}).at_edge("a")
+
+
+def test_every_method_has_the_same_number_of_tuning_and_final_runs(study: Study) -> None:
+    rates = {method.name: 0.5 for method in study.methods}
+    for runs, each in ((tuning_runs(study), 2), (final_runs(study, rates), 2)):
+        names = [run.method.name for run in runs]
+        assert {names.count(name) for name in rates} == {each}
+
+
+def test_finished_runs_are_kept_when_a_study_grows_or_a_method_is_renamed(
+    study: Study, tmp_path: Path, done: list[Label]
+) -> None:
+    steps: list[int] = []
+    first = Sweep(study, tmp_path, None, ignore)
+    before = first.run(1, steps.append)
+    assert sum(steps) == first.iterations == 12 * 3 * (2 + 1)
+    assert len(done) == 9
+
+    done.clear()
+    again = Sweep(study, tmp_path, None, ignore).run(1, ignore)
+    assert done == []
+    assert without_seconds(again) == without_seconds(before)
+
+    average = Method(name="average", aggregator="mean")
+    norms = Method(name="norms", aggregator="norm_share")
+    grown = study.model_copy(
+        update={"seeds": [3, 5, 7], "baseline": "average", "methods": [average, norms]}
+    )
+    after = Sweep(grown, tmp_path, None, ignore).run(1, ignore)
+    assert [label for label in done if label[0] == "average"] == [
+        ("average", before.rates["mean"], 7)
+    ]
+    assert after.rates["average"] == before.rates["mean"]
+    kept = [r.test for r in after.final("average")][:2]
+    assert kept == [r.test for r in before.final("mean")]
+
+
+def test_a_record_that_was_cut_off_is_named_and_its_run_alone_done_again(
+    study: Study, tmp_path: Path, done: list[Label]
+) -> None:
+    before = Sweep(study, tmp_path, None, ignore).run(1, ignore)
+    run = tuning_runs(study)[4]
+    path = tmp_path / "runs" / f"{run.key(study, None)}.json"
+    path.write_bytes(path.read_bytes()[:100])
+    done.clear()
+    warnings: list[str] = []
+    again = Sweep(study, tmp_path, None, warnings.append).run(1, ignore)
+    assert done == [run.label]
+    assert len(warnings) == 1 and str(path) in warnings[0] and "\n" not in warnings[0]
+    assert without_seconds(again) == without_seconds(before)
+
+
+def test_processes_give_what_one_process_gives(study: Study, tmp_path: Path) -> None:
+    steps: list[int] = []
+    alone = Sweep(study, tmp_path / "alone", None, ignore).run(1, ignore)
+    sweep = Sweep(study, tmp_path / "two", None, ignore)
+    assert without_seconds(sweep.run(2, steps.append)) == without_seconds(alone)
+    assert sum(steps) <= sweep.iterations
+    assert multiprocessing.active_children() == []
+
+
+def test_a_process_that_is_killed_ends_the_sweep_and_keeps_what_is_finished(
+    study: Study, tmp_path: Path
+) -> None:
+    def kill(_: int) -> None:
+        for process in multiprocessing.active_children():
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+
+    longer = study.model_copy(update={"iterations": 400})
+    with pytest.raises(BrokenProcessPool):
+        Sweep(longer, tmp_path, None, ignore).run(2, kill)
+    assert not list(tmp_path.rglob("*.json"))

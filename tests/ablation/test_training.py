@@ -1,0 +1,188 @@
+"""One run: the same tasks for every method, determinism, divergence, and an honest evaluation."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from gradagree_opt.ablation.loading import load
+from gradagree_opt.ablation.methods import Method
+from gradagree_opt.ablation.models import initial_params, predict
+from gradagree_opt.ablation.problem import (
+    Problem,
+    Tasks,
+    TrainingTasks,
+    build_problem,
+    evaluation_tasks,
+    scores_after,
+)
+from gradagree_opt.ablation.records import Run
+from gradagree_opt.ablation.study import Study
+from gradagree_opt.ablation.training import train_run
+from gradagree_opt.tasks import TaskDistribution
+
+
+class Altered:
+    """A distribution whose tasks go through a function of the tasks and the split."""
+
+    def __init__(self, base: TaskDistribution, alter: Callable[[Tasks, str], Tasks]) -> None:
+        self.base, self.alter = base, alter
+
+    def sample(self, n_tasks: int, *, split: Any = "train", generator: torch.Generator) -> Tasks:
+        return self.alter(self.base.sample(n_tasks, split=split, generator=generator), split)
+
+
+def run_of(study: Study, index: int = 0, *, rate: float = 0.5, seed: int = 3) -> Run:
+    return Run(method=study.methods[index], rate=rate, seed=seed)
+
+
+def ignore(_: int) -> None:
+    pass
+
+
+@pytest.fixture
+def problem(study: Study) -> Problem:
+    return build_problem(study, None)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_run_is_the_same_to_the_bit_whatever_was_run_before(
+    study: Study, problem: Problem, index: int
+) -> None:
+    first, params = train_run(study, problem, run_of(study, index), ignore)
+    train_run(study, problem, run_of(study, 2, seed=5), ignore)
+    torch.manual_seed(99)
+    again, params_again = train_run(study, build_problem(study, None), run_of(study, index), ignore)
+    assert again.model_dump(exclude={"seconds"}) == first.model_dump(exclude={"seconds"})
+    assert all(torch.equal(params[name], params_again[name]) for name in params)
+
+
+def test_every_method_and_rate_of_a_seed_sees_the_same_tasks_in_the_same_order(
+    study: Study, problem: Problem
+) -> None:
+    def seen(run: Run) -> list[torch.Tensor]:
+        batches: list[torch.Tensor] = []
+
+        def spy(tasks: Tasks, split: str) -> Tasks:
+            batches.append(torch.cat([*tasks["support"], *tasks["query"]], dim=1))
+            return tasks
+
+        spied = replace(
+            problem,
+            training=Altered(problem.training, spy),
+            evaluation=Altered(problem.evaluation, spy),
+        )
+        train_run(study, spied, run, ignore)
+        return batches
+
+    first = seen(run_of(study))
+    for other in (seen(run_of(study, 1, rate=0.25)), seen(run_of(study, 2))):
+        assert len(first) == len(other) == 3  # train, validation, test
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert not torch.equal(first[0], seen(run_of(study, seed=5))[0])
+
+
+def test_the_training_batches_are_a_stream_without_repeats(study: Study, problem: Problem) -> None:
+    source = TrainingTasks(study, problem, 3)
+    batches = [source(iteration)["support"][0] for iteration in range(2 * source.BLOCK)]
+    assert all(len(batch) == study.meta_batch for batch in batches)
+    assert len({batch.sum().item() for batch in batches}) == len(batches)
+
+
+def test_training_and_validation_never_see_a_test_task(study: Study, problem: Problem) -> None:
+    def plant(tasks: Tasks, split: str) -> Tasks:
+        if split != "test":
+            return tasks
+        return {part: (x, torch.full_like(y, 1e6)) for part, (x, y) in tasks.items()}
+
+    marked = replace(
+        problem,
+        training=Altered(problem.training, plant),
+        evaluation=Altered(problem.evaluation, plant),
+    )
+    clean, clean_params = train_run(study, problem, run_of(study), ignore)
+    found, params = train_run(study, marked, run_of(study), ignore)
+    assert found.test[0] > 1e11
+    assert (found.validation, found.curve) == (clean.validation, clean.curve)
+    assert all(torch.equal(params[name], clean_params[name]) for name in params)
+
+
+def test_validation_and_test_tasks_differ_though_sine_has_one_stream(problem: Problem) -> None:
+    validation = evaluation_tasks(problem, 5, "validation", 0)
+    test = evaluation_tasks(problem, 5, "test", 0)
+    assert not torch.equal(validation["query"][1], test["query"][1])
+
+
+def test_scores_are_those_of_a_plain_loop_over_tasks_and_steps(
+    study: Study, problem: Problem
+) -> None:
+    params, tasks = initial_params(study, 0), evaluation_tasks(problem, 4, "test", 0)
+    scores = scores_after(problem, problem.score, params, tasks, [0, 1, 3])
+    for task in range(4):
+        (x, y), (x_test, y_test) = ((a[task], b[task]) for a, b in tasks.values())
+        adapted = {name: leaf.clone().requires_grad_() for name, leaf in params.items()}
+        for step in range(4):
+            if step in scores:
+                error = (predict(problem.module, adapted, x_test) - y_test).square().mean()
+                assert scores[step][task].item() == pytest.approx(error.item(), rel=1e-5)
+            loss = (predict(problem.module, adapted, x) - y).square().mean()
+            gradients = torch.autograd.grad(loss, list(adapted.values()))
+            adapted = {
+                name: (leaf - study.inner.lr * gradient).detach().requires_grad_()
+                for (name, leaf), gradient in zip(adapted.items(), gradients, strict=True)
+            }
+
+
+def test_the_mean_run_is_a_plain_reptile_loop(study: Study, problem: Problem) -> None:
+    record, trained = train_run(study, problem, run_of(study), ignore)
+    params, source = initial_params(study, 3), TrainingTasks(study, problem, 3)
+    for iteration in range(study.iterations):
+        rate = 0.5 * (1 - iteration / study.iterations)
+        x, y = source(iteration)["support"]
+        displacement = {name: torch.zeros_like(leaf) for name, leaf in params.items()}
+        for task in range(study.meta_batch):
+            adapted = {name: leaf.clone().requires_grad_() for name, leaf in params.items()}
+            for rows in (slice(0, 5), slice(5, 10)):
+                error = predict(problem.module, adapted, x[task, rows]) - y[task, rows]
+                gradients = torch.autograd.grad(error.square().mean(), list(adapted.values()))
+                adapted = {
+                    name: (leaf - 0.02 * gradient).detach().requires_grad_()
+                    for (name, leaf), gradient in zip(adapted.items(), gradients, strict=True)
+                }
+            for name, leaf in params.items():
+                displacement[name] += (adapted[name].detach() - leaf) / study.meta_batch
+        params = {name: leaf + rate * displacement[name] for name, leaf in params.items()}
+    for name, leaf in trained.items():
+        torch.testing.assert_close(leaf.detach(), params[name], rtol=1e-4, atol=1e-6)
+    assert record.curve[-1].iteration == study.iterations
+
+
+def test_a_run_that_diverges_is_recorded_as_infinite_and_reported_to_its_end(
+    study: Study, problem: Problem
+) -> None:
+    steps: list[int] = []
+    record, _ = train_run(study, problem, run_of(study, rate=1e30), steps.append)
+    assert record.validation == float("inf")
+    assert set(record.test.values()) == {float("inf")}
+    assert record.curve[-1].iteration < study.iterations
+    assert sum(steps) == study.iterations
+
+
+def test_the_threads_are_as_before_after_a_run(study: Study, problem: Problem) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        train_run(study, problem, run_of(study), ignore)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_maml_study_lowers_its_loss_with_adam(study: Study) -> None:
+    shipped = load("sine-maml", quick=True)
+    small = shipped.model_copy(update={"iterations": 60, "meta_batch": 4})
+    run = Run(method=Method(name="mean", aggregator="mean"), rate=0.01, seed=0)
+    record, _ = train_run(small, build_problem(small, None), run, ignore)
+    assert record.validation < 0.95 * record.curve[0].loss
