@@ -136,15 +136,24 @@ class Aggregator:
         self,
         directions: PyTree,
         signal: PyTree | None = None,
+        *,
+        nonfinite: Bool[Tensor, " n"] | None = None,
         draws: Float[Tensor, " n"] | None = None,
     ) -> Aggregation:
-        """:meth:`aggregate` without the look at its result: runs under vmap and torch.compile."""
+        """:meth:`aggregate` without the look at its result: runs under vmap and torch.compile.
+
+        Args:
+            directions: task-stacked pytree.
+            signal: task-stacked pytree, or None.
+            nonfinite: tasks known to be non-finite by other means, as by their losses.
+            draws: result of :meth:`draw`, where it was called beforehand.
+        """
         n = check_stack(directions, "directions" if signal is not None else "gradients")
         if signal is not None:
             self._check_signal(signal, directions, n)
-        nonfinite = None
         if signal is not None or self.nonfinite == "drop":
-            nonfinite = _nonfinite_tasks(directions, signal)
+            found = _nonfinite_tasks(directions, signal)
+            nonfinite = found if nonfinite is None else nonfinite | found
         if nonfinite is not None and self.nonfinite == "drop":
             directions = mask_rows(directions, ~nonfinite)
             signal = None if signal is None else mask_rows(signal, ~nonfinite)
@@ -213,12 +222,12 @@ class Aggregator:
         statistics = measured.statistics
         decision = self.weighting(statistics)
         update = combine_directions(decision.weights, measured.groups)
-        norm = tree_norm(update)
+        norm = _norm(update)
         if self.match_norm is not None:
             reference = _reference(self.match_norm)(statistics)
             target = combine_directions(reference.weights, measured.groups)
-            factor = tree_norm(target) / torch.where(norm > 0, norm, 1.0)
-            update = tree_map(lambda leaf: leaf * factor.to(leaf.dtype), update)
+            factor = torch.where(norm > 0, _norm(target) / norm, torch.ones_like(norm))
+            update = tree_map(lambda leaf: (leaf * factor).to(leaf.dtype), update)
             decision = decision._replace(weights=decision.weights * factor)
             norm = norm * factor
         mean_norm = (
@@ -280,8 +289,12 @@ def _reference(method: Literal["mean", "agreement"]) -> Weighting:
     return ConstantWeighting() if method == "mean" else AgreementWeighting()
 
 
+def _norm(update: PyTree) -> Float[Tensor, ""]:
+    """‖update‖, a constant of differentiation."""
+    return tree_norm(tree_map(torch.Tensor.detach, update))
+
+
 def _mean_norm(statistics: Statistics) -> Float[Tensor, ""]:
     """‖Σ g_i / n‖ over all groups, from ‖Σ g_i‖² = Σ s_i."""
     norms = statistics.row_sums.sum(-1).clamp(min=0).sqrt() * statistics.scale
-    total: Tensor = torch.linalg.vector_norm(norms)
-    return total / statistics.active.sum()
+    return tree_norm(norms) / statistics.active.sum()

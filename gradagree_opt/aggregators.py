@@ -13,6 +13,7 @@ from gradagree_opt.weightings import (
     ConstantWeighting,
     NormShareWeighting,
     RandomWeighting,
+    check_choice,
 )
 
 Nonfinite = Literal["raise", "drop", "propagate"]
@@ -67,6 +68,7 @@ class GradientAgreement(Aggregator):
         degenerate: Literal["uniform", "zero", "raise"] = "uniform",
         nonfinite: Nonfinite = "raise",
     ) -> None:
+        check_choice("match_norm", match_norm, (None, "mean"))
         weighting = AgreementWeighting(
             similarity=similarity,
             include_self=include_self,
@@ -97,6 +99,7 @@ class Mean(Aggregator):
         match_norm: Literal["agreement"] | None = None,
         nonfinite: Nonfinite = "raise",
     ) -> None:
+        check_choice("match_norm", match_norm, (None, "agreement"))
         super().__init__(ConstantWeighting("mean"), match_norm=match_norm, nonfinite=nonfinite)
 
 

@@ -74,8 +74,7 @@ def diagnose(
     squares = weights.square().sum(-1)
     total = statistics.row_sums.sum(-1).clamp(min=0).sqrt()
     lengths = norms.sqrt().sum(-1)
-    centred = weights - weights.mean(-1, keepdim=True)
-    centred_norms = norms - norms.mean(-1, keepdim=True)
+    centred, centred_norms = _centred(weights), _centred(norms)
     spread = (centred.square().sum(-1) * centred_norms.square().sum(-1)).sqrt()
     return Diagnostics(
         weight_sum=weights.sum(-1),
@@ -89,3 +88,10 @@ def diagnose(
         degenerate=decision.degenerate,
         nonfinite=nonfinite,
     )
+
+
+def _centred(values: Tensor) -> Tensor:
+    """Deviations from the mean, exactly zero where the values differ by rounding alone."""
+    deviations = values - values.mean(-1, keepdim=True)
+    rounding = 4 * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
+    return torch.where(deviations.abs() <= rounding, torch.zeros_like(deviations), deviations)

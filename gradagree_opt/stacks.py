@@ -40,12 +40,15 @@ def _key_name(key: Any) -> str:
     return str(key)
 
 
-def task_count(stack: PyTree, /, name: str) -> int:
+def task_count(
+    stack: PyTree, /, name: str, advice: str = "give every leaf the task axis first"
+) -> int:
     """Number of tasks n that every leaf of a task-stacked pytree has as its first axis.
 
     Args:
         stack: pytree whose leaves are tensors ``[n, *shape]``.
         name: what the stack holds, for the messages.
+        advice: what to do about task axes that differ.
 
     Raises:
         TypeError: a leaf is not a tensor.
@@ -60,23 +63,20 @@ def task_count(stack: PyTree, /, name: str) -> int:
     for index, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor):
             raise TypeError(
-                f"expected every leaf of the {name} to be a tensor, found {type(leaf).__name__} in "
-                f"{leaf_paths(stack)[index]!r}; give zeros for a parameter that a task does not use"
+                f"expected every leaf of the {name} to be a tensor, found {type(leaf).__name__}"
+                f"{_place(stack, index)}; give zeros for a parameter that a task does not use"
             )
         if leaf.ndim == 0:
             raise ValueError(
                 f"expected every leaf of the {name} to have the task axis first, found a tensor "
-                f"without axes in {leaf_paths(stack)[index]!r}; stack the tasks along a new axis"
+                f"without axes{_place(stack, index)}; stack the tasks along a new axis"
             )
     n = int(leaves[0].shape[0])
     for index, leaf in enumerate(leaves):
         if leaf.shape[0] != n:
-            paths = leaf_paths(stack)
             raise ValueError(
-                f"expected every leaf of the {name} to have the same task axis, found {n} in "
-                f"{paths[0]!r} and {leaf.shape[0]} in {paths[index]!r}; per-parameter gradients of "
-                "one task, or a list of tasks, are to be stacked first: one tensor [n, *shape] for "
-                "each parameter"
+                f"expected every leaf of the {name} to have the same task axis, found {n}"
+                f"{_place(stack, 0)} and {leaf.shape[0]}{_place(stack, index)}; {advice}"
             )
     if n == 0:
         raise ValueError(
@@ -93,7 +93,12 @@ def check_stack(stack: PyTree, /, name: str = "gradients") -> int:
         TypeError: a leaf is not a floating-point tensor.
         ValueError: as :func:`task_count`.
     """
-    n = task_count(stack, name)
+    n = task_count(
+        stack,
+        name,
+        "per-parameter gradients of one task, or a list of tasks, are to be stacked first: one "
+        "tensor [n, *shape] for each parameter",
+    )
     check_floating(stack, name)
     return n
 
@@ -109,9 +114,15 @@ def check_floating(tree: PyTree, /, name: str) -> None:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
             raise TypeError(
-                f"expected floating-point {name}, found {found} in {leaf_paths(tree)[index]!r}; "
+                f"expected floating-point {name}, found {found}{_place(tree, index)}; "
                 "leave out what has no gradient"
             )
+
+
+def _place(tree: PyTree, index: int) -> str:
+    """Where a leaf is, for a message; nothing if it is the whole tree."""
+    path = leaf_paths(tree)[index]
+    return f" in {path!r}" if path else ""
 
 
 def accumulation_dtype(leaves: Sequence[Tensor], /) -> torch.dtype:
@@ -123,8 +134,9 @@ def accumulation_dtype(leaves: Sequence[Tensor], /) -> torch.dtype:
 
 def full_precision(device: torch.device, /) -> AbstractContextManager[Any]:
     """Switches autocast off inside the block, where it is on."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
     return nullcontext()
 
 

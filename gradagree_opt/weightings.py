@@ -76,8 +76,9 @@ class AgreementWeighting:
         if self.degenerate == "zero":
             fallback = torch.zeros_like(fallback)
         weights = torch.where(degenerate, fallback, shares)
-        unit = 1 if self.similarity == "cosine" else statistics.scale.unsqueeze(-1).square()
-        return Decision(weights, scores * unit, degenerate.squeeze(-1))
+        if self.similarity == "inner":
+            scores = in_squared_units(scores, statistics)
+        return Decision(weights, scores, degenerate.squeeze(-1))
 
     def _scores(self, statistics: Statistics) -> tuple[Tensor, Tensor]:
         """Σ_j g_i · g_j of every task, and the j = i term of each."""
@@ -142,6 +143,12 @@ def uniform(statistics: Statistics, /) -> Float[Tensor, "*groups n"]:
     return (active / active.sum().clamp(min=1)).expand_as(statistics.row_sums)
 
 
+def in_squared_units(values: Tensor, statistics: Statistics, /) -> Tensor:
+    """Values in units of scale² in those of the signals; scale² itself may overflow."""
+    scale = statistics.scale.unsqueeze(-1)
+    return values * scale * scale
+
+
 def check_choice(option: str, value: object, choices: tuple[object, ...], /) -> None:
     """ValueError in one sentence unless the value is one of the choices."""
     if value not in choices:
@@ -151,7 +158,7 @@ def check_choice(option: str, value: object, choices: tuple[object, ...], /) -> 
 
 def plain_decision(weights: Tensor, statistics: Statistics) -> Decision:
     """Weights that do not come from scores, beside the agreement scores of the same tasks."""
-    scores = statistics.row_sums * statistics.scale.unsqueeze(-1).square()
+    scores = in_squared_units(statistics.row_sums, statistics)
     return Decision(weights, scores, torch.zeros_like(statistics.scale, dtype=torch.bool))
 
 

@@ -99,7 +99,10 @@ class MAML:
         one_task = torch.func.grad(self._query_loss, has_aux=True)
         gradients, (displacement, losses) = torch.func.vmap(one_task, (None, 0))(params, tasks)
         signal = displacement if self.signal == "displacement" else None
-        return aggregator.aggregate_unchecked(gradients, signal, draws), losses
+        aggregation = aggregator.aggregate_unchecked(
+            gradients, signal, nonfinite=~torch.isfinite(losses), draws=draws
+        )
+        return aggregation, losses
 
     def _from_one_backward(
         self, params: PyTree, tasks: PyTree, aggregator: Aggregator, draws: Tensor | None
