@@ -188,7 +188,7 @@ def from_torchjd(
     if isinstance(aggregator, GramianWeightedAggregator):
         weigh: Callable[[Tensor], Tensor] = aggregator.gramian_weighting
     elif isinstance(aggregator, OF_GRAMIAN):
-        weigh = aggregator.weighting << _root
+        weigh = aggregator.weighting << cast(Callable[[Tensor], Matrix], _root)
     else:
         if match_norm is not None or scale_free is not None:
             raise ValueError(
@@ -288,7 +288,8 @@ class OfMatrix(OurAggregator):
         return tree_unflatten(shaped, tree_structure(directions[0]))
 
 
-def _root(gramian: Tensor) -> Matrix:
+def _root(gramian: Tensor) -> Tensor:
     """A matrix [n, n] with this Gramian, whose rows stand to each other as the signals do."""
     values, vectors = torch.linalg.eigh(gramian.double())
-    return cast(Matrix, (vectors * values.clamp(min=0).sqrt()).to(gramian.dtype))
+    root: Tensor = vectors * values.clamp(min=0).sqrt()
+    return root.to(gramian.dtype)
