@@ -32,7 +32,7 @@ BAD_STACKS = {
     "per-parameter gradients of one task": (
         [rows(64, 10), rows(64), rows(5, 64)],
         ValueError,
-        "found 64 in '0' and 5 in '2'; per-parameter gradients of one task, or a list of tasks, are",
+        "found 64 in '0' and 5 in '2'; per-parameter gradients of one task, or a list of tasks",
     ),
     "a list of tasks": (
         [{"w": rows(4, 3), "b": rows(2)}] * 3,

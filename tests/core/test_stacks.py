@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
+import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves, tree_structure
 
 import gradagree_opt as ga
-from gradagree_opt.stacks import leaf_paths
+from gradagree_opt.stacks import leaf_paths, mask_rows, rows
 from gradagree_testing import reference
 from gradagree_testing.reference import exact
 
@@ -69,15 +70,22 @@ def test_a_stack_is_aggregated_as_its_matrix(name: str, similarity: str):
     assert tree_structure(result.update) == tree_structure(stack)
     wide = torch.float64 if name == "mixed dtypes" else torch.float32
     assert_close(result.weights, torch.tensor(expected.astype(float)).to(wide))
-    for update, rows, unchanged in zip(tree_leaves(result.update), leaves, before, strict=True):
-        assert update.shape == rows.shape[1:]
-        sums = torch.einsum("n,n...->...", result.weights.double(), rows.double())
-        assert_close(update, sums.to(rows.dtype))
-        assert rows.equal(unchanged)
+    for update, values, unchanged in zip(tree_leaves(result.update), leaves, before, strict=True):
+        assert update.shape == values.shape[1:]
+        sums = torch.einsum("n,n...->...", result.weights.double(), values.double())
+        assert_close(update, sums.to(values.dtype))
+        assert values.equal(unchanged)
 
 
 def at_least_2d(leaf: Tensor) -> Tensor:
     return leaf if leaf.ndim > 1 else leaf[:, None]
+
+
+def test_shapes_and_dtypes_are_checked_while_the_tests_run():
+    with pytest.raises(jaxtyping.TypeCheckError):
+        rows(torch.zeros(3, 2, dtype=torch.int64))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        mask_rows(leaf(2), torch.ones(N, 1, dtype=torch.bool))
 
 
 def test_leaves_are_named_by_their_path():
@@ -86,8 +94,8 @@ def test_leaves_are_named_by_their_path():
 
 
 def test_a_parameter_is_aggregated_as_the_tensor_it_is():
-    rows = leaf(3)
-    assert_close(ga.GradientAgreement()(torch.nn.Parameter(rows)), ga.GradientAgreement()(rows))
+    values = leaf(3)
+    assert_close(ga.GradientAgreement()(torch.nn.Parameter(values)), ga.GradientAgreement()(values))
 
 
 @pytest.mark.parametrize("splits", [(1, 11), (4, 4, 4), (0, 12, 0), (1,) * 12])

@@ -1,0 +1,36 @@
+"""What importing the package costs somebody who has torch and nothing else."""
+
+import subprocess
+import sys
+
+import gradagree_opt as ga
+
+OPTIONAL = (
+    "beartype higher jaxtyping joblib learn2learn lightning matplotlib pandas pydantic ray rich "
+    "scipy torchjd torchopt torchvision typer yaml"
+)
+
+
+def run(program: str) -> None:
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
+
+
+def test_importing_the_package_imports_nothing_optional():
+    run(
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import gradagree_opt\n"
+        f"assert not set('{OPTIONAL}'.split()) & (set(sys.modules) - before)"
+    )
+
+
+def test_shapes_are_plain_tensors_at_run_time():
+    run(
+        "from torch import Tensor\n"
+        "from gradagree_opt.annotations import Bool, Float, Int\n"
+        "assert Float[Tensor, 'n d'] is Bool[Tensor, ''] is Int[Tensor, '*groups n'] is Tensor"
+    )
+
+
+def test_every_public_name_is_there():
+    assert all(hasattr(ga, name) for name in ga.__all__)
