@@ -121,7 +121,7 @@ def test_the_table_shows_means_intervals_and_paired_differences_of_the_results(
     for name, rate, _, cell, _, difference in rows[2:]:
         expected = stats.ttest_1samp(after_one[name], 0).confidence_interval(0.95)
         middle, half = (expected.low + expected.high) / 2, (expected.high - expected.low) / 2
-        assert cell == f"{middle:.3f} ± {half:.3f}"
+        assert cell == f"{middle:.4f} ± {half:.4f}"
         assert float(rate.rstrip("†")) == results.query("method == @name")["rate"].iloc[0]
         assert rate.endswith("†") == (float(rate.rstrip("†")) in (0.25, 4.0))
         if name == "mean":
@@ -129,7 +129,7 @@ def test_the_table_shows_means_intervals_and_paired_differences_of_the_results(
             continue
         paired = stats.ttest_rel(after_one[name], after_one["mean"]).confidence_interval(0.95)
         middle, half = (paired.low + paired.high) / 2, (paired.high - paired.low) / 2
-        assert difference == f"{middle:+.3f} ± {half:.3f}"
+        assert difference == f"{middle:+.4f} ± {half:.4f}"
 
 
 def test_the_latex_table_is_booktabs_with_the_cells_of_the_markdown(finished: Path) -> None:

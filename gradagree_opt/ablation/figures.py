@@ -12,6 +12,7 @@ from gradagree_opt.ablation.models import Params, initial_params, predict
 from gradagree_opt.ablation.problem import Problem, Tasks, adapt, evaluation_tasks
 from gradagree_opt.ablation.records import RunRecord
 from gradagree_opt.ablation.sweep import Results
+from gradagree_opt.ablation.tables import steps_text
 
 SHOWN_STEPS = 5
 AGREEMENT = {
@@ -95,7 +96,9 @@ def draw_adaptation(axes: Axes, problem: Problem, params: Params, tasks: Tasks) 
         with torch.no_grad():
             prediction = predict(problem.module, one, tasks["query"][0][0])
         shade = 0.25 + 0.75 * step / SHOWN_STEPS
-        axes.plot(x, prediction[:, 0].numpy(), color="C0", alpha=shade, lw=1, label=f"{step} steps")
+        axes.plot(
+            x, prediction[:, 0].numpy(), color="C0", alpha=shade, lw=1, label=steps_text(step)
+        )
     axes.plot(
         *(part[0, :, 0].numpy() for part in tasks["support"]), "o", color="C3", ms=4, label="points"
     )

@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 import pandas as pd
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from gradagree_opt.ablation.records import RunRecord
@@ -22,7 +23,7 @@ class Measure(NamedTuple):
 
 
 MEASURES = {
-    "sine": Measure("mean squared error", "mse", 1.0, ".3f", higher_is_better=False),
+    "sine": Measure("mean squared error", "mse", 1.0, ".4f", higher_is_better=False),
     "omniglot": Measure("accuracy in %", "accuracy", 100.0, ".1f", higher_is_better=True),
 }
 EDGE = "†"
@@ -61,6 +62,10 @@ def scores(records: list[RunRecord], steps: int) -> dict[int, float]:
     return {record.run.seed: record.test[steps] for record in records}
 
 
+def steps_text(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"
+
+
 def summary(results: Results) -> pd.DataFrame:
     """The table's cells as text, the best method first."""
     study = results.study
@@ -81,9 +86,7 @@ def summary(results: Results) -> pd.DataFrame:
         row = {"method": name, "outer rate": f"{results.rates[name]:g}"}
         row["outer rate"] += EDGE if results.at_edge(name) else ""
         for count in study.test.steps:
-            row["1 step" if count == 1 else f"{count} steps"] = show(
-                interval(list(scores(records, count).values()))
-            )
+            row[steps_text(count)] = show(interval(list(scores(records, count).values())))
         row[f"minus {study.baseline}"] = "" if name == study.baseline else show(difference, "+")
         rows.append(row)
     table: pd.DataFrame = pd.DataFrame(rows)
@@ -131,7 +134,13 @@ def latex(results: Results) -> str:
 
 def terminal(results: Results) -> Table:
     table = summary(results)
-    shown = Table(caption="\n".join(notes(results)), caption_justify="left")
+    shown = Table(
+        caption="\n".join(notes(results)),
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=0,  # eight columns in a terminal of eighty characters
+    )
     for column in table.columns:
         shown.add_column(column, justify="left" if column == "method" else "right")
     for row in table.to_numpy().tolist():
