@@ -259,28 +259,21 @@ class Tasksets:
         tasks = []
         for draw in draws:
             with _seeded(draw):
-                tasks.append(self._halves(taskset[draw]))
+                tasks.append(self._halves(*taskset[draw]))
         stacked: dict[str, Batch] = tree_map(_stack, *tasks)
         return stacked
 
-    def _halves(self, task: PyTree) -> dict[str, PyTree]:
+    def _halves(self, x: Tensor, y: Tensor) -> dict[str, Batch]:
         if self.shots is None:
-            return {
-                "support": tree_map(lambda leaf: leaf[::2], task),
-                "query": tree_map(lambda leaf: leaf[1::2], task),
-            }
-        _, labels = task
-        is_class = labels.unsqueeze(1) == labels.unique()
-        support = is_class.cumsum(0)[is_class] <= self.shots
+            return {"support": (x[::2], y[::2]), "query": (x[1::2], y[1::2])}
+        is_class = y.unsqueeze(1) == torch.unique(y)
         if (is_class.sum(0) <= self.shots).any():
             raise ValueError(
                 f"expected more than {self.shots} examples of every class, found "
                 f"{int(is_class.sum(0).min())}; give KShots the support and the query shots"
             )
-        return {
-            "support": tree_map(lambda leaf: leaf[support], task),
-            "query": tree_map(lambda leaf: leaf[~support], task),
-        }
+        support = is_class.cumsum(0)[is_class] <= self.shots
+        return {"support": (x[support], y[support]), "query": (x[~support], y[~support])}
 
 
 @contextmanager
