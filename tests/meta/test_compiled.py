@@ -88,14 +88,13 @@ def test_a_divergent_task_still_raises_or_is_dropped(name, without_code_generati
 
 
 @pytest.mark.parametrize("name", ["MAML", "Reptile"])
-def test_more_instances_and_aggregators_than_torch_recompiles_one_function(name, monkeypatch):
+def test_one_instance_takes_more_aggregators_than_torch_recompiles_a_function(name, monkeypatch):
+    """An ablation hands one meta-algorithm many aggregators; torch's own limit is 8."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    aggregators = [ga.Mean(), ga.Sum(), ga.NormShare()]
+    compiled = ALGORITHMS[name].build(loss_fn, 0.1, 1, compile=True)
+    eager = ALGORITHMS[name].build(loss_fn, 0.1, 1)
     with torch._dynamo.config.patch(recompile_limit=2):
-        for steps in (1, 2, 3):
-            meta = ALGORITHMS[name].build(loss_fn, 0.1, steps, compile=True)
-            eager = ALGORITHMS[name].build(loss_fn, 0.1, steps)
-            for aggregator in aggregators if steps == 1 else aggregators[:1]:
-                result = meta.step(CASE.params, CASE.tasks, aggregator)
-                expected = eager.step(CASE.params, CASE.tasks, aggregator)
-                assert_same(result.update, expected.update, tolerance=1e-12)
+        for aggregator in (ga.Mean(), ga.Sum(), ga.NormShare()):
+            result = compiled.step(CASE.params, CASE.tasks, aggregator)
+            expected = eager.step(CASE.params, CASE.tasks, aggregator)
+            assert_same(result.update, expected.update, tolerance=1e-12)
