@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from gradagree_opt.aggregation import Aggregator
 from gradagree_opt.collect import TaskBatch
+from gradagree_opt.engines.stacked import scalar_loss
 from gradagree_opt.frameworks import require
 from gradagree_opt.meta.steps import MetaStep, check_tasks
 from gradagree_opt.meta.steps import meta_step as with_losses
@@ -56,7 +57,8 @@ def meta_step(
         The update by name of the parameter, the losses after adaptation and the weights.
 
     Raises:
-        ValueError: the tasks are not task-stacked, the loss is not a scalar, or the aggregator
+        ValueError: the tasks are not task-stacked, there is no inner step, the loss is not a
+            scalar, the inner optimizer holds a frozen parameter in first order, or the aggregator
             refuses the tasks. Nothing is changed then.
 
     Source: Eshratifar et al. 2018, algorithm 1, the MAML form.
@@ -72,7 +74,12 @@ def meta_step(
     >>> net.weight.grad.shape, result.losses.shape
     (torch.Size([1, 1]), torch.Size([4]))
     """
+    if steps < 1:
+        raise ValueError(f"expected steps of at least 1, found {steps}")
+    if first_order:
+        _check_frozen(model, optimizer)
     n = check_tasks(dict(model.named_parameters()), tasks, "support", "query")
+    loss_fn = scalar_loss(loss_fn)
     batch, losses = TaskBatch(model, aggregator, memory=memory), []
     for i in range(n):
         task = tree_map(lambda leaf, i=i: leaf[i], tasks)
@@ -85,3 +92,15 @@ def meta_step(
         batch.add(loss, adapted=learner)
         losses.append(loss.detach())
     return with_losses(batch.backward(), torch.stack(losses))
+
+
+def _check_frozen(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """One sentence where higher would adapt a frozen parameter, from the second inner step on."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in held and not parameter.requires_grad:
+            raise ValueError(
+                f"expected an inner optimizer over trained parameters, found {name!r} frozen, "
+                "which higher adapts where track_higher_grads=False; give the optimizer only "
+                "parameters that require a gradient"
+            )
