@@ -94,9 +94,9 @@ def aggregate(aggregator: Aggregator, /) -> GradientTransformation:
 def inner(transformation: GradientTransformation, steps: int) -> "Inner":
     """Any functional optimizer of TorchOpt in the place of :class:`gradagree_opt.InnerSGD`.
 
-    Its state is made anew for every task. Second order goes through the state too; Adam and its
-    relatives then need ``eps_root > 0`` where an entry's gradient can be zero, or the derivative
-    of the square root is NaN.
+    Its state is made anew for every task, and second order goes through it. Where an entry's
+    gradient can be zero, the derivative of a square root is NaN: ``adam`` and ``adamw`` have
+    ``eps_root`` against it, ``rmsprop``, ``adagrad`` and ``radam`` want ``first_order=True``.
 
     Args:
         transformation: as ``torchopt.adam(lr=0.01)``, or a ``torchopt.chain(…)``.

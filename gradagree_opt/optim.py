@@ -74,7 +74,9 @@ class TaskOptimizer:
         """Aggregates the gradients of the task losses and steps the wrapped optimizer.
 
         Args:
-            losses: ``[n]`` tensor or sequence of n scalars, one loss a task.
+            losses: ``[n]`` tensor or sequence of n scalars, one loss a task. Where the aggregator
+                is to drop a task that is not finite, a sequence: in the gradient of one tensor
+                its NaN reaches the others.
 
         Returns:
             The aggregation, its update by parameter position.

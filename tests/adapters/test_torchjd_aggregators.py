@@ -80,13 +80,17 @@ def seeded(aggregator, *arguments):
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_update_is_that_of_torchjd_on_the_matrix_batch_after_batch(name, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-5), (torch.float64, 1e-7)],  # solvers amplify the Gramian's rounding
+    ids=["float32", "float64"],
+)
+def test_update_is_that_of_torchjd_on_the_matrix_batch_after_batch(name, dtype, tolerance):
     theirs, ours = make(name), from_torchjd(make(name))
     for seed in range(3):  # some keep a state
         jacobian = matrix(seed, dtype=dtype)
         stack = {"a": jacobian[:, :5].unflatten(1, (5, 1)), "b": jacobian[:, 5:]}
-        assert_same(seeded(ours, stack), seeded(theirs, jacobian), 1e-6)
+        assert_same(seeded(ours, stack), seeded(theirs, jacobian), tolerance)
 
 
 @pytest.mark.parametrize("name", OF_GRAMIAN)

@@ -96,6 +96,23 @@ def test_error_of_the_loss_is_not_taken_for_one_of_the_optimizer():
         maml.step(torch.ones(4), batches(), ga.Mean())
 
 
+def test_eps_root_lets_second_order_pass_an_entry_without_gradient():
+    def loss_fn(params, batch):
+        x, y = batch
+        return ((torch.relu(x + params["bias"]) @ params["out"] - y) ** 2).mean()
+
+    bias = torch.tensor([5.0, -100.0], dtype=torch.float64)  # the second unit is dead
+    params = {"bias": bias, "out": torch.ones(2, 1, dtype=torch.float64)}
+    tasks = batches()
+    maml = ga.MAML(loss_fn, inner(torchopt.adam(lr=0.02), STEPS))
+    with pytest.raises(ValueError, match="found NaN or inf"):
+        maml.step(params, tasks, ga.Mean())
+    rooted = torchopt.adam(lr=0.02, eps_root=1e-8)
+    update = ga.MAML(loss_fn, inner(rooted, STEPS)).step(params, tasks, ga.Mean()).update
+    _, gradients = naive_step(rooted, loss_fn, params, tasks, constant=False)
+    assert_same(list(update.values()), gradients.mean(0), 1e-12)
+
+
 def test_optimizer_that_is_not_functional_is_refused(without_type_checks):
     with pytest.raises(TypeError, match=r"functional optimizer as torchopt\.adam"):
         inner(torchopt.FuncOptimizer(torchopt.sgd(lr=0.1)), steps=1)
@@ -104,3 +121,15 @@ def test_optimizer_that_is_not_functional_is_refused(without_type_checks):
 def test_negative_steps_are_refused():
     with pytest.raises(ValueError, match="steps of 0 or more, found -1"):
         inner(torchopt.sgd(lr=0.1), steps=-1)
+
+
+@pytest.mark.compiled
+def test_compiled_step_with_an_optimizer_that_has_state_equals_the_eager_one():
+    net, tasks, aggregator = network(), batches(), ga.GradientAgreement(nonfinite="propagate")
+    loss_fn = loss_of(net)
+
+    def step(compile):
+        maml = ga.MAML(loss_fn, inner(torchopt.adam(lr=0.02), 2), compile=compile)
+        return maml.step(parameters_of(net), tasks, aggregator).update
+
+    assert_same(step(True), step(False), 1e-6)
