@@ -227,9 +227,8 @@ class Aggregator:
             reference = _reference(self.match_norm)(statistics)
             target = combine_directions(reference.weights, measured.groups)
             factor = torch.where(norm > 0, _norm(target) / norm, torch.ones_like(norm))
+            update = tree_map(lambda leaf: (leaf * factor).to(leaf.dtype), update)
             decision = decision._replace(weights=decision.weights * factor)
-            # Combined anew, since scaling what is rounded to half precision rounds it twice.
-            update = combine_directions(decision.weights, measured.groups)
             norm = norm * factor
         mean_norm = (
             _mean_norm(statistics) if signal_is_direction else torch.full_like(norm, torch.nan)

@@ -53,7 +53,8 @@ def test_every_aggregator_combines_rows_with_the_weights_of_the_reference(
     if configuration.weights is not None:
         expected = configuration.weights(gram).astype(float)
         rounding = weight_rounding(configuration, gram, expected, matrix.dtype)
-        assert (rounding < 0.02).all(), "too ill-conditioned to tell right weights from wrong ones"
+        size = max(1.0, abs(expected).max())  # a matched norm can make weights larger than 1
+        assert (rounding < 0.02 * size).all(), "too ill-conditioned to tell right weights from wrong ones"
         assert (abs(result.weights.double().numpy() - expected) <= rounding).all()
     assert_scores(result, configuration, gram)
 
