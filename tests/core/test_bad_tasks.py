@@ -161,6 +161,32 @@ class TestPropagate:
         assert host_reads == []
 
 
+class TestKnownByOtherMeans:
+    LOST = torch.tensor([False, True, False, False])
+
+    def test_drop_leaves_such_tasks_out_although_their_gradients_are_finite(self):
+        grads = rows(4, 3)
+        aggregator = ga.GradientAgreement(nonfinite="drop")
+        result = aggregator.aggregate_unchecked(grads, nonfinite=self.LOST)
+        rest = ga.GradientAgreement().aggregate(grads[[0, 2, 3]])
+        assert result.weights[1] == 0
+        assert_close(result.update, rest.update)
+
+    def test_drop_leaves_out_what_it_finds_itself_too(self):
+        aggregator = ga.GradientAgreement(nonfinite="drop")
+        result = aggregator.aggregate_unchecked(
+            rows(4, 3), spoilt(rows(4, 2), [3], torch.nan), nonfinite=self.LOST
+        )
+        assert result.diagnostics.nonfinite.tolist() == [False, True, False, True]
+        assert (result.weights == 0).tolist() == [False, True, False, True]
+
+    def test_raise_names_them(self):
+        aggregator = ga.GradientAgreement()
+        result = aggregator.aggregate_unchecked(rows(4, 3), nonfinite=self.LOST)
+        with pytest.raises(ValueError, match=re.escape("tasks [1]")):
+            aggregator.verify(result)
+
+
 ZEROS = torch.zeros(4, 3)
 OPPOSITE = torch.tensor([[1.0, 2.0, 3.0], [-1.0, -2.0, -3.0]])
 

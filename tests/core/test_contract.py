@@ -54,7 +54,7 @@ def test_every_aggregator_combines_rows_with_the_weights_of_the_reference(
         expected = configuration.weights(gram).astype(float)
         rounding = weight_rounding(configuration, gram, expected, matrix.dtype)
         size = max(1.0, abs(expected).max())  # a matched norm can make weights larger than 1
-        assert (rounding < 0.02 * size).all(), "too ill-conditioned to tell right weights from wrong ones"
+        assert (rounding < 0.02 * size).all(), "too ill-conditioned to tell right from wrong"
         assert (abs(result.weights.double().numpy() - expected) <= rounding).all()
     assert_scores(result, configuration, gram)
 
@@ -75,8 +75,8 @@ def assert_linear_combination_of_rows(result: Aggregation, matrix: Tensor) -> No
     number = torch.finfo(matrix.dtype)
     eps = torch.finfo(result.weights.dtype).eps
     error = (result.update.double() - weights @ rows).abs()
-    sizes = weights.abs() @ rows.abs()
-    allowed = (weights @ rows).abs() * number.eps + 8 * eps * sizes + number.smallest_normal
+    sums = (8 + len(rows) ** 0.5) * eps * (weights.abs() @ rows.abs())
+    allowed = (weights @ rows).abs() * number.eps + sums + number.smallest_normal
     assert (error <= allowed).all()
 
 
