@@ -99,7 +99,7 @@ def ablate(
         raise typer.Exit(130) from None
     console = Console()
     console.print(tables.terminal(results))
-    console.print(f"written to {folder}", markup=False)
+    console.print(f"written to {folder}", markup=False, soft_wrap=True)
 
 
 @app.command()
