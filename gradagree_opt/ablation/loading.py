@@ -63,8 +63,8 @@ def load(source: str, *, quick: bool = False) -> Study:
     nodes = {"": root, "quick.": child(root, "quick")}
     fast = parse(path, merge(document, document["quick"]), nodes)
     if fast.name != study.name:
-        line, _ = locate(nodes, ("name",))
-        raise StudyError(f"{path}, line {line}: the 'quick' section cannot rename the study")
+        number, _ = locate(nodes, ("name",))
+        raise StudyError(f"{path}, line {number}: the 'quick' section cannot rename the study")
     return (
         fast.model_copy(update={"name": f"{study.name}-quick", "quick": None}) if quick else study
     )
