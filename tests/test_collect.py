@@ -1,96 +1,25 @@
 """TaskBatch in loops of torch.autograd against the same step as a pure function."""
 
 import copy
-from functools import partial
-from typing import NamedTuple
 
 import pytest
 import torch
-from torch import nn
 
 import gradagree_opt as ga
 
-from .meta.loops import descend, gradient, gradient_with_graph
-from .meta.problems import assert_same, loss_fn, problem
-from .meta.rules import by_layer
-
-LR = 0.1
-STEPS = 2
-CASE = problem(n=4)
-INNER = ga.InnerSGD(LR, STEPS)
-each_memory = pytest.mark.parametrize("memory", ["graph", "stream"])
-each_aggregator = pytest.mark.parametrize(
-    "aggregator",
-    [
-        ga.Mean,
-        ga.Sum,
-        ga.GradientAgreement,
-        partial(ga.GradientAgreement, scope="leaf"),
-        partial(ga.GradientAgreement, scope=by_layer, match_norm="mean"),
-        partial(ga.GradientAgreement, nonfinite="drop"),
-        partial(ga.GradientAgreement, nonfinite="propagate", similarity="cosine"),
-        lambda: ga.RandomWeights(torch.Generator().manual_seed(5)),
-    ],
-    ids=["mean", "sum", "agreement", "leaf", "layer", "drop", "propagate", "random"],
+from .collecting import (
+    CASE,
+    INNER,
+    Network,
+    adapt,
+    add_maml_tasks,
+    add_multi_task_losses,
+    assert_filled,
+    each_aggregator,
+    each_memory,
+    parameters,
 )
-
-
-class Network(nn.Module):
-    """The parameters of a problem as a module."""
-
-    def __init__(self, params):
-        super().__init__()
-        for name, value in params.items():
-            self.register_parameter(name, nn.Parameter(value.clone()))
-
-
-class Container(NamedTuple):
-    """How TaskBatch is given parameters, and how the adapted ones of a task."""
-
-    given: object
-    adapted: object
-
-
-CONTAINERS = {
-    "module and dict": Container(lambda module: module, dict),
-    "dicts": Container(lambda module: dict(module.named_parameters()), dict),
-    "dicts of another order": Container(
-        lambda module: dict(module.named_parameters()), lambda named: dict(reversed(named.items()))
-    ),
-    "lists": Container(lambda module: list(module.parameters()), lambda named: [*named.values()]),
-    "iterators": Container(lambda module: module.parameters(), lambda named: iter(named.values())),
-}
-
-
-def parameters(module):
-    return dict(module.named_parameters())
-
-
-def adapt(params, support, first_order=False):
-    """Inner loop attached to the parameters, through the gradients or past them."""
-    inner = partial(gradient if first_order else gradient_with_graph, loss_fn, batch=support)
-    return descend(inner, params, dict.fromkeys(params, LR), STEPS)[-1]
-
-
-def add_maml_tasks(batch, module, container=CONTAINERS["dicts"], first_order=False, case=CASE):
-    for task in case.each():
-        adapted = adapt(parameters(module), task["support"], first_order)
-        batch.add(loss_fn(adapted, task["query"]), adapted=container.adapted(adapted))
-
-
-def add_multi_task_losses(batch, module, case=CASE):
-    for task in case.each():
-        batch.add(loss_fn(parameters(module), task["query"]))
-
-
-def assert_filled(module, result, expected):
-    """.grad and the result hold the expected step."""
-    grads = {name: p.grad for name, p in module.named_parameters()}
-    assert_same(grads, expected.update, tolerance=1e-12)
-    update = dict(zip(grads, result.update.values(), strict=True))
-    assert_same(update, expected.update, tolerance=1e-12)
-    torch.testing.assert_close(result.weights, expected.weights, rtol=1e-11, atol=1e-14)
-    torch.testing.assert_close(result.scores, expected.scores, rtol=1e-11, atol=1e-14)
+from .meta.problems import assert_same, loss_fn, problem
 
 
 @each_memory
@@ -127,40 +56,6 @@ def test_losses_alone_are_multi_task_learning(memory, aggregator):
     result = batch.backward()
     expected = ga.aggregate_gradients(loss_fn, CASE.params, CASE.tasks["query"], aggregator())
     assert_filled(module, result, expected)
-
-
-@each_memory
-@pytest.mark.parametrize("container", CONTAINERS.values(), ids=CONTAINERS)
-def test_parameters_come_as_a_module_by_name_or_in_order(memory, container):
-    module = Network(CASE.params)
-    batch = ga.TaskBatch(container.given(module), ga.GradientAgreement(), memory=memory)
-    add_maml_tasks(batch, module, container)
-    expected = ga.MAML(loss_fn, INNER).step(CASE.params, CASE.tasks, ga.GradientAgreement())
-    assert_filled(module, batch.backward(), expected)
-
-
-def test_names_decide_where_shapes_do_not():
-    params = {name: torch.zeros(2, requires_grad=True) for name in ("a", "b")}
-    batch = ga.TaskBatch(params, ga.Mean())
-    batch.add(adapted={"b": torch.tensor([-1.0, 0.0]), "a": torch.tensor([0.0, -2.0])})
-    batch.backward()
-    assert params["a"].grad.tolist() == [0, 2]
-    assert params["b"].grad.tolist() == [1, 0]
-
-
-def test_learners_may_be_copies_that_an_optimizer_trains():
-    module = Network(CASE.params)
-    batch = ga.TaskBatch(module, ga.GradientAgreement())
-    for task in CASE.each():
-        learner = copy.deepcopy(module)
-        optimizer = torch.optim.SGD(learner.parameters(), lr=LR)
-        for _ in range(STEPS):
-            optimizer.zero_grad()
-            loss_fn(parameters(learner), task["support"]).backward()
-            optimizer.step()
-        batch.add(adapted=learner)
-    expected = ga.Reptile(loss_fn, INNER).step(CASE.params, CASE.tasks, ga.GradientAgreement())
-    assert_filled(module, batch.backward(), expected)
 
 
 @each_memory
@@ -211,38 +106,6 @@ def test_forms_may_change_from_batch_to_batch():
     tasks = CASE.tasks["query"]
     expected = ga.aggregate_gradients(loss_fn, CASE.params, tasks, ga.GradientAgreement())
     assert_filled(module, batch.backward(), expected)
-
-
-@each_memory
-@pytest.mark.parametrize("add", [add_maml_tasks, add_multi_task_losses])
-def test_frozen_parameters_take_no_part(memory, add):
-    frozen = "bias1"
-    module = Network(CASE.params)
-    module.get_parameter(frozen).requires_grad_(False)
-    trained = {name: p for name, p in CASE.params.items() if name != frozen}
-
-    def loss_of_trained(params, batch):
-        return loss_fn(params | {frozen: CASE.params[frozen]}, batch)
-
-    batch = ga.TaskBatch(module, ga.GradientAgreement(scope="leaf"), memory=memory)
-    if add is add_maml_tasks:
-        for task in CASE.each():
-            inner = partial(gradient_with_graph, loss_of_trained, batch=task["support"])
-            start = {name: p for name, p in module.named_parameters() if name != frozen}
-            adapted = descend(inner, start, dict.fromkeys(start, LR), STEPS)[-1]
-            everything = {name: adapted.get(name, p) for name, p in module.named_parameters()}
-            batch.add(loss_of_trained(adapted, task["query"]), adapted=everything)
-        meta = ga.MAML(loss_of_trained, INNER)
-        expected = meta.step(trained, CASE.tasks, ga.GradientAgreement(scope="leaf"))
-    else:
-        add(batch, module)
-        expected = ga.aggregate_gradients(
-            loss_of_trained, trained, CASE.tasks["query"], ga.GradientAgreement(scope="leaf")
-        )
-    result = batch.backward()
-    assert module.get_parameter(frozen).grad is None
-    assert_same(result.update, expected.update, tolerance=1e-12)
-    torch.testing.assert_close(result.weights, expected.weights, rtol=1e-11, atol=1e-14)
 
 
 @each_memory

@@ -127,6 +127,45 @@ def test_one_loss_of_another_model_among_right_ones(model, memory, maml):
     assert len(batch) == 1
 
 
+def test_the_parameters_themselves_in_place_of_a_learner(batch, model):
+    refuses(lambda: batch.add(adapted=model), "found the parameters of the batch themselves")
+
+
+@each_memory
+def test_the_loss_of_one_learner_with_another(model, memory):
+    batch = ga.TaskBatch(model, ga.GradientAgreement(), memory=memory)
+    loss = loss_of(adapted_from(model))
+    add = lambda: batch.add(loss, adapted=adapted_from(model))  # noqa: E731
+    refuses(add, "expected a loss of the adapted parameters, found one that depends on none")
+    assert len(batch) == 0
+
+
+@pytest.mark.parametrize("form", ["(loss)", "(loss, adapted=…)"])
+def test_parameters_that_change_before_backward(model, batch, form):
+    adapted = {name: p * p for name, p in named(model).items()}
+    loss = sum(p.sum() for p in adapted.values())
+    batch.add(loss) if form == "(loss)" else batch.add(loss, adapted=adapted)
+    with torch.no_grad():
+        model.weight += 1
+    refuses(batch.backward, "found one whose graph holds tensors changed since")
+    assert all(p.grad is None for p in model.parameters())
+    assert len(batch) == 0
+
+
+@pytest.mark.parametrize("form", ["(loss)", "(loss, adapted=…)"])
+def test_a_loss_that_has_been_backpropagated(model, batch, form):
+    adapted = {name: p.exp() for name, p in named(model).items()}
+    loss = loss_of(
+        {name: p.exp() for name, p in named(model).items()} if form == "(loss)" else adapted
+    )
+    loss.backward()
+    model.zero_grad()
+    batch.add(loss) if form == "(loss)" else batch.add(loss, adapted=adapted)
+    refuses(batch.backward, "found one that a backward pass has freed")
+    assert all(p.grad is None for p in model.parameters())
+    assert len(batch) == 0
+
+
 def test_backward_on_an_empty_batch(batch, model):
     refuses(batch.backward, "expected at least one task, found an empty batch")
     assert all(p.grad is None for p in model.parameters())
