@@ -303,7 +303,7 @@ def start(study: Path, out: Path) -> "subprocess.Popen[str]":
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list(out.glob("runs/*.json")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
