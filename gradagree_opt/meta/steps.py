@@ -1,5 +1,6 @@
 """What every meta-algorithm answers with, and how its tasks are checked."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -70,4 +71,7 @@ def maybe_compiled(step: Step, compile: bool, /) -> Step:
     """The function, compiled as one graph of static shapes where asked for."""
     if not compile:
         return step
-    return cast(Step, torch.compile(step, fullgraph=True, dynamic=False))
+    # An ablation hands one step many aggregators, each a compilation; older torch stops at 8.
+    takes_limit = "recompile_limit" in inspect.signature(torch.compile).parameters
+    limit: dict[str, Any] = {"recompile_limit": 64} if takes_limit else {}
+    return cast(Step, torch.compile(step, fullgraph=True, dynamic=False, **limit))
