@@ -13,17 +13,17 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.diagnostics import Diagnostics, diagnose
+from gradagree_opt.scopes import Scope, group_indices, measure_by_group
 from gradagree_opt.stacks import (
     PyTree,
     check_stack,
     combine,
-    leaf_paths,
     mask_rows,
     row_magnitudes,
     tree_norm,
 )
-from gradagree_opt.statistics import Statistics, measure, measure_groups
-from gradagree_opt.verification import verify
+from gradagree_opt.statistics import Statistics
+from gradagree_opt.verification import troubled, verify
 from gradagree_opt.weightings import (
     AgreementWeighting,
     ConstantWeighting,
@@ -31,7 +31,6 @@ from gradagree_opt.weightings import (
     check_choice,
 )
 
-Scope = Literal["global", "leaf"] | Callable[[str], str]
 Combine = Callable[[Tensor, list[int] | None], PyTree]
 """From weights ``[n]``, or ``[groups, n]`` and the group of each leaf, to Σ_i w_i · direction_i."""
 
@@ -53,11 +52,15 @@ class Aggregation(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Statistics of a batch, its non-finite tasks, and the group of every leaf."""
+    """Statistics of a batch, its non-finite tasks, and the group of every leaf.
+
+    ``scaled``: whether sums are taken in units of the largest entry, those of the update too.
+    """
 
     statistics: Statistics
     nonfinite: Bool[Tensor, " n"]
     groups: list[int] | None
+    scaled: bool = True
 
 
 class Aggregator:
@@ -128,7 +131,13 @@ class Aggregator:
         >>> result.update
         {'w': tensor([1., 0.])}
         """
-        result = self.aggregate_unchecked(directions, signal)
+        n = check_stack(directions, "directions" if signal is not None else "gradients")
+        draws = self.draw(n)
+        if self.nonfinite == "raise":  # asks for a look at the result, which most often is this one
+            result = self.aggregate_unchecked(directions, signal, draws=draws, scaled=False)
+            if self.is_sound(result):
+                return result
+        result = self.aggregate_unchecked(directions, signal, draws=draws)
         self.verify(result)
         return result
 
@@ -139,6 +148,7 @@ class Aggregator:
         *,
         nonfinite: Bool[Tensor, " n"] | None = None,
         draws: Float[Tensor, " n"] | None = None,
+        scaled: bool = True,
     ) -> Aggregation:
         """:meth:`aggregate` without the look at its result: runs under vmap and torch.compile.
 
@@ -147,6 +157,7 @@ class Aggregator:
             signal: task-stacked pytree, or None.
             nonfinite: tasks known to be non-finite by other means, as by their losses.
             draws: result of :meth:`draw`, where it was called beforehand.
+            scaled: as in :meth:`measure`.
         """
         n = check_stack(directions, "directions" if signal is not None else "gradients")
         if signal is not None:
@@ -158,7 +169,10 @@ class Aggregator:
             directions = mask_rows(directions, ~nonfinite)
             signal = None if signal is None else mask_rows(signal, ~nonfinite)
         measured = self.measure(
-            directions if signal is None else signal, nonfinite=nonfinite, draws=draws
+            directions if signal is None else signal,
+            nonfinite=nonfinite,
+            draws=draws,
+            scaled=scaled,
         )
         return self.apply(
             measured,
@@ -173,6 +187,7 @@ class Aggregator:
         *,
         nonfinite: Bool[Tensor, " n"] | None = None,
         draws: Float[Tensor, " n"] | None = None,
+        scaled: bool = True,
     ) -> Measured:
         """Statistics of a task-stacked signal: what :meth:`apply` needs to know of it.
 
@@ -181,27 +196,20 @@ class Aggregator:
             nonfinite: tasks already known to be non-finite; "drop" gives them weight 0 and wants
                 zeros in place of their signals.
             draws: result of :meth:`draw`, where it was called beforehand.
+            scaled: False saves the scaling, and marks all tasks as not finite where it was needed.
         """
-        leaves = [leaf.detach() for leaf in tree_leaves(signal)]
-        n = leaves[0].shape[0]
+        first = tree_leaves(signal)[0]
+        n = first.shape[0]
         if nonfinite is None:
-            nonfinite = torch.zeros(n, dtype=torch.bool, device=leaves[0].device)
+            nonfinite = torch.zeros(n, dtype=torch.bool, device=first.device)
         active = ~nonfinite if self.nonfinite == "drop" else torch.ones_like(nonfinite)
-        needs = self.weighting.needs
-        cosine, gramian = "cosine_row_sums" in needs, "gramian" in needs
-        groups = self._groups(signal)
-        if groups is None:
-            statistics = measure(leaves, active, cosine=cosine, gramian=gramian)
-        else:
-            members: list[list[Tensor]] = [[] for _ in range(max(groups) + 1)]
-            for leaf, group in zip(leaves, groups, strict=True):
-                members[group].append(leaf)
-            statistics = measure_groups(members, active, cosine=cosine, gramian=gramian)
+        groups = group_indices(signal, self.scope)
+        statistics = measure_by_group(signal, groups, active, self.weighting.needs, scaled=scaled)
         if draws is None:
             draws = self.draw(n)
         if draws is not None:
             statistics = statistics._replace(draws=draws.to(statistics.row_sums))
-        return Measured(statistics, nonfinite | ~statistics.finite, groups)
+        return Measured(statistics, nonfinite | ~statistics.finite, groups, scaled)
 
     def apply(
         self,
@@ -222,11 +230,13 @@ class Aggregator:
         statistics = measured.statistics
         decision = self.weighting(statistics)
         update = combine_directions(decision.weights, measured.groups)
-        norm = _norm(update)
+        norm = tree_norm(update, scaled=measured.scaled)
         if self.match_norm is not None:
             reference = _reference(self.match_norm)(statistics)
             target = combine_directions(reference.weights, measured.groups)
-            factor = torch.where(norm > 0, _norm(target) / norm, torch.ones_like(norm))
+            factor = torch.where(
+                norm > 0, tree_norm(target, scaled=measured.scaled) / norm, torch.ones_like(norm)
+            )
             update = tree_map(lambda leaf: (leaf * factor).to(leaf.dtype), update)
             decision = decision._replace(weights=decision.weights * factor)
             norm = norm * factor
@@ -236,6 +246,10 @@ class Aggregator:
         diagnostics = diagnose(statistics, decision, measured.nonfinite, norm, mean_norm)
         return Aggregation(update, decision.weights, decision.scores, diagnostics)
 
+    def is_sound(self, result: Aggregation, /) -> bool:
+        """One host synchronisation: whether no policy for bad tasks has anything to raise."""
+        return not troubled(result.diagnostics, **self._policies())
+
     def verify(self, result: Aggregation, /) -> None:
         """One host synchronisation: raises where the policies for bad tasks say so.
 
@@ -243,11 +257,13 @@ class Aggregator:
             ValueError: a task or the update is non-finite under nonfinite="raise", or the scores
                 cancel under degenerate="raise".
         """
-        verify(
-            result.diagnostics,
-            finite=self.nonfinite == "raise",
-            agreement=getattr(self.weighting, "degenerate", None) == "raise",
-        )
+        verify(result.diagnostics, **self._policies())
+
+    def _policies(self) -> dict[str, bool]:
+        return {
+            "finite": self.nonfinite == "raise",
+            "agreement": getattr(self.weighting, "degenerate", None) == "raise",
+        }
 
     def draw(self, n: int, /) -> Float[Tensor, " n"] | None:
         """The random numbers of one aggregation of n tasks; None if the weighting needs none."""
@@ -269,15 +285,6 @@ class Aggregator:
                 "two; give both the same leaves, or take scope='global'"
             )
 
-    def _groups(self, signal: PyTree) -> list[int] | None:
-        """Index of the group of every leaf, in order of appearance; None for the global scope."""
-        if self.scope == "global":
-            return None
-        paths = leaf_paths(signal)
-        names = paths if self.scope == "leaf" else [self.scope(path) for path in paths]
-        order = {name: index for index, name in enumerate(dict.fromkeys(names))}
-        return [order[name] for name in names]
-
 
 def _nonfinite_tasks(directions: PyTree, signal: PyTree | None) -> Bool[Tensor, " n"]:
     """The tasks with a NaN or infinite entry in either stack."""
@@ -287,11 +294,6 @@ def _nonfinite_tasks(directions: PyTree, signal: PyTree | None) -> Bool[Tensor, 
 
 def _reference(method: Literal["mean", "agreement"]) -> Weighting:
     return ConstantWeighting() if method == "mean" else AgreementWeighting()
-
-
-def _norm(update: PyTree) -> Float[Tensor, ""]:
-    """‖update‖, a constant of differentiation."""
-    return tree_norm(tree_map(torch.Tensor.detach, update))
 
 
 def _mean_norm(statistics: Statistics) -> Float[Tensor, ""]:

@@ -3,7 +3,7 @@
 Leaves are never concatenated: each function visits them one by one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,6 +21,9 @@ from gradagree_opt.annotations import Bool, Float
 
 PyTree = Any
 """A tensor, or any nesting of dicts, lists, tuples and named tuples of tensors."""
+
+BLOCK_ENTRIES = 2**20
+"""Entries of a block that a CPU reads several times: 4 MiB of float32, half or less of a cache."""
 
 
 def leaf_paths(tree: PyTree, /) -> list[str]:
@@ -140,25 +143,71 @@ def full_precision(device: torch.device, /) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def column_blocks(
+    leaf: Float[Tensor, "n ..."], dtype: torch.dtype, /
+) -> Iterator[Float[Tensor, "n columns"]]:
+    """The leaf as matrices ``[n, columns]`` of the dtype that fit a processor's cache together.
+
+    What is done to one block before the next is asked for costs one read of the leaf, however
+    often it looks at the block. One block where a compiler or a GPU does better with the whole.
+    """
+    matrix = rows(leaf)
+    whole = leaf.device.type != "cpu" or torch.compiler.is_compiling()
+    if whole or matrix.numel() <= BLOCK_ENTRIES:
+        blocks: Sequence[Tensor] = [matrix] if matrix.numel() else []
+    else:
+        width = max(1, BLOCK_ENTRIES // matrix.shape[0])
+        blocks = [matrix[:, at : at + width] for at in range(0, matrix.shape[1], width)]
+    return (block.to(dtype) for block in blocks)
+
+
+def unit_scaled(
+    matrix: Float[Tensor, "n columns"], /
+) -> tuple[Float[Tensor, "n columns"], Float[Tensor, ""]]:
+    """The matrix in units of its largest finite entry, and that entry (0 where all are zero)."""
+    size = _absolute_maxima(matrix).nan_to_num(0.0, 0.0, 0.0).amax()
+    return matrix / or_one(size), size
+
+
 def row_magnitudes(leaves: Sequence[Tensor], /) -> Float[Tensor, " n"]:
     """Largest absolute entry of every task over all leaves; NaN or inf where a task has one."""
     dtype = accumulation_dtype(leaves)
     magnitudes = [
-        torch.linalg.vector_norm(rows(leaf), float("inf"), dim=1).to(dtype)
-        for leaf in leaves
-        if leaf.numel()
+        _absolute_maxima(block) for leaf in leaves for block in column_blocks(leaf, leaf.dtype)
     ]
     if not magnitudes:
         return leaves[0].new_zeros(leaves[0].shape[0], dtype=dtype)
-    return torch.stack(magnitudes).amax(0)
+    return torch.stack([magnitude.to(dtype) for magnitude in magnitudes]).amax(0)
 
 
-def tree_norm(tree: PyTree, /) -> Float[Tensor, ""]:
-    """Euclidean norm over all leaves, safe at every scale that the leaves can hold."""
-    rows_of_one = [leaf.unsqueeze(0) for leaf in tree_leaves(tree)]
-    magnitude = row_magnitudes(rows_of_one)
-    divisor = torch.where(magnitude > 0, magnitude, torch.ones_like(magnitude))
-    return (divisor * scaled_square_sums(rows_of_one, divisor).sqrt()).squeeze(0)
+def _absolute_maxima(matrix: Float[Tensor, "n columns"]) -> Float[Tensor, " n"]:
+    # vector_norm of order inf says the same in ten times the time on a CPU (torch 2.14).
+    return torch.maximum(matrix.amax(1), matrix.amin(1).neg())
+
+
+def tree_norm(tree: PyTree, /, *, scaled: bool = True) -> Float[Tensor, ""]:
+    """Euclidean norm over all leaves, a constant, safe at every scale that the leaves can hold.
+
+    Without scaling it is faster, and NaN where its square is not :func:`in_range`.
+    """
+    leaves = [leaf.detach() for leaf in tree_leaves(tree)]
+    dtype = accumulation_dtype(leaves)
+    parts = [torch.zeros(2, dtype=dtype, device=leaves[0].device)]
+    for leaf in leaves:
+        for block in column_blocks(leaf.unsqueeze(0), dtype):
+            matrix, size = unit_scaled(block) if scaled else (block, block.new_ones(()))
+            # Under vmap, a norm without dim is one over all problems (torch 2.14).
+            parts.append(torch.stack([size, torch.linalg.vector_norm(matrix, dim=1).squeeze(0)]))
+    sizes, norms = torch.stack(parts).unbind(1)
+    largest = sizes.amax()
+    norm: Tensor = largest * torch.linalg.vector_norm(norms * (sizes / or_one(largest)), dim=0)
+    return norm if scaled else torch.where(in_range(norm.square()), norm, torch.nan)
+
+
+def in_range(square: Float[Tensor, ""], /) -> Bool[Tensor, ""]:
+    """Whether a sum of squares is so far from both ends of its dtype that it lost nothing there."""
+    limits = torch.finfo(square.dtype)
+    return (square > limits.tiny**0.5) & (square < limits.max**0.75)
 
 
 def scaled_square_sums(
@@ -167,9 +216,16 @@ def scaled_square_sums(
     """‖g_i / divisor_i‖² of every task over all leaves."""
     column = divisors.unsqueeze(1)
     norms = [
-        torch.linalg.vector_norm(rows(leaf).to(divisors.dtype) / column, dim=1) for leaf in leaves
+        torch.linalg.vector_norm(block / column, dim=1)
+        for leaf in leaves
+        for block in column_blocks(leaf, divisors.dtype)
     ]
-    return torch.stack(norms).square().sum(0)
+    return torch.stack(norms).square().sum(0) if norms else torch.zeros_like(divisors)
+
+
+def or_one(values: Tensor, /) -> Tensor:
+    """The values, with 1 in place of zeros: safe to divide by."""
+    return torch.where(values == 0, torch.ones_like(values), values)
 
 
 def mask_rows(stack: PyTree, keep: Bool[Tensor, " n"], /) -> PyTree:
@@ -208,5 +264,9 @@ def rows(leaf: Float[Tensor, "n ..."], /) -> Float[Tensor, "n d"]:
 
 def _weighted_sum(leaf: Tensor, weights: Tensor) -> Tensor:
     dtype = torch.promote_types(leaf.dtype, torch.float32)
-    total = weights.to(dtype) @ rows(leaf).to(dtype)
+    weights = weights.to(dtype)
+    if leaf.dtype == dtype or not leaf.numel():
+        total = weights @ rows(leaf).to(dtype)
+    else:  # by blocks: no copy of the whole leaf in the larger dtype
+        total = torch.cat([weights @ block for block in column_blocks(leaf, dtype)])
     return total.reshape(leaf.shape[1:]).to(leaf.dtype)

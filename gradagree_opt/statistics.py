@@ -14,10 +14,13 @@ from torch import Tensor
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.stacks import (
     accumulation_dtype,
+    column_blocks,
     full_precision,
+    in_range,
+    or_one,
     row_magnitudes,
-    rows,
     scaled_square_sums,
+    unit_scaled,
 )
 
 
@@ -31,7 +34,7 @@ class Statistics(NamedTuple):
             no weighting asked for it.
         finite: False for the tasks with a NaN or infinite entry.
         active: False for the tasks that get weight 0 whatever the weighting.
-        scale: largest absolute entry of the signals; 1 where all are zero.
+        scale: largest absolute entry of the signals, or 1: where all are zero, or none was needed.
         draws: positive random numbers, for the weightings that need them.
         gramian: g_i · g_j, in units of scale², or None where no weighting asked for it.
     """
@@ -53,21 +56,37 @@ def measure(
     *,
     cosine: bool = False,
     gramian: bool = False,
+    scaled: bool = True,
 ) -> Statistics:
-    """Statistics of one group of task-stacked leaves ``[n, *shape]``."""
+    """Statistics of one group of task-stacked leaves ``[n, *shape]``, in one read of them.
+
+    The cosine row sums take three more reads, the Gram matrix one.
+
+    Args:
+        leaves: task-stacked tensors.
+        active: the tasks that may get a weight.
+        cosine: measure ``cosine_row_sums``.
+        gramian: measure ``gramian``.
+        scaled: False takes 1 for the scale, which is faster; where that overflows or vanishes, all
+            tasks are marked as not finite.
+    """
+    dtype = accumulation_dtype(leaves)
     with full_precision(leaves[0].device):
-        magnitudes = row_magnitudes(leaves)
-        scale = _or_one(magnitudes.nan_to_num(0.0, 0.0, 0.0).amax())
-        units = _or_one(magnitudes)
-        squares = scaled_square_sums(leaves, units)
-        shares = magnitudes / scale
+        blocks = [
+            _measure_block(block, scaled) for leaf in leaves for block in column_blocks(leaf, dtype)
+        ]
+        if not blocks:
+            blocks = [_measure_block(active.new_zeros((active.shape[0], 1), dtype=dtype), scaled)]
+        sizes, norms, dots = (torch.stack(parts) for parts in zip(*blocks, strict=True))
+        scale = or_one(sizes.amax())
+        shares = (sizes / scale).unsqueeze(1)
+        squared_norms = (shares * norms).square().sum(0)
+        finite = torch.isfinite(norms).all(0)
         return Statistics(
-            row_sums=_row_sums(leaves, shares, units),
-            squared_norms=shares.square() * squares,
-            cosine_row_sums=(
-                _row_sums(leaves, _or_one(squares).rsqrt(), units) if cosine else None
-            ),
-            finite=torch.isfinite(magnitudes),
+            row_sums=(shares.square() * dots).sum(0),
+            squared_norms=squared_norms,
+            cosine_row_sums=_cosine_row_sums(leaves) if cosine else None,
+            finite=finite if scaled else finite & in_range(squared_norms.amax()),
             active=active,
             scale=scale,
             gramian=_gramian(leaves, scale) if gramian else None,
@@ -81,9 +100,12 @@ def measure_groups(
     *,
     cosine: bool = False,
     gramian: bool = False,
+    scaled: bool = True,
 ) -> Statistics:
-    """Statistics of several groups of leaves, one row each."""
-    each = [measure(leaves, active, cosine=cosine, gramian=gramian) for leaves in groups]
+    """Statistics of several groups of leaves, one row each; the options are :func:`measure`'s."""
+    each = [
+        measure(leaves, active, cosine=cosine, gramian=gramian, scaled=scaled) for leaves in groups
+    ]
     return Statistics(
         row_sums=torch.stack([s.row_sums for s in each]),
         squared_norms=torch.stack([s.squared_norms for s in each]),
@@ -104,8 +126,8 @@ def from_gramian(gramian: Float[Tensor, "n n"], /) -> Statistics:
         gramian = gramian.detach().to(accumulation_dtype([gramian]))
         finite = torch.isfinite(gramian.diagonal())
         norms = gramian.diagonal().clamp(min=0).sqrt()
-        scale = _or_one(norms.nan_to_num(0.0, 0.0, 0.0).amax())
-        units = _or_one(norms)
+        scale = or_one(norms.nan_to_num(0.0, 0.0, 0.0).amax())
+        units = or_one(norms)
         scaled = gramian / scale / scale
         return Statistics(
             row_sums=scaled.sum(1),
@@ -118,24 +140,33 @@ def from_gramian(gramian: Float[Tensor, "n n"], /) -> Statistics:
         )
 
 
-def _row_sums(leaves: Sequence[Tensor], lengths: Tensor, units: Tensor) -> Tensor:
-    """v_i · Σ_j v_j for v_i = lengths_i · g_i / units_i; no entry of g_i / units_i exceeds 1."""
-    n = lengths.shape[0]
-    dtype = lengths.dtype
-    coefficients = lengths / units / n
-    dots = []
-    for leaf in leaves:
-        matrix = rows(leaf).to(dtype)
-        dots.append(matrix @ (coefficients @ matrix))
-    return lengths * n * (torch.stack(dots).sum(0) / units)
+def _measure_block(matrix: Tensor, scaled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale of a block, and ‖x_i‖ and x_i · Σ_j x_j of its rows in units of the scale."""
+    matrix, size = unit_scaled(matrix) if scaled else (matrix, matrix.new_ones(()))
+    return size, torch.linalg.vector_norm(matrix, dim=1), matrix @ matrix.sum(0)
+
+
+def _cosine_row_sums(leaves: Sequence[Tensor]) -> Tensor:
+    """u_i · Σ_j u_j for u_i = g_i / ‖g_i‖, each task in units of its own largest entry."""
+    units = or_one(row_magnitudes(leaves))
+    lengths = or_one(scaled_square_sums(leaves, units)).rsqrt()
+    coefficients = lengths / units
+    dots = [torch.zeros_like(units)] + [
+        block @ (coefficients @ block)
+        for leaf in leaves
+        for block in column_blocks(leaf, units.dtype)
+    ]
+    return lengths * (torch.stack(dots).sum(0) / units)
 
 
 def _gramian(leaves: Sequence[Tensor], scale: Tensor) -> Tensor:
     """G_ij = (g_i / scale) · (g_j / scale)."""
-    products = []
+    n = leaves[0].shape[0]
+    products = [scale.new_zeros((n, n))]
     for leaf in leaves:
-        matrix = rows(leaf).to(scale.dtype) / scale
-        products.append(matrix @ matrix.T)
+        for block in column_blocks(leaf, scale.dtype):
+            matrix = block / scale
+            products.append(matrix @ matrix.T)
     return torch.stack(products).sum(0)
 
 
@@ -143,8 +174,3 @@ def _stack(values: Sequence[Tensor | None]) -> Tensor | None:
     """The values of all groups, or None where they were not measured."""
     measured = [value for value in values if value is not None]
     return torch.stack(measured) if measured else None
-
-
-def _or_one(values: Tensor) -> Tensor:
-    """The values, with 1 in place of zeros: safe to divide by."""
-    return torch.where(values == 0, torch.ones_like(values), values)

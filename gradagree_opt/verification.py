@@ -5,8 +5,18 @@ import torch
 from gradagree_opt.diagnostics import Diagnostics
 
 
+def troubled(diagnostics: Diagnostics, /, *, finite: bool, agreement: bool) -> bool:
+    """Whether :func:`verify` raises: one host synchronisation, or none if nothing is asked for."""
+    checks = []
+    if finite:
+        checks += [diagnostics.nonfinite.any(), ~torch.isfinite(diagnostics.update_norm)]
+    if agreement:
+        checks.append(diagnostics.degenerate.any())
+    return bool(checks) and bool(torch.stack(checks).any())
+
+
 def verify(diagnostics: Diagnostics, /, *, finite: bool, agreement: bool) -> None:
-    """One host synchronisation, or none where neither is asked for.
+    """Raises what the policies say, after the one host synchronisation of :func:`troubled`.
 
     Args:
         diagnostics: of the aggregation.
@@ -16,12 +26,7 @@ def verify(diagnostics: Diagnostics, /, *, finite: bool, agreement: bool) -> Non
     Raises:
         ValueError: in one sentence that names the tasks and what to do.
     """
-    checks = []
-    if finite:
-        checks += [diagnostics.nonfinite.any(), ~torch.isfinite(diagnostics.update_norm)]
-    if agreement:
-        checks.append(diagnostics.degenerate.any())
-    if not checks or not torch.stack(checks).any():
+    if not troubled(diagnostics, finite=finite, agreement=agreement):
         return
     tasks = diagnostics.nonfinite.nonzero().flatten().tolist()
     if finite and tasks:

@@ -68,7 +68,7 @@ class AgreementWeighting:
         if self.negative == "clip":
             scores = scores.clamp(min=0)
         total = scores.abs().sum(-1, keepdim=True)
-        degenerate = total <= _rounding(own)
+        degenerate = (total <= _rounding(own)) & torch.isfinite(total)
         shares = scores / torch.where(degenerate, torch.ones_like(total), total)
         if self.normalization == "softmax":
             shares = self._softmax(shares, statistics.active)
