@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from gradagree_opt.aggregation import Aggregator
 from gradagree_opt.collect import TaskBatch
-from gradagree_opt.engines.stacked import scalar_loss
+from gradagree_opt.engines.losses import scalar_loss
 from gradagree_opt.frameworks import require
 from gradagree_opt.meta.steps import MetaStep, check_tasks
 from gradagree_opt.meta.steps import meta_step as with_losses
@@ -91,7 +91,8 @@ def meta_step(
             loss = loss_fn(learner, task["query"])
         batch.add(loss, adapted=learner)
         losses.append(loss.detach())
-    return with_losses(batch.backward(), torch.stack(losses))
+    engine = "one_backward" if memory == "graph" else "streamed"
+    return with_losses(batch.backward(), torch.stack(losses), engine)
 
 
 def _check_frozen(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

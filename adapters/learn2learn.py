@@ -17,7 +17,7 @@ from gradagree_opt.adapted import displacement, match
 from gradagree_opt.aggregation import Aggregator
 from gradagree_opt.batchnorm import RunningStatistics
 from gradagree_opt.collect import add_to_grad
-from gradagree_opt.engines.stacked import scalar_loss
+from gradagree_opt.engines.losses import scalar_loss
 from gradagree_opt.frameworks import require
 from gradagree_opt.functional import call_with
 from gradagree_opt.graphs import dependencies
@@ -112,7 +112,7 @@ def meta_step(
     aggregation = aggregator.aggregate(directions, signal)
     statistics.follow(buffers)
     add_to_grad(trained, aggregation.update)
-    return with_losses(aggregation, losses)
+    return with_losses(aggregation, losses, "stacked")
 
 
 class _Task(nn.Module):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.aggregation import Aggregator
-from gradagree_opt.scopes import Scope
 from gradagree_opt.annotations import Float
+from gradagree_opt.scopes import Scope
 from gradagree_opt.stacks import PyTree, check_stack
 from gradagree_opt.weightings import (
     AgreementWeighting,

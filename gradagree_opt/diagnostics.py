@@ -19,7 +19,7 @@ class Diagnostics(NamedTuple):
         negative_share: share of the tasks whose weight is negative.
         effective_tasks: (Σ|w_i|)² / Σ w_i², between 1 and n; 0 where all weights are zero.
         cancellation: ‖Σ g_i‖ / Σ ‖g_i‖ of the signals: 1 where they point one way, 0 where they
-            cancel.
+            cancel; NaN from an engine that does not know the ‖g_i‖, as the correlation below.
         update_norm: ‖update‖.
         update_to_mean: ‖update‖ / ‖mean direction‖; NaN where the directions are not the signal,
             since their mean is never formed.
@@ -70,6 +70,8 @@ def diagnose(
 ) -> Diagnostics:
     """Diagnostics of a decision, from the statistics alone."""
     weights, norms = decision.weights, statistics.squared_norms
+    if norms is None:
+        norms = torch.full_like(weights, torch.nan)
     size = weights.abs().sum(-1)
     squares = weights.square().sum(-1)
     total = statistics.row_sums.sum(-1).clamp(min=0).sqrt()

@@ -201,13 +201,15 @@ def tree_norm(tree: PyTree, /, *, scaled: bool = True) -> Float[Tensor, ""]:
     sizes, norms = torch.stack(parts).unbind(1)
     largest = sizes.amax()
     norm: Tensor = largest * torch.linalg.vector_norm(norms * (sizes / or_one(largest)), dim=0)
-    return norm if scaled else torch.where(in_range(norm.square()), norm, torch.nan)
+    lost = ~in_range(norm.square())
+    return norm if scaled else norm.masked_fill(lost, torch.nan)
 
 
 def in_range(square: Float[Tensor, ""], /) -> Bool[Tensor, ""]:
     """Whether a sum of squares is so far from both ends of its dtype that it lost nothing there."""
     limits = torch.finfo(square.dtype)
-    return (square > limits.tiny**0.5) & (square < limits.max**0.75)
+    inside: Tensor = (square > limits.tiny**0.5) & (square < limits.max**0.75)
+    return inside
 
 
 def scaled_square_sums(

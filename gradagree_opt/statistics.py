@@ -29,7 +29,8 @@ class Statistics(NamedTuple):
 
     Attributes:
         row_sums: s_i = g_i · Σ_j g_j, in units of scale² (PAPER: step 3 of the algorithm).
-        squared_norms: ‖g_i‖², in units of scale².
+        squared_norms: ‖g_i‖², in units of scale²; None from an engine that forms no gradient of a
+            single task, which no weighting that asked for them is given.
         cosine_row_sums: u_i · Σ_j u_j with u_i = g_i / ‖g_i‖ (0 for a zero signal), or None where
             no weighting asked for it.
         finite: False for the tasks with a NaN or infinite entry.
@@ -40,7 +41,7 @@ class Statistics(NamedTuple):
     """
 
     row_sums: Float[Tensor, "*groups n"]
-    squared_norms: Float[Tensor, "*groups n"]
+    squared_norms: Float[Tensor, "*groups n"] | None
     cosine_row_sums: Float[Tensor, "*groups n"] | None
     finite: Bool[Tensor, " n"]
     active: Bool[Tensor, " n"]
@@ -108,7 +109,7 @@ def measure_groups(
     ]
     return Statistics(
         row_sums=torch.stack([s.row_sums for s in each]),
-        squared_norms=torch.stack([s.squared_norms for s in each]),
+        squared_norms=_stack([s.squared_norms for s in each]),
         cosine_row_sums=_stack([s.cosine_row_sums for s in each]),
         finite=torch.stack([s.finite for s in each]).all(0),
         active=active,

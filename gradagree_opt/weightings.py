@@ -28,7 +28,10 @@ class Weighting(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Names of the optional statistics it reads: "cosine_row_sums", "draws", "gramian"."""
+        """Names of the optional statistics it reads.
+
+        They are "squared_norms", "cosine_row_sums", "draws" and "gramian".
+        """
 
     def __call__(self, statistics: Statistics, /) -> Decision:
         """The weights of the tasks."""
@@ -61,7 +64,9 @@ class AgreementWeighting:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"cosine_row_sums"} if self.similarity == "cosine" else ())
+        if self.similarity == "cosine":
+            return frozenset({"cosine_row_sums", "squared_norms"})
+        return frozenset(() if self.include_self else {"squared_norms"})
 
     def __call__(self, statistics: Statistics, /) -> Decision:
         scores, own = self._scores(statistics)
@@ -82,12 +87,14 @@ class AgreementWeighting:
 
     def _scores(self, statistics: Statistics) -> tuple[Tensor, Tensor]:
         """Σ_j g_i · g_j of every task, and the j = i term of each."""
+        norms = statistics.squared_norms
         if self.similarity == "inner":
-            scores, own = statistics.row_sums, statistics.squared_norms
+            scores = statistics.row_sums
+            own = torch.zeros_like(scores) if norms is None else norms
         else:
-            assert statistics.cosine_row_sums is not None
+            assert statistics.cosine_row_sums is not None and norms is not None
             scores = statistics.cosine_row_sums
-            own = (statistics.squared_norms > 0).to(scores.dtype)
+            own = (norms > 0).to(scores.dtype)
         return (scores if self.include_self else scores - own), own
 
     def _softmax(self, shares: Tensor, active: Tensor) -> Tensor:
@@ -115,10 +122,11 @@ class ConstantWeighting:
 class NormShareWeighting:
     """w_i = ‖g_i‖² / Σ_j ‖g_j‖²: where agreement tends among nearly orthogonal tasks."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset({"squared_norms"})
 
     def __call__(self, statistics: Statistics, /) -> Decision:
         norms = statistics.squared_norms
+        assert norms is not None
         total = norms.sum(-1, keepdim=True)
         shares = norms / torch.where(total == 0, torch.ones_like(total), total)
         return plain_decision(torch.where(total == 0, uniform(statistics), shares), statistics)

@@ -1,7 +1,8 @@
 """Engines: gradients of n tasks and their aggregation, without a loop of the user's own."""
 
 from gradagree_opt.engines.choice import AggregatedGradients, aggregate_gradients
-from gradagree_opt.engines.stacked import LossFn, TaskGradients, scalar_loss, task_gradients
+from gradagree_opt.engines.losses import LossFn, scalar_loss
+from gradagree_opt.engines.stacked import TaskGradients, task_gradients
 
 __all__ = [
     "AggregatedGradients",

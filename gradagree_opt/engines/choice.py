@@ -1,18 +1,16 @@
-"""Gradients of n tasks and their aggregation in one call, by the engine that suits the model."""
+"""Gradients of n tasks and their aggregation in one call."""
 
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from gradagree_opt.aggregation import Aggregator
 from gradagree_opt.annotations import Float
 from gradagree_opt.diagnostics import Diagnostics
-from gradagree_opt.engines.stacked import LossFn, TaskGradients, task_gradients
-from gradagree_opt.stacks import PyTree
-from gradagree_opt.weightings import check_choice
+from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap
+from gradagree_opt.engines.runner import EngineName, Runner
+from gradagree_opt.stacks import PyTree, check_floating
 
 
 class AggregatedGradients(NamedTuple):
@@ -33,27 +31,40 @@ def aggregate_gradients(
     aggregator: Aggregator,
     /,
     *,
-    engine: Literal["auto", "stacked"] = "auto",
+    engine: EngineName = "auto",
     chunk_size: int | None = None,
+    randomness: Randomness = "error",
     compile: bool = False,
 ) -> AggregatedGradients:
     """Per-task gradients and their aggregation: multi-task learning without a loop.
+
+    | engine | extra memory | cost | model |
+    |---|---|---|---|
+    | "stacked" | n · d | one vmapped backward pass | what vmap and grad of torch.func run |
+    | "matrix_free" | d | two backward passes, one Jacobian-vector product | the same, and forward \
+mode or a second derivative |
+    | "streamed" | d | three backward passes a task, one task after the other | every |
 
     Args:
         loss_fn: ``loss_fn(params, batch) -> scalar`` of one task.
         params: pytree of floating-point tensors, shared by the tasks.
         tasks: the batch of every task, a pytree with leaves ``[n, *shape]``.
         aggregator: what weights the tasks; signal and direction are both the gradient.
-        engine: "stacked" holds all n gradients; "auto" chooses.
+        engine: one of the table; "auto" takes "matrix_free" where n · d is large, "stacked" where
+            it is not, and the next in turn where the model or the aggregator does not allow it.
         chunk_size: tasks per vmap; None for all at once, 1 for no vmap.
-        compile: torch.compile the gradients, once for each loss function.
+        randomness: of dropout and the like under vmap, as in ``torch.func.vmap``.
+        compile: torch.compile the engine, once for each loss function.
 
     Returns:
         The aggregation with ``losses`` ``[n]`` and the name of the ``engine`` that ran.
 
     Raises:
-        ValueError, TypeError: as :func:`task_gradients` and :meth:`Aggregator.aggregate`.
+        ValueError, TypeError: as :func:`task_gradients` and :meth:`Aggregator.aggregate`; or the
+            engine cannot serve the aggregator.
+        RuntimeError: the engine cannot run the model, or memory does not suffice.
 
+    >>> import torch
     >>> import gradagree_opt as ga
     >>> loss_fn = lambda w, x: ((w - x) ** 2).mean()
     >>> tasks = torch.tensor([[1.0], [2.0], [3.0]])
@@ -61,16 +72,20 @@ def aggregate_gradients(
     >>> result.update, result.engine
     (tensor(-4.6667), 'stacked')
     """
-    check_choice("engine", engine, ("auto", "stacked"))
-    gradients_of = _compiled(loss_fn, chunk_size) if compile else _eager(loss_fn, chunk_size)
-    gradients, losses = gradients_of(params, tasks)
-    return AggregatedGradients(*aggregator.aggregate(gradients), losses=losses, engine="stacked")
+    check_floating(params, "parameters")
+    make = _compiled_runner if compile else _runner
+    run = make(loss_fn, engine, chunk_size, randomness, compile)(params, tasks, aggregator)
+    return AggregatedGradients(*run.aggregation, losses=run.losses, engine=run.engine)
 
 
-def _eager(loss_fn: LossFn, chunk_size: int | None) -> Callable[[PyTree, PyTree], TaskGradients]:
-    return lambda params, tasks: task_gradients(loss_fn, params, tasks, chunk_size=chunk_size)
+def _runner(
+    loss_fn: LossFn,
+    engine: EngineName,
+    chunk_size: int | None,
+    randomness: Randomness,
+    compile: bool,
+) -> Runner:
+    return Runner(TaskLoss.plain(loss_fn, TaskMap(chunk_size, randomness)), engine, compile)
 
 
-@lru_cache(maxsize=16)
-def _compiled(loss_fn: LossFn, chunk_size: int | None) -> Callable[[PyTree, PyTree], TaskGradients]:
-    return torch.compile(_eager(loss_fn, chunk_size), fullgraph=True, dynamic=False)
+_compiled_runner = lru_cache(maxsize=16)(_runner)

@@ -1,17 +1,15 @@
 """The stacked engine: per-task gradients as one vmapped backward pass, then an aggregation."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves
 
+from gradagree_opt.aggregation import Aggregation, Aggregator
 from gradagree_opt.annotations import Float
+from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap
 from gradagree_opt.stacks import PyTree, check_floating, task_count
-
-LossFn = Callable[[PyTree, PyTree], Tensor]
-"""``loss_fn(params, batch) -> scalar`` of one task."""
 
 
 class TaskGradients(NamedTuple):
@@ -21,28 +19,14 @@ class TaskGradients(NamedTuple):
     losses: Float[Tensor, " n"]
 
 
-def scalar_loss(loss_fn: LossFn, /) -> LossFn:
-    """The loss function, which answers anything but a scalar with one sentence."""
-
-    def checked(params: PyTree, batch: PyTree) -> Tensor:
-        loss: object = loss_fn(params, batch)
-        if not isinstance(loss, Tensor) or loss.ndim != 0:
-            found = (
-                f"a tensor of shape {list(loss.shape)}"
-                if isinstance(loss, Tensor)
-                else type(loss).__name__
-            )
-            raise ValueError(
-                f"expected loss_fn(params, batch) to return a scalar tensor, found {found}; "
-                "reduce it, as in loss.mean()"
-            )
-        return loss
-
-    return checked
-
-
 def task_gradients(
-    loss_fn: LossFn, params: PyTree, tasks: PyTree, /, *, chunk_size: int | None = None
+    loss_fn: LossFn,
+    params: PyTree,
+    tasks: PyTree,
+    /,
+    *,
+    chunk_size: int | None = None,
+    randomness: Randomness = "error",
 ) -> TaskGradients:
     """Gradient and loss of every task: vmap(grad) over the task axis.
 
@@ -52,6 +36,8 @@ def task_gradients(
         params: pytree of floating-point tensors, shared by the tasks.
         tasks: the batch of every task, a pytree with leaves ``[n, *shape]``.
         chunk_size: tasks per vmap, which bounds the memory; None for all at once, 1 for no vmap.
+        randomness: of dropout and the like: "error" refuses it under vmap, "different" and "same"
+            draw for each task or once for all, as in ``torch.func.vmap``.
 
     Returns:
         ``gradients`` (leaves ``[n, *shape]``) and ``losses`` ``[n]``.
@@ -67,13 +53,36 @@ def task_gradients(
     """
     check_floating(params, "parameters")
     n = task_count(tasks, "tasks")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"expected a chunk_size of at least 1, found {chunk_size}")
-    one_task = torch.func.grad_and_value(scalar_loss(loss_fn))
-    if chunk_size == 1:
-        each = [one_task(params, tree_map(lambda leaf, i=i: leaf[i], tasks)) for i in range(n)]
-        stacked = tree_map(lambda *leaves: torch.stack(leaves), *each)
-        return TaskGradients(*stacked)
-    return TaskGradients(
-        *torch.func.vmap(one_task, (None, 0), chunk_size=chunk_size)(params, tasks)
+    task_loss = TaskLoss.plain(loss_fn, TaskMap(chunk_size, randomness))
+    gradients, (_, losses) = _stacked_gradients(task_loss, params, tasks, n)
+    return TaskGradients(gradients, losses)
+
+
+def stacked(
+    task_loss: TaskLoss,
+    params: PyTree,
+    tasks: PyTree,
+    aggregator: Aggregator,
+    draws: Float[Tensor, " n"] | None,
+    /,
+) -> tuple[Aggregation, Float[Tensor, " n"]]:
+    """Aggregation of n gradients that are held at once, and the losses: n · d extra memory."""
+    n = task_count(tasks, "tasks")
+    gradients, (signal, losses) = _stacked_gradients(task_loss, params, tasks, n)
+    aggregation = aggregator.aggregate_unchecked(
+        gradients,
+        signal if tree_leaves(signal) else None,
+        nonfinite=~torch.isfinite(losses),
+        draws=draws,
     )
+    return aggregation, losses
+
+
+def _stacked_gradients(
+    task_loss: TaskLoss, params: PyTree, tasks: PyTree, n: int
+) -> tuple[PyTree, tuple[PyTree, Tensor]]:
+    gradient = torch.func.grad(task_loss.function, has_aux=True)
+    stack: tuple[PyTree, tuple[PyTree, Tensor]] = task_loss.map(
+        lambda task: gradient(params, task), tasks, n
+    )
+    return stack

@@ -5,9 +5,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gradagree_opt.aggregation import Aggregation, Aggregator
-from gradagree_opt.engines.stacked import LossFn, scalar_loss
+from gradagree_opt.engines.compilation import maybe_compiled
+from gradagree_opt.engines.losses import LossFn, Randomness, TaskMap, scalar_loss
 from gradagree_opt.meta.inner import InnerLoop
-from gradagree_opt.meta.steps import MetaStep, check_tasks, maybe_compiled, meta_step
+from gradagree_opt.meta.steps import MetaStep, check_tasks, meta_step
 from gradagree_opt.stacks import PyTree
 
 
@@ -17,6 +18,9 @@ class Reptile:
     Args:
         loss_fn: ``loss_fn(params, batch) -> scalar`` of one task.
         inner: the inner loop, as :class:`gradagree_opt.InnerSGD`.
+        chunk_size: tasks per vmap, which bounds the memory of the inner loops; None for all at
+            once, 1 for no vmap.
+        randomness: of dropout and the like under vmap, as in ``torch.func.vmap``.
         compile: torch.compile the inner loops of all tasks as one graph (a minute the first time).
 
     Source: Eshratifar et al. 2018, algorithm 1, the Reptile form; Nichol et al. 2018.
@@ -28,9 +32,18 @@ class Reptile:
     tensor(-1.)
     """
 
-    def __init__(self, loss_fn: LossFn, inner: InnerLoop, *, compile: bool = False) -> None:
+    def __init__(
+        self,
+        loss_fn: LossFn,
+        inner: InnerLoop,
+        *,
+        chunk_size: int | None = None,
+        randomness: Randomness = "error",
+        compile: bool = False,
+    ) -> None:
         self.loss_fn = scalar_loss(loss_fn)
         self.inner = inner
+        self._map = TaskMap(chunk_size, randomness)
         # Two graphs: a new aggregator need not compile the inner loops again.
         self._displacements = maybe_compiled(self._displacements_of, compile)
         self._aggregate = maybe_compiled(_aggregate, compile)
@@ -49,16 +62,16 @@ class Reptile:
                 aggregator refuses the displacements.
         """
         n = check_tasks(params, tasks, "support")
-        displacements, losses = self._displacements(params, tasks)
+        displacements, losses = self._displacements(params, tasks, n)
         aggregation = self._aggregate(aggregator, displacements, aggregator.draw(n))
         aggregator.verify(aggregation)
-        return meta_step(aggregation, losses)
+        return meta_step(aggregation, losses.detach(), "stacked")
 
     def adapt(self, params: PyTree, support: PyTree, /, *, steps: int | None = None) -> PyTree:
         """Parameters adapted to the support set of one task, in ``steps`` inner steps."""
         return self.inner(self.loss_fn, params, support, steps=steps)
 
-    def _displacements_of(self, params: PyTree, tasks: PyTree) -> tuple[PyTree, Tensor]:
+    def _displacements_of(self, params: PyTree, tasks: PyTree, n: int) -> tuple[PyTree, Tensor]:
         params = tree_map(lambda p: p.detach(), params)
 
         def one_task(task: PyTree) -> tuple[PyTree, Tensor]:
@@ -66,7 +79,8 @@ class Reptile:
             loss = self.loss_fn(adapted, task.get("query", task["support"]))
             return tree_map(torch.sub, params, adapted), loss
 
-        return torch.func.vmap(one_task)(tasks)
+        result: tuple[PyTree, Tensor] = self._map(one_task, tasks, n)
+        return result
 
 
 def _aggregate(aggregator: Aggregator, displacements: PyTree, draws: Tensor | None) -> Aggregation:

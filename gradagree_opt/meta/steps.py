@@ -1,18 +1,13 @@
 """What every meta-algorithm answers with, and how its tasks are checked."""
 
-import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from gradagree_opt.aggregation import Aggregation
 from gradagree_opt.annotations import Float
 from gradagree_opt.diagnostics import Diagnostics
 from gradagree_opt.stacks import PyTree, check_floating, task_count
-
-Step = TypeVar("Step", bound=Callable[..., Any])
 
 
 class MetaStep(NamedTuple):
@@ -25,6 +20,7 @@ class MetaStep(NamedTuple):
         weights: ``[n]``, or ``[groups, n]`` where the scope is not "global".
         scores: what the weights come from.
         diagnostics: plain tensors that say how the tasks agreed.
+        engine: name of the engine that ran.
     """
 
     update: PyTree
@@ -32,16 +28,18 @@ class MetaStep(NamedTuple):
     weights: Float[Tensor, "*groups n"]
     scores: Float[Tensor, "*groups n"]
     diagnostics: Diagnostics
+    engine: str
 
 
-def meta_step(aggregation: Aggregation, losses: Tensor, /) -> MetaStep:
-    """The aggregation with the losses of its tasks."""
+def meta_step(aggregation: Aggregation, losses: Tensor, engine: str, /) -> MetaStep:
+    """The aggregation with the losses of its tasks and the engine that ran."""
     return MetaStep(
         aggregation.update,
         losses.detach(),
         aggregation.weights,
         aggregation.scores,
         aggregation.diagnostics,
+        engine,
     )
 
 
@@ -65,13 +63,3 @@ def check_tasks(params: PyTree, tasks: PyTree, /, *sets: str) -> int:
                 "tasks are {'support': batch, 'query': batch}"
             )
     return task_count(tasks, "tasks")
-
-
-def maybe_compiled(step: Step, compile: bool, /) -> Step:
-    """The function, compiled as one graph of static shapes where asked for."""
-    if not compile:
-        return step
-    # An ablation hands one step many aggregators, each a compilation; older torch stops at 8.
-    takes_limit = "recompile_limit" in inspect.signature(torch.compile).parameters
-    limit: dict[str, Any] = {"recompile_limit": 64} if takes_limit else {}
-    return cast(Step, torch.compile(step, fullgraph=True, dynamic=False, **limit))

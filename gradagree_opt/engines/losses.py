@@ -1,0 +1,108 @@
+"""The loss of one task as the engines see it, and what is done to every task of a batch."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from gradagree_opt.engines.random_state import RandomState
+from gradagree_opt.stacks import PyTree
+from gradagree_opt.weightings import check_choice
+
+LossFn = Callable[[PyTree, PyTree], Tensor]
+"""``loss_fn(params, batch) -> scalar`` of one task."""
+
+Randomness = Literal["error", "different", "same"]
+
+
+def scalar_loss(loss_fn: LossFn, /) -> LossFn:
+    """The loss function, which answers anything but a scalar with one sentence."""
+
+    def checked(params: PyTree, batch: PyTree) -> Tensor:
+        loss: object = loss_fn(params, batch)
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            found = (
+                f"a tensor of shape {list(loss.shape)}"
+                if isinstance(loss, Tensor)
+                else type(loss).__name__
+            )
+            raise ValueError(
+                f"expected loss_fn(params, batch) to return a scalar tensor, found {found}; "
+                "reduce it, as in loss.mean()"
+            )
+        return loss
+
+    return checked
+
+
+@dataclass(frozen=True)
+class TaskMap:
+    """How a function is applied to every task of a batch.
+
+    Args:
+        chunk_size: tasks per vmap; None for all at once, 1 for no vmap.
+        randomness: of random operations within the tasks, as in ``torch.func.vmap``.
+
+    Raises:
+        ValueError: an option is none of its choices.
+    """
+
+    chunk_size: int | None = None
+    randomness: Randomness = "error"
+
+    def __post_init__(self) -> None:
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"expected a chunk_size of at least 1, found {self.chunk_size}")
+        check_choice("randomness", self.randomness, ("error", "different", "same"))
+
+    @property
+    def may_draw(self) -> bool:
+        """Whether tasks may draw random numbers: without a vmap nothing forbids it."""
+        return self.randomness != "error" or self.chunk_size == 1
+
+    def __call__(self, function: Callable[[PyTree], PyTree], tasks: PyTree, n: int, /) -> PyTree:
+        """``function(task)`` of all n tasks, every leaf of the results stacked."""
+        if self.chunk_size == 1:
+            each = [function(task) for task in self.one_by_one(tasks, n)]
+            return tree_map(lambda *leaves: torch.stack(leaves), *each)
+        return torch.func.vmap(function, chunk_size=self.chunk_size, randomness=self.randomness)(
+            tasks
+        )
+
+    def one_by_one(self, tasks: PyTree, n: int, /) -> Iterator[PyTree]:
+        """Every task without its task axis, under the random numbers that ``randomness`` says."""
+        state = RandomState(tasks) if self.randomness == "same" else None
+        for index in range(n):
+            if state is not None:
+                state.restore()
+            yield tree_map(lambda leaf, i=index: leaf[i], tasks)
+
+
+@dataclass(frozen=True)
+class TaskLoss:
+    """The loss of one task and the signal that agreement is measured on.
+
+    Args:
+        function: ``(params, task) -> (loss, (signal, loss))``, the second two constants of
+            differentiation; the signal is an empty tuple where it is the gradient of the loss.
+        signal_is_gradient: whether it is.
+        map: applies a function to every task.
+    """
+
+    function: Callable[[PyTree, PyTree], tuple[Tensor, tuple[PyTree, Tensor]]]
+    signal_is_gradient: bool = True
+    map: TaskMap = field(default_factory=TaskMap)
+
+    @classmethod
+    def plain(cls, loss_fn: LossFn, map: TaskMap) -> "TaskLoss":
+        """A loss function whose gradient is the signal."""
+        checked = scalar_loss(loss_fn)
+
+        def function(params: PyTree, task: PyTree) -> tuple[Tensor, tuple[PyTree, Tensor]]:
+            loss = checked(params, task)
+            return loss, ((), loss.detach())
+
+        return cls(function, map=map)

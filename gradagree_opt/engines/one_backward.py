@@ -1,0 +1,59 @@
+"""The engine for a signal known from the forward pass: one backward pass of the weighted loss."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from gradagree_opt.aggregation import Aggregation, Aggregator
+from gradagree_opt.annotations import Float
+from gradagree_opt.engines.losses import TaskLoss
+from gradagree_opt.stacks import PyTree, combine, task_count
+
+
+def one_backward_refusal(aggregator: Aggregator, task_loss: TaskLoss, /) -> str | None:
+    """Why the engine cannot serve an aggregator, in half a sentence; None where it can."""
+    if task_loss.signal_is_gradient:
+        return "its signal is the gradient, which no forward pass tells"
+    if aggregator.nonfinite == "drop":  # 0 · NaN is NaN
+        return "nonfinite='drop' must keep a task out of the backward pass that all share"
+    return None
+
+
+def one_backward(
+    task_loss: TaskLoss,
+    params: PyTree,
+    tasks: PyTree,
+    aggregator: Aggregator,
+    draws: Float[Tensor, " n"] | None,
+    /,
+) -> tuple[Aggregation, Float[Tensor, " n"]]:
+    """Aggregation of the gradients by their tasks' own signals, and the losses.
+
+    Extra memory: the n signals and the graphs of n tasks, but no gradient of a task.
+    """
+    n = task_count(tasks, "tasks")
+
+    def losses_of(params: PyTree) -> tuple[Tensor, PyTree]:
+        losses, (signal, _) = task_loss.map(lambda task: task_loss.function(params, task), tasks, n)
+        return losses, signal
+
+    losses, backward, signal = _vjp(losses_of, params)
+
+    def weighted(weights: Tensor, groups: list[int] | None) -> PyTree:
+        if groups is None:
+            return backward(weights.to(losses.dtype))[0]
+        each = [backward(row.to(losses.dtype))[0] for row in weights]
+        stack = tree_map(lambda *leaves: torch.stack(leaves), *each)
+        return combine(stack, torch.eye(len(each)).to(weights), groups)
+
+    measured = aggregator.measure(signal, nonfinite=~torch.isfinite(losses), draws=draws)
+    return aggregator.apply(measured, weighted, signal_is_direction=False), losses
+
+
+def _vjp(
+    function: Callable[[PyTree], tuple[Tensor, PyTree]], params: PyTree
+) -> tuple[Tensor, Callable[[Tensor], tuple[PyTree]], PyTree]:
+    """torch.func.vjp with an auxiliary output, whose type depends on it."""
+    return torch.func.vjp(function, params, has_aux=True)  # type: ignore[return-value]

@@ -1,0 +1,140 @@
+"""Which engine runs: the one that was asked for, or the first of those that suit that can."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from gradagree_opt.aggregation import Aggregation, Aggregator
+from gradagree_opt.annotations import Float
+from gradagree_opt.engines.compilation import maybe_compiled
+from gradagree_opt.engines.losses import TaskLoss
+from gradagree_opt.engines.matrix_free import matrix_free, matrix_free_refusal
+from gradagree_opt.engines.one_backward import one_backward, one_backward_refusal
+from gradagree_opt.engines.stacked import stacked
+from gradagree_opt.engines.streamed import streamed, streamed_refusal
+from gradagree_opt.stacks import PyTree, task_count
+from gradagree_opt.weightings import check_choice
+
+EngineName = Literal["auto", "stacked", "streamed", "matrix_free", "one_backward"]
+
+ENGINES: dict[str, Callable[..., tuple[Aggregation, Tensor]]] = {
+    "stacked": stacked,
+    "streamed": streamed,
+    "matrix_free": matrix_free,
+    "one_backward": one_backward,
+}
+
+STACK_BYTES = 2**26
+"""Size of all gradients together from which on "auto" prefers not to hold them."""
+
+
+class Run(NamedTuple):
+    """The aggregation of a batch, the losses of its tasks, and the engine that ran."""
+
+    aggregation: Aggregation
+    losses: Float[Tensor, " n"]
+    engine: str
+
+
+class Runner:
+    """Runs batches of one task loss by the engine asked for, compiled once where asked for.
+
+    Args:
+        task_loss: loss and signal of one task.
+        engine: "auto" takes the first engine that suits the aggregator and the size of the stack
+            of gradients, and the next one where the model cannot be run by it.
+        compile: torch.compile every engine but "streamed", which is a loop.
+
+    Raises:
+        ValueError: the engine is none of its choices, or cannot be compiled.
+    """
+
+    def __init__(self, task_loss: TaskLoss, engine: EngineName, compile: bool) -> None:
+        check_choice("engine", engine, ("auto", *ENGINES))
+        if compile and engine == "streamed":
+            raise ValueError(
+                "expected an engine that torch.compile takes whole, found 'streamed', a loop over "
+                "the tasks; give compile=False or engine='stacked'"
+            )
+        self.task_loss = task_loss
+        self.engine = engine
+        self._engines = {
+            name: maybe_compiled(partial(function, task_loss), compile and name != "streamed")
+            for name, function in ENGINES.items()
+        }
+
+    def __call__(self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /) -> Run:
+        """The aggregation of one batch, looked at by :meth:`Aggregator.verify`.
+
+        Raises:
+            ValueError: the aggregator refuses the tasks, or the engine the aggregator.
+            RuntimeError: the engine cannot run the model, or memory does not suffice.
+        """
+        n = task_count(tasks, "tasks")
+        draws = aggregator.draw(n)
+        *others, last = self._candidates(params, n, aggregator)
+        for name in others:
+            try:
+                return self._run(name, params, tasks, aggregator, draws)
+            except RuntimeError:
+                continue
+        try:
+            return self._run(last, params, tasks, aggregator, draws)
+        except RuntimeError as error:
+            if last == "streamed":
+                raise
+            raise _explained(error, last, n) from error
+
+    def _run(
+        self,
+        name: str,
+        params: PyTree,
+        tasks: PyTree,
+        aggregator: Aggregator,
+        draws: Tensor | None,
+    ) -> Run:
+        aggregation, losses = self._engines[name](params, tasks, aggregator, draws)
+        aggregator.verify(aggregation)
+        return Run(aggregation, losses.detach(), name)
+
+    def _candidates(self, params: PyTree, n: int, aggregator: Aggregator) -> list[str]:
+        """The engines to try, the best first."""
+        refusals = {
+            "stacked": None,
+            "streamed": streamed_refusal(aggregator, self.task_loss),
+            "matrix_free": matrix_free_refusal(aggregator, self.task_loss),
+            "one_backward": one_backward_refusal(aggregator, self.task_loss),
+        }
+        if self.engine != "auto":
+            if refusals[self.engine] is not None:
+                raise ValueError(
+                    f"expected an aggregator that engine={self.engine!r} can serve, found that "
+                    f"{refusals[self.engine]}; take engine='stacked'"
+                )
+            return [self.engine]
+        order = ["one_backward", "stacked", "streamed"]
+        if (
+            n * sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(params))
+            > STACK_BYTES
+        ):
+            order = ["one_backward", "matrix_free", "stacked", "streamed"]
+        return [name for name in order if refusals[name] is None]
+
+
+def _explained(error: RuntimeError, engine: str, n: int) -> RuntimeError:
+    """The error of an engine as one sentence that says what to do."""
+    found = str(error).partition("\n")[0]
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in found:
+        return RuntimeError(
+            f"expected {n} tasks at once to fit into memory under engine={engine!r}, found: "
+            f"{found}; give chunk_size={math.isqrt(n)}, or engine='streamed'"
+        )
+    return RuntimeError(
+        f"expected a model that engine={engine!r} can run, found: {found}; take engine='streamed', "
+        "or chunk_size=1 for no vmap"
+    )

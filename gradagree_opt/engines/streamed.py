@@ -1,0 +1,206 @@
+"""The streamed engine: one task's gradient at a time, by first-order autograd alone."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unflatten
+
+from gradagree_opt.aggregation import Aggregation, Aggregator, Measured
+from gradagree_opt.annotations import Float
+from gradagree_opt.engines.losses import TaskLoss
+from gradagree_opt.engines.random_state import RandomState
+from gradagree_opt.scopes import group_indices, measure_by_group
+from gradagree_opt.stacks import PyTree, accumulation_dtype, or_one, task_count
+from gradagree_opt.statistics import Statistics
+
+
+def streamed_refusal(aggregator: Aggregator, task_loss: TaskLoss, /) -> str | None:
+    """Why the engine cannot serve an aggregator, in half a sentence; None where it can."""
+    missing = sorted(aggregator.weighting.needs - {"draws", "squared_norms", "cosine_row_sums"})
+    if missing:
+        return f"its weighting reads {', '.join(missing)}, which needs all gradients at once"
+    if aggregator.nonfinite == "drop" and not task_loss.signal_is_gradient:
+        return "nonfinite='drop' needs the gradients of all tasks before the first is weighted"
+    return None
+
+
+def streamed(
+    task_loss: TaskLoss,
+    params: PyTree,
+    tasks: PyTree,
+    aggregator: Aggregator,
+    draws: Float[Tensor, " n"] | None,
+    /,
+) -> tuple[Aggregation, Float[Tensor, " n"]]:
+    """Aggregation of n gradients of which one exists at a time, and the losses: d extra memory.
+
+    Three backward passes a task, for Σ g_j, for every g_i · Σ_j g_j and for Σ w_i g_i: the weights
+    are known only when all scores are. Where the signal is known from the forward pass, its stack
+    is held, and one backward pass a task does.
+    """
+    stream = _Stream(task_loss, params, tasks)
+    measure = _measured_in_two_passes if task_loss.signal_is_gradient else _measured_forward
+    measured, losses = measure(stream, aggregator, draws)
+
+    def weighted(weights: Tensor, groups: list[int] | None) -> PyTree:
+        total = stream.zeros()
+        for index, (_, gradient) in enumerate(stream.gradients()):
+            each = _by_leaf(weights[..., index], groups, len(total))
+            for place, (leaf, weight) in enumerate(zip(gradient, each, strict=True)):
+                # 0 · NaN is NaN: a task of weight 0 is left out.
+                part = torch.where(weight == 0, torch.zeros_like(leaf), weight.to(leaf) * leaf)
+                total[place] = total[place] + part
+        return stream.like_params(total)
+
+    signal_is_direction = task_loss.signal_is_gradient
+    return aggregator.apply(measured, weighted, signal_is_direction=signal_is_direction), losses
+
+
+def _measured_forward(
+    stream: "_Stream", aggregator: Aggregator, draws: Tensor | None
+) -> tuple[Measured, Tensor]:
+    """Statistics of signals that the forward pass tells, and the losses."""
+    losses, signal = stream.losses_and_signals()
+    return aggregator.measure(signal, nonfinite=~torch.isfinite(losses), draws=draws), losses
+
+
+def _measured_in_two_passes(
+    stream: "_Stream", aggregator: Aggregator, draws: Tensor | None
+) -> tuple[Measured, Tensor]:
+    """Statistics of the gradients: norms and Σ g_j in one pass, products with it in another."""
+    groups = group_indices(stream.params, aggregator.scope)
+    drop = aggregator.nonfinite == "drop"
+    cosine = "cosine_row_sums" in aggregator.weighting.needs
+    losses, alone = [], []
+    total, unit_total = stream.zeros(), stream.zeros()
+    for loss, gradient in stream.gradients():
+        one = _measure([leaf.unsqueeze(0) for leaf in gradient], groups)
+        one = one._replace(finite=one.finite.squeeze(0) & torch.isfinite(loss))
+        losses.append(loss)
+        alone.append(one)
+        kept = _kept(gradient, one) if drop else gradient
+        total = _sums(total, kept)
+        if cosine:
+            unit_total = _sums(unit_total, _units(kept, one, groups))
+    finite = torch.stack([one.finite for one in alone])
+    active = finite if drop else torch.ones_like(finite)
+    squares = torch.stack([_squares(one) for one in alone], -1)
+    # A scale of 1 stands for zeros too, which say nothing of the others.
+    scales = torch.stack([one.scale for one in alone], -1)
+    sizes = torch.where(active & (squares != 0), scales, torch.zeros_like(scales))
+    scale = or_one(sizes.amax(-1))
+    dots, cosines = [], []
+    for one, (_, gradient) in zip(alone, stream.gradients(), strict=True):
+        kept = _kept(gradient, one) if drop else gradient
+        dots.append(_dot(kept, total, groups, scale))
+        if cosine:
+            ones = torch.ones_like(scale)
+            cosines.append(_dot(_units(kept, one, groups), unit_total, groups, ones))
+    row_sums = torch.stack(dots, -1)
+    shares = sizes / scale.unsqueeze(-1)
+    draws = aggregator.draw(len(losses)) if draws is None else draws
+    statistics = Statistics(
+        row_sums=row_sums,
+        squared_norms=torch.where(shares == 0, shares, shares.square() * squares),
+        cosine_row_sums=torch.stack(cosines, -1) if cosine else None,
+        finite=finite,
+        active=active,
+        scale=scale,
+        draws=None if draws is None else draws.to(row_sums),
+    )
+    return Measured(statistics, ~finite, groups), torch.stack(losses)
+
+
+class _Stream:
+    """The gradients of the tasks, made anew with the same random numbers at every pass."""
+
+    def __init__(self, task_loss: TaskLoss, params: PyTree, tasks: PyTree) -> None:
+        self.params = params
+        self._task_loss = task_loss
+        self._tasks = tasks
+        self._n = task_count(tasks, "tasks")
+        self._random_state = RandomState(tasks)
+        self._leaves = [leaf.detach().requires_grad_() for leaf in tree_leaves(params)]
+        self._dtype = accumulation_dtype(self._leaves)
+
+    def losses_and_signals(self) -> tuple[Tensor, PyTree]:
+        """Losses ``[n]`` and the stack of the signals, without a backward pass."""
+        with torch.no_grad():
+            known = [self._task_loss.function(self.params, task)[1] for task in self._each()]
+        signals, losses = tree_map(lambda *leaves: torch.stack(leaves), *known)
+        return losses, signals
+
+    def gradients(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Loss of every task and the leaves of its gradient, in float32 or better."""
+        at = tree_unflatten(self._leaves, tree_structure(self.params))
+        for task in self._each():
+            with torch.enable_grad():
+                loss, _ = self._task_loss.function(at, task)
+                loss = loss + 0 * self._leaves[0].sum()  # a loss of no parameter has a gradient too
+            found = torch.autograd.grad(loss, self._leaves, materialize_grads=True)
+            yield loss.detach(), [gradient.to(self._dtype) for gradient in found]
+
+    def zeros(self) -> list[Tensor]:
+        """Leaves of zeros, to add gradients to."""
+        return [torch.zeros_like(leaf, dtype=self._dtype).detach() for leaf in self._leaves]
+
+    def like_params(self, leaves: list[Tensor]) -> PyTree:
+        """The leaves in the dtypes and the structure of the parameters."""
+        cast = [a.to(b.dtype) for a, b in zip(leaves, self._leaves, strict=True)]
+        return tree_unflatten(cast, tree_structure(self.params))
+
+    def _each(self) -> Iterator[PyTree]:
+        self._random_state.restore()
+        return self._task_loss.map.one_by_one(self._tasks, self._n)
+
+
+def _measure(
+    leaves: list[Tensor], groups: list[int] | None, needs: frozenset[str] = frozenset()
+) -> Statistics:
+    active = torch.ones(leaves[0].shape[0], dtype=torch.bool, device=leaves[0].device)
+    return measure_by_group(leaves, groups, active, needs, scaled=True)
+
+
+def _dot(
+    a: list[Tensor], b: list[Tensor], groups: list[int] | None, scale: Tensor
+) -> Float[Tensor, "*groups"]:
+    """Inner product of two gradients in each group, in units of scale²."""
+    pair = [torch.stack(leaves) for leaves in zip(a, b, strict=True)]
+    measured = _measure(pair, groups, frozenset({"gramian"}))
+    assert measured.gramian is not None
+    return measured.gramian[..., 0, 1] * (measured.scale / scale).square()
+
+
+def _squares(one: Statistics) -> Float[Tensor, "*groups"]:
+    """‖g‖² of the only task, in units of its own scale²."""
+    assert one.squared_norms is not None
+    return one.squared_norms.squeeze(-1)
+
+
+def _units(gradient: list[Tensor], one: Statistics, groups: list[int] | None) -> list[Tensor]:
+    """The gradient by its norm in each group; zero for a zero gradient."""
+    scale, norm = one.scale, or_one(_squares(one)).sqrt()
+    return [
+        leaf / s / r
+        for leaf, s, r in zip(
+            gradient,
+            _by_leaf(scale, groups, len(gradient)),
+            _by_leaf(norm, groups, len(gradient)),
+            strict=True,
+        )
+    ]
+
+
+def _by_leaf(values: Tensor, groups: list[int] | None, leaves: int) -> list[Tensor]:
+    """The value of every leaf, from one for all or one for each group."""
+    return [values if groups is None else values[groups[index]] for index in range(leaves)]
+
+
+def _kept(gradient: list[Tensor], one: Statistics) -> list[Tensor]:
+    """The gradient, or zeros where it is not finite."""
+    return [torch.where(one.finite, leaf, torch.zeros_like(leaf)) for leaf in gradient]
+
+
+def _sums(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+    return [x + y for x, y in zip(a, b, strict=True)]
