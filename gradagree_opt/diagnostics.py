@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Bool, Float
+from gradagree_opt.stacks import or_one
 from gradagree_opt.statistics import Statistics
 from gradagree_opt.weightings import Decision
 
@@ -83,7 +84,7 @@ def diagnose(
         smallest_weight=weights.amin(-1),
         negative_share=(weights < 0).to(weights.dtype).mean(-1),
         effective_tasks=size.square() / torch.where(squares > 0, squares, 1.0),
-        cancellation=total / torch.where(lengths > 0, lengths, 1.0),
+        cancellation=total / or_one(lengths),
         update_norm=update_norm,
         update_to_mean=update_norm / mean_norm,
         norm_correlation=(centred * centred_norms).sum(-1) / spread,

@@ -91,7 +91,7 @@ def _measured(row_sums: Tensor, losses: Tensor, scale: Tensor, draws: Tensor | N
         finite=finite,
         active=torch.ones_like(finite),
         scale=scale,
-        draws=draws,
+        draws=None if draws is None else draws.to(row_sums),
     )
     return Measured(statistics, ~finite, None)
 

@@ -1,6 +1,7 @@
 """Which engine runs: the one that was asked for, or the first of those that suit that can."""
 
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
@@ -128,8 +129,8 @@ class Runner:
 
 def _explained(error: RuntimeError, engine: str, n: int) -> RuntimeError:
     """The error of an engine as one sentence that says what to do."""
-    found = str(error).partition("\n")[0]
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in found:
+    found = re.split(r"\n|(?<=\.)\s", str(error), maxsplit=1)[0].rstrip(".")
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return RuntimeError(
             f"expected {n} tasks at once to fit into memory under engine={engine!r}, found: "
             f"{found}; give chunk_size={math.isqrt(n)}, or engine='streamed'"

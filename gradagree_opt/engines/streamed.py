@@ -1,13 +1,14 @@
 """The streamed engine: one task's gradient at a time, by first-order autograd alone."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unflatten
 
 from gradagree_opt.aggregation import Aggregation, Aggregator, Measured
-from gradagree_opt.annotations import Float
+from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.engines.losses import TaskLoss
 from gradagree_opt.engines.random_state import RandomState
 from gradagree_opt.scopes import group_indices, measure_by_group
@@ -72,44 +73,67 @@ def _measured_in_two_passes(
     groups = group_indices(stream.params, aggregator.scope)
     drop = aggregator.nonfinite == "drop"
     cosine = "cosine_row_sums" in aggregator.weighting.needs
-    losses, alone = [], []
+    losses, scales, squares, finite = (_Results(stream.n) for _ in range(4))
     total, unit_total = stream.zeros(), stream.zeros()
     for loss, gradient in stream.gradients():
-        one = _measure([leaf.unsqueeze(0) for leaf in gradient], groups)
-        one = one._replace(finite=one.finite.squeeze(0) & torch.isfinite(loss))
-        losses.append(loss)
-        alone.append(one)
-        kept = _kept(gradient, one) if drop else gradient
+        one = _measure_one(gradient, groups)
+        sound = one.finite & torch.isfinite(loss)
+        for results, value in zip(
+            (losses, scales, squares, finite), (loss, one.scale, one.square, sound), strict=True
+        ):
+            results.append(value)
+        kept = _kept(gradient, sound) if drop else gradient
         total = _sums(total, kept)
         if cosine:
             unit_total = _sums(unit_total, _units(kept, one, groups))
-    finite = torch.stack([one.finite for one in alone])
-    active = finite if drop else torch.ones_like(finite)
-    squares = torch.stack([_squares(one) for one in alone], -1)
+    active = finite.stack if drop else torch.ones_like(finite.stack)
     # A scale of 1 stands for zeros too, which say nothing of the others.
-    scales = torch.stack([one.scale for one in alone], -1)
-    sizes = torch.where(active & (squares != 0), scales, torch.zeros_like(scales))
-    scale = or_one(sizes.amax(-1))
-    dots, cosines = [], []
-    for one, (_, gradient) in zip(alone, stream.gradients(), strict=True):
-        kept = _kept(gradient, one) if drop else gradient
+    says = active.reshape(-1, *[1] * (scales.stack.ndim - 1)) & (squares.stack != 0)
+    sizes = torch.where(says, scales.stack, torch.zeros_like(scales.stack))
+    scale = or_one(sizes.amax(0))
+    dots, cosines = _Results(stream.n), _Results(stream.n)
+    ones = torch.ones_like(scale)
+    for index, (_, gradient) in enumerate(stream.gradients()):
+        kept = _kept(gradient, finite.stack[index]) if drop else gradient
         dots.append(_dot(kept, total, groups, scale))
         if cosine:
-            ones = torch.ones_like(scale)
+            one = _One(finite.stack[index], scales.stack[index], squares.stack[index])
             cosines.append(_dot(_units(kept, one, groups), unit_total, groups, ones))
-    row_sums = torch.stack(dots, -1)
-    shares = sizes / scale.unsqueeze(-1)
-    draws = aggregator.draw(len(losses)) if draws is None else draws
+    shares = sizes / scale
+    draws = aggregator.draw(stream.n) if draws is None else draws
+    row_sums = dots.stack.movedim(0, -1)
     statistics = Statistics(
         row_sums=row_sums,
-        squared_norms=torch.where(shares == 0, shares, shares.square() * squares),
-        cosine_row_sums=torch.stack(cosines, -1) if cosine else None,
-        finite=finite,
+        squared_norms=torch.where(shares == 0, shares, shares.square() * squares.stack).movedim(
+            0, -1
+        ),
+        cosine_row_sums=cosines.stack.movedim(0, -1) if cosine else None,
+        finite=finite.stack,
         active=active,
         scale=scale,
         draws=None if draws is None else draws.to(row_sums),
     )
-    return Measured(statistics, ~finite, groups), torch.stack(losses)
+    return Measured(statistics, ~finite.stack, groups), losses.stack
+
+
+class _Results:
+    """One small tensor of each task, in a stack that is there from the first on.
+
+    Kept apart, each would come to lie in the memory that its gradient has left, which an allocator
+    can then not give to the next one: n · d in the end.
+    """
+
+    stack: Tensor
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._at = 0
+
+    def append(self, value: Tensor) -> None:
+        if self._at == 0:
+            self.stack = value.new_empty((self._n, *value.shape))
+        self.stack[self._at] = value
+        self._at += 1
 
 
 class _Stream:
@@ -119,7 +143,7 @@ class _Stream:
         self.params = params
         self._task_loss = task_loss
         self._tasks = tasks
-        self._n = task_count(tasks, "tasks")
+        self.n = task_count(tasks, "tasks")
         self._random_state = RandomState(tasks)
         self._leaves = [leaf.detach().requires_grad_() for leaf in tree_leaves(params)]
         self._dtype = accumulation_dtype(self._leaves)
@@ -152,7 +176,21 @@ class _Stream:
 
     def _each(self) -> Iterator[PyTree]:
         self._random_state.restore()
-        return self._task_loss.map.one_by_one(self._tasks, self._n)
+        return self._task_loss.map.one_by_one(self._tasks, self.n)
+
+
+class _One(NamedTuple):
+    """What is known of one gradient: whether it is finite, and in each group scale and ‖g‖²."""
+
+    finite: Bool[Tensor, ""]
+    scale: Float[Tensor, "*groups"]
+    square: Float[Tensor, "*groups"]
+
+
+def _measure_one(gradient: list[Tensor], groups: list[int] | None) -> _One:
+    measured = _measure([leaf.unsqueeze(0) for leaf in gradient], groups)
+    assert measured.squared_norms is not None
+    return _One(measured.finite.squeeze(0), measured.scale, measured.squared_norms.squeeze(-1))
 
 
 def _measure(
@@ -172,15 +210,9 @@ def _dot(
     return measured.gramian[..., 0, 1] * (measured.scale / scale).square()
 
 
-def _squares(one: Statistics) -> Float[Tensor, "*groups"]:
-    """‖g‖² of the only task, in units of its own scale²."""
-    assert one.squared_norms is not None
-    return one.squared_norms.squeeze(-1)
-
-
-def _units(gradient: list[Tensor], one: Statistics, groups: list[int] | None) -> list[Tensor]:
+def _units(gradient: list[Tensor], one: _One, groups: list[int] | None) -> list[Tensor]:
     """The gradient by its norm in each group; zero for a zero gradient."""
-    scale, norm = one.scale, or_one(_squares(one)).sqrt()
+    scale, norm = one.scale, or_one(one.square).sqrt()
     return [
         leaf / s / r
         for leaf, s, r in zip(
@@ -197,9 +229,9 @@ def _by_leaf(values: Tensor, groups: list[int] | None, leaves: int) -> list[Tens
     return [values if groups is None else values[groups[index]] for index in range(leaves)]
 
 
-def _kept(gradient: list[Tensor], one: Statistics) -> list[Tensor]:
-    """The gradient, or zeros where it is not finite."""
-    return [torch.where(one.finite, leaf, torch.zeros_like(leaf)) for leaf in gradient]
+def _kept(gradient: list[Tensor], sound: Tensor) -> list[Tensor]:
+    """The gradient, or zeros where its task is not sound."""
+    return [torch.where(sound, leaf, torch.zeros_like(leaf)) for leaf in gradient]
 
 
 def _sums(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils._pytree import tree_map
 
@@ -50,6 +51,21 @@ class HeadPerTask(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.tanh(self.encoder(x[..., :3]))
         return (hidden * self.heads[x[..., 3].long()]).sum(-1, keepdim=True)
+
+
+class Attention(nn.Module):
+    """Self-attention over the examples of a batch, by a kernel that may be differentiated twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.output = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sequence = x.unsqueeze(0)
+        with sdpa_kernel(SDPBackend.MATH):
+            attended, _ = self.attention(sequence, sequence, sequence, need_weights=False)
+        return self.output(attended.squeeze(0))
 
 
 class Model(NamedTuple):
@@ -104,6 +120,11 @@ def models(dtype: torch.dtype) -> dict[str, Model]:
                 ),
                 cross_entropy,
             ),
+            "buffers": (
+                network(nn.Linear(3, 4), nn.BatchNorm1d(4).eval(), nn.Tanh(), nn.Linear(4, 2)),
+                mse_loss,
+            ),
+            "attention": (Attention(), mse_loss),
             "embedding": (
                 network(nn.Embedding(7, 3), nn.Flatten(), nn.Linear(6, 3)),
                 cross_entropy,
@@ -116,6 +137,8 @@ def models(dtype: torch.dtype) -> dict[str, Model]:
             "mlp": (torch.randn(5, 6, 3), torch.randn(5, 6, 2)),
             "scaled": (torch.randn(5, 6, 3), torch.randn(5, 6, 2)),
             "convolutions": (torch.randn(5, 6, 1, 8, 8), torch.randint(3, (5, 6))),
+            "buffers": (torch.randn(5, 6, 3), torch.randn(5, 6, 2)),
+            "attention": (torch.randn(5, 6, 4), torch.randn(5, 6, 2)),
             "embedding": (torch.randint(7, (5, 6, 2)), torch.randint(3, (5, 6))),
             "tied weights": (torch.randint(7, (5, 6)), torch.randint(7, (5, 6))),
             "a head per task": (

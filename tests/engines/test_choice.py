@@ -8,54 +8,79 @@ import gradagree_opt as ga
 from .models import models
 
 MODELS = models(torch.float64)
+ENGINES = ("stacked", "streamed", "matrix_free")
 AGGREGATORS = {
     "agreement": ga.GradientAgreement,
+    "clip": lambda: ga.GradientAgreement(negative="clip"),
+    "softmax": lambda: ga.GradientAgreement(normalization="softmax"),
+    "shorter": lambda: ga.GradientAgreement(match_norm="mean"),
+    "others": lambda: ga.GradientAgreement(include_self=False),
     "mean": ga.Mean,
+    "sum": ga.Sum,
+    "norm share": ga.NormShare,
     "mean, longer": lambda: ga.Mean(match_norm="agreement"),
     "leaf": lambda: ga.GradientAgreement(scope="leaf"),
     "cosine": lambda: ga.GradientAgreement(similarity="cosine", match_norm="mean"),
     "random": lambda: ga.RandomWeights(torch.Generator().manual_seed(3)),
 }
+MATRIX_FREE = ("agreement", "clip", "mean", "sum", "shorter", "softmax", "random")
 each_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+each_engine = pytest.mark.parametrize("engine", ENGINES)
 each_aggregator = pytest.mark.parametrize("aggregator", AGGREGATORS.values(), ids=AGGREGATORS)
+
+
+def aggregate(model, aggregator, **options):
+    return ga.aggregate_gradients(model.loss_fn, model.params, model.tasks, aggregator, **options)
+
+
+def assert_equals_loop(result, model, aggregator):
+    """The aggregator alone, on the gradients of a loop of backward()."""
+    gradients, losses = model.loop()
+    expected = aggregator.aggregate(gradients)
+    torch.testing.assert_close(result.update, expected.update, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(result.weights, expected.weights, rtol=1e-11, atol=0)
+    torch.testing.assert_close(result.scores, expected.scores, rtol=1e-11, atol=0)
+    torch.testing.assert_close(result.losses, losses, rtol=1e-12, atol=0)
+    logged = expected.diagnostics.log()
+    found = {name: x for name, x in result.diagnostics.log().items() if x == x}
+    assert found == pytest.approx({name: logged[name] for name in found}, rel=1e-5)
+    return logged.keys() - found.keys()
 
 
 @each_model
 @each_aggregator
-@pytest.mark.parametrize("engine", ["auto", "stacked"])
+@pytest.mark.parametrize("engine", ["auto", "stacked", "streamed"])
 def test_equals_the_aggregator_on_the_gradients_of_a_loop(model, aggregator, engine):
-    result = ga.aggregate_gradients(
-        model.loss_fn, model.params, model.tasks, aggregator(), engine=engine
-    )
-    gradients, losses = model.loop()
-    expected = aggregator().aggregate(gradients)
-    torch.testing.assert_close(result.update, expected.update, rtol=1e-10, atol=1e-13)
-    torch.testing.assert_close(result.weights, expected.weights, rtol=1e-11, atol=0)
-    torch.testing.assert_close(result.scores, expected.scores, rtol=1e-11, atol=0)
-    torch.testing.assert_close(result.losses, losses, rtol=1e-13, atol=0)
-    assert result.diagnostics.log() == pytest.approx(expected.diagnostics.log(), rel=1e-5)
+    result = aggregate(model, aggregator(), engine=engine)
+    assert not assert_equals_loop(result, model, aggregator())
 
 
 @each_model
+@pytest.mark.parametrize("name", MATRIX_FREE)
+def test_matrix_free_equals_it_too_but_knows_no_norms(model, name):
+    aggregator = AGGREGATORS[name]
+    result = aggregate(model, aggregator(), engine="matrix_free")
+    unknown = assert_equals_loop(result, model, aggregator())
+    assert {"cancellation"} <= unknown <= {"cancellation", "norm_correlation"}
+
+
+@pytest.mark.parametrize("name", [name for name in AGGREGATORS if name not in MATRIX_FREE])
+def test_matrix_free_refuses_what_row_sums_do_not_tell(name):
+    with pytest.raises(ValueError, match=r"engine='matrix_free' can serve, found that .*; take"):
+        aggregate(MODELS["mlp"], AGGREGATORS[name](), engine="matrix_free")
+
+
+@each_model
+@each_engine
 @pytest.mark.parametrize("chunk_size", [1, 3])
-def test_chunks_do_not_change_the_result(model, chunk_size):
-    whole, chunked = (
-        ga.aggregate_gradients(
-            model.loss_fn, model.params, model.tasks, ga.GradientAgreement(), chunk_size=size
-        )
-        for size in (None, chunk_size)
-    )
-    torch.testing.assert_close(chunked.update, whole.update, rtol=1e-10, atol=1e-13)
-    torch.testing.assert_close(chunked.losses, whole.losses, rtol=1e-13, atol=0)
+def test_chunks_do_not_change_the_result(model, engine, chunk_size):
+    result = aggregate(model, ga.GradientAgreement(), engine=engine, chunk_size=chunk_size)
+    assert_equals_loop(result, model, ga.GradientAgreement())
 
 
-def test_says_which_engine_ran():
-    model = MODELS["mlp"]
-    for engine in ("auto", "stacked"):
-        result = ga.aggregate_gradients(
-            model.loss_fn, model.params, model.tasks, ga.Mean(), engine=engine
-        )
-        assert result.engine == "stacked"
+@each_engine
+def test_says_which_engine_ran(engine):
+    assert aggregate(MODELS["mlp"], ga.Mean(), engine=engine).engine == engine
 
 
 def test_an_unknown_engine_is_refused(without_type_checks):
@@ -82,15 +107,15 @@ def test_a_nonfinite_task_is_named_or_dropped():
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("chunk_size", [None, 2])
-def test_compiled_equals_eager(chunk_size):
-    model = MODELS["mlp"]
+@pytest.mark.parametrize(
+    ("engine", "chunk_size"), [("stacked", None), ("stacked", 2), ("matrix_free", None)]
+)
+def test_compiled_equals_eager(engine, chunk_size):
     eager, first, again = (
-        ga.aggregate_gradients(
-            model.loss_fn,
-            model.params,
-            model.tasks,
+        aggregate(
+            MODELS["mlp"],
             ga.GradientAgreement(),
+            engine=engine,
             chunk_size=chunk_size,
             compile=compiled,
         )
@@ -99,7 +124,12 @@ def test_compiled_equals_eager(chunk_size):
     for result in (first, again):
         torch.testing.assert_close(result.update, eager.update, rtol=1e-10, atol=1e-13)
         torch.testing.assert_close(result.weights, eager.weights, rtol=1e-11, atol=0)
-        torch.testing.assert_close(result.losses, eager.losses, rtol=1e-13, atol=0)
+        torch.testing.assert_close(result.losses, eager.losses, rtol=1e-12, atol=0)
+
+
+def test_a_loop_over_the_tasks_is_not_compiled():
+    with pytest.raises(ValueError, match=r"torch.compile takes whole, found 'streamed'"):
+        aggregate(MODELS["mlp"], ga.Mean(), engine="streamed", compile=True)
 
 
 @pytest.mark.compiled

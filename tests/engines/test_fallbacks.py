@@ -1,0 +1,179 @@
+"""Models that not every engine runs: what those say that do not, and what "auto" takes instead."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss, scaled_dot_product_attention
+
+import gradagree_opt as ga
+from gradagree_opt.engines import runner
+
+from .models import Model
+
+
+class LastHidden(nn.Module):
+    """An LSTM over the inputs of every example."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(1, 4, batch_first=True)
+        self.output = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.output(self.lstm(x.unsqueeze(-1))[0][:, -1])
+
+
+class FusedAttention(nn.Module):
+    """Its kernel has a first derivative, and no other."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Linear(3, 4)
+        self.output = nn.Linear(4, 2)
+
+    def forward(self, x):
+        hidden = self.hidden(x).reshape(1, 1, 6, 4)
+        return self.output(scaled_dot_product_attention(hidden, hidden, hidden).reshape(6, 4))
+
+
+class Branch(nn.Module):
+    """Python looks at the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.linear(x) if x.sum() > 0 else self.linear(-2 * x)
+
+
+def model(kind):
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        tasks = (torch.randn(5, 6, 3), torch.randn(5, 6, 2))
+        return Model(kind(), mse_loss, tasks)
+
+
+def aggregate(case, **options):
+    return ga.aggregate_gradients(
+        case.loss_fn, case.params, case.tasks, ga.GradientAgreement(), **options
+    )
+
+
+def assert_equals_loop(result, case):
+    gradients, losses = case.loop()
+    expected = ga.GradientAgreement().aggregate(gradients)
+    torch.testing.assert_close(result.update, expected.update, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result.losses, losses)
+
+
+RUNS = {
+    LastHidden: {"stacked": True, "matrix_free": False},
+    FusedAttention: {"stacked": True, "matrix_free": False},
+    Branch: {"stacked": False, "matrix_free": False},
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because")
+@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("engine", ["stacked", "matrix_free", "streamed"])
+def test_an_engine_runs_the_model_or_says_which_one_does(kind, engine):
+    case = model(kind)
+    if RUNS[kind].get(engine, True):
+        assert_equals_loop(aggregate(case, engine=engine), case)
+    else:
+        with pytest.raises(RuntimeError, match=f"a model that engine='{engine}' can run") as caught:
+            aggregate(case, engine=engine)
+        message = str(caught.value)
+        assert message.endswith("; take engine='streamed', or chunk_size=1 for no vmap")
+        assert "\n" not in message and ". " not in message
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because")
+@pytest.mark.parametrize(
+    ("kind", "engine"),
+    [(LastHidden, "stacked"), (FusedAttention, "stacked"), (Branch, "streamed")],
+)
+@pytest.mark.parametrize("stack_bytes", [0, 2**40], ids=["large stack", "small stack"])
+def test_auto_goes_on_to_an_engine_that_runs_the_model(kind, engine, stack_bytes, monkeypatch):
+    monkeypatch.setattr(runner, "STACK_BYTES", stack_bytes)
+    case = model(kind)
+    result = aggregate(case)
+    assert result.engine == engine
+    assert_equals_loop(result, case)
+
+
+@pytest.mark.parametrize(("stack_bytes", "engine"), [(0, "matrix_free"), (2**40, "stacked")])
+def test_auto_holds_no_large_stack(stack_bytes, engine, monkeypatch):
+    monkeypatch.setattr(runner, "STACK_BYTES", stack_bytes)
+    case = model(lambda: nn.Linear(3, 2))
+    result = aggregate(case)
+    assert result.engine == engine
+    assert_equals_loop(result, case)
+
+
+@pytest.mark.parametrize("kind", [LastHidden, Branch])
+def test_without_vmap_forward_mode_may_be_absent(kind):
+    """Jᵀ is linear, so that two backward passes stand for one Jacobian-vector product."""
+    case = model(kind)
+    assert_equals_loop(aggregate(case, engine="matrix_free", chunk_size=1), case)
+
+
+def test_maml_falls_back_too():
+    case = model(Branch)
+    tasks = {"support": case.tasks, "query": case.tasks}
+    maml = ga.MAML(case.loss_fn, ga.InnerSGD(0.1, 1))
+    result = maml.step(case.params, tasks, ga.GradientAgreement())
+    assert result.engine == "streamed"
+    one_by_one = ga.MAML(case.loss_fn, ga.InnerSGD(0.1, 1), chunk_size=1)
+    expected = one_by_one.step(case.params, tasks, ga.GradientAgreement())
+    assert expected.engine == "one_backward"
+    torch.testing.assert_close(result.update, expected.update)
+
+
+@pytest.mark.parametrize("engine", ["auto", "streamed", "stacked"])
+def test_an_error_of_the_model_itself_is_told(engine):
+    case = model(lambda: nn.Linear(4, 2))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        aggregate(case, engine=engine)
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+import torch
+import gradagree_opt as ga
+
+def loss_fn(w, x):
+    return torch.tanh(w * x).sum()
+
+params, tasks = torch.ones(2**20), torch.ones(200, 1)  # a stack of 0.8 GB
+ga.aggregate_gradients(loss_fn, params, tasks[:2], ga.Mean())
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, resource.RLIM_INFINITY))
+try:
+    result = ga.aggregate_gradients(loss_fn, params, tasks, ga.NormShare(), engine=sys.argv[1])
+except RuntimeError as error:
+    print(error)
+else:
+    expected = 1 - torch.tanh(torch.ones(())) ** 2
+    assert torch.allclose(result.update, expected.expand(2**20), rtol=1e-5)
+    print(result.engine)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory as Linux does")
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [("stacked", "; give chunk_size=14, or engine='streamed'"), ("auto", "streamed")],
+)
+def test_out_of_memory_falls_back_or_names_a_chunk_size(engine, said):
+    run = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY, engine], capture_output=True, text=True, check=True
+    )
+    message = run.stdout.strip()
+    assert message.endswith(said), message
+    if engine == "stacked":
+        assert message.startswith("expected 200 tasks at once to fit into memory under engine='")
