@@ -72,6 +72,13 @@ class TaskMap:
             tasks
         )
 
+    def split(self, tasks: PyTree, n: int, /) -> list[PyTree]:
+        """The tasks in task-stacked chunks, one for each vmap."""
+        size = self.chunk_size or n
+        return [
+            tree_map(lambda leaf, at=at: leaf[at : at + size], tasks) for at in range(0, n, size)
+        ]
+
     def one_by_one(self, tasks: PyTree, n: int, /) -> Iterator[PyTree]:
         """Every task without its task axis, under the random numbers that ``randomness`` says."""
         state = RandomState(tasks) if self.randomness == "same" else None

@@ -10,6 +10,7 @@ from gradagree_opt.aggregation import Aggregation, Aggregator, Measured
 from gradagree_opt.annotations import Float
 from gradagree_opt.engines.losses import TaskLoss
 from gradagree_opt.engines.random_state import RandomState
+from gradagree_opt.engines.rows import Rows
 from gradagree_opt.stacks import PyTree, or_one, row_magnitudes, task_count, tree_norm
 from gradagree_opt.statistics import Statistics
 
@@ -44,28 +45,24 @@ def matrix_free(
 
     One backward pass gives Σ g_j, one Jacobian-vector product along it every s_i, one backward
     pass of the weighted loss the update. The norms of single gradients stay unknown: diagnostics
-    that need them are NaN.
+    that need them are NaN. Chunks of the tasks hold their graphs one after the other, for one more
+    forward pass.
 
     Source: PAPER, "the row sums without the N×d matrix".
     """
     n = task_count(tasks, "tasks")
-    random_state = RandomState(tasks) if task_loss.map.may_draw else None
-
-    def losses_of(params: PyTree) -> Tensor:
-        if random_state is not None:
-            random_state.restore()
-        losses: Tensor = task_loss.map(lambda task: task_loss.function(params, task)[0], tasks, n)
-        return losses
-
-    losses, backward = _pullback(losses_of, params)
-    total = backward(torch.ones_like(losses))[0]
+    chunks = _chunks(task_loss, tasks, n)
+    losses, total = _weighted_gradient(chunks, params, torch.ones(n))
     scale = or_one(row_magnitudes([leaf.unsqueeze(0) for leaf in tree_leaves(total)]).squeeze(0))
     direction = tree_map(lambda leaf: leaf / scale.to(leaf.dtype), total)
-    row_sums = _jacobian_times(losses_of, params, direction).to(scale.dtype) / scale
+    products = Rows(n)
+    for chunk in chunks:
+        products.append(_jacobian_times(chunk.losses, params, direction))
+    row_sums = products.stack.to(scale.dtype) / scale
     measured = _measured(row_sums, losses, scale, draws)
 
     def weighted(weights: Tensor, _: list[int] | None) -> PyTree:
-        return backward(weights.to(losses.dtype))[0]
+        return _weighted_gradient(chunks, params, weights)[1]
 
     def uniform(weights: Tensor, _: list[int] | None) -> PyTree:
         return tree_map(lambda leaf: leaf * weights[0].to(leaf.dtype), total)
@@ -82,8 +79,64 @@ def matrix_free(
     return tree_map(lambda a, b: torch.where(degenerate, a, b), fallback, aggregation), losses
 
 
+class _Chunk:
+    """Tasks that one vmap takes, under the random numbers of the first pass at every pass.
+
+    Args:
+        keep: hold the graph of the first pass for the next ones.
+        state: random numbers of the first pass; None for those that are due.
+    """
+
+    def __init__(
+        self, task_loss: TaskLoss, tasks: PyTree, *, keep: bool, state: RandomState | None
+    ) -> None:
+        self.n = task_count(tasks, "tasks")
+        self._task_loss = task_loss
+        self._tasks = tasks
+        self._keep = keep
+        self._state = state
+        self._kept: tuple[Tensor, Callable[[Tensor], tuple[PyTree]]] | None = None
+
+    def losses(self, params: PyTree) -> Tensor:
+        """Losses ``[n]`` of the tasks."""
+        if self._state is not None:
+            self._state.restore()
+        elif self._task_loss.map.may_draw:
+            self._state = RandomState(self._tasks)
+        losses: Tensor = self._task_loss.map(
+            lambda task: self._task_loss.function(params, task)[0], self._tasks, self.n
+        )
+        return losses
+
+    def weighted_gradient(self, params: PyTree, weights: Tensor) -> tuple[Tensor, PyTree]:
+        """Losses ``[n]``, and Σ w_i g_i."""
+        losses, backward = self._kept or _pullback(self.losses, params)
+        if self._keep:
+            self._kept = losses, backward
+        return losses.detach(), backward(weights.to(losses))[0]
+
+
+def _chunks(task_loss: TaskLoss, tasks: PyTree, n: int) -> list[_Chunk]:
+    parts = task_loss.map.split(tasks, n)
+    state = RandomState(tasks) if task_loss.map.randomness == "same" else None
+    return [_Chunk(task_loss, part, keep=len(parts) == 1, state=state) for part in parts]
+
+
+def _weighted_gradient(
+    chunks: list[_Chunk], params: PyTree, weights: Tensor
+) -> tuple[Tensor, PyTree]:
+    """Losses and Σ w_i g_i over all chunks, which hold their graphs one after the other."""
+    rows = Rows(len(weights))
+    total: PyTree = None
+    for chunk, part in zip(chunks, torch.split(weights, chunks[0].n), strict=True):
+        losses, gradient = chunk.weighted_gradient(params, part)
+        rows.append(losses)
+        total = gradient if total is None else tree_map(torch.add, total, gradient)
+    return rows.stack, total
+
+
 def _measured(row_sums: Tensor, losses: Tensor, scale: Tensor, draws: Tensor | None) -> Measured:
-    finite = torch.isfinite(losses.detach())
+    finite = torch.isfinite(losses)
     statistics = Statistics(
         row_sums=row_sums,
         squared_norms=None,

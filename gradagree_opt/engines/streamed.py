@@ -11,6 +11,7 @@ from gradagree_opt.aggregation import Aggregation, Aggregator, Measured
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.engines.losses import TaskLoss
 from gradagree_opt.engines.random_state import RandomState
+from gradagree_opt.engines.rows import Rows
 from gradagree_opt.scopes import group_indices, measure_by_group
 from gradagree_opt.stacks import PyTree, accumulation_dtype, or_one, task_count
 from gradagree_opt.statistics import Statistics
@@ -73,7 +74,7 @@ def _measured_in_two_passes(
     groups = group_indices(stream.params, aggregator.scope)
     drop = aggregator.nonfinite == "drop"
     cosine = "cosine_row_sums" in aggregator.weighting.needs
-    losses, scales, squares, finite = (_Results(stream.n) for _ in range(4))
+    losses, scales, squares, finite = (Rows(stream.n) for _ in range(4))
     total, unit_total = stream.zeros(), stream.zeros()
     for loss, gradient in stream.gradients():
         one = _measure_one(gradient, groups)
@@ -81,7 +82,7 @@ def _measured_in_two_passes(
         for results, value in zip(
             (losses, scales, squares, finite), (loss, one.scale, one.square, sound), strict=True
         ):
-            results.append(value)
+            results.append(value.unsqueeze(0))
         kept = _kept(gradient, sound) if drop else gradient
         total = _sums(total, kept)
         if cosine:
@@ -91,14 +92,15 @@ def _measured_in_two_passes(
     says = active.reshape(-1, *[1] * (scales.stack.ndim - 1)) & (squares.stack != 0)
     sizes = torch.where(says, scales.stack, torch.zeros_like(scales.stack))
     scale = or_one(sizes.amax(0))
-    dots, cosines = _Results(stream.n), _Results(stream.n)
+    dots, cosines = Rows(stream.n), Rows(stream.n)
     ones = torch.ones_like(scale)
     for index, (_, gradient) in enumerate(stream.gradients()):
         kept = _kept(gradient, finite.stack[index]) if drop else gradient
-        dots.append(_dot(kept, total, groups, scale))
+        dots.append(_dot(kept, total, groups, scale).unsqueeze(0))
         if cosine:
             one = _One(finite.stack[index], scales.stack[index], squares.stack[index])
-            cosines.append(_dot(_units(kept, one, groups), unit_total, groups, ones))
+            units = _units(kept, one, groups)
+            cosines.append(_dot(units, unit_total, groups, ones).unsqueeze(0))
     shares = sizes / scale
     draws = aggregator.draw(stream.n) if draws is None else draws
     row_sums = dots.stack.movedim(0, -1)
@@ -114,26 +116,6 @@ def _measured_in_two_passes(
         draws=None if draws is None else draws.to(row_sums),
     )
     return Measured(statistics, ~finite.stack, groups), losses.stack
-
-
-class _Results:
-    """One small tensor of each task, in a stack that is there from the first on.
-
-    Kept apart, each would come to lie in the memory that its gradient has left, which an allocator
-    can then not give to the next one: n · d in the end.
-    """
-
-    stack: Tensor
-
-    def __init__(self, n: int) -> None:
-        self._n = n
-        self._at = 0
-
-    def append(self, value: Tensor) -> None:
-        if self._at == 0:
-            self.stack = value.new_empty((self._n, *value.shape))
-        self.stack[self._at] = value
-        self._at += 1
 
 
 class _Stream:

@@ -1,8 +1,5 @@
 """Models that not every engine runs: what those say that do not, and what "auto" takes instead."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -139,41 +136,3 @@ def test_an_error_of_the_model_itself_is_told(engine):
     case = model(lambda: nn.Linear(4, 2))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         aggregate(case, engine=engine)
-
-
-OUT_OF_MEMORY = """
-import resource, sys
-import torch
-import gradagree_opt as ga
-
-def loss_fn(w, x):
-    return torch.tanh(w * x).sum()
-
-params, tasks = torch.ones(2**20), torch.ones(200, 1)  # a stack of 0.8 GB
-ga.aggregate_gradients(loss_fn, params, tasks[:2], ga.Mean())
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, resource.RLIM_INFINITY))
-try:
-    result = ga.aggregate_gradients(loss_fn, params, tasks, ga.NormShare(), engine=sys.argv[1])
-except RuntimeError as error:
-    print(error)
-else:
-    expected = 1 - torch.tanh(torch.ones(())) ** 2
-    assert torch.allclose(result.update, expected.expand(2**20), rtol=1e-5)
-    print(result.engine)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory as Linux does")
-@pytest.mark.parametrize(
-    ("engine", "said"),
-    [("stacked", "; give chunk_size=14, or engine='streamed'"), ("auto", "streamed")],
-)
-def test_out_of_memory_falls_back_or_names_a_chunk_size(engine, said):
-    run = subprocess.run(
-        [sys.executable, "-c", OUT_OF_MEMORY, engine], capture_output=True, text=True, check=True
-    )
-    message = run.stdout.strip()
-    assert message.endswith(said), message
-    if engine == "stacked":
-        assert message.startswith("expected 200 tasks at once to fit into memory under engine='")
