@@ -1,6 +1,7 @@
 # make demo   a quick sine study from a fresh clone, in runs/sine-quick
 # make test   everything that has to pass: lint, tests, tests of compiled code
 # make lint   ruff and mypy alone
+# make bench  timings beside other libraries, on an idle machine; writes docs/benchmarks.md
 # make clean  removes the environment, the caches and the build
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ EXTRAS := ablation,higher,learn2learn,lightning,torchjd,torchopt
 # One process per core, one thread per process.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: $(VENV)/.study
 	$(BIN)/gradagree ablate sine --quick --out runs/sine-quick
@@ -21,6 +22,9 @@ demo: $(VENV)/.study
 test: lint
 	$(BIN)/pytest -n 2
 	$(BIN)/pytest -m compiled
+
+bench: $(VENV)/.bench
+	cd tests && env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks --out ../docs
 
 # adapters/ is installed as gradagree_opt.adapters by a hook that mypy does not run, so mypy is shown
 # a tree of links in which it already lies there.
@@ -49,6 +53,10 @@ $(VENV)/.study: $(VENV)/.pip pyproject.toml
 $(VENV)/.dev: $(VENV)/.study pyproject.toml
 	$(BIN)/python -m pip install --group dev --editable '.[$(EXTRAS)]'
 	$(BIN)/python -m pip install --no-cache-dir --no-deps -C--build-option=build_ext learn2learn==0.2.0
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.dev pyproject.toml
+	$(BIN)/python -m pip install --group bench
 	touch $@
 
 clean:

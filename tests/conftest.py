@@ -15,6 +15,8 @@ hypothesis.settings.load_profile("gradagree")
 pytest.register_assert_rewrite("gradagree_testing")
 torch.set_num_threads(1)
 
+collect_ignore = ["benchmarks"]  # a command of their own: make bench
+
 
 def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
     """Switches the checks on: the one hook that runs before other conftest.py are imported."""

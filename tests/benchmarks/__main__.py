@@ -1,0 +1,86 @@
+"""Runs the benchmarks: ``python -m benchmarks [CASE …] [--out FOLDER]`` in ``tests/``.
+
+Every case has a process of its own, and so has every peak of memory.
+"""
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from . import case_growth, report
+from .timing import Case, compare, peak_memory, ratio, take_turns, timing
+
+CASES = ("sine_maml", "omniglot_maml", "aggregation", "matrix_free")
+GROWTH = "growth"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks")
+    parser.add_argument("cases", nargs="*", help=f"of {', '.join((*CASES, GROWTH))}; all if none")
+    parser.add_argument("--out", type=Path, help="folder that benchmarks.md and .json go to")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # "case" or a contestant, in a child
+    options = parser.parse_args()
+    names = options.cases or [*CASES, GROWTH]
+    for name in names:
+        if name not in (*CASES, GROWTH):
+            parser.error(f"expected one of {', '.join((*CASES, GROWTH))}, found {name!r}")
+    if options.only:
+        print(json.dumps(part(names[0], options.only)))
+        return
+    results = {}
+    for name in names:
+        results[name] = child(name, "case")
+        for contestant in results[name].get("memory", {}):
+            results[name]["memory"][contestant] = child(name, contestant)
+        print(report.section(name, results[name]), flush=True)
+    if options.out:
+        found = {"machine": report.machine(), "cases": results}
+        (options.out / "benchmarks.json").write_text(json.dumps(found, indent=1) + "\n")
+        (options.out / "benchmarks.md").write_text(report.page(found))
+
+
+def child(name: str, only: str) -> Any:
+    """What a fresh process finds; its warnings go to this one's stderr."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks", name, "--only", only]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def part(name: str, only: str) -> Any:
+    if name == GROWTH:
+        return {"title": case_growth.TITLE, "growth": case_growth.measure()}
+    case: Case = importlib.import_module(f"benchmarks.case_{name}").case()
+    if only == "case":
+        return timed(case)
+    contestant = next(each for each in case.contestants if each.name == only)
+    return peak_memory(contestant.make())
+
+
+def timed(case: Case) -> dict[str, Any]:
+    steps = {contestant.name: contestant.make() for contestant in case.contestants}
+    compare(case, steps)
+    times = take_turns(steps, case.rounds)
+    return {
+        "title": case.title,
+        "seconds": {name: asdict(timing(each)) for name, each in times.items()},
+        "memory": dict.fromkeys(steps) if case.measures_memory else {},
+        "bars": [
+            asdict(bar)
+            | {"text": str(bar)}
+            | (
+                {}
+                if bar.of_memory
+                else {"found": asdict(ratio(times, bar.numerator, bar.denominator))}
+            )
+            for bar in case.bars
+        ],
+    }
+
+
+if __name__ == "__main__":
+    main()

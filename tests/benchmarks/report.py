@@ -1,0 +1,88 @@
+"""The benchmarks' results as a page."""
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .case_growth import BAR
+
+PACKAGES = ("torch", "jax", "learn2learn", "higher", "torchopt", "torchjd")
+INTRODUCTION = """# Benchmarks
+
+Written by `make bench`. In every case the contestants take turns in one process, after their
+updates have been checked against each other: medians over the rounds, quartiles in brackets. Ratios
+are medians of the rounds' own ratios. A peak of memory is what a step adds to its process, each in
+a fresh one. What does not reach its bar is in **bold**.
+"""
+
+
+def page(found: dict[str, Any]) -> str:
+    sections = [section(name, result) for name, result in found["cases"].items()]
+    facts = "".join(f"- {name}: {value}\n" for name, value in found["machine"].items())
+    return "\n".join([INTRODUCTION, facts, *sections])
+
+
+def machine() -> dict[str, str]:
+    """Processor, memory, and the versions of what was run."""
+    cpu = Path("/proc/cpuinfo")
+    models = [
+        line.partition(":")[2].strip()
+        for line in (cpu.read_text().splitlines() if cpu.exists() else [])
+        if line.startswith("model name")
+    ]
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "processor": f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores",
+        "threads of torch": str(torch.get_num_threads()),
+        "Python": platform.python_version(),
+        **versions,
+    }
+
+
+def section(name: str, result: dict[str, Any]) -> str:
+    lines = [f"## {name.replace('_', ' ')}", "", result["title"] + ".", ""]
+    lines += growth(result["growth"]) if "growth" in result else contestants(result)
+    return "\n".join([*lines, ""])
+
+
+def contestants(result: dict[str, Any]) -> list[str]:
+    lines = ["| | time (ms) | peak of memory (MiB) |", "|---|---|---|"]
+    for name, time in result["seconds"].items():
+        peak = result["memory"].get(name)
+        spread = f"[{1e3 * time['lower']:.3g}, {1e3 * time['upper']:.3g}]"
+        memory = "" if peak is None else f"{peak / 2**20:.0f}"
+        lines.append(f"| {name} | {1e3 * time['median']:.3g} {spread} | {memory} |")
+    lines += ["", "| bar | at most | found |", "|---|---|---|"]
+    return lines + [bar_line(bar, result["memory"]) for bar in result["bars"]]
+
+
+def bar_line(bar: dict[str, Any], memory: dict[str, int]) -> str:
+    if bar["of_memory"]:
+        shown = marked(memory[bar["numerator"]] / memory[bar["denominator"]], bar["at_most"])
+    else:
+        found = bar["found"]
+        shown = marked(found["median"], bar["at_most"])
+        shown += f" [{found['lower']:.3g}, {found['upper']:.3g}]"
+    return f"| {bar['text']} | {bar['at_most']:.3g} | {shown} |"
+
+
+def marked(found: float, at_most: float) -> str:
+    return f"{found:.3g}" if found <= at_most else f"**{found:.3g}**"
+
+
+def growth(found: dict[str, Any]) -> list[str]:
+    lines = [f"| | time at the sizes (ms) | exponent, at most {BAR} |", "|---|---|---|"]
+    for name, each in found.items():
+        times = ", ".join(
+            f"{size:g}: {1e3 * seconds:.3g}"
+            for size, seconds in zip(each["sizes"], each["seconds"], strict=True)
+        )
+        exponent = f"{each['exponent']:.2f}"
+        lines.append(
+            f"| {name} | {times} | {exponent if each['exponent'] <= BAR else f'**{exponent}**'} |"
+        )
+    return lines
