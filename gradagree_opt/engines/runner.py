@@ -135,7 +135,8 @@ def _explained(error: RuntimeError, engine: str, n: int) -> RuntimeError:
             f"expected {n} tasks at once to fit into memory under engine={engine!r}, found: "
             f"{found}; give chunk_size={math.isqrt(n)}, or engine='streamed'"
         )
+    vmapped = "vmap" in found or "Batching rule" in found
+    advice = "chunk_size=1, which does without vmap" if vmapped else "engine='streamed'"
     return RuntimeError(
-        f"expected a model that engine={engine!r} can run, found: {found}; take engine='streamed', "
-        "or chunk_size=1 for no vmap"
+        f"expected a model that engine={engine!r} can run, found: {found}; take {advice}"
     )

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from gradagree_testing import reference
-from gradagree_testing.configurations import CONFIGURATIONS
 
 import gradagree_opt as ga
 from gradagree_opt import stacks
+from gradagree_testing import reference
+from gradagree_testing.configurations import CONFIGURATIONS
 
 SCALES = (1e-30, 1e-20, 1e-3, 1.0, 1e10, 1e30)
 WEIGHTED = [c for c in CONFIGURATIONS if c.weights is not None]

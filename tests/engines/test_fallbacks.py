@@ -67,32 +67,56 @@ def assert_equals_loop(result, case):
     torch.testing.assert_close(result.losses, losses)
 
 
-RUNS = {
-    LastHidden: {"stacked": True, "matrix_free": False},
-    FusedAttention: {"stacked": True, "matrix_free": False},
-    Branch: {"stacked": False, "matrix_free": False},
+class RunningStatistics(nn.Module):
+    """BatchNorm in training mode writes to its buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+NO_VMAP, STREAMED = "chunk_size=1, which does without vmap", "engine='streamed'"
+REFUSALS = {
+    (LastHidden, "matrix_free"): NO_VMAP,
+    (FusedAttention, "matrix_free"): STREAMED,
+    (Branch, "stacked"): NO_VMAP,
+    (Branch, "matrix_free"): NO_VMAP,
+    (RunningStatistics, "stacked"): STREAMED,
+    (RunningStatistics, "matrix_free"): STREAMED,
 }
+KINDS = (LastHidden, FusedAttention, Branch, RunningStatistics)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop because")
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("engine", ["stacked", "matrix_free", "streamed"])
 def test_an_engine_runs_the_model_or_says_which_one_does(kind, engine):
     case = model(kind)
-    if RUNS[kind].get(engine, True):
+    advice = REFUSALS.get((kind, engine))
+    if advice is None:
         assert_equals_loop(aggregate(case, engine=engine), case)
     else:
         with pytest.raises(RuntimeError, match=f"a model that engine='{engine}' can run") as caught:
             aggregate(case, engine=engine)
         message = str(caught.value)
-        assert message.endswith("; take engine='streamed', or chunk_size=1 for no vmap")
+        assert message.endswith(f"; take {advice}")
         assert "\n" not in message and ". " not in message
+        options = {"chunk_size": 1} if advice == NO_VMAP else {"engine": "streamed"}
+        assert_equals_loop(aggregate(case, **({"engine": engine} | options)), case)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop because")
 @pytest.mark.parametrize(
     ("kind", "engine"),
-    [(LastHidden, "stacked"), (FusedAttention, "stacked"), (Branch, "streamed")],
+    [
+        (LastHidden, "stacked"),
+        (FusedAttention, "stacked"),
+        (Branch, "streamed"),
+        (RunningStatistics, "streamed"),
+    ],
 )
 @pytest.mark.parametrize("stack_bytes", [0, 2**40], ids=["large stack", "small stack"])
 def test_auto_goes_on_to_an_engine_that_runs_the_model(kind, engine, stack_bytes, monkeypatch):
@@ -110,13 +134,6 @@ def test_auto_holds_no_large_stack(stack_bytes, engine, monkeypatch):
     result = aggregate(case)
     assert result.engine == engine
     assert_equals_loop(result, case)
-
-
-@pytest.mark.parametrize("kind", [LastHidden, Branch])
-def test_without_vmap_forward_mode_may_be_absent(kind):
-    """Jᵀ is linear, so that two backward passes stand for one Jacobian-vector product."""
-    case = model(kind)
-    assert_equals_loop(aggregate(case, engine="matrix_free", chunk_size=1), case)
 
 
 def test_maml_falls_back_too():
