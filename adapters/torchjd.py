@@ -11,7 +11,6 @@ from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 from gradagree_opt import weightings
 from gradagree_opt.aggregation import Aggregation, Combine, Measured
 from gradagree_opt.aggregation import Aggregator as OurAggregator
-from gradagree_opt.annotations import Float
 from gradagree_opt.frameworks import require
 from gradagree_opt.stacks import PyTree
 from gradagree_opt.statistics import Statistics, from_gramian
@@ -155,8 +154,8 @@ def from_torchjd(
 
     Where its weights come from the Gramian, that of the *signal* is what it is given, and its
     weights combine the directions. Any other (ConFIG, ExcessMTL, GradDrop, TrimmedMean) sees the
-    directions alone, as a matrix: in MAML this takes one backward pass a task, and the result
-    has NaN for weights.
+    directions alone, as a matrix: in MAML this takes the gradient of every task, and the result has
+    NaN for weights.
 
     TorchJD solves on the host: not under vmap or ``torch.compile``. Its randomness is that of
     PyTorch's global generator, and what some keep from batch to batch is in ``aggregator``, whose
@@ -227,7 +226,7 @@ class OfGramian:
 class Unknown:
     """The weighting of an update that is no combination with weights."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset({"directions"})
 
     def __call__(self, statistics: Statistics, /) -> weightings.Decision:
         unknown = torch.full_like(statistics.row_sums, torch.nan)
@@ -251,7 +250,8 @@ class OfMatrix(OurAggregator):
     ) -> Aggregation:
         statistics = measured.statistics
         tasks = torch.eye(len(statistics.active)).to(statistics.row_sums)
-        directions = self._one_by_one(combine_directions, tasks[statistics.active])
+        # The direction of a task is the combination in which it alone has weight.
+        directions = [combine_directions(task, None) for task in tasks[statistics.active]]
         if directions:
             update = self._aggregated(directions)
         else:
@@ -260,18 +260,6 @@ class OfMatrix(OurAggregator):
         unknown = result.diagnostics.weight_sum
         diagnostics = result.diagnostics._replace(negative_share=unknown)
         return result._replace(diagnostics=diagnostics)
-
-    def _one_by_one(
-        self, combine_directions: Combine, tasks: Float[Tensor, "active n"]
-    ) -> list[PyTree]:
-        """The direction of every task: the combination in which it alone has weight."""
-        try:
-            return [combine_directions(task, None) for task in tasks]
-        except ValueError as error:
-            raise ValueError(
-                f"expected the direction of every task for {self.torchjd}, whose update is no "
-                "weighted sum of them, found a single backward pass; give memory='stream'"
-            ) from error
 
     def _aggregated(self, directions: list[PyTree]) -> PyTree:
         """TorchJD's vector of the directions, in their structure."""

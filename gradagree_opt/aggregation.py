@@ -133,7 +133,9 @@ class Aggregator:
         """
         n = check_stack(directions, "directions" if signal is not None else "gradients")
         draws = self.draw(n)
-        if self.nonfinite == "raise":  # asks for a look at the result, which most often is this one
+        # A look at the result is due anyway, and this is it but for extreme scales. What works on
+        # the Gramian or the directions may depend on the scale, or remember the batch.
+        if self.nonfinite == "raise" and not self.weighting.needs & {"gramian", "directions"}:
             result = self.aggregate_unchecked(directions, signal, draws=draws, scaled=False)
             if self.is_sound(result):
                 return result

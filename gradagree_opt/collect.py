@@ -165,9 +165,7 @@ class TaskBatch:
 
     def _aggregate(self) -> Aggregation:
         signal = _stack(self._displacements) if self._displacements else None
-        one_backward = self._losses and signal is not None
-        # A dropped task must not reach a shared backward pass: 0 · NaN is NaN there.
-        if one_backward and self.aggregator.nonfinite != "drop":
+        if self._losses and signal is not None and self._takes_one_backward:
             return self._from_one_backward(signal)
         directions = self._directions or [
             self._gradient(loss, [copies], retain_graph=loss is not self._losses[-1])
@@ -176,6 +174,12 @@ class TaskBatch:
         if not directions:
             return self.aggregator.aggregate_unchecked(signal)
         return self.aggregator.aggregate_unchecked(_stack(directions), signal)
+
+    @property
+    def _takes_one_backward(self) -> bool:
+        # A dropped task must not reach a shared backward pass: 0 · NaN is NaN there.
+        drops = self.aggregator.nonfinite == "drop"
+        return not drops and "directions" not in self.aggregator.weighting.needs
 
     def _from_one_backward(self, signal: PyTree) -> Aggregation:
         losses = torch.stack(self._losses)

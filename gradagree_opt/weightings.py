@@ -30,7 +30,8 @@ class Weighting(Protocol):
     def needs(self) -> frozenset[str]:
         """Names of the optional statistics it reads.
 
-        They are "squared_norms", "cosine_row_sums", "draws" and "gramian".
+        They are "squared_norms", "cosine_row_sums", "draws" and "gramian"; and "directions" where
+        no weights tell the update, so that the aggregator reads the directions one by one.
         """
 
     def __call__(self, statistics: Statistics, /) -> Decision:

@@ -19,7 +19,10 @@ from gradagree_opt.statistics import Statistics
 
 def streamed_refusal(aggregator: Aggregator, task_loss: TaskLoss, /) -> str | None:
     """Why the engine cannot serve an aggregator, in half a sentence; None where it can."""
-    missing = sorted(aggregator.weighting.needs - {"draws", "squared_norms", "cosine_row_sums"})
+    known = {"draws", "squared_norms", "cosine_row_sums"}
+    if not task_loss.signal_is_gradient:
+        known.add("gramian")  # of a stack that is held
+    missing = sorted(aggregator.weighting.needs - known)
     if missing:
         return f"its weighting reads {', '.join(missing)}, which needs all gradients at once"
     if aggregator.nonfinite == "drop" and not task_loss.signal_is_gradient:
