@@ -58,8 +58,8 @@ def meta_step(
 
     Raises:
         ValueError: the tasks are not task-stacked, there is no inner step, the loss is not a
-            scalar, the inner optimizer holds a frozen parameter in first order, or the aggregator
-            refuses the tasks. Nothing is changed then.
+            scalar, the inner optimizer holds parameters of another model or, in first order, a
+            frozen one, or the aggregator refuses the tasks. Nothing is changed then.
 
     Source: Eshratifar et al. 2018, algorithm 1, the MAML form.
 
@@ -76,8 +76,7 @@ def meta_step(
     """
     if steps < 1:
         raise ValueError(f"expected steps of at least 1, found {steps}")
-    if first_order:
-        _check_frozen(model, optimizer)
+    _check_optimizer(model, optimizer, first_order)
     n = check_tasks(dict(model.named_parameters()), tasks, "support", "query")
     loss_fn = scalar_loss(loss_fn)
     batch, losses = TaskBatch(model, aggregator, memory=memory), []
@@ -95,11 +94,17 @@ def meta_step(
     return with_losses(batch.backward(), torch.stack(losses), engine)
 
 
-def _check_frozen(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """One sentence where higher would adapt a frozen parameter, from the second inner step on."""
+def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, first_order: bool) -> None:
+    """One sentence where higher would show a tensor, or adapt a frozen parameter in silence."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not held <= {id(parameter) for parameter in model.parameters()}:
+        raise ValueError(
+            "expected an inner optimizer over parameters of the model, found one that holds "
+            "others; build it as torch.optim.SGD(model.parameters(), lr=…)"
+        )
     for name, parameter in model.named_parameters():
-        if id(parameter) in held and not parameter.requires_grad:
+        # In second order higher leaves it alone.
+        if first_order and id(parameter) in held and not parameter.requires_grad:
             raise ValueError(
                 f"expected an inner optimizer over trained parameters, found {name!r} frozen, "
                 "which higher adapts where track_higher_grads=False; give the optimizer only "

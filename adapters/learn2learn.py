@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from gradagree_opt.adapted import displacement, match
 from gradagree_opt.aggregation import Aggregator
+from gradagree_opt.aggregators import check_aggregator
 from gradagree_opt.batchnorm import RunningStatistics
 from gradagree_opt.collect import add_to_grad
 from gradagree_opt.engines.losses import scalar_loss
@@ -67,7 +68,7 @@ def meta_step(
         The update by name of the parameter, the losses after adaptation and the weights.
 
     Raises:
-        TypeError: the algorithm has no ``clone()`` and ``adapt()``.
+        TypeError: the algorithm or the aggregator is none.
         ValueError: the tasks are not task-stacked; a parameter is frozen or unused and the
             algorithm does not allow it; a module is recurrent; the loss has parameters that the
             algorithm has not; or the aggregator refuses the tasks. Nothing is changed then.
@@ -84,6 +85,7 @@ def meta_step(
     >>> maml.module.weight.grad.shape, result.losses.shape
     (torch.Size([1, 1]), torch.Size([4]))
     """
+    check_aggregator(aggregator)
     _check_algorithm(algorithm, steps)
     trained = {name: p for name, p in algorithm.named_parameters() if p.requires_grad}
     n = check_tasks(trained, tasks, "support", "query")
@@ -184,8 +186,7 @@ class Tasksets:
 
     Its tasks come task-stacked, for ``meta.step``, ``plain.train`` and studies. All randomness of a
     task, in learn2learn's transforms and torchvision's too, follows from the generator, and the
-    global generators are left as they were. A taskset of ``num_tasks`` has that many tasks here
-    too.
+    global generators are left as they were. A taskset of ``num_tasks`` has no others.
 
     Args:
         train, validation, test: tasksets of one task shape each; ``Tasksets(*tasksets)`` takes

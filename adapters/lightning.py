@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gradagree_opt.adapted import Parameters
 from gradagree_opt.aggregation import Aggregation, Aggregator
+from gradagree_opt.aggregators import check_aggregator
 from gradagree_opt.annotations import Float
 from gradagree_opt.collect import TaskBatch
 from gradagree_opt.diagnostics import Diagnostics
@@ -37,6 +38,7 @@ class AgreementCallback(pl.Callback):
         weights: of the tasks of the last window, ``[n]``; None before the first.
 
     Raises:
+        TypeError: ``aggregator`` is no aggregator.
         ValueError: when ``Trainer.fit`` starts, for ``accumulate_grad_batches=1``, manual
             optimization, more than one device, or a GradScaler with an aggregator that stops at
             its overflows.
@@ -52,6 +54,7 @@ class AgreementCallback(pl.Callback):
     """
 
     def __init__(self, aggregator: Aggregator, /) -> None:
+        check_aggregator(aggregator)
         self.aggregator = aggregator
         self.weights: Float[Tensor, "*groups n"] | None = None
         self._tasks: list[dict[str, Tensor]] = []

@@ -4,6 +4,7 @@ Its optimizers as the outer one, and loops over a Meta-optimizer, need nothing f
 :class:`gradagree_opt.TaskOptimizer` and :class:`gradagree_opt.TaskBatch` take them.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.aggregation import Aggregator
+from gradagree_opt.aggregators import check_aggregator
 from gradagree_opt.annotations import Float
 from gradagree_opt.diagnostics import Diagnostics
 from gradagree_opt.engines import LossFn
@@ -53,8 +55,10 @@ def aggregate(aggregator: Aggregator, /) -> GradientTransformation:
         aggregator: what weights the tasks.
 
     Raises:
-        ValueError: in ``update``, where the leaves are no stack of the parameters' shapes, or the
-            aggregator refuses the gradients.
+        TypeError: ``aggregator`` is no aggregator.
+        ValueError: in ``init``, where another transformation comes before it in a chain; in
+            ``update``, where the leaves are no stack of the parameters' shapes, or the aggregator
+            refuses the gradients.
 
     >>> import gradagree_opt as ga
     >>> optimizer = torchopt.chain(aggregate(ga.GradientAgreement()), torchopt.sgd(lr=0.1))
@@ -67,8 +71,10 @@ def aggregate(aggregator: Aggregator, /) -> GradientTransformation:
     >>> state[0].weights
     tensor([0.6667, 0.3333, 0.0000])
     """
+    check_aggregator(aggregator)
 
     def init(params: PyTree) -> AggregateState:
+        _check_first()
         leaves = pytree.tree_leaves(params, none_is_leaf=True)
         return AggregateState(tuple(torch.Size(getattr(leaf, "shape", ())) for leaf in leaves))
 
@@ -193,6 +199,25 @@ class _WrittenOut(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _check_first() -> None:
+    """One sentence where a chain has called the ``init`` of another transformation before.
+
+    What stands before would work on the stack, and most stop in the midst of it. Of its place in a
+    chain TorchOpt tells a transformation nothing; the frames that call it do.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_back
+        chained = caller.f_locals.get("init_fns") if caller is not None else None
+        if chained and chained[0] is not frame.f_locals.get("fn", chained[0]):
+            raise ValueError(
+                "expected aggregate(…) first in its chain, found it in place "
+                f"{chained.index(frame.f_locals['fn']) + 1}, where those before it would be given "
+                "the stack of gradients; put it first in torchopt.chain(…)"
+            )
+        frame = caller
+
+
 def _check_stacked(
     names: list[str], leaves: list[Tensor | None], shapes: tuple[torch.Size, ...]
 ) -> None:
@@ -205,6 +230,6 @@ def _check_stacked(
         if leaf is not None and (leaf.ndim == 0 or leaf.shape[1:] != shape):
             raise ValueError(
                 f"expected task-stacked updates, the task axis before the parameter's "
-                f"{list(shape)}, found {list(leaf.shape)} in {name!r}; put aggregate(…) first in "
-                "its chain and give update() one gradient a task, as ga.task_gradients does"
+                f"{list(shape)}, found {list(leaf.shape)} in {name!r}; give init() the parameters "
+                "and update() one gradient a task, as ga.task_gradients does"
             )

@@ -22,7 +22,7 @@ def named(parameters: Parameters, /) -> dict[str, Tensor]:
     if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
         raise TypeError(
             f"expected a module or tensors, found {type(cast(object, parameters)).__name__}; "
-            "pass model or model.parameters()"
+            "give the module itself or its parameters()"
         )
     if not isinstance(parameters, Mapping):
         parameters = {str(position): tensor for position, tensor in enumerate(parameters)}
@@ -30,7 +30,7 @@ def named(parameters: Parameters, /) -> dict[str, Tensor]:
         if not isinstance(tensor, Tensor):
             raise TypeError(
                 f"expected a module or tensors, found {type(tensor).__name__} at {name!r}; "
-                "pass model or model.parameters()"
+                "give the module itself or its parameters()"
             )
     return dict(parameters)
 

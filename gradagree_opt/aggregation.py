@@ -133,8 +133,8 @@ class Aggregator:
         """
         n = check_stack(directions, "directions" if signal is not None else "gradients")
         draws = self.draw(n)
-        # A look at the result is due anyway, and this is it but for extreme scales. What works on
-        # the Gramian or the directions may depend on the scale, or remember the batch.
+        # The look that is due finds this sound but at extreme scales. What reads more than row sums
+        # may depend on the scale, or remember what it has seen.
         if self.nonfinite == "raise" and not self.weighting.needs & {"gramian", "directions"}:
             result = self.aggregate_unchecked(directions, signal, draws=draws, scaled=False)
             if self.is_sound(result):
@@ -214,12 +214,7 @@ class Aggregator:
         return Measured(statistics, nonfinite | ~statistics.finite, groups, scaled)
 
     def apply(
-        self,
-        measured: Measured,
-        combine_directions: Combine,
-        /,
-        *,
-        signal_is_direction: bool,
+        self, measured: Measured, combine_directions: Combine, /, *, signal_is_direction: bool
     ) -> Aggregation:
         """Decides on the weights and combines the directions with them.
 
@@ -236,15 +231,12 @@ class Aggregator:
         if self.match_norm is not None:
             reference = _reference(self.match_norm)(statistics)
             target = combine_directions(reference.weights, measured.groups)
-            factor = torch.where(
-                norm > 0, tree_norm(target, scaled=measured.scaled) / norm, torch.ones_like(norm)
-            )
+            target_norm = tree_norm(target, scaled=measured.scaled)
+            factor = torch.where(norm > 0, target_norm / norm, torch.ones_like(norm))
             update = tree_map(lambda leaf: (leaf * factor).to(leaf.dtype), update)
             decision = decision._replace(weights=decision.weights * factor)
             norm = norm * factor
-        mean_norm = (
-            _mean_norm(statistics) if signal_is_direction else torch.full_like(norm, torch.nan)
-        )
+        mean_norm = _mean_norm(statistics) if signal_is_direction else torch.nan * norm
         diagnostics = diagnose(statistics, decision, measured.nonfinite, norm, mean_norm)
         return Aggregation(update, decision.weights, decision.scores, diagnostics)
 

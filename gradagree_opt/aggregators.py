@@ -151,6 +151,20 @@ class RandomWeights(Aggregator):
         super().__init__(RandomWeighting(), nonfinite=nonfinite, generator=generator)
 
 
+def check_aggregator(aggregator: object, /) -> None:
+    """Raises a TypeError unless it is an aggregator of ours."""
+    if isinstance(aggregator, Aggregator):
+        return
+    if isinstance(aggregator, type):
+        found = f"the class {aggregator.__name__}"
+    else:
+        found = type(aggregator).__name__
+    raise TypeError(
+        f"expected an aggregator as GradientAgreement(), found {found}; call the class, or wrap an "
+        "aggregator of TorchJD by gradagree_opt.adapters.torchjd.from_torchjd"
+    )
+
+
 def agreement_weights(
     signal: PyTree,
     /,

@@ -9,9 +9,16 @@ from torch import Tensor, nn
 
 from gradagree_opt.adapted import Parameters, displacement, match, named
 from gradagree_opt.aggregation import Aggregation, Aggregator
-from gradagree_opt.graphs import dependencies, gradients
+from gradagree_opt.aggregators import check_aggregator
+from gradagree_opt.graphs import check_depends, check_loss, depends, gradients
 from gradagree_opt.stacks import PyTree
 from gradagree_opt.weightings import check_choice
+
+_FROM_COPY = (
+    "adapt from those that the batch was given: by clone() in learn2learn, with "
+    "copy_initial_weights=False in higher"
+)
+_FROM_OTHERS = "compute it from those that were given, not from a copy of them"
 
 
 class TaskBatch:
@@ -37,6 +44,7 @@ class TaskBatch:
             that one task's graph is alive at a time, and keeps the gradients instead.
 
     Raises:
+        TypeError: these are no parameters, or no aggregator.
         ValueError: no parameter requires a gradient, or memory is neither "graph" nor "stream".
 
     Source: Eshratifar et al. 2018, algorithm 1, both forms.
@@ -58,6 +66,7 @@ class TaskBatch:
         *,
         memory: Literal["graph", "stream"] = "graph",
     ) -> None:
+        check_aggregator(aggregator)
         check_choice("memory", memory, ("graph", "stream"))
         self._all = named(parameters)
         self._trained = {name: p for name, p in self._all.items() if p.requires_grad}
@@ -101,7 +110,6 @@ class TaskBatch:
             )
         after = match(self._all, adapted) if adapted is not None else {}
         if loss is not None:
-            _check_loss(loss)
             self._add_loss(loss, after)
         if adapted is not None:
             self._displacements.append(displacement(self._trained, after))
@@ -142,21 +150,19 @@ class TaskBatch:
         return bool(self._losses or self._directions), bool(self._displacements)
 
     def _add_loss(self, loss: Tensor, after: Mapping[str, Tensor]) -> None:
+        check_loss(loss, len(self))
         own = {n: t for n, t in after.items() if n in self._trained and t is not self._all[n]}
         own = {n: t for n, t in own.items() if t.requires_grad}
         # A module's own parameters are no copies: they may as well be those of another model.
         copies = {n: t for n, t in own.items() if t.is_leaf and not isinstance(t, nn.Parameter)}
-        if own and not _depends(loss, own):
+        if own and not depends(loss, own.values()):
             raise ValueError(
-                "expected a loss of the adapted parameters, found one that depends on none of "
-                "them; add every loss with its own learner, computed after its last inner step"
+                f"expected a loss of the adapted parameters, found one for task {len(self)} that "
+                "depends on none of them; add every loss with its own learner, computed after its "
+                "last inner step"
             )
-        if not _depends(loss, self._trained | copies):
-            raise ValueError(
-                "expected a loss that depends on the parameters, found one that depends on none of "
-                "them; adapt from those that TaskBatch was given: by clone() in learn2learn, with "
-                "copy_initial_weights=False in higher"
-            )
+        start = [*self._trained.values(), *copies.values()]
+        check_depends(loss, start, len(self), advice=_FROM_COPY if after else _FROM_OTHERS)
         if self.memory == "stream":
             self._directions.append(self._gradient(loss, [copies], retain_graph=False))
         else:
@@ -222,21 +228,6 @@ def add_to_grad(parameters: Mapping[str, Tensor], update: Mapping[str, Tensor], 
 
 def _stack(tasks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([task[name] for task in tasks]) for name in tasks[0]}
-
-
-def _check_loss(loss: object) -> None:
-    if not isinstance(loss, Tensor) or loss.ndim != 0:
-        found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"expected a scalar loss, found {found}; reduce it, as in loss.mean()")
-    if not loss.requires_grad:
-        raise ValueError(
-            "expected a loss with a graph, found one that requires no gradient; "
-            "compute it outside torch.no_grad() from the adapted parameters"
-        )
-
-
-def _depends(loss: Tensor, tensors: Mapping[str, Tensor]) -> bool:
-    return next(dependencies(loss, list(tensors.values())), None) is not None
 
 
 def _call(form: tuple[bool, bool]) -> str:

@@ -1,6 +1,6 @@
-"""Autograd graphs: what a loss was computed from, and its gradients in one sentence or none."""
+"""Autograd graphs: what a loss was computed from, and its gradients or one sentence."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,39 @@ def dependencies(loss: Tensor, tensors: Sequence[Tensor], /) -> Iterator[int]:
         elif node is not None and node not in visited:
             visited.add(node)
             pending += node.next_functions
+
+
+def depends(loss: Tensor, tensors: Iterable[Tensor], /) -> bool:
+    """Whether a loss was computed from any of the tensors."""
+    return next(dependencies(loss, list(tensors)), None) is not None
+
+
+def check_loss(loss: object, task: int, /) -> None:
+    """Raises a ValueError unless the loss of a task is a scalar tensor with a graph."""
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"expected a scalar loss, found {type(loss).__name__} for task {task}; give the tensor "
+            "that backward() would be called on"
+        )
+    if loss.ndim != 0:
+        raise ValueError(
+            f"expected a scalar loss, found shape {list(loss.shape)} for task {task}; reduce it, "
+            "as in loss.mean()"
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            f"expected a loss with a graph, found one that requires no gradient for task {task}; "
+            "compute it from the parameters or those adapted from them, outside torch.no_grad()"
+        )
+
+
+def check_depends(loss: Tensor, tensors: Iterable[Tensor], task: int, /, *, advice: str) -> None:
+    """Raises a ValueError, which ends in the advice, unless the loss depends on the tensors."""
+    if not depends(loss, tensors):
+        raise ValueError(
+            f"expected a loss that depends on the parameters, found one for task {task} that "
+            f"depends on none of them; {advice}"
+        )
 
 
 def gradients(

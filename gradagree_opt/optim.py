@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from gradagree_opt.aggregation import Aggregation, Aggregator
+from gradagree_opt.aggregators import check_aggregator
 from gradagree_opt.annotations import Float
 from gradagree_opt.collect import TaskBatch
-from gradagree_opt.graphs import gradients
+from gradagree_opt.graphs import check_depends, check_loss, gradients
 
 Losses = Float[Tensor, " n"] | Sequence[Tensor]
 
@@ -40,8 +41,9 @@ class TaskOptimizer:
         aggregator: what weights the tasks; signal and direction are both the loss gradient.
 
     Raises:
-        TypeError: the optimizer is none of these.
-        ValueError: the optimizer steps on a loss, and the aggregator's scope is not "global".
+        TypeError: the optimizer is none of these, or the aggregator is none.
+        ValueError: the optimizer steps on a loss, and the aggregator's scope is not "global", or it
+            gives no weights.
 
     >>> import gradagree_opt as ga
     >>> w = torch.tensor([0.0], requires_grad=True)
@@ -53,6 +55,7 @@ class TaskOptimizer:
     """
 
     def __init__(self, optimizer: Any, aggregator: Aggregator, /) -> None:
+        check_aggregator(aggregator)
         # The attributes that tell TorchOpt's three kinds apart, without importing it.
         self._functional = hasattr(optimizer, "optim_state")
         self._differentiable = hasattr(optimizer, "param_containers_groups")
@@ -66,6 +69,12 @@ class TaskOptimizer:
             raise ValueError(
                 f"expected an aggregator of scope 'global' for {type(optimizer).__name__}, found "
                 f"{aggregator.scope!r}: it steps on one loss, which has one weight a task"
+            )
+        if on_loss and "directions" in aggregator.weighting.needs:
+            raise ValueError(
+                f"expected an aggregator that gives one weight a task for "
+                f"{type(optimizer).__name__}, which steps on one loss, found one whose update is "
+                "no weighted sum; wrap an optimizer that steps on .grad, as torchopt.Optimizer"
             )
         self.optimizer = optimizer
         self.aggregator = aggregator
@@ -160,18 +169,13 @@ def weighted_loss(
     left out.
 
     Raises:
-        ValueError: a loss does not depend on the parameters, no task is left, the aggregator gives
-            no weights, or it refuses the gradients.
+        ValueError: a loss does not depend on the parameters, no task is left, or the aggregator
+            refuses the gradients.
     """
     losses = _vector(losses)
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     tasks = [_gradients(loss, trained, task) for task, loss in enumerate(losses)]
     result = aggregator.aggregate([torch.stack(leaves) for leaves in zip(*tasks, strict=True)])
-    if result.weights.isnan().any() and result.diagnostics.update_norm.isfinite():
-        raise ValueError(
-            "expected an aggregator that gives one weight a task, found one whose update is no "
-            "weighted sum; wrap an optimizer that steps on .grad, as torchopt.Optimizer"
-        )
     terms = [weight * loss for weight, loss in zip(result.weights, losses, strict=True)]
     if aggregator.nonfinite == "drop":
         # A dropped task must not reach the shared backward pass: 0 · NaN is NaN there.
@@ -182,18 +186,10 @@ def weighted_loss(
     return torch.stack(terms).sum(), result
 
 
-def _gradients(loss: object, parameters: list[Tensor], task: int) -> list[Tensor]:
-    if not isinstance(loss, Tensor) or loss.ndim != 0:
-        found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(
-            f"expected a scalar loss, found {found} for task {task}; reduce it, as in loss.mean()"
-        )
-    grads = gradients(loss, parameters, retain_graph=True) if loss.requires_grad else [None]
-    if all(grad is None for grad in grads):
-        raise ValueError(
-            f"expected losses that depend on the optimizer's parameters, found one of task {task} "
-            "that does not; compute it from them, outside torch.no_grad()"
-        )
+def _gradients(loss: Tensor, parameters: list[Tensor], task: int) -> list[Tensor]:
+    check_loss(loss, task)
+    check_depends(loss, parameters, task, advice="compute it from those of the optimizer")
+    grads = gradients(loss, parameters, retain_graph=True)
     return [
         torch.zeros_like(parameter) if grad is None else grad.detach()
         for parameter, grad in zip(parameters, grads, strict=True)

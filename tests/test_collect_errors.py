@@ -93,8 +93,8 @@ def test_a_learner_of_something_else_than_tensors(batch, without_type_checks):
 
 @pytest.mark.parametrize("loss", [torch.ones(3, requires_grad=True), 1.0], ids=["vector", "float"])
 def test_a_loss_that_is_no_scalar(batch, loss, without_type_checks):
-    found = "shape .3." if isinstance(loss, torch.Tensor) else "float"
-    refuses(lambda: batch.add(loss), f"expected a scalar loss, found {found}; reduce it")
+    found = "shape .3. for task 0; reduce it" if isinstance(loss, torch.Tensor) else "float .* give"
+    refuses(lambda: batch.add(loss), f"expected a scalar loss, found {found}")
 
 
 def test_a_loss_without_a_graph(batch, model):
@@ -136,7 +136,7 @@ def test_the_loss_of_one_learner_with_another(model, memory):
     batch = ga.TaskBatch(model, ga.GradientAgreement(), memory=memory)
     loss = loss_of(adapted_from(model))
     add = lambda: batch.add(loss, adapted=adapted_from(model))  # noqa: E731
-    refuses(add, "expected a loss of the adapted parameters, found one that depends on none")
+    refuses(add, "loss of the adapted parameters, found one for task 0 that depends on none")
     assert len(batch) == 0
 
 
@@ -169,6 +169,15 @@ def test_a_loss_that_has_been_backpropagated(model, batch, form):
 def test_backward_on_an_empty_batch(batch, model):
     refuses(batch.backward, "expected at least one task, found an empty batch")
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("wrong", [ga.Mean, torch.nn.Identity(), None])
+def test_what_is_no_aggregator(model, wrong, without_type_checks):
+    found = {ga.Mean: "the class Mean", None: "NoneType"}.get(wrong, "Identity")
+    message = f"expected an aggregator as .*, found {found}; call the class, or wrap"
+    refuses(lambda: ga.TaskBatch(model, wrong), message, error=TypeError)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    refuses(lambda: ga.TaskOptimizer(optimizer, wrong), message, error=TypeError)
 
 
 def test_parameters_of_which_none_is_trained(model):

@@ -182,6 +182,12 @@ def test_a_frozen_parameter_that_higher_would_adapt(net):
     assert net[0].weight.grad is None
 
 
+def test_an_inner_optimizer_of_another_model(net):
+    inner = INNER["sgd"](copy.deepcopy(net).parameters())
+    call = lambda: meta_step(net, inner, mse, draw(), ga.Mean())  # noqa: E731
+    refuses(call, r"found one that holds others; build it as torch\.optim\.SGD")
+
+
 def test_tied_parameters_are_one():
     net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Linear(3, 1)).double()
     net[2].weight = net[0].weight

@@ -59,7 +59,7 @@ def test_a_learner_of_another_model_of_the_same_shapes(maml, task, memory):
     batch = ga.TaskBatch(maml, ga.GradientAgreement(), memory=memory)
     learner = adapted(copy.deepcopy(maml), task)
     loss = mse(learner, task["query"])
-    message = r"depends on none of them; adapt from those that TaskBatch was given: by clone\(\)"
+    message = r"depends on none of them; adapt from those that the batch was given: by clone\(\)"
     refuses(lambda: batch.add(loss, adapted=learner), message)
 
 

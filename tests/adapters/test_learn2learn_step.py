@@ -227,6 +227,11 @@ def test_what_is_no_algorithm():
     refuses(message, network(), mse, draw(), ga.Mean(), error=TypeError)
 
 
+def test_what_is_no_aggregator(without_type_checks):
+    maml = l2l.algorithms.MAML(network(), lr=RATE)
+    refuses("found the class Mean; call the class", maml, mse, draw(), ga.Mean, error=TypeError)
+
+
 def test_no_inner_step():
     maml = l2l.algorithms.MAML(network(), lr=RATE)
     refuses("expected steps of at least 1, found 0", maml, mse, draw(), ga.Mean(), steps=0)

@@ -190,6 +190,12 @@ def refused(match: str, module: pl.LightningModule, **options: Any) -> None:
         fit(module, ga.GradientAgreement(), tasks=4, **options)
 
 
+@pytest.mark.usefixtures("without_type_checks")
+def test_what_is_no_aggregator_is_refused() -> None:
+    with pytest.raises(TypeError, match="found the class Mean; call the class"):
+        AgreementCallback(ga.Mean)
+
+
 def test_one_task_a_step_is_refused() -> None:
     refused("accumulate_grad_batches=N", Automatic(), accumulate_grad_batches=1)
 

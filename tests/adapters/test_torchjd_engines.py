@@ -180,9 +180,6 @@ def test_collected_tasks_give_what_maml_gives(name, memory):
 
 def test_one_loss_cannot_hold_what_is_no_weighted_sum():
     torchopt = pytest.importorskip("torchopt", reason="torchopt is not installed")
-    w = torch.ones(3, requires_grad=True)
-    optimizer = ga.TaskOptimizer(
-        torchopt.FuncOptimizer(torchopt.sgd(lr=0.1)), from_torchjd(jd.ConFIG())
-    )
-    with pytest.raises(ValueError, match="whose update is no weighted sum"):
-        optimizer.functional_step(w * torch.arange(1.0, 4.0), (w,))
+    optimizer = torchopt.FuncOptimizer(torchopt.sgd(lr=0.1))
+    with pytest.raises(ValueError, match=r"for FuncOptimizer, .* whose update is no weighted sum"):
+        ga.TaskOptimizer(optimizer, from_torchjd(jd.ConFIG()))

@@ -94,12 +94,32 @@ def test_leaf_without_gradients_stays_without():
     assert updates["used"].shape == (2,)
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-def test_aggregate_behind_another_aggregate_is_refused(inplace):
-    chain = torchopt.chain(aggregate(ga.Mean()), aggregate(ga.Mean()))
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("flat", [False, True])
+def test_aggregate_behind_another_transformation_is_refused(name, flat):
+    last = aggregate(ga.Mean())
+    chain = torchopt.chain(OPTIMIZERS[name](), torchopt.chain.flat(last) if flat else last)
+    with pytest.raises(ValueError, match=r"first in its chain, found it in place \d"):
+        chain.init(zeros_like_one(stacked()))
+
+
+def test_aggregate_behind_another_aggregate_is_refused():
+    chain = torchopt.chain(aggregate(ga.Mean()), aggregate(ga.Mean()), torchopt.sgd(lr=0.1))
+    with pytest.raises(ValueError, match="first in its chain, found it in place 2"):
+        chain.init(zeros_like_one(stacked()))
+
+
+@pytest.mark.parametrize("chain", [torchopt.chain, torchopt.chain.flat])
+def test_aggregate_is_first_where_its_own_chain_is_first(chain):
+    whole = torchopt.chain(chain(aggregate(ga.Mean()), torchopt.sgd(lr=0.5)), torchopt.sgd(lr=0.2))
     stack = stacked()
-    with pytest.raises(ValueError, match=r"found \[3, 2\] in 'body\.weight'; put aggregate"):
-        chain.update(stack, chain.init(zeros_like_one(stack)), inplace=inplace)
+    updates, _ = whole.update(stack, whole.init(zeros_like_one(stack)), inplace=False)
+    assert_same(updates, tree_map(lambda g: 0.1 * g.mean(0), stack), 1e-6)
+
+
+def test_what_is_no_aggregator_is_refused(without_type_checks):
+    with pytest.raises(TypeError, match="found the class Mean; call the class"):
+        aggregate(ga.Mean)
 
 
 def test_gradient_of_one_loss_is_refused():
@@ -115,10 +135,3 @@ def test_updates_of_another_pytree_than_the_parameters_are_refused():
     state = transformation.init({"w": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"updates for the 1 parameters .* found 2"):
         transformation.update({"w": torch.ones(3, 2), "v": torch.ones(3, 2)}, state)
-
-
-def test_aggregate_behind_a_transformation_without_state_sees_what_that_makes_of_each_task():
-    chain = torchopt.chain(torchopt.sgd(lr=0.5), aggregate(ga.GradientAgreement()))
-    stack = stacked()
-    updates, _ = chain.update(stack, chain.init(zeros_like_one(stack)), inplace=False)
-    assert_same(updates, tree_map(lambda g: -0.5 * g, ga.GradientAgreement()(stack)), 1e-6)

@@ -136,8 +136,10 @@ def test_one_loss_cannot_hold_weights_by_parameter():
 def test_loss_of_other_parameters_is_named_by_its_task():
     w = start()
     optimizer = ga.TaskOptimizer(functional(), ga.Mean())
-    with pytest.raises(ValueError, match="found one of task 1 that does not"):
+    with pytest.raises(ValueError, match="no gradient for task 1; compute it from"):
         optimizer.functional_step([w.sum(), torch.ones(())], (w,))
+    with pytest.raises(ValueError, match="found one for task 1 that depends on none of them"):
+        optimizer.functional_step([w.sum(), start().sum()], (w,))
     with pytest.raises(ValueError, match=r"a scalar loss, found shape \[2\] for task 0"):
         optimizer.functional_step([w], (w,))
 
