@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.aggregation import Aggregator
 from gradagree_opt.meta import MetaStep
-from gradagree_opt.stacks import PyTree
+from gradagree_opt.stacks import PyTree, leaf_paths
 
 TaskSource = Callable[[int], PyTree]
 """From the number of the iteration to its task-stacked tasks."""
@@ -39,7 +39,8 @@ def train(
 
     Args:
         meta: the meta-algorithm.
-        params: pytree of the tensors that the optimizer holds.
+        params: pytree of the tensors that the optimizer holds; one that no task uses has a zero
+            gradient.
         task_source: from an iteration to ``{"support": batch, "query": batch}``, leaves
             ``[n, *shape]``.
         optimizer: the outer optimizer, over the leaves of ``params``.
@@ -52,8 +53,8 @@ def train(
         The same parameters, trained.
 
     Raises:
-        ValueError: the optimizer holds none of the parameters, or a batch is refused; the
-            parameters are as the last good step left them.
+        ValueError: a parameter is frozen, the optimizer does not hold them all, or a batch is
+            refused; the parameters are as the last good step left them.
 
     >>> import gradagree_opt as ga
     >>> w = torch.tensor(0.0, requires_grad=True)
@@ -64,6 +65,12 @@ def train(
     tensor(2.0000, requires_grad=True)
     """
     leaves = tree_leaves(params)
+    for path, leaf in zip(leaf_paths(params), leaves, strict=True):
+        if not leaf.requires_grad:
+            raise ValueError(
+                f"expected params that require a gradient, found {path or 'one'!r} frozen; keep it "
+                "out of params and let loss_fn add it, or call requires_grad_() to train it"
+            )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not all(id(leaf) in held for leaf in leaves):
         raise ValueError(

@@ -1,5 +1,7 @@
-"""BatchNorm's running statistics where all tasks run at once: a copy of them for each task."""
+"""BatchNorm's running statistics where all tasks run at once: a copy for each task, or refused."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -57,3 +59,22 @@ class RunningStatistics:
                 alone = copies[f"{name}.{key}"].double()
                 before.copy_(powers @ torch.cat([before.unsqueeze(0), alone - keep * before]))
             layer.num_batches_tracked += (counts - layer.num_batches_tracked).sum()
+
+
+@contextmanager
+def statistics_refused() -> Iterator[None]:
+    """One sentence where torch.func finds that a function changes what it was not given.
+
+    Raises:
+        ValueError: in place of torch.func's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "mutate a captured Tensor" in str(error) or "running_mean" in str(error):
+            raise ValueError(
+                "expected a model that changes no buffer, found one that does, as BatchNorm its "
+                "running statistics; call torch.func.replace_all_batch_norm_modules_(model), or "
+                "give BatchNorm track_running_stats=False"
+            ) from error
+        raise

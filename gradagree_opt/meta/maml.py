@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gradagree_opt.aggregation import Aggregator
+from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap, scalar_loss
 from gradagree_opt.engines.runner import EngineName, Runner
 from gradagree_opt.meta.inner import InnerLoop, InnerSGD
@@ -72,11 +73,12 @@ class MAML:
             aggregator: what weights the tasks.
 
         Raises:
-            ValueError, TypeError: the tasks are not task-stacked, the loss is not a scalar, or the
-                aggregator refuses the signals.
+            ValueError, TypeError: the tasks are not task-stacked, the loss is not a scalar, the
+                model changes its buffers, or the aggregator refuses the signals.
         """
         check_tasks(params, tasks, "support", "query")
-        run = self._run(params, tasks, aggregator)
+        with statistics_refused():
+            run = self._run(params, tasks, aggregator)
         return meta_step(run.aggregation, run.losses, run.engine)
 
     def adapt(self, params: PyTree, support: PyTree, /, *, steps: int | None = None) -> PyTree:

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gradagree_opt.aggregation import Aggregation, Aggregator
+from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.engines.compilation import maybe_compiled
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskMap, scalar_loss
 from gradagree_opt.meta.inner import InnerLoop
@@ -58,11 +59,12 @@ class Reptile:
             aggregator: what weights the tasks.
 
         Raises:
-            ValueError, TypeError: the tasks are not task-stacked, the loss is not a scalar, or the
-                aggregator refuses the displacements.
+            ValueError, TypeError: the tasks are not task-stacked, the loss is not a scalar, the
+                model changes its buffers, or the aggregator refuses the displacements.
         """
         n = check_tasks(params, tasks, "support")
-        displacements, losses = self._displacements(params, tasks, n)
+        with statistics_refused():
+            displacements, losses = self._displacements(params, tasks, n)
         aggregation = self._aggregate(aggregator, displacements, aggregator.draw(n))
         aggregator.verify(aggregation)
         return meta_step(aggregation, losses.detach(), "stacked")

@@ -202,6 +202,49 @@ def test_a_scheduler_steps_in_the_callback():
         torch.testing.assert_close(p, reference[key], rtol=1e-6, atol=1e-7)
 
 
+def run(meta, params):
+    optimizer = torch.optim.SGD(tree_leaves(params), lr=0.05)
+    return plain.train(meta, params, sines, optimizer, ga.GradientAgreement(), iterations=3)
+
+
+@each_meta
+def test_a_parameter_that_no_task_uses_stays_and_changes_nothing_else(meta):
+    spare = run(meta, network(0) | {"spare": torch.ones(3, requires_grad=True)})
+    assert torch.equal(spare.pop("spare"), torch.ones(3))
+    for key, p in run(meta, network(0)).items():
+        torch.testing.assert_close(spare[key], p, rtol=1e-6, atol=1e-7)
+
+
+@each_meta
+def test_a_frozen_parameter_is_named(meta):
+    params = network(0)
+    params["bias1"].requires_grad_(False)
+    with pytest.raises(ValueError, match="found 'bias1' frozen; keep it out of params and let"):
+        run(meta, params)
+    assert torch.equal(params["bias1"], network(0)["bias1"])
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize("make", [ga.MAML, ga.Reptile])
+def test_running_statistics_are_refused_with_what_to_do(make, chunk_size):
+    net = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
+
+    def loss_of_net(params, batch):
+        return ((torch.func.functional_call(net, params, (batch[0],)) - batch[1]) ** 2).mean()
+
+    meta, params = make(loss_of_net, INNER, chunk_size=chunk_size), dict(net.named_parameters())
+    message = r"call torch\.func\.replace_all_batch_norm_modules_\(model\), or"
+    with pytest.raises(ValueError, match=message) as caught:
+        run(meta, params)
+    assert "\n" not in str(caught.value)
+    assert not net[1].running_mean.any() and net[1].num_batches_tracked == 0
+
+    torch.func.replace_all_batch_norm_modules_(net)
+    before = net[2].weight.detach().clone()
+    run(meta, params)
+    assert not torch.equal(net[2].weight, before)
+
+
 def test_an_optimizer_over_other_tensors_is_refused():
     params = network(0)
     copies = [p.detach().clone().requires_grad_() for p in params.values()]
