@@ -1,11 +1,10 @@
 """How many backward passes a batch takes, and whose graphs are alive."""
 
-import weakref
-
 import pytest
 import torch
 
 import gradagree_opt as ga
+from gradagree_testing.memory import saved_bytes
 
 TASKS = 5
 each_memory = pytest.mark.parametrize("memory", ["graph", "stream"])
@@ -32,22 +31,11 @@ def passes():
     return lambda: CountsBackward.passes
 
 
-class Saved:
-    """A tensor that an autograd graph holds on to."""
-
-    def __init__(self, tensor, alive):
-        self.tensor = tensor
-        alive.add(self)
-
-
 @pytest.fixture
 def saved():
-    """The tensors that graphs made during the test hold on to."""
-    alive = weakref.WeakSet()
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: Saved(tensor, alive), lambda held: held.tensor
-    ):
-        yield alive
+    """Bytes that graphs made during the test hold on to."""
+    with saved_bytes() as peak:
+        yield peak
 
 
 def weights():
@@ -116,14 +104,30 @@ def test_stream_keeps_no_graph_and_graph_keeps_all(saved, memory, maml):
     alive = []
     for task in range(TASKS):
         add(batch, w, task, maml)
-        alive.append(len(saved))
+        alive.append(saved.now)
     if memory == "stream":
         assert alive == [0] * TASKS
     else:
         assert alive[0] > 0
         assert alive == [alive[0] * (task + 1) for task in range(TASKS)]
     batch.backward()
-    assert len(saved) == 0
+    assert saved.now == 0
+
+
+@pytest.mark.parametrize("maml", [True, False])
+def test_peak_of_stream_does_not_grow_with_the_tasks(maml):
+    peaks = {}
+    for memory in ("graph", "stream"):
+        for n in (1, 10):
+            w = weights()
+            batch = ga.TaskBatch([w], ga.GradientAgreement(), memory=memory)
+            with saved_bytes() as peak:
+                for task in range(n):
+                    add(batch, w, task, maml)
+                batch.backward()
+            peaks[memory, n] = peak.most
+    assert peaks["stream", 10] == peaks["stream", 1] > 0
+    assert peaks["graph", 10] == 10 * peaks["graph", 1]
 
 
 @pytest.mark.parametrize(("memory", "maml"), [("graph", True), ("stream", True), ("stream", False)])
@@ -137,7 +141,7 @@ def test_a_loss_that_the_caller_holds_keeps_no_graph_after_backward(saved, memor
         held.append(task_loss(adapted if maml else w, task))
         batch.add(held[-1], adapted=[adapted]) if maml else batch.add(held[-1])
     batch.backward()
-    assert len(saved) == 0
+    assert saved.now == 0
 
 
 @pytest.mark.parametrize("maml", [True, False])

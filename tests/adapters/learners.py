@@ -1,8 +1,6 @@
 """Small regression tasks for loops over learners, and what such loops should give."""
 
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -71,34 +69,3 @@ def paper_weights(signals: list[Tensor]) -> Tensor:
     """The paper's formulas on the Gram matrix, in NumPy."""
     gram = reference.gram(torch.stack(signals).double().numpy())
     return torch.from_numpy(reference.agreement(gram).astype(np.float64))
-
-
-class Saved:
-    """A tensor that an autograd graph holds on to."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-class Peak:
-    """Bytes that autograd graphs hold on to: now, and at most so far."""
-
-    def __init__(self) -> None:
-        self.now = self.most = 0
-
-    def pack(self, tensor: Tensor) -> Saved:
-        saved, size = Saved(tensor), tensor.nbytes
-        self._add(size)
-        weakref.finalize(saved, self._add, -size)
-        return saved
-
-    def _add(self, size: int) -> None:
-        self.now += size
-        self.most = max(self.most, self.now)
-
-
-@contextmanager
-def saved_bytes() -> Iterator[Peak]:
-    peak = Peak()
-    with torch.autograd.graph.saved_tensors_hooks(peak.pack, lambda saved: saved.tensor):
-        yield peak

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import gradagree_opt as ga
+from gradagree_testing.memory import saved_bytes
 
 higher = pytest.importorskip("higher", reason="higher is not installed")
 
@@ -26,7 +27,6 @@ from .learners import (  # noqa: E402
     mse,
     network,
     paper_weights,
-    saved_bytes,
     vector,
 )
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import gradagree_opt as ga
+from gradagree_testing.memory import saved_bytes
 
 l2l = pytest.importorskip("learn2learn", reason="learn2learn is not installed")
 
@@ -25,7 +26,6 @@ from .learners import (  # noqa: E402
     mse,
     network,
     paper_weights,
-    saved_bytes,
     vector,
 )
 

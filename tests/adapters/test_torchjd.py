@@ -181,6 +181,44 @@ def test_autogram_engine_and_weighting_give_the_update_of_gradient_agreement(dty
     assert_gradients(net, expected_gradients(net, x, y), TOLERANCES[dtype])
 
 
+class Spare(nn.Module):
+    """A frozen body, BatchNorm, and a parameter that no loss depends on."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(3, 5).requires_grad_(False)
+        self.norm = nn.BatchNorm1d(5)
+        self.head = nn.Linear(5, 1)
+        self.spare = nn.Parameter(torch.ones(2))
+        self.double()
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.norm(self.body(x.flatten(0, 1))))).reshape(*x.shape[:2], 1)
+
+
+@pytest.mark.parametrize("way", ["autojac", "autogram"])
+def test_frozen_and_unused_parameters_and_batch_norm_are_as_in_a_backward_pass(way):
+    ours, theirs, (x, y) = Spare(), Spare(), data(torch.float64)
+    losses = losses_of(theirs, x, y)
+    used = [*theirs.norm.parameters(), *theirs.head.parameters()]
+    rows = [torch.autograd.grad(loss, used, retain_graph=True) for loss in losses]
+    stack = [torch.stack(leaves) for leaves in zip(*rows, strict=True)]
+    if way == "autojac":
+        backward(losses_of(ours, x, y))
+        # TorchJD wants those parameters alone that a loss depends on.
+        known = [p for p in ours.parameters() if getattr(p, "jac", None) is not None]
+        jac_to_grad(known, GradientAgreement())
+    else:
+        engine = Engine(ours, batch_dim=None)
+        losses = losses_of(ours, x, y)
+        losses.backward(AgreementWeighting()(engine.compute_gramian(losses)))
+    assert ours.spare.grad is None and ours.body.weight.grad is None
+    found = [p.grad for p in (*ours.norm.parameters(), *ours.head.parameters())]
+    torch.testing.assert_close(found, ga.GradientAgreement()(stack), rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close([*ours.buffers()], [*theirs.buffers()], rtol=0, atol=0)
+
+
 def test_options_reach_the_weighting():
     jacobian = matrix()
     options = {"similarity": "cosine", "include_self": False, "negative": "clip"}

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import gradagree_opt as ga
+from gradagree_testing.memory import saved_bytes
 
 torchopt = pytest.importorskip("torchopt", reason="torchopt is not installed")
 
@@ -67,6 +68,21 @@ def test_meta_optimizer_loop_equals_the_functional_maml(name, memory, dtype):
     result = batch.backward()
     assert_same(grads_of(net), list(expected.update.values()), TOLERANCES[dtype])
     assert_same(result.weights, expected.weights, 10 * TOLERANCES[dtype])
+
+
+def peak_of_loop(memory, n):
+    """Most bytes that graphs hold on to while TorchOpt's loop runs."""
+    net = network()
+    batch, optimizer = ga.TaskBatch(net, ga.Mean(), memory=memory), torchopt.MetaAdam(net, lr=0.02)
+    with saved_bytes() as peak:
+        meta_loop(net, optimizer, batches(n), each=lambda loss: batch.add(loss, adapted=net))
+        batch.backward()
+    return peak.most
+
+
+def test_stream_holds_one_graph_and_graph_holds_all():
+    assert peak_of_loop("stream", 8) == peak_of_loop("stream", 2)
+    assert peak_of_loop("graph", 8) > 3 * peak_of_loop("graph", 2)
 
 
 @pytest.mark.parametrize("name", META_OPTIMIZERS)
