@@ -181,8 +181,8 @@ def from_torchjd(
     """
     if not isinstance(aggregator, Aggregator):
         raise TypeError(
-            f"expected a TorchJD aggregator as UPGrad(), found {type(aggregator).__name__}; "
-            "wrap a weighting as GramianWeightedAggregator(weighting)"
+            f"expected a TorchJD aggregator as UPGrad(), found {type(aggregator).__name__}; call "
+            "the class, or wrap a weighting as GramianWeightedAggregator(weighting)"
         )
     if isinstance(aggregator, GramianWeightedAggregator):
         weigh: Callable[[Tensor], Tensor] = aggregator.gramian_weighting

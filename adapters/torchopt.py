@@ -122,8 +122,8 @@ def inner(transformation: GradientTransformation, steps: int) -> "Inner":
     """
     if not isinstance(transformation, GradientTransformation):
         raise TypeError(
-            f"expected a functional optimizer as torchopt.adam(lr=…), found "
-            f"{type(transformation).__name__}"
+            f"expected a functional optimizer, found {type(transformation).__name__}; give what "
+            "torchopt.adam(lr=…) and its like return"
         )
     if steps < 0:
         raise ValueError(f"expected steps of 0 or more, found {steps}")

@@ -156,13 +156,13 @@ def check_aggregator(aggregator: object, /) -> None:
     if isinstance(aggregator, Aggregator):
         return
     if isinstance(aggregator, type):
-        found = f"the class {aggregator.__name__}"
+        found = f"the class {aggregator.__name__}; call it"
     else:
-        found = type(aggregator).__name__
-    raise TypeError(
-        f"expected an aggregator as GradientAgreement(), found {found}; call the class, or wrap an "
-        "aggregator of TorchJD by gradagree_opt.adapters.torchjd.from_torchjd"
-    )
+        found = (
+            f"{type(aggregator).__name__} of {type(aggregator).__module__}; wrap TorchJD's "
+            "aggregators by gradagree_opt.adapters.torchjd.from_torchjd"
+        )
+    raise TypeError(f"expected an aggregator as gradagree_opt.GradientAgreement(), found {found}")
 
 
 def agreement_weights(

@@ -101,7 +101,10 @@ class TaskBatch:
                 from that of earlier tasks.
         """
         if loss is None and adapted is None:
-            raise ValueError("expected a loss, adapted parameters or both, found neither")
+            raise ValueError(
+                "expected a loss, adapted parameters or both, found neither; call "
+                "add(loss), add(adapted=…), or add(loss, adapted=…)"
+            )
         form = (loss is not None, adapted is not None)
         if len(self) and form != self._form:
             raise ValueError(

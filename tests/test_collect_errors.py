@@ -173,8 +173,8 @@ def test_backward_on_an_empty_batch(batch, model):
 
 @pytest.mark.parametrize("wrong", [ga.Mean, torch.nn.Identity(), None])
 def test_what_is_no_aggregator(model, wrong, without_type_checks):
-    found = {ga.Mean: "the class Mean", None: "NoneType"}.get(wrong, "Identity")
-    message = f"expected an aggregator as .*, found {found}; call the class, or wrap"
+    found = "the class Mean; call it" if wrong is ga.Mean else f"{type(wrong).__name__} of .*; wrap"
+    message = f"expected an aggregator as .*, found {found}"
     refuses(lambda: ga.TaskBatch(model, wrong), message, error=TypeError)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     refuses(lambda: ga.TaskOptimizer(optimizer, wrong), message, error=TypeError)

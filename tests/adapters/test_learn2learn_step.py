@@ -229,7 +229,7 @@ def test_what_is_no_algorithm():
 
 def test_what_is_no_aggregator(without_type_checks):
     maml = l2l.algorithms.MAML(network(), lr=RATE)
-    refuses("found the class Mean; call the class", maml, mse, draw(), ga.Mean, error=TypeError)
+    refuses("found the class Mean; call it", maml, mse, draw(), ga.Mean, error=TypeError)
 
 
 def test_no_inner_step():

@@ -62,6 +62,18 @@ def test_mean_is_lightnings_own_accumulation_in_bfloat16_autocast() -> None:
     assert_same(ours, own)
 
 
+def test_running_statistics_are_those_of_lightnings_own_accumulation() -> None:
+    def normalised() -> Automatic:
+        module = Automatic()
+        module.net.insert(1, torch.nn.BatchNorm1d(8))
+        return module
+
+    own, ours = fit(normalised(), None, tasks=8), fit(normalised(), ga.Mean(), tasks=8)
+    assert_same(ours, own)
+    assert ours.net[1].num_batches_tracked == 8
+    torch.testing.assert_close([*ours.buffers()], [*own.buffers()], rtol=1e-6, atol=1e-6)
+
+
 def test_a_window_cut_short_is_aggregated_over_its_own_tasks() -> None:
     expected = by_hand(Automatic(), ga.GradientAgreement(), windows_of(data(6), TASKS, 2))
     assert_same(fit(Automatic(), ga.GradientAgreement(), tasks=6), expected)
@@ -192,7 +204,7 @@ def refused(match: str, module: pl.LightningModule, **options: Any) -> None:
 
 @pytest.mark.usefixtures("without_type_checks")
 def test_what_is_no_aggregator_is_refused() -> None:
-    with pytest.raises(TypeError, match="found the class Mean; call the class"):
+    with pytest.raises(TypeError, match="found the class Mean; call it"):
         AgreementCallback(ga.Mean)
 
 

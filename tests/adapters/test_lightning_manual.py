@@ -138,12 +138,15 @@ def test_each_of_two_optimizers_steps_on_the_agreement_about_its_own_part() -> N
 class ManualMAML(Manual):
     """One inner step, functional, on the first examples of a task."""
 
+    first_order = False
+
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
         params = dict(self.net.named_parameters())
         tasks = ManualTaskBatch(self, self.aggregator, parameters=self.net)
         for x, y in zip(*batch, strict=True):
             inner = self.functional_loss(params, (x[:2], y[:2]))
-            grads = torch.autograd.grad(inner, list(params.values()), create_graph=True)
+            second_order = not self.first_order
+            grads = torch.autograd.grad(inner, list(params.values()), create_graph=second_order)
             fast = {n: p - 0.1 * g for (n, p), g in zip(params.items(), grads, strict=True)}
             tasks.add(self.functional_loss(fast, (x[2:], y[2:])), adapted=fast)
         self.optimizers().zero_grad()
@@ -155,17 +158,24 @@ class ManualMAML(Manual):
         return nn.functional.mse_loss(torch.func.functional_call(self.net, params, (x,)), y)
 
 
-def test_maml_in_a_manual_training_step_is_our_maml() -> None:
-    module = manual(ManualMAML(ga.GradientAgreement()), precision="64-true")
-    start = ManualMAML(ga.GradientAgreement()).double()
-    x, y = data(4, dtype=torch.float64).tensors
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_maml_in_a_manual_training_step_is_our_maml(first_order: bool, precision: str) -> None:
+    dtype, tolerance = PRECISIONS[precision]
+    module = ManualMAML(ga.GradientAgreement())
+    module.first_order = first_order
+    manual(module, precision=precision)
+    start = ManualMAML(ga.GradientAgreement()).to(dtype)
+    x, y = data(4, dtype=dtype).tensors
     tasks = {"support": (x[:, :2], y[:, :2]), "query": (x[:, 2:], y[:, 2:])}
-    maml = ga.MAML(start.functional_loss, ga.InnerSGD(lr=0.1, steps=1))
+    inner = ga.InnerSGD(lr=0.1, steps=1)
+    maml = ga.MAML(start.functional_loss, inner, first_order=first_order)
     params = {name: p.detach() for name, p in start.net.named_parameters()}
     expected = maml.step(params, tasks, ga.GradientAgreement())
     (found,) = module.results
-    torch.testing.assert_close(found.weights, expected.weights, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found.update, expected.update, rtol=1e-12, atol=1e-12)
+    close = {"rtol": tolerance, "atol": tolerance}
+    torch.testing.assert_close(found.weights, expected.weights, **close)
+    torch.testing.assert_close(found.update, expected.update, **close)
 
 
 def test_the_reptile_form_runs_no_backward_hooks_and_is_refused_under_a_grad_scaler() -> None:

@@ -139,7 +139,9 @@ def test_batch_without_a_finite_task_gives_a_zero_update(name):
 
 @pytest.mark.parametrize("wrong", [jd.MGDAWeighting(), jd.MGDA, ga.GradientAgreement()])
 def test_what_is_no_torchjd_aggregator_is_refused(wrong, without_type_checks):
-    with pytest.raises(TypeError, match=r"aggregator as UPGrad\(\), found .*; wrap a weighting"):
+    with pytest.raises(
+        TypeError, match=r"aggregator as UPGrad\(\), found .*; call the class, or wrap"
+    ):
         from_torchjd(wrong)
 
 

@@ -118,7 +118,7 @@ def test_aggregate_is_first_where_its_own_chain_is_first(chain):
 
 
 def test_what_is_no_aggregator_is_refused(without_type_checks):
-    with pytest.raises(TypeError, match="found the class Mean; call the class"):
+    with pytest.raises(TypeError, match="found the class Mean; call it"):
         aggregate(ga.Mean)
 
 

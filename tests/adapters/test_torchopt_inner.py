@@ -114,7 +114,7 @@ def test_eps_root_lets_second_order_pass_an_entry_without_gradient():
 
 
 def test_optimizer_that_is_not_functional_is_refused(without_type_checks):
-    with pytest.raises(TypeError, match=r"functional optimizer as torchopt\.adam"):
+    with pytest.raises(TypeError, match=r"found FuncOptimizer; give what torchopt\.adam"):
         inner(torchopt.FuncOptimizer(torchopt.sgd(lr=0.1)), steps=1)
 
 
