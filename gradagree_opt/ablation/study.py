@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from gradagree_opt.ablation.methods import LocatedError, Method
+from gradagree_opt.tasks.grouped import Dataset
 
 
 class StudyError(ValueError):
@@ -37,6 +38,13 @@ class SineTasks(Section):
 class OmniglotTasks(Section):
     kind: Literal["omniglot"]
     way: Annotated[int, Field(ge=2)] = 5
+    support_shots: PositiveInt
+    query_shots: PositiveInt = 1
+
+
+class GroupedTasks(Section):
+    kind: Literal["grouped"]
+    dataset: Dataset
     support_shots: PositiveInt
     query_shots: PositiveInt = 1
 
@@ -94,7 +102,7 @@ class Study(Section):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     title: str
-    tasks: Annotated[SineTasks | OmniglotTasks, Field(discriminator="kind")]
+    tasks: Annotated[SineTasks | GroupedTasks | OmniglotTasks, Field(discriminator="kind")]
     model: Annotated[MLP | Conv4, Field(discriminator="kind")]
     form: Annotated[ReptileForm | MAMLForm, Field(discriminator="kind")]
     inner: Inner
@@ -130,10 +138,16 @@ class Study(Section):
             raise LocatedError(f"the steps {self.test.steps} do not rise", "test", "steps")
         if self.tuning.steps not in self.test.steps:
             raise LocatedError("tuning.steps is not among the test's steps", "tuning", "steps")
-        shots = self.tasks.support_shots * getattr(self.tasks, "way", 1)
+        shots = self.tasks.support_shots * (self.way or 1)
         if shots % (self.inner.batch_size or 1):
             message = f"{self.inner.batch_size} does not divide the {shots} support examples"
             raise LocatedError(message, "inner", "batch_size")
-        if self.tasks.kind == "sine" and self.model.kind == "conv4":
-            raise LocatedError("a conv4 model needs drawings; sine tasks have numbers", "model")
+        if self.way is None and self.model.kind == "conv4":
+            message = f"a conv4 model needs drawings; {self.tasks.kind} tasks have numbers"
+            raise LocatedError(message, "model")
         return self
+
+    @property
+    def way(self) -> int | None:
+        """Classes of a task, None for regression."""
+        return getattr(self.tasks, "way", None)

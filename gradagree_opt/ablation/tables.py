@@ -24,6 +24,13 @@ class Measure(NamedTuple):
 
 MEASURES = {
     "sine": Measure("mean squared error", "mse", 1.0, ".4f", higher_is_better=False),
+    "grouped": Measure(
+        "mean squared error in variances of the training data",
+        "mse",
+        1.0,
+        ".4f",
+        higher_is_better=False,
+    ),
     "omniglot": Measure("accuracy in %", "accuracy", 100.0, ".1f", higher_is_better=True),
 }
 EDGE = "†"

@@ -1,7 +1,8 @@
-"""Task distributions: sine regression and Omniglot classification."""
+"""Task distributions: sine regression, grouped regression and Omniglot classification."""
 
+from gradagree_opt.tasks.grouped import GroupedRegression
 from gradagree_opt.tasks.omniglot import Omniglot
 from gradagree_opt.tasks.protocol import Batch, Split, TaskDistribution
 from gradagree_opt.tasks.sine import Sine
 
-__all__ = ["Batch", "Omniglot", "Sine", "Split", "TaskDistribution"]
+__all__ = ["Batch", "GroupedRegression", "Omniglot", "Sine", "Split", "TaskDistribution"]

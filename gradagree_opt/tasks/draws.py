@@ -2,14 +2,19 @@
 
 import torch
 
-from gradagree_opt.annotations import Int
+from gradagree_opt.annotations import Bool, Int
 
 
 def random_subsets(
-    rows: tuple[int, ...], items: int, size: int, generator: torch.Generator
+    rows: tuple[int, ...],
+    items: int,
+    size: int,
+    generator: torch.Generator,
+    allowed: Bool[torch.Tensor, "*rows items"] | None = None,
 ) -> Int[torch.Tensor, "*rows size"]:
     """For every row, ``size`` distinct numbers of ``0 … items - 1`` in random order.
 
+    Where ``allowed`` is given, a row draws from its allowed items alone, at least ``size`` of them.
     Sorting uniform draws does what ``torch.randperm`` does for one row, for all rows in one call.
 
     >>> subsets = random_subsets((3, 2), 10, 4, torch.Generator().manual_seed(0))
@@ -17,4 +22,6 @@ def random_subsets(
     (torch.Size([3, 2, 4]), 4)
     """
     draws = torch.rand((*rows, items), generator=generator, device=generator.device)
+    if allowed is not None:
+        draws.masked_fill_(~allowed.to(draws.device), -1.0)
     return draws.topk(size).indices

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.models import build_module, initial_params, predict
-from gradagree_opt.ablation.study import Study
+from gradagree_opt.ablation.models import batch_loss, build_module, initial_params, predict
+from gradagree_opt.ablation.study import GroupedTasks, Study
 
 
 def size(module: nn.Module) -> int:
@@ -51,3 +51,14 @@ def test_predict_is_the_module_at_other_parameters(study: Study, seed: int) -> N
     expected = predict(module, params, x)
     module.load_state_dict(params)
     assert torch.equal(module(x), expected)
+
+
+def test_a_study_of_groups_predicts_one_number_from_their_inputs(study: Study) -> None:
+    tasks = GroupedTasks(kind="grouped", dataset="Oxboys", support_shots=4)
+    grouped = study.model_copy(update={"tasks": tasks})
+    module = build_module(grouped)
+    x, y = torch.randn(5, 1), torch.randn(5, 1)
+    assert module(x).shape == y.shape
+    params = initial_params(grouped, 0)
+    expected = (predict(module, params, x) - y).square().mean()
+    torch.testing.assert_close(batch_loss(grouped, module)(params, (x, y)), expected)

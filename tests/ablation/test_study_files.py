@@ -8,6 +8,8 @@ import pytest
 from gradagree_opt.ablation.loading import load, merge, shipped
 from gradagree_opt.ablation.study import Study, StudyError
 
+SHIPPED = ["grouped", "omniglot", "sine", "sine-maml"]
+
 
 def edited(path: Path, old: str, new: str) -> Path:
     text = path.read_text()
@@ -17,9 +19,9 @@ def edited(path: Path, old: str, new: str) -> Path:
 
 
 @pytest.mark.parametrize("quick", [False, True])
-@pytest.mark.parametrize("name", ["sine", "sine-maml", "omniglot"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_study_is_valid_and_named_as_its_file(name: str, quick: bool) -> None:
-    assert set(shipped()) == {"sine", "sine-maml", "omniglot"}
+    assert list(shipped()) == SHIPPED
     assert load(name, quick=quick).name == name + ("-quick" if quick else "")
 
 
@@ -70,6 +72,7 @@ def test_a_number_in_exponent_form_is_a_number(study_file: Path) -> None:
         ("iterations: 12", "iterations: [1]", 11, "integer"),
         ("hidden: [8]", "hidden: [8, -1]", 4, "found -1"),
         ("activation: tanh", "activation: gelu", 4, "'relu' or 'tanh', found \"gelu\""),
+        ("kind: sine,", "kind: grouped, dataset: Loblolly,", 3, "'Spruce'"),
         ("form: {kind: reptile}", "form: {kind: repitle}", 5, "'reptile'"),
         ("form: {kind: reptile}", "form: {kind: reptile, steps: 1}", 5, "unknown key 'steps'"),
         ("    aggregator: gradient_agreement", "    aggregator: agree", 19, "unknown aggregator"),
@@ -125,7 +128,7 @@ def test_a_file_that_is_no_study_is_named(tmp_path: Path, content: bytes, words:
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(StudyError, match="omniglot, sine, sine-maml, found 'sin'"):
+    with pytest.raises(StudyError, match="grouped, omniglot, sine, sine-maml, found 'sin'"):
         load("sin")
 
 

