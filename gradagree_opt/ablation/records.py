@@ -52,8 +52,11 @@ class Run(BaseModel):
                 "compile": True,
                 "tuning": {"tasks", "steps"},
                 "test": True,
+                "corruption": True,
             },
         )
+        if study.corruption is None:
+            del content["corruption"]  # a key later than the first records, absent from theirs
         content |= self.model_dump(mode="json", exclude={"method": {"name"}})
         content |= {"format": FORMAT, "data": data}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]

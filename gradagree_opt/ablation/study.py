@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from gradagree_opt.ablation.methods import LocatedError, Method
+from gradagree_opt.tasks.corrupted import Corruption
 from gradagree_opt.tasks.grouped import Dataset
 
 
@@ -47,6 +48,22 @@ class GroupedTasks(Section):
     dataset: Dataset
     support_shots: PositiveInt
     query_shots: PositiveInt = 1
+
+
+class CorruptionSection(Section):
+    """What spoils training tasks: see :class:`gradagree_opt.tasks.Corrupted`."""
+
+    kind: Corruption
+    fraction: Annotated[float, Field(gt=0, le=1)]
+    scale: float | None = None
+    foreign: Literal["lines"] | Dataset | None = None
+
+    @model_validator(mode="after")
+    def complete(self) -> "CorruptionSection":
+        for option, kind in (("scale", "outlier_scale"), ("foreign", "foreign")):
+            if (getattr(self, option) is not None) != (self.kind == kind):
+                raise LocatedError(f"{option!r} goes with kind {kind!r}, and with no other", option)
+        return self
 
 
 class MLP(Section):
@@ -107,6 +124,7 @@ class Study(Section):
     form: Annotated[ReptileForm | MAMLForm, Field(discriminator="kind")]
     inner: Inner
     outer: Outer
+    corruption: CorruptionSection | None = None
     iterations: PositiveInt
     meta_batch: PositiveInt
     compile: bool = False
@@ -145,6 +163,8 @@ class Study(Section):
         if self.way is None and self.model.kind == "conv4":
             message = f"a conv4 model needs drawings; {self.tasks.kind} tasks have numbers"
             raise LocatedError(message, "model")
+        if self.way is not None and self.corruption and self.corruption.foreign:
+            raise LocatedError("there are no foreign tasks for drawings", "corruption", "foreign")
         return self
 
     @property

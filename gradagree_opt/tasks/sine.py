@@ -71,11 +71,7 @@ class Sine:
 
     def __post_init__(self) -> None:
         for name in ("amplitude", "phase", "x_range"):
-            interval = getattr(self, name)
-            if len(interval) != 2 or not -math.inf < interval[0] <= interval[1] < math.inf:
-                raise ValueError(
-                    f"expected {name} to be (low, high) with finite low <= high, found {interval!r}"
-                )
+            check_interval(name, getattr(self, name))
         for name in ("support_shots", "query_shots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} to be at least 1, found {getattr(self, name)}")
@@ -104,12 +100,14 @@ class Sine:
         check_sample_arguments(n_tasks, split, generator)
         amplitude, phase = self.sample_parameters(n_tasks, generator)
         if self.support == "uniform":
-            support = self._uniform(self.x_range, (n_tasks, self.support_shots, 1), generator)
+            shape = (n_tasks, self.support_shots, 1)
+            support = uniform(self.x_range, shape, self.dtype, generator)
         else:
             order = random_subsets((n_tasks,), self.support_shots, self.support_shots, generator)
             support = self._grid(self.support_shots, generator)[order].unsqueeze(-1)
         if self.query == "uniform":
-            query = self._uniform(self.x_range, (n_tasks, self.query_shots, 1), generator)
+            shape = (n_tasks, self.query_shots, 1)
+            query = uniform(self.x_range, shape, self.dtype, generator)
         else:
             query = self._grid(self.query_shots, generator).repeat(n_tasks, 1).unsqueeze(-1)
         return {
@@ -131,8 +129,8 @@ class Sine:
         True
         """
         return (
-            self._uniform(self.amplitude, (n,), generator),
-            self._uniform(self.phase, (n,), generator),
+            uniform(self.amplitude, (n,), self.dtype, generator),
+            uniform(self.phase, (n,), self.dtype, generator),
         )
 
     @staticmethod
@@ -145,11 +143,24 @@ class Sine:
         """The curves of n tasks at their inputs: ``amplitude · sin(x + phase)``."""
         return amplitude[:, None, None] * torch.sin(x + phase[:, None, None])
 
-    def _uniform(
-        self, interval: tuple[float, float], shape: tuple[int, ...], generator: torch.Generator
-    ) -> Tensor:
-        empty = torch.empty(shape, device=generator.device, dtype=self.dtype)
-        return empty.uniform_(*interval, generator=generator)
-
     def _grid(self, points: int, generator: torch.Generator) -> Float[Tensor, " points"]:
         return torch.linspace(*self.x_range, points, device=generator.device, dtype=self.dtype)
+
+
+def uniform(
+    interval: tuple[float, float],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> Tensor:
+    """Uniform draws on the generator's device."""
+    empty = torch.empty(shape, device=generator.device, dtype=dtype)
+    return empty.uniform_(*interval, generator=generator)
+
+
+def check_interval(name: str, interval: tuple[float, float], /) -> None:
+    """Say in one sentence why this is no interval to draw from."""
+    if len(interval) != 2 or not -math.inf < interval[0] <= interval[1] < math.inf:
+        raise ValueError(
+            f"expected {name} to be (low, high) with finite low <= high, found {interval!r}"
+        )

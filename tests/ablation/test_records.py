@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from gradagree_opt.ablation.loading import load
 from gradagree_opt.ablation.methods import Method
 from gradagree_opt.ablation.records import (
     CurvePoint,
@@ -15,7 +16,7 @@ from gradagree_opt.ablation.records import (
     Store,
     write_atomically,
 )
-from gradagree_opt.ablation.study import Study
+from gradagree_opt.ablation.study import CorruptionSection, Study
 
 RUN = Run(method=Method(name="mean", aggregator="mean"), rate=0.5, seed=3)
 RECORD = RunRecord(
@@ -28,6 +29,7 @@ RECORD = RunRecord(
     ],
     seconds=1.0,
 )
+CORRUPTION = CorruptionSection(kind="shuffled_labels", fraction=0.3)
 PARAMS = {"weight": torch.tensor([[1 / 3, -2.0]]), "bias": torch.tensor(0.25)}
 
 
@@ -131,5 +133,27 @@ def test_the_key_depends_on_everything_that_touches_the_run(study: Study) -> Non
         RUN.key(study.model_copy(update={"iterations": 13}), None),
         RUN.key(study.model_copy(update={"meta_batch": 4}), None),
         RUN.key(study.model_copy(update={"compile": True}), None),
+        RUN.key(study.model_copy(update={"corruption": CORRUPTION}), None),
+        RUN.key(
+            study.model_copy(
+                update={"corruption": CORRUPTION.model_copy(update={"fraction": 0.2})}
+            ),
+            None,
+        ),
     ]
     assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "quick", "data", "rate", "key"),
+    [
+        ("sine", False, None, 0.25, "f3875ea12604ffee0f09"),
+        ("sine-maml", True, None, 0.001, "59b7493aa87c7756ff68"),
+        ("omniglot", False, "digest", 0.25, "a20d6ef2a0ad37ec1f5f"),
+    ],
+)
+def test_runs_recorded_before_a_study_could_have_more_keys_are_found_again(
+    name: str, quick: bool, data: str | None, rate: float, key: str
+) -> None:
+    run = Run(method=Method(name="mean", aggregator="mean"), rate=rate, seed=0)
+    assert run.key(load(name, quick=quick), data) == key

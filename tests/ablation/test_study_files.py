@@ -8,7 +8,12 @@ import pytest
 from gradagree_opt.ablation.loading import load, merge, shipped
 from gradagree_opt.ablation.study import Study, StudyError
 
-SHIPPED = ["grouped", "omniglot", "sine", "sine-maml"]
+SHIPPED = ["grouped", "omniglot", "sine", "sine-corrupted", "sine-maml"]
+
+
+def corruption(keys: str) -> tuple[str, str]:
+    form = "form: {kind: reptile}\n"
+    return form, f"{form}corruption: {{{keys}}}\n"
 
 
 def edited(path: Path, old: str, new: str) -> Path:
@@ -73,6 +78,11 @@ def test_a_number_in_exponent_form_is_a_number(study_file: Path) -> None:
         ("hidden: [8]", "hidden: [8, -1]", 4, "found -1"),
         ("activation: tanh", "activation: gelu", 4, "'relu' or 'tanh', found \"gelu\""),
         ("kind: sine,", "kind: grouped, dataset: Loblolly,", 3, "'Spruce'"),
+        (*corruption("kind: noise, fraction: 0.3"), 6, "'shuffled_labels'"),
+        (*corruption("kind: shuffled_labels, fraction: 0"), 6, "greater than 0, found 0"),
+        (*corruption("kind: shuffled_labels, fraction: 0.3, scale: 2"), 6, "'scale' goes with"),
+        (*corruption("kind: foreign, fraction: 0.3"), 6, "'foreign' goes with kind 'foreign'"),
+        (*corruption("kind: foreign, fraction: 0.3, foreign: circles"), 6, "'lines'"),
         ("form: {kind: reptile}", "form: {kind: repitle}", 5, "'reptile'"),
         ("form: {kind: reptile}", "form: {kind: reptile, steps: 1}", 5, "unknown key 'steps'"),
         ("    aggregator: gradient_agreement", "    aggregator: agree", 19, "unknown aggregator"),
@@ -128,7 +138,7 @@ def test_a_file_that_is_no_study_is_named(tmp_path: Path, content: bytes, words:
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(StudyError, match="grouped, omniglot, sine, sine-maml, found 'sin'"):
+    with pytest.raises(StudyError, match=f"{', '.join(SHIPPED)}, found 'sin'"):
         load("sin")
 
 

