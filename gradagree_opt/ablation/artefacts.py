@@ -64,6 +64,7 @@ def write_config(folder: Path, study: Study, command: list[str], digest: str | N
 def write_artefacts(folder: Path, results: Results, data: Path | None, digest: str | None) -> None:
     """Tables and figures; the same runs give the same files."""
     write_atomically(folder / "results.csv", tables.all_runs(results).to_csv(index=False).encode())
+    write_atomically(folder / "table.csv", tables.numbers(results).to_csv(index=False).encode())
     write_atomically(folder / "table.md", tables.markdown(results).encode())
     write_atomically(folder / "table.tex", tables.latex(results).encode())
     pictures = {
