@@ -21,8 +21,9 @@ try:
     from gradagree_opt.ablation import tables
     from gradagree_opt.ablation.artefacts import prepare_folder, write_artefacts, write_config
     from gradagree_opt.ablation.loading import load, shipped
+    from gradagree_opt.ablation.recorded import read_config, read_results
     from gradagree_opt.ablation.study import StudyError
-    from gradagree_opt.ablation.sweep import Sweep
+    from gradagree_opt.ablation.sweep import Results, Sweep
     from gradagree_opt.doctor import main as try_packages
 except ModuleNotFoundError as missing:
     if missing.name and missing.name.startswith("gradagree_opt"):
@@ -42,8 +43,10 @@ def main() -> None:
 
 def list_studies(wanted: bool) -> bool:
     if wanted:
-        for name, path in shipped().items():
-            typer.echo(f"{name:12} {load(str(path)).title}")
+        studies = shipped()
+        width = max(map(len, studies))
+        for name in studies:
+            typer.echo(f"{name:{width}}  {load(name).title}")
         raise typer.Exit
     return wanted
 
@@ -79,15 +82,14 @@ def ablate(
             loaded, folder, data, warn=lambda sentence: errors.print(sentence, markup=False)
         )
         prepare_folder(folder, loaded)
-        write_config(folder, loaded, ["gradagree", *sys.argv[1:]], sweep.digest)
+        write_config(folder, loaded, ["gradagree", *sys.argv[1:]], data, sweep.digest)
     except StudyError as mistake:
-        errors.print(f"gradagree: {mistake}", markup=False)
-        raise typer.Exit(2) from None
+        raise refusal(mistake) from None
     try:
         with progress_bar() as progress:
             bar = progress.add_task(loaded.title, total=sweep.iterations)
             results = sweep.run(jobs, report=lambda steps: progress.advance(bar, steps))
-        write_artefacts(folder, results, data, sweep.digest)
+        write_artefacts(folder, results, sweep.digest)
     except (OSError, BrokenProcessPool) as failure:
         errors.print(f"gradagree: {failure}; the finished runs are in {folder}", markup=False)
         raise typer.Exit(1) from None
@@ -97,9 +99,26 @@ def ablate(
             f"stopped; the finished runs are in {folder}, {command!r} goes on", markup=False
         )
         raise typer.Exit(130) from None
-    console = Console()
-    console.print(tables.terminal(results))
-    console.print(f"written to {folder}", markup=False, soft_wrap=True)
+    show(results, folder)
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The output folder of a finished study.")
+    ],
+) -> None:
+    """Writes the tables and figures of a study anew from its recorded runs; nothing is trained."""
+    try:
+        config = read_config(folder)
+        results = read_results(folder, config)
+        write_artefacts(folder, results, config.data_sha256)
+    except StudyError as mistake:
+        raise refusal(mistake) from None
+    except OSError as failure:
+        errors.print(f"gradagree: {failure}", markup=False)
+        raise typer.Exit(1) from None
+    show(results, folder)
 
 
 @app.command()
@@ -109,6 +128,18 @@ def doctor() -> None:
     Exit status 1 where something that is installed does not work, or PyTorch is not.
     """
     raise typer.Exit(try_packages())
+
+
+def refusal(mistake: StudyError) -> typer.Exit:
+    """Tells a mistake of the user's; nothing was done."""
+    errors.print(f"gradagree: {mistake}", markup=False)
+    return typer.Exit(2)
+
+
+def show(results: Results, folder: Path) -> None:
+    console = Console()
+    console.print(tables.terminal(results))
+    console.print(f"written to {folder}", markup=False, soft_wrap=True)
 
 
 def progress_bar() -> Progress:

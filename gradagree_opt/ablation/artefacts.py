@@ -7,12 +7,13 @@ import tempfile
 from pathlib import Path
 
 from gradagree_opt.ablation import figures, tables
+from gradagree_opt.ablation.models import Params
 from gradagree_opt.ablation.problem import build_problem
-from gradagree_opt.ablation.records import Store, write_atomically
+from gradagree_opt.ablation.recorded import CONFIG, Config
+from gradagree_opt.ablation.records import FORMAT, Store, write_atomically
 from gradagree_opt.ablation.study import Study, StudyError
 from gradagree_opt.ablation.sweep import Results
 
-CONFIG = "config.json"
 PACKAGES = ("gradagree-opt", "torch", "numpy", "scipy", "pandas", "matplotlib")
 
 
@@ -38,31 +39,45 @@ def check_owner(folder: Path, study: Study) -> None:
     if not config.exists():
         raise StudyError(f"--out {folder} is not empty and holds no study; give another folder")
     try:
-        owner = json.loads(config.read_text(encoding="utf-8"))["study"]["name"]
+        content = json.loads(config.read_text(encoding="utf-8"))
+        owner, found = content["study"]["name"], content.get("format", 1)
     except (ValueError, KeyError, TypeError):
         raise StudyError(f"{config} is not a study's; give another --out") from None
+    if found != FORMAT:
+        raise StudyError(
+            f"--out {folder} holds runs of format {found!r}, and this version writes format "
+            f"{FORMAT}; give another --out"
+        )
     if owner != study.name:
         raise StudyError(
             f"--out {folder} holds the study {owner!r}, not {study.name!r}; give another --out"
         )
 
 
-def write_config(folder: Path, study: Study, command: list[str], digest: str | None) -> None:
+def write_config(
+    folder: Path, study: Study, command: list[str], data: Path | None, digest: str | None
+) -> None:
     """The resolved study, accepted in place of a study file, and what it ran on."""
-    content = {
-        "study": study.model_dump(mode="json"),
-        "command": command,
-        "data_sha256": digest,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    config = Config(
+        study=study,
+        format=FORMAT,
+        command=command,
+        data=None if data is None else str(data),
+        data_sha256=digest,
+        python=platform.python_version(),
+        machine=platform.machine(),
+        packages={name: importlib.metadata.version(name) for name in PACKAGES},
+    )
+    text = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
     write_atomically(folder / CONFIG, text.encode())
 
 
-def write_artefacts(folder: Path, results: Results, data: Path | None, digest: str | None) -> None:
-    """Tables and figures; the same runs give the same files."""
+def write_artefacts(folder: Path, results: Results, digest: str | None) -> None:
+    """Tables and figures; the same runs give the same files.
+
+    Args:
+        digest: The hash of the study's data.
+    """
     write_atomically(folder / "results.csv", tables.all_runs(results).to_csv(index=False).encode())
     write_atomically(folder / "table.csv", tables.numbers(results).to_csv(index=False).encode())
     write_atomically(folder / "table.md", tables.markdown(results).encode())
@@ -71,13 +86,17 @@ def write_artefacts(folder: Path, results: Results, data: Path | None, digest: s
         "learning-curves": figures.learning_curves(results),
         "agreement": figures.agreement(results),
     }
-    if results.study.tasks.kind == "sine":
-        store = Store(folder)
-        trained = {
-            name: store.params(results.final(name)[0].run.key(results.study, digest))
-            for name in results.rates
-        }
-        problem = build_problem(results.study, data)
+    trained = trained_params(folder, results, digest)
+    if results.study.tasks.kind == "sine" and trained:
+        problem = build_problem(results.study, None)
         pictures["adaptation"] = figures.adaptation(results, problem, trained)
     for name, picture in pictures.items():
         write_atomically(folder / f"{name}.png", figures.png(picture))
+
+
+def trained_params(folder: Path, results: Results, digest: str | None) -> dict[str, Params]:
+    """The parameters of each method's first seed, those that are kept."""
+    store = Store(folder)
+    keys = {name: results.final(name)[0].run.key(results.study, digest) for name in results.rates}
+    kept = {name: store.params(key) for name, key in keys.items()}
+    return {name: params for name, params in kept.items() if params is not None}

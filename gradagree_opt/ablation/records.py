@@ -96,16 +96,24 @@ class Store:
         Raises:
             DamagedRecordError: The record cannot be read, or lacks its parameters.
         """
-        path, params = self.folder / f"{key}.json", self.folder / f"{key}.npz"
+        record, params = self.record(key), self.folder / f"{key}.npz"
+        if record is not None and not zipfile.is_zipfile(params):
+            raise DamagedRecordError(f"{params} is cut off or absent; redoing its run")
+        return record
+
+    def record(self, key: str) -> RunRecord | None:
+        """A finished run whose parameters may have been thrown away.
+
+        Raises:
+            DamagedRecordError: The record cannot be read.
+        """
+        path = self.folder / f"{key}.json"
         try:
-            record = RunRecord.model_validate_json(path.read_bytes())
+            return RunRecord.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             return None
         except ValidationError:
             raise DamagedRecordError(f"{path} is cut off or no record; redoing its run") from None
-        if not zipfile.is_zipfile(params):
-            raise DamagedRecordError(f"{params} is cut off or absent; redoing its run")
-        return record
 
     def write(self, key: str, record: RunRecord, params: Params) -> None:
         """Parameters first: where there is a record, there are its parameters."""
@@ -115,8 +123,12 @@ class Store:
         write_atomically(self.folder / f"{key}.npz", buffer.getvalue())
         write_atomically(self.folder / f"{key}.json", record.model_dump_json(indent=1).encode())
 
-    def params(self, key: str) -> Params:
-        with np.load(self.folder / f"{key}.npz", allow_pickle=False) as arrays:
+    def params(self, key: str) -> Params | None:
+        """A run's trained parameters, or None if they are not kept."""
+        path = self.folder / f"{key}.npz"
+        if not zipfile.is_zipfile(path):
+            return None
+        with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
 

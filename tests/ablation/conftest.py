@@ -1,5 +1,6 @@
 """A study small enough to be run whole in a test."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,3 +68,24 @@ def write_study(tmp_path: Path) -> WriteStudy:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of the tiny study, not to be changed."""
+    from typer.testing import CliRunner
+
+    from gradagree_opt.cli import app
+
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.yaml").write_text(TINY)
+    arguments = ["ablate", str(folder / "tiny.yaml"), "--out", str(folder / "out"), "--jobs", "1"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return folder / "out"
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """The same folder, for the test to change."""
+    return Path(shutil.copytree(finished, tmp_path / "copied"))

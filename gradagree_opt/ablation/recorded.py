@@ -1,0 +1,115 @@
+"""A study read back from its output folder: nothing is trained, and its data is not needed."""
+
+import json
+import shlex
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gradagree_opt.ablation.loading import load
+from gradagree_opt.ablation.records import FORMAT, DamagedRecordError, Run, RunRecord, Store
+from gradagree_opt.ablation.study import Study, StudyError
+from gradagree_opt.ablation.sweep import Label, Results, choose_rates, final_runs, tuning_runs
+
+CONFIG = "config.json"
+
+
+class Config(BaseModel):
+    """What ``config.json`` holds: the resolved study, and what it ran on.
+
+    Attributes:
+        format: The version of the records.
+        data: The path given as ``--data``.
+        data_sha256: A hash of the data; None for tasks that are made up.
+        packages: Their versions, by name.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    study: Study
+    format: int = 1
+    command: list[str]
+    data: str | None = None
+    data_sha256: str | None
+    python: str
+    machine: str
+    packages: dict[str, str]
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration that a study left in its output folder.
+
+    Raises:
+        StudyError: The folder holds no study, or one that another version ran.
+    """
+    path = folder / CONFIG
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise StudyError(
+            f"expected a folder that a study was run in, found no {CONFIG} in {folder}: "
+            f"{error.strerror}"
+        ) from None
+    except ValueError:
+        raise StudyError(f"{path} is not a study's configuration; give another folder") from None
+    if not isinstance(content, dict) or not isinstance(content.get("study"), dict):
+        raise StudyError(f"{path} is not a study's configuration; give another folder")
+    found = content.get("format", 1)
+    if found != FORMAT:
+        raise StudyError(
+            f"{folder} holds runs of format {found!r}, and this version reads format {FORMAT}; "
+            f"`gradagree ablate {quoted(path)} --out NEW` does them again"
+        )
+    study = load(str(path))
+    try:
+        return Config.model_validate(content | {"study": study})
+    except ValidationError as error:
+        place = error.errors()[0]["loc"][0]
+        raise StudyError(f"{path}: the entry {place!r} is another version's or damaged") from None
+
+
+def read_results(folder: Path, config: Config) -> Results:
+    """The finished study.
+
+    Raises:
+        StudyError: Runs are missing; the sentence has their number and the command that does them.
+    """
+    study = config.study
+    records = finished(folder, config, tuning_runs(study))
+    tuned = [
+        method
+        for method in study.methods
+        if all(run.label in records for run in tuning_runs(study) if run.method == method)
+    ]
+    part = study.model_copy(update={"methods": tuned})
+    rates = choose_rates(part, records)
+    records |= finished(folder, config, final_runs(part, rates))
+    further = len(study.seeds) - study.tuning.seeds
+    total = len(tuning_runs(study)) + len(study.methods) * further
+    if missing := total - len(records):
+        raise StudyError(
+            f"{missing} of {total} runs in {folder} are missing; `{resume(folder, config)}` goes on"
+        )
+    return Results(study, records, rates)
+
+
+def finished(folder: Path, config: Config, runs: list[Run]) -> dict[Label, RunRecord]:
+    """Those of the runs that have a record."""
+    store, records = Store(folder), {}
+    for run in runs:
+        try:
+            record = store.record(run.key(config.study, config.data_sha256))
+        except DamagedRecordError:
+            continue  # missing, to all that read it
+        if record is not None:
+            records[run.label] = record.model_copy(update={"run": run})
+    return records
+
+
+def resume(folder: Path, config: Config) -> str:
+    data = ["--data", config.data or "DATA"] if config.data_sha256 else []
+    return shlex.join(["gradagree", "ablate", str(folder / CONFIG), "--out", str(folder), *data])
+
+
+def quoted(path: Path) -> str:
+    return shlex.quote(str(path))
