@@ -6,7 +6,11 @@ import platform
 import tempfile
 from pathlib import Path
 
-from gradagree_opt.ablation import figures, tables
+import matplotlib
+from matplotlib.figure import Figure
+
+from gradagree_opt.ablation import figures, style, tables
+from gradagree_opt.ablation.adaptation import adaptation
 from gradagree_opt.ablation.models import Params
 from gradagree_opt.ablation.problem import build_problem
 from gradagree_opt.ablation.recorded import CONFIG, Config
@@ -82,16 +86,24 @@ def write_artefacts(folder: Path, results: Results, digest: str | None) -> None:
     write_atomically(folder / "table.csv", tables.numbers(results).to_csv(index=False).encode())
     write_atomically(folder / "table.md", tables.markdown(results).encode())
     write_atomically(folder / "table.tex", tables.latex(results).encode())
-    pictures = {
-        "learning-curves": figures.learning_curves(results),
-        "agreement": figures.agreement(results),
-    }
-    trained = trained_params(folder, results, digest)
-    if results.study.tasks.kind == "sine" and trained:
-        problem = build_problem(results.study, None)
-        pictures["adaptation"] = figures.adaptation(results, problem, trained)
-    for name, picture in pictures.items():
-        write_atomically(folder / f"{name}.png", figures.png(picture))
+    for name, figure in draw(folder, results, digest).items():
+        for kind in ("png", "pdf"):
+            write_atomically(folder / f"{name}.{kind}", style.save(figure, kind))
+
+
+def draw(folder: Path, results: Results, digest: str | None) -> dict[str, Figure]:
+    """The figures of a study, by name."""
+    with matplotlib.rc_context(style.STYLE):
+        pictures = {
+            "learning-curves": figures.learning_curves(results),
+            "tuned-rates": figures.tuned_rates(results),
+            "agreement": figures.agreement(results),
+        }
+        trained = trained_params(folder, results, digest)
+        if results.study.tasks.kind == "sine" and trained:
+            problem = build_problem(results.study, None)
+            pictures["adaptation"] = adaptation(results, problem, trained)
+    return pictures
 
 
 def trained_params(folder: Path, results: Results, digest: str | None) -> dict[str, Params]:

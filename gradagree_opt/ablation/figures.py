@@ -1,121 +1,184 @@
-"""The figures of a study: learning curves, adaptation to a sine, and how far the tasks agreed."""
+"""The figures of every study: learning curves, what each outer rate gives, and agreement."""
 
-from collections.abc import Mapping
-from io import BytesIO
+import math
+from collections.abc import Callable
+from textwrap import fill
+from typing import TypeAlias
 
 import numpy as np
-import torch
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
-from gradagree_opt.ablation.models import Params, initial_params, predict
-from gradagree_opt.ablation.problem import Problem, Tasks, adapt, evaluation_tasks
 from gradagree_opt.ablation.records import RunRecord
+from gradagree_opt.ablation.statistics import Interval, interval
+from gradagree_opt.ablation.style import INK, legend, looks, plain_log
 from gradagree_opt.ablation.sweep import Results
-from gradagree_opt.ablation.tables import steps_text
+from gradagree_opt.ablation.tables import MEASURES, steps_text
 
-SHOWN_STEPS = 5
+RateArray: TypeAlias = npt.NDArray[np.float64]
+RateCurves: TypeAlias = dict[str, list[Interval]]
 AGREEMENT = {
     "smallest_weight": "smallest weight",
     "negative_share": "share of negative weights",
+    "effective_tasks": "effective number of tasks",
     "cancellation": "cancellation ‖Σg‖ / Σ‖g‖",
+    "update_to_mean": "‖update‖ / ‖mean‖",
+    "norm_correlation": "correlation of weight and ‖g‖²",
 }
+HOPELESS = 10  # times the loss before training is off the scale
 
 
 def learning_curves(results: Results) -> Figure:
-    """Validation loss through training: mean over seeds, band from lowest to highest."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    """Validation loss through training: mean over seeds and its 95 % interval."""
+    figure = Figure(figsize=(7.2, 3.8))
     axes = figure.subplots()
-    for index, name in enumerate(results.rates):
-        records = whole(results.final(name))
-        if not records:
+    untrained = untrained_loss(results)
+    seen = [untrained]
+    for index, (name, look) in enumerate(looks(results.study).items()):
+        records = results.final(name)
+        kept = whole(records)
+        if not kept:
             continue
-        at = [point.iteration for point in records[0].curve]
-        losses = np.array([[point.loss for point in record.curve] for record in records])
+        at = [point.iteration for point in kept[0].curve]
+        losses = np.array([[point.loss for point in record.curve] for record in kept])
+        seen += losses.ravel().tolist()
+        means, halves = np.array([interval(column) for column in losses.T.tolist()]).T
         label = f"{name} ({results.rates[name]:g})"
-        axes.plot(at, losses.mean(0), color=f"C{index}", label=label)
-        axes.fill_between(at, losses.min(0), losses.max(0), color=f"C{index}", alpha=0.15, lw=0)
-    axes.set_yscale("log")
+        if len(kept) < len(records):
+            label += f",\n{len(records) - len(kept)} of {len(records)} seeds diverged"
+        every = max(1, len(at) // 5)
+        axes.plot(at, means, label=label, markevery=(index % every, every), **look._asdict())
+        if len(kept) > 1:
+            axes.fill_between(
+                at, means - halves, means + halves, color=look.color, alpha=0.15, lw=0
+            )
+    # The limits are by the losses: an interval may reach below zero, where a log axis does not go.
+    plain_log(axes, [loss for loss in seen if 0 < loss < HOPELESS * untrained])
     axes.set_xlabel("outer steps")
-    axes.set_ylabel(f"validation loss after {results.study.tuning.steps} gradient steps")
-    legend(axes, "method (outer rate)")
+    axes.set_ylabel(f"validation loss after {steps_text(results.study.tuning.steps)}")
+    legend(figure, axes, "method (outer rate)", "outside right upper")
     return figure
+
+
+def tuned_rates(results: Results) -> Figure:
+    """What each method reaches at every candidate outer rate, the chosen one ringed.
+
+    From the seeds that the rates are tuned on; the choice is by the left panel alone.
+    """
+    study = results.study
+    measure, steps = MEASURES[study.tasks.kind], study.tuning.steps
+
+    def curves(value: Callable[[RunRecord], float]) -> RateCurves:
+        seeds = study.seeds[: study.tuning.seeds]
+        return {
+            name: [
+                interval([value(results.records[name, rate, seed]) for seed in seeds])
+                for rate in sorted(study.outer.rates)
+            ]
+            for name in results.rates
+        }
+
+    figure = Figure(figsize=(7.2, 4.2))
+    left, right = figure.subplots(1, 2)
+    losses = curves(lambda record: record.validation)
+    scores = curves(lambda record: record.test[steps] * measure.factor)
+    draw_rates(left, results, losses, log=True)
+    draw_rates(right, results, scores, log=not measure.higher_is_better)
+    left.set_ylabel(f"validation loss after {steps_text(steps)}")
+    right.set_ylabel(fill(f"test {measure.name} after {steps_text(steps)}", 40))
+    left.plot([], [], "o", mec=INK, mfc="none", ms=9, label="chosen rate")
+    left.plot([], [], "x", color=INK, label="diverged or off the scale")
+    legend(figure, left, "method", "outside lower center", columns=3)
+    return figure
+
+
+def draw_rates(axes: Axes, results: Results, curves: RateCurves, *, log: bool) -> None:
+    rates = np.array(sorted(results.study.outer.rates))
+    untrained = untrained_loss(results)
+    limit = HOPELESS * untrained if log else math.inf
+    spread = np.linspace(-0.3, 0.3, len(curves))  # of the way to the next rate
+    step = (rates[-1] / rates[0]) ** (1 / (len(rates) - 1)) if len(rates) > 1 else 2.0
+    for shift, (name, look) in zip(spread, looks(results.study).items(), strict=True):
+        means, halves = np.array(curves[name]).T
+        gone = ~(means < limit)
+        means[gone] = np.nan
+        chosen = rates == results.rates[name]
+        axes.plot(rates, means, label=name, **look._asdict())
+        axes.fill_between(rates, means - halves, means + halves, color=look.color, alpha=0.15, lw=0)
+        axes.plot(rates[chosen], means[chosen], "o", ms=9, mec=look.color, mfc="none")
+        if gone.any():
+            draw_diverged(axes, rates[gone] * step**shift, look.color)
+    axes.set_xscale("log")
+    axes.set_xlim(rates[0] / step**0.4, rates[-1] * step**0.4)
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("outer rate")
+    if log:
+        shown = [v.mean for curve in curves.values() for v in curve if 0 < v.mean < limit]
+        plain_log(axes, shown or [untrained])
+
+
+def draw_diverged(axes: Axes, rates: RateArray, color: str) -> None:
+    """A cross above the axes for each rate."""
+    height = np.full(len(rates), 1.03)
+    above = axes.get_xaxis_transform()
+    axes.plot(rates, height, "x", color=color, transform=above, clip_on=False)
 
 
 def agreement(results: Results) -> Figure:
-    """Weights and cancellation of the training batches, averaged over seeds."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    panels = figure.subplots(1, len(AGREEMENT))
-    for axes, (entry, label) in zip(panels, AGREEMENT.items(), strict=True):
-        for index, name in enumerate(results.rates):
-            records = whole(results.final(name))
-            if not records:
-                continue
-            points = [record.curve[1:] for record in records]
-            values = [[point.diagnostics.get(entry, np.nan) for point in curve] for curve in points]
-            at = [point.iteration for point in points[0]]
-            axes.plot(at, np.mean(values, 0), color=f"C{index}", label=name, lw=1)
-        axes.set_xlabel("outer steps")
-        axes.set_ylabel(label)
-    legend(panels[-1], "method")
-    return figure
+    """Weights and cancellation of the training batches, averaged over seeds.
 
-
-def adaptation(results: Results, problem: Problem, trained: Mapping[str, Params]) -> Figure:
-    """One unseen sine: truth, support points, and predictions after 0 to 5 steps.
-
-    Args:
-        trained: The parameters of each method's first seed, by the method's name.
+    What no run has measured is left out.
     """
-    study, seed = results.study, results.study.seeds[0]
-    tasks = evaluation_tasks(problem, 1, "test", seed)
-    panels = {"before training": initial_params(study, seed), **trained}
-    columns = min(5, len(panels))
-    figure = Figure(figsize=(3 * columns, 2.6 * -(-len(panels) // columns)), layout="constrained")
-    grid = figure.subplots(
-        -(-len(panels) // columns), columns, sharex=True, sharey=True, squeeze=False
-    )
-    for axes, (name, params) in zip(grid.flat, panels.items(), strict=False):
-        draw_adaptation(axes, problem, params, tasks)
-        axes.set_title(name, fontsize=9)
-    for axes in grid.flat[len(panels) :]:
+    measured = {
+        entry
+        for name in results.rates
+        for record in whole(results.final(name))
+        for point in record.curve
+        for entry in point.diagnostics
+    }
+    shown = {entry: label for entry, label in AGREEMENT.items() if entry in measured}
+    rows = max(1, -(-len(shown) // 3))
+    figure = Figure(figsize=(8, 2.1 * rows + 0.8))
+    panels = figure.subplots(rows, 3, sharex=True, squeeze=False)
+    for axes, (entry, label) in zip(panels.flat, shown.items(), strict=False):
+        draw_diagnostic(axes, results, entry)
+        axes.set_ylabel(label)
+    for axes in panels.flat[len(shown) :]:
         axes.remove()
-    handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    for axes in panels.flat[max(0, len(shown) - 3) : len(shown)]:
+        axes.set_xlabel("outer steps")
+        axes.tick_params(labelbottom=True)
+    legend(figure, panels[0, 0], "method", "outside lower center", columns=4)
     return figure
 
 
-def draw_adaptation(axes: Axes, problem: Problem, params: Params, tasks: Tasks) -> None:
-    x, y = (part[0, :, 0].numpy() for part in tasks["query"])
-    axes.plot(x, y, color="black", label="truth")
-    adapted = {name: leaf.detach()[None] for name, leaf in params.items()}
-    for step in range(SHOWN_STEPS + 1):
-        if step:
-            adapted = adapt(problem, adapted, tasks["support"], 1)
-        one = {name: leaf[0] for name, leaf in adapted.items()}
-        with torch.no_grad():
-            prediction = predict(problem.module, one, tasks["query"][0][0])
-        shade = 0.25 + 0.75 * step / SHOWN_STEPS
+def draw_diagnostic(axes: Axes, results: Results, entry: str) -> None:
+    for index, (name, look) in enumerate(looks(results.study).items()):
+        curves = [record.curve[1:] for record in whole(results.final(name))]
+        if not curves:
+            continue
+        values = [[point.diagnostics.get(entry, np.nan) for point in curve] for curve in curves]
+        at = [point.iteration for point in curves[0]]
+        every = max(1, len(at) // 4)
         axes.plot(
-            x, prediction[:, 0].numpy(), color="C0", alpha=shade, lw=1, label=steps_text(step)
+            at,
+            np.mean(values, 0),
+            label=name,
+            markevery=(index % every, every),
+            lw=1,
+            **look._asdict(),
         )
-    axes.plot(
-        *(part[0, :, 0].numpy() for part in tasks["support"]), "o", color="C3", ms=4, label="points"
-    )
+
+
+def untrained_loss(results: Results) -> float:
+    """The largest validation loss before training, over the seeds."""
+    return max(record.curve[0].loss for record in results.records.values())
 
 
 def whole(records: list[RunRecord]) -> list[RunRecord]:
     """The runs that did not diverge."""
     longest = max(len(record.curve) for record in records)
     return [r for r in records if len(r.curve) == longest and np.isfinite(r.validation)]
-
-
-def legend(axes: Axes, title: str) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(title=title, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1))
-
-
-def png(figure: Figure) -> bytes:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()

@@ -1,0 +1,181 @@
+"""The figures: what their lines show, against the records, and that everyone can read them."""
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.lines import Line2D
+from scipy import stats
+
+from gradagree_opt.ablation import figures
+from gradagree_opt.ablation.methods import Method
+from gradagree_opt.ablation.recorded import read_config, read_results
+from gradagree_opt.ablation.records import RunRecord
+from gradagree_opt.ablation.study import Study
+from gradagree_opt.ablation.style import COLOURS, INK, looks, save
+from gradagree_opt.ablation.sweep import Label, Results
+
+NAMES = ["mean", "agreement", "random_weights & co"]
+# Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.
+VISIONS = {
+    "usual": np.eye(3),
+    "no red cones": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "no green cones": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "no blue cones": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+
+
+@pytest.fixture(scope="module")
+def results(finished: Path) -> Results:
+    return read_results(finished, read_config(finished))
+
+
+def changed(results: Results, records: dict[Label, RunRecord]) -> Results:
+    return Results(results.study, results.records | records, results.rates)
+
+
+def diverged(record: RunRecord) -> RunRecord:
+    test = dict.fromkeys(record.test, math.inf)
+    update = {"validation": math.inf, "test": test, "curve": record.curve[:2]}
+    return record.model_copy(update=update)
+
+
+def line(axes: Axes, label: str) -> Line2D:
+    return next(x for x in axes.get_lines() if str(x.get_label()).startswith(label))
+
+
+def data(line: Line2D) -> tuple[list[float], list[float]]:
+    return np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata()).tolist()
+
+
+def test_learning_curves_are_means_over_seeds_with_students_interval(results: Results) -> None:
+    axes = figures.learning_curves(results).axes[0]
+    assert axes.get_yscale() == "log"
+    for name, band in zip(NAMES, axes.collections, strict=True):
+        curves = [[point.loss for point in r.curve] for r in results.final(name)]
+        at, means = data(line(axes, f"{name} ({results.rates[name]:g})"))
+        assert at == list(range(13))
+        assert means == pytest.approx(np.mean(curves, 0).tolist())
+        expected = stats.ttest_1samp(curves, 0).confidence_interval(0.95)
+        corners = band.get_paths()[0].vertices
+        for index, step in enumerate(at):
+            found = np.asarray(corners)[np.asarray(corners)[:, 0] == step][:, 1]
+            assert found.min() == pytest.approx(expected.low[index])
+            assert found.max() == pytest.approx(expected.high[index])
+
+
+def test_a_seed_that_diverged_is_left_out_of_the_curve_and_said_so(results: Results) -> None:
+    first, second = results.final("mean")
+    axes = figures.learning_curves(changed(results, {first.run.label: diverged(first)})).axes[0]
+    shown = line(axes, "mean (")
+    assert "1 of 2 seeds diverged" in str(shown.get_label())
+    assert data(shown)[1] == [point.loss for point in second.curve]
+    assert len(axes.collections) == 2  # one seed has no interval
+
+
+def test_rate_curves_show_every_candidate_and_ring_the_chosen_one(results: Results) -> None:
+    left, right = figures.tuned_rates(results).axes
+    assert left.get_xscale() == right.get_xscale() == "log"
+    for name in NAMES:
+        runs = [results.records[name, rate, 3] for rate in (0.25, 0.5)]
+        losses, scores = [r.validation for r in runs], [r.test[1] for r in runs]
+        assert data(line(left, name)) == ([0.25, 0.5], losses)
+        assert data(line(right, name)) == ([0.25, 0.5], scores)
+        best = losses.index(min(losses))
+        for axes, values in ((left, losses), (right, scores)):
+            rings = [data(x) for x in axes.get_lines() if x.get_markerfacecolor() == "none"]
+            assert ([0.25, 0.5][best : best + 1], values[best : best + 1]) in rings
+
+
+def test_a_rate_at_which_a_method_diverges_is_a_gap_and_a_cross_above_the_axes(
+    results: Results,
+) -> None:
+    label = ("agreement", 0.5, 3)
+    record = results.records[label]
+    for axes in figures.tuned_rates(changed(results, {label: diverged(record)})).axes:
+        shown, look = line(axes, "agreement"), looks(results.study)["agreement"]
+        assert math.isnan(data(shown)[1][1]) and math.isfinite(data(shown)[1][0])
+        crosses = [x for x in axes.get_lines() if x.get_marker() == "x" and data(x)[1]]
+        assert [x.get_color() for x in crosses] == [look.color]
+        at, height = data(crosses[0])
+        assert at == pytest.approx([0.5], rel=0.3) and height[0] > 1
+
+
+def test_agreement_shows_the_mean_of_every_diagnostic_that_was_measured(results: Results) -> None:
+    figure = figures.agreement(results)
+    assert [axes.get_ylabel() for axes in figure.axes] == list(figures.AGREEMENT.values())
+    for axes, entry in zip(figure.axes, figures.AGREEMENT, strict=True):
+        records = results.final("agreement")
+        nan = math.nan
+        values = [[p.diagnostics.get(entry, nan) for p in r.curve[1:]] for r in records]
+        expected = pytest.approx(np.mean(values, 0).tolist(), nan_ok=True)
+        assert data(line(axes, "agreement")) == (list(range(1, 13)), expected)
+
+
+def test_a_diagnostic_that_no_run_measured_has_no_panel(results: Results) -> None:
+    def without(record: RunRecord) -> RunRecord:
+        curve = [p.model_copy(update={"diagnostics": {"cancellation": 0.5}}) for p in record.curve]
+        return record.model_copy(update={"curve": curve})
+
+    records = {label: without(record) for label, record in results.records.items()}
+    figure = figures.agreement(changed(results, records))
+    assert [axes.get_ylabel() for axes in figure.axes] == [figures.AGREEMENT["cancellation"]]
+
+
+def test_a_method_looks_the_same_in_every_figure(results: Results) -> None:
+    for figure in (
+        figures.learning_curves(results),
+        figures.tuned_rates(results),
+        figures.agreement(results),
+    ):
+        for axes, (name, look) in itertools.product(figure.axes, looks(results.study).items()):
+            shown = line(axes, name)
+            assert (shown.get_color(), shown.get_marker(), shown.get_linestyle()) == look
+
+
+def test_many_methods_look_different_and_the_baseline_is_black(study: Study) -> None:
+    methods = [Method(name=str(number), aggregator="mean") for number in range(20)]
+    look = looks(study.model_copy(update={"methods": methods, "baseline": "7"}))
+    assert list(look) == [method.name for method in methods]
+    assert look["7"].color == INK
+    assert len(set(look.values())) == 20
+
+
+@pytest.mark.parametrize("vision", VISIONS)
+def test_the_colours_differ_with_every_kind_of_colour_vision(vision: str) -> None:
+    seen = [lab(np.asarray(VISIONS[vision]) @ linear(colour)) for colour in (INK, *COLOURS)]
+    for one, other in itertools.combinations(seen, 2):
+        assert np.linalg.norm(one - other) > 10  # about 2 can just be seen
+
+
+def linear(colour: str) -> np.ndarray:
+    rgb = np.array(to_rgb(colour))
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """CIE L*a*b* of linear RGB, D65."""
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    xyz = to_xyz @ rgb.clip(0, 1) / [0.9505, 1, 1.089]
+    x, y, z = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_the_pdf_is_vectors_with_embedded_truetype_fonts_and_no_date(finished: Path) -> None:
+    names = {path.stem for path in finished.glob("*.png")}
+    assert names == {"adaptation", "agreement", "learning-curves", "tuned-rates"}
+    for name in names:
+        content = (finished / f"{name}.pdf").read_bytes()
+        assert content.startswith(b"%PDF-")
+        assert b"/FontFile2" in content and b"/Type3" not in content
+        assert b"/Subtype /Image" not in content and b"/CreationDate" not in content
+
+
+@pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
+def test_equal_results_give_equal_files(results: Results, kind: str) -> None:
+    first, second = (save(figures.tuned_rates(results), kind) for _ in range(2))
+    assert first == second
