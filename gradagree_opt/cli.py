@@ -82,14 +82,14 @@ def ablate(
             loaded, folder, data, warn=lambda sentence: errors.print(sentence, markup=False)
         )
         prepare_folder(folder, loaded)
-        write_config(folder, loaded, ["gradagree", *sys.argv[1:]], data, sweep.digest)
+        config = write_config(folder, loaded, ["gradagree", *sys.argv[1:]], data, sweep.digest)
     except StudyError as mistake:
         raise refusal(mistake) from None
     try:
         with progress_bar() as progress:
             bar = progress.add_task(loaded.title, total=sweep.iterations)
             results = sweep.run(jobs, report=lambda steps: progress.advance(bar, steps))
-        write_artefacts(folder, results, sweep.digest)
+        write_artefacts(folder, results, config)
     except (OSError, BrokenProcessPool) as failure:
         errors.print(f"gradagree: {failure}; the finished runs are in {folder}", markup=False)
         raise typer.Exit(1) from None
@@ -112,7 +112,7 @@ def report(
     try:
         config = read_config(folder)
         results = read_results(folder, config)
-        write_artefacts(folder, results, config.data_sha256)
+        write_artefacts(folder, results, config)
     except StudyError as mistake:
         raise refusal(mistake) from None
     except OSError as failure:

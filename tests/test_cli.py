@@ -41,7 +41,7 @@ baseline: mean
 quick: {seeds: [3], iterations: 4}
 """
 FIGURES = {"adaptation", "agreement", "learning-curves", "tuned-rates"}
-FILES = {"config.json", "results.csv", "table.csv", "table.md", "table.tex"} | {
+FILES = {"config.json", "report.html", "results.csv", "table.csv", "table.md", "table.tex"} | {
     f"{name}.{kind}" for name in FIGURES for kind in ("pdf", "png")
 }
 OMNIGLOT = """\

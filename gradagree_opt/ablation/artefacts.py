@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from gradagree_opt.ablation import figures, style, tables
 from gradagree_opt.ablation.adaptation import adaptation
 from gradagree_opt.ablation.models import Params
+from gradagree_opt.ablation.page import html
 from gradagree_opt.ablation.problem import build_problem
 from gradagree_opt.ablation.recorded import CONFIG, Config
 from gradagree_opt.ablation.records import FORMAT, Store, write_atomically
@@ -60,7 +61,7 @@ def check_owner(folder: Path, study: Study) -> None:
 
 def write_config(
     folder: Path, study: Study, command: list[str], data: Path | None, digest: str | None
-) -> None:
+) -> Config:
     """The resolved study, accepted in place of a study file, and what it ran on."""
     config = Config(
         study=study,
@@ -74,21 +75,20 @@ def write_config(
     )
     text = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
     write_atomically(folder / CONFIG, text.encode())
+    return config
 
 
-def write_artefacts(folder: Path, results: Results, digest: str | None) -> None:
-    """Tables and figures; the same runs give the same files.
-
-    Args:
-        digest: The hash of the study's data.
-    """
+def write_artefacts(folder: Path, results: Results, config: Config) -> None:
+    """Tables, figures and the page; the same runs give the same files."""
     write_atomically(folder / "results.csv", tables.all_runs(results).to_csv(index=False).encode())
     write_atomically(folder / "table.csv", tables.numbers(results).to_csv(index=False).encode())
     write_atomically(folder / "table.md", tables.markdown(results).encode())
     write_atomically(folder / "table.tex", tables.latex(results).encode())
-    for name, figure in draw(folder, results, digest).items():
+    pictures = draw(folder, results, config.data_sha256)
+    for name, figure in pictures.items():
         for kind in ("png", "pdf"):
             write_atomically(folder / f"{name}.{kind}", style.save(figure, kind))
+    write_atomically(folder / "report.html", html(results, config, pictures).encode())
 
 
 def draw(folder: Path, results: Results, digest: str | None) -> dict[str, Figure]:

@@ -1,0 +1,43 @@
+"""The methods text of a study, and the references of exactly what it used."""
+
+import re
+from functools import cache
+from importlib.resources import files
+
+from jinja2 import Environment, PackageLoader
+
+from gradagree_opt.ablation.recorded import Config
+from gradagree_opt.ablation.study import Study
+
+CITATION = re.compile(r"@(\w+)")
+ENTRY = re.compile(r"^@\w+\{(\w+),$.*?^\}$", re.DOTALL | re.MULTILINE)
+
+
+def methods_text(config: Config) -> str:
+    """A paragraph for a paper, in Markdown, its citations as pandoc reads them: [@key]."""
+    environment = Environment(loader=PackageLoader("gradagree_opt.ablation"), autoescape=False)
+    template = environment.get_template("methods.md.j2")
+    text = template.render(config=config, study=config.study, agrees=has_agreement(config.study))
+    return " ".join(text.split()) + "\n"
+
+
+def has_agreement(study: Study) -> bool:
+    """Whether a method weights by agreement, or takes its length from there."""
+    return any(
+        "agreement" in method.aggregator or method.options.get("match_norm") == "agreement"
+        for method in study.methods
+    )
+
+
+def bibtex(config: Config) -> str:
+    """The BibTeX entries that the methods text cites, in its order."""
+    keys = dict.fromkeys(CITATION.findall(methods_text(config)))
+    text = "\n\n".join(entries()[key] for key in keys if key in entries()) + "\n"
+    return text.replace("@VERSION@", config.packages["gradagree-opt"])
+
+
+@cache
+def entries() -> dict[str, str]:
+    """Every reference that the library knows, as BibTeX by key."""
+    path = files("gradagree_opt.ablation") / "templates" / "references.bib"
+    return {entry[1]: entry[0] for entry in ENTRY.finditer(path.read_text(encoding="utf-8"))}
