@@ -20,6 +20,7 @@ try:
 
     from gradagree_opt.ablation import tables
     from gradagree_opt.ablation.artefacts import prepare_folder, write_artefacts, write_config
+    from gradagree_opt.ablation.citations import bibtex, methods_text
     from gradagree_opt.ablation.loading import load, shipped
     from gradagree_opt.ablation.recorded import read_config, read_results
     from gradagree_opt.ablation.study import StudyError
@@ -128,6 +129,19 @@ def doctor() -> None:
     Exit status 1 where something that is installed does not work, or PyTorch is not.
     """
     raise typer.Exit(try_packages())
+
+
+@app.command()
+def cite(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The output folder of a study.")],
+) -> None:
+    """Prints a paragraph for a paper's methods section, and BibTeX of exactly what was used."""
+    try:
+        config = read_config(folder)
+    except StudyError as mistake:
+        raise refusal(mistake) from None
+    typer.echo(methods_text(config))
+    typer.echo(bibtex(config), nl=False)
 
 
 def refusal(mistake: StudyError) -> typer.Exit:

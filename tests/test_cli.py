@@ -41,9 +41,9 @@ baseline: mean
 quick: {seeds: [3], iterations: 4}
 """
 FIGURES = {"adaptation", "agreement", "learning-curves", "tuned-rates"}
-FILES = {"config.json", "report.html", "results.csv", "table.csv", "table.md", "table.tex"} | {
-    f"{name}.{kind}" for name in FIGURES for kind in ("pdf", "png")
-}
+TEXTS = {"methods.md", "references.bib", "report.html", "results.csv", "table.csv", "table.md", "table.tex"}
+PICTURES = {f"{name}.{kind}" for name in FIGURES for kind in ("pdf", "png")}
+FILES = {"config.json"} | TEXTS | PICTURES
 OMNIGLOT = """\
 name: tiny-omniglot
 title: Tiny Omniglot

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from gradagree_opt.ablation import figures, style, tables
 from gradagree_opt.ablation.adaptation import adaptation
+from gradagree_opt.ablation.citations import bibtex, methods_text
 from gradagree_opt.ablation.models import Params
 from gradagree_opt.ablation.page import html
 from gradagree_opt.ablation.problem import build_problem
@@ -79,11 +80,13 @@ def write_config(
 
 
 def write_artefacts(folder: Path, results: Results, config: Config) -> None:
-    """Tables, figures and the page; the same runs give the same files."""
+    """Tables, figures, the page and what to cite; the same runs give the same files."""
     write_atomically(folder / "results.csv", tables.all_runs(results).to_csv(index=False).encode())
     write_atomically(folder / "table.csv", tables.numbers(results).to_csv(index=False).encode())
     write_atomically(folder / "table.md", tables.markdown(results).encode())
     write_atomically(folder / "table.tex", tables.latex(results).encode())
+    write_atomically(folder / "methods.md", methods_text(config).encode())
+    write_atomically(folder / "references.bib", bibtex(config).encode())
     pictures = draw(folder, results, config.data_sha256)
     for name, figure in pictures.items():
         for kind in ("png", "pdf"):

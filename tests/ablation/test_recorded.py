@@ -56,12 +56,16 @@ def test_the_results_are_those_of_the_sweep(
     assert read_results(finished, read_config(finished)) == expected
 
 
-def test_records_suffice_and_a_figure_of_trained_parameters_stays(copied: Path) -> None:
+def test_records_suffice_for_all_but_the_figure_of_trained_parameters_which_stays(
+    copied: Path,
+) -> None:
     for path in copied.glob("runs/*.npz"):
         path.unlink()
     before = artefacts(copied)
     assert gradagree("report", copied).exit_code == 0
-    assert artefacts(copied) == before
+    after = artefacts(copied)
+    pages = [files.pop("report.html").count(b"<figure id=") for files in (before, after)]
+    assert after == before and pages == [4, 3]
 
 
 def test_a_changed_record_changes_the_table(copied: Path, study: Study) -> None:
@@ -117,9 +121,12 @@ def test_a_study_on_data_goes_on_with_its_data(finished: Path) -> None:
     assert resume(finished, drawings).endswith(" --data 'my data.npz'")
 
 
-def test_a_folder_of_another_kind_or_version_is_one_sentence(copied: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["report", "cite"])
+def test_a_folder_of_another_kind_or_version_is_one_sentence(
+    copied: Path, tmp_path: Path, command: str
+) -> None:
     def refused(folder: Path, *words: str) -> None:
-        result = gradagree("report", folder)
+        result = gradagree(command, folder)
         message = result.stderr.strip()
         assert result.exit_code == 2 and message.startswith("gradagree: ")
         assert "\n" not in message and all(word in message for word in words), message
