@@ -41,7 +41,15 @@ baseline: mean
 quick: {seeds: [3], iterations: 4}
 """
 FIGURES = {"adaptation", "agreement", "learning-curves", "tuned-rates"}
-TEXTS = {"methods.md", "references.bib", "report.html", "results.csv", "table.csv", "table.md", "table.tex"}
+TEXTS = {
+    "methods.md",
+    "references.bib",
+    "report.html",
+    "results.csv",
+    "table.csv",
+    "table.md",
+    "table.tex",
+}
 PICTURES = {f"{name}.{kind}" for name in FIGURES for kind in ("pdf", "png")}
 FILES = {"config.json"} | TEXTS | PICTURES
 OMNIGLOT = """\
