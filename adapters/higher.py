@@ -90,7 +90,7 @@ def meta_step(
             loss = loss_fn(learner, task["query"])
         batch.add(loss, adapted=learner)
         losses.append(loss.detach())
-    engine = "one_backward" if memory == "graph" else "streamed"
+    engine = "one_backward" if batch.takes_one_backward else "stacked"
     return with_losses(batch.backward(), torch.stack(losses), engine)
 
 

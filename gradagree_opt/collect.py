@@ -87,6 +87,14 @@ class TaskBatch:
         """Number of tasks added since the last ``backward``."""
         return max(len(self._losses), len(self._directions), len(self._displacements))
 
+    @property
+    def takes_one_backward(self) -> bool:
+        """Whether the tasks of the MAML form share one backward pass, that of the weighted loss."""
+        # A dropped task must not reach it: 0 · NaN is NaN there.
+        drops = self.aggregator.nonfinite == "drop"
+        one_by_one = drops or "directions" in self.aggregator.weighting.needs
+        return self.memory == "graph" and not one_by_one
+
     def add(self, loss: Tensor | None = None, /, *, adapted: Parameters | None = None) -> None:
         """Adds one task.
 
@@ -174,7 +182,7 @@ class TaskBatch:
 
     def _aggregate(self) -> Aggregation:
         signal = _stack(self._displacements) if self._displacements else None
-        if self._losses and signal is not None and self._takes_one_backward:
+        if self._losses and signal is not None and self.takes_one_backward:
             return self._from_one_backward(signal)
         directions = self._directions or [
             self._gradient(loss, [copies], retain_graph=loss is not self._losses[-1])
@@ -183,12 +191,6 @@ class TaskBatch:
         if not directions:
             return self.aggregator.aggregate_unchecked(signal)
         return self.aggregator.aggregate_unchecked(_stack(directions), signal)
-
-    @property
-    def _takes_one_backward(self) -> bool:
-        # A dropped task must not reach a shared backward pass: 0 · NaN is NaN there.
-        drops = self.aggregator.nonfinite == "drop"
-        return not drops and "directions" not in self.aggregator.weighting.needs
 
     def _from_one_backward(self, signal: PyTree) -> Aggregation:
         losses = torch.stack(self._losses)
