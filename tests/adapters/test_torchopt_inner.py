@@ -52,6 +52,31 @@ def test_reptile_on_any_optimizer_equals_the_loop_over_tasks(name):
     assert_same(result.update, paper_weights(signals) @ signals, 1e-12)
 
 
+ENGINES = {
+    "displacement": ["one_backward", "stacked", "streamed"],
+    "gradient": ["stacked", "streamed", "matrix_free"],
+}
+
+
+@each_optimizer
+@pytest.mark.parametrize("signal", ENGINES)
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_every_engine_runs_every_optimizer(name, signal, chunk_size):
+    net, tasks = network(), batches()
+    first, *others = [
+        ga.MAML(
+            loss_of(net),
+            inner(OPTIMIZERS[name](), STEPS),
+            signal=signal,
+            engine=engine,
+            chunk_size=chunk_size,
+        ).step(parameters_of(net), tasks, ga.GradientAgreement())
+        for engine in ENGINES[signal]
+    ]
+    for result in others:
+        assert_same(result.update, first.update, 1e-12)
+
+
 def test_adapt_takes_the_number_of_steps_it_is_given():
     net, tasks = network(), batches()
     maml = ga.MAML(loss_of(net), inner(torchopt.adam(lr=0.02), steps=1))
