@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from gradagree_opt.aggregation import Aggregation, Aggregator, Measured
 from gradagree_opt.annotations import Float
 from gradagree_opt.engines.losses import TaskLoss
+from gradagree_opt.engines.normalization import AffineApart
 from gradagree_opt.engines.random_state import RandomState
 from gradagree_opt.engines.rows import Rows
 from gradagree_opt.stacks import PyTree, or_one, row_magnitudes, task_count, tree_norm
@@ -103,9 +104,10 @@ class _Chunk:
             self._state.restore()
         elif self._task_loss.map.may_draw:
             self._state = RandomState(self._tasks)
-        losses: Tensor = self._task_loss.map(
-            lambda task: self._task_loss.function(params, task)[0], self._tasks, self.n
-        )
+        with AffineApart():
+            losses: Tensor = self._task_loss.map(
+                lambda task: self._task_loss.function(params, task)[0], self._tasks, self.n
+            )
         return losses
 
     def weighted_gradient(self, params: PyTree, weights: Tensor) -> tuple[Tensor, PyTree]:

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_map
 from gradagree_opt.aggregation import Aggregation, Aggregator
 from gradagree_opt.annotations import Float
 from gradagree_opt.engines.losses import TaskLoss
+from gradagree_opt.engines.normalization import AffineApart
 from gradagree_opt.stacks import PyTree, combine, task_count
 
 
@@ -38,7 +39,10 @@ def one_backward(
     n = task_count(tasks, "tasks")
 
     def losses_of(params: PyTree) -> tuple[Tensor, PyTree]:
-        losses, (signal, _) = task_loss.map(lambda task: task_loss.function(params, task), tasks, n)
+        with AffineApart():
+            losses, (signal, _) = task_loss.map(
+                lambda task: task_loss.function(params, task), tasks, n
+            )
         return losses, signal
 
     losses, backward, signal = _vjp(losses_of, params)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from gradagree_opt.aggregation import Aggregation, Aggregator
+from gradagree_opt.aggregators import check_aggregator
 from gradagree_opt.annotations import Float
 from gradagree_opt.engines.compilation import maybe_compiled
 from gradagree_opt.engines.losses import TaskLoss
@@ -76,6 +77,7 @@ class Runner:
             ValueError: the aggregator refuses the tasks, or the engine the aggregator.
             RuntimeError: the engine cannot run the model, or memory does not suffice.
         """
+        check_aggregator(aggregator)
         n = task_count(tasks, "tasks")
         draws = aggregator.draw(n)
         *others, last = self._candidates(params, n, aggregator)

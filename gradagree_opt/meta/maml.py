@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gradagree_opt.aggregation import Aggregator
+from gradagree_opt.aggregators import check_aggregator
 from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap, scalar_loss
 from gradagree_opt.engines.runner import EngineName, Runner
@@ -156,6 +157,7 @@ class MetaSGD(MAML):
                 "expected meta-parameters {'params': …, 'lr': …}, found "
                 f"{sorted(map(str, params)) if isinstance(params, dict) else type(params).__name__}"
             )
+        check_aggregator(aggregator)
         if aggregator.scope != "global":
             raise ValueError(
                 "expected an aggregator of scope 'global' for Meta-SGD, found "

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gradagree_opt.aggregation import Aggregation, Aggregator
+from gradagree_opt.aggregators import check_aggregator
 from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.engines.compilation import maybe_compiled
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskMap, scalar_loss
@@ -62,6 +63,7 @@ class Reptile:
             ValueError, TypeError: the tasks are not task-stacked, the loss is not a scalar, the
                 model changes its buffers, or the aggregator refuses the displacements.
         """
+        check_aggregator(aggregator)
         n = check_tasks(params, tasks, "support")
         with statistics_refused():
             displacements, losses = self._displacements(params, tasks, n)

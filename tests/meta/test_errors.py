@@ -98,3 +98,10 @@ def test_grouped_weights_for_meta_sgd():
 def test_an_unknown_signal(without_type_checks):
     with pytest.raises(ValueError, match=r"expected signal to be one of .*'gradients'"):
         ga.MAML(loss_fn, ga.InnerSGD(0.1, 1), signal="gradients")
+
+
+@each_algorithm
+def test_an_aggregator_that_was_not_made(algorithm, without_type_checks):
+    params = CASE.meta(algorithm.learns_rates)
+    with pytest.raises(TypeError, match="found the class GradientAgreement; call it"):
+        algorithm.build(loss_fn, 0.1, 1).step(params, CASE.tasks, ga.GradientAgreement)

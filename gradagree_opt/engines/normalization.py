@@ -1,0 +1,94 @@
+"""Normalization layers where a derivative is taken of a vmap that has taken one already.
+
+There, torch (2.14) differentiates its fused batch, layer and instance normalization wrongly, without
+a word, if their weight differs from task to task: pytorch/functorch#534. With the weight and the
+bias apart, it is right.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+
+class AffineApart(TorchFunctionMode):
+    """Inside the block, normalization is followed by the weight and the bias as two operations.
+
+    >>> import torch
+    >>> x, weight = torch.tensor([[1.0, 3.0]]), torch.tensor([2.0, 5.0])
+    >>> with AffineApart():
+    ...     functional.layer_norm(x, (2,), weight, eps=0.0)
+    tensor([[-2.,  5.]])
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Calls the function, or what stands for it."""
+        return INSTEAD.get(func, func)(*args, **(kwargs or {}))
+
+
+def _layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    return _affine(functional.layer_norm(x, list(normalized_shape), eps=eps), weight, bias)
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    normal = functional.batch_norm(
+        x, running_mean, running_var, None, None, training, momentum, eps
+    )
+    return _affine(normal, _by_channel(weight, x), _by_channel(bias, x))
+
+
+def _instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    normal = functional.instance_norm(
+        x, running_mean, running_var, None, None, use_input_stats, momentum, eps
+    )
+    return _affine(normal, _by_channel(weight, x), _by_channel(bias, x))
+
+
+def _affine(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        normal = normal * weight
+    return normal if bias is None else normal + bias
+
+
+def _by_channel(values: Tensor | None, x: Tensor) -> Tensor | None:
+    """One value for each channel of ``[n, channels, *sizes]``."""
+    return None if values is None else values.reshape(-1, *[1] * (x.ndim - 2))
+
+
+INSTEAD: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    functional.layer_norm: _layer_norm,
+    functional.batch_norm: _batch_norm,
+    functional.instance_norm: _instance_norm,
+}

@@ -1,0 +1,68 @@
+"""Second-order MAML of networks that normalize, in every engine, against a loop."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn.functional import mse_loss
+
+import gradagree_opt as ga
+
+from .loops import maml
+from .problems import assert_same
+from .rules import PAPER
+
+N, SHOTS, LR = 4, 5, 0.4
+TENSORS = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float64}
+LAYERS = {
+    "BatchNorm1d": nn.BatchNorm1d(4, track_running_stats=False),
+    "BatchNorm1d, eval": nn.BatchNorm1d(4).eval(),
+    "LayerNorm": nn.LayerNorm(4),
+    "RMSNorm": nn.RMSNorm(4),
+    "GroupNorm": nn.GroupNorm(2, 4),
+    "InstanceNorm1d": nn.Sequential(
+        nn.Unflatten(1, (2, 2)), nn.InstanceNorm1d(2, affine=True), nn.Flatten()
+    ),
+    "BatchNorm2d": nn.Sequential(
+        nn.Unflatten(1, (2, 2, 1)), nn.BatchNorm2d(2, track_running_stats=False), nn.Flatten()
+    ),
+}
+ENGINES = [
+    ("displacement", "one_backward"),
+    ("displacement", "stacked"),
+    ("displacement", "streamed"),
+    ("gradient", "matrix_free"),
+    ("gradient", "stacked"),
+    ("gradient", "streamed"),
+]
+
+
+def network(layer):
+    module = nn.Sequential(nn.Linear(3, 4), layer, nn.Tanh(), nn.Linear(4, 2)).double()
+    params = {name: torch.randn(p.shape, **TENSORS) + 0.5 for name, p in module.named_parameters()}
+
+    def loss_fn(params, batch):
+        return mse_loss(functional_call(module, params, (batch[0],)), batch[1])
+
+    return params, loss_fn
+
+
+def tasks():
+    return {
+        part: (torch.randn(N, SHOTS, 3, **TENSORS), torch.randn(N, SHOTS, 2, **TENSORS))
+        for part in ("support", "query")
+    }
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize(("signal", "engine"), ENGINES)
+def test_step_equals_the_loop_over_tasks(layer, signal, engine):
+    params, loss_fn = network(layer)
+    batch = tasks()
+    each = [{part: (x[i], y[i]) for part, (x, y) in batch.items()} for i in range(N)]
+    found = [maml(loss_fn, params, task, LR, 2) for task in each]
+    directions = [task.direction for task in found]
+    signals = directions if signal == "gradient" else [task.displacement for task in found]
+    meta = ga.MAML(loss_fn, ga.InnerSGD(LR, 2), signal=signal, engine=engine)
+    result = meta.step(params, batch, PAPER.aggregator)
+    assert_same(result.update, PAPER.combine(signals, directions), tolerance=1e-10)
