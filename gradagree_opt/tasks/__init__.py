@@ -1,8 +1,9 @@
-"""Task distributions: regression on sines, lines and groups; Omniglot; corruption of any."""
+"""Task distributions: regression, Omniglot and mini-ImageNet, and the corruption of any."""
 
 from gradagree_opt.tasks.corrupted import Corrupted
 from gradagree_opt.tasks.grouped import GroupedRegression
 from gradagree_opt.tasks.lines import Lines
+from gradagree_opt.tasks.mini_imagenet import MiniImageNet
 from gradagree_opt.tasks.omniglot import Omniglot
 from gradagree_opt.tasks.protocol import Batch, Split, TaskDistribution
 from gradagree_opt.tasks.sine import Sine
@@ -12,6 +13,7 @@ __all__ = [
     "Corrupted",
     "GroupedRegression",
     "Lines",
+    "MiniImageNet",
     "Omniglot",
     "Sine",
     "Split",

@@ -1,4 +1,4 @@
-"""The one random draw torch lacks: many ordered subsets at once, from a generator."""
+"""The random draws torch lacks: many ordered subsets at once, and examples in random order."""
 
 import torch
 
@@ -25,3 +25,18 @@ def random_subsets(
     if allowed is not None:
         draws.masked_fill_(~allowed.to(draws.device), -1.0)
     return draws.topk(size).indices
+
+
+def in_random_order(
+    rows: Int[torch.Tensor, "n way shots"], generator: torch.Generator
+) -> tuple[Int[torch.Tensor, "n examples"], Int[torch.Tensor, "n examples"]]:
+    """The rows of each task's classes mixed, and for each the number of its class.
+
+    >>> rows = torch.arange(6).view(1, 3, 2)
+    >>> mixed, classes = in_random_order(rows, torch.Generator().manual_seed(0))
+    >>> torch.equal(mixed // 2, classes)
+    True
+    """
+    n_tasks, way, shots = rows.shape
+    order = random_subsets((n_tasks,), way * shots, way * shots, generator).to(rows.device)
+    return rows.flatten(1).gather(1, order), order // shots

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Int
-from gradagree_opt.tasks.draws import random_subsets
+from gradagree_opt.tasks.draws import in_random_order, random_subsets
 from gradagree_opt.tasks.omniglot_files import (
     SIDE,
     SplitScheme,
@@ -230,10 +230,8 @@ class Omniglot:
         }
 
     def _shuffled(self, rows: Int[Tensor, "n way shots"], generator: torch.Generator) -> Batch:
-        n_tasks, way, shots = rows.shape
-        order = random_subsets((n_tasks,), way * shots, way * shots, generator).to(self.device)
-        images = self.images[rows.flatten(1).gather(1, order)]
-        return images.to(self.dtype).div_(255), order // shots
+        mixed, labels = in_random_order(rows, generator)
+        return self.images[mixed].to(self.dtype).div_(255), labels
 
 
 def check_characters(images: Tensor, splits: Tensor, /) -> None:
