@@ -1,8 +1,8 @@
 """Normalization layers where a derivative is taken of a vmap that has taken one already.
 
-There, torch (2.14) differentiates its fused batch, layer and instance normalization wrongly, without
-a word, if their weight differs from task to task: pytorch/functorch#534. With the weight and the
-bias apart, it is right.
+There, torch (2.14) differentiates its fused batch, layer and instance normalization wrongly,
+without a word, if their weight differs from task to task: pytorch/functorch#534. With the weight
+and the bias apart, it is right.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
