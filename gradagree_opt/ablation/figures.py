@@ -27,6 +27,7 @@ AGREEMENT = {
     "update_to_mean": "‖update‖ / ‖mean‖",
     "norm_correlation": "correlation of weight and ‖g‖²",
 }
+LIMITS = {"cancellation": (0.0, 1.0), "norm_correlation": (-1.05, 1.05)}
 HOPELESS = 10  # times the loss before training is off the scale
 
 
@@ -146,6 +147,7 @@ def agreement(results: Results) -> Figure:
     for axes, (entry, label) in zip(panels.flat, shown.items(), strict=False):
         draw_diagnostic(axes, results, entry)
         axes.set_ylabel(label)
+        axes.set_ylim(*LIMITS.get(entry, axes.get_ylim()))
     for axes in panels.flat[len(shown) :]:
         axes.remove()
     for axes in panels.flat[max(0, len(shown) - 3) : len(shown)]:

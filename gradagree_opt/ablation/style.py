@@ -7,7 +7,13 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import (
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+    StrMethodFormatter,
+)
 
 from gradagree_opt.ablation.study import Study
 
@@ -25,6 +31,7 @@ STYLE: Any = {
     "legend.fontsize": 8,
     "legend.frameon": False,
     "legend.handlelength": 3,
+    "axes.formatter.useoffset": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "lines.linewidth": 1.4,
@@ -63,10 +70,14 @@ def looks(study: Study) -> dict[str, Look]:
 
 
 def plain_log(axes: Axes, shown: Sequence[float]) -> None:
-    """A vertical log axis for positive values, with 1, 2 and 5 of each decade as plain numbers."""
+    """A vertical log axis for positive values, its labels plain numbers."""
     axes.set_yscale("log")
     axes.set_ylim(0.8 * min(shown), 1.25 * max(shown))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    if max(shown) > 4 * min(shown):
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    else:  # too little of a decade for its 1, 2 and 5
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
