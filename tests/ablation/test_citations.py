@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from gradagree_opt.ablation.citations import bibtex, entries, methods_text
 from gradagree_opt.ablation.loading import load, shipped
 from gradagree_opt.ablation.methods import Method
 from gradagree_opt.ablation.recorded import Config, read_config
-from gradagree_opt.ablation.study import MAMLForm, OmniglotTasks, SineTasks
+from gradagree_opt.ablation.study import MAMLForm, OmniglotTasks, SineTasks, Study
 from gradagree_opt.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +70,7 @@ def test_every_reference_is_whole() -> None:
         required = {"title", "author"} | {
             "article": {"journal", "volume", "year"},
             "inproceedings": {"booktitle", "year"},
+            "book": {"publisher", "year"},
             "misc": set(),
         }[fields["entry"]]
         assert required <= fields.keys() and all(fields.values())
@@ -115,6 +117,27 @@ def test_drawings_bring_omniglot_and_its_split(config: Config) -> None:
     drawings = {"lake2015human", "vinyals2016matching"}
     assert cited(changed) == {"eshratifar2018gradient", "nichol2018first"} | drawings
     assert "7-way classification" in methods_text(changed)
+
+
+def test_real_groups_bring_the_source_of_their_data(config: Config) -> None:
+    tasks = SimpleNamespace(kind="grouped", dataset="Milk", support_shots=5)
+    changed = with_study(config, tasks=tasks)
+    assert cited(changed) >= {"diggle1994analysis"}
+    assert "data set Milk of R [@diggle1994analysis], a group a task" in methods_text(changed)
+
+
+def test_corrupted_tasks_are_owned_up_to(config: Config) -> None:
+    corruption = SimpleNamespace(kind="shuffled_labels", fraction=0.25)
+    text = methods_text(with_study(config, corruption=corruption))
+    assert "a share of 0.25 was corrupted (shuffled labels)." in text
+    assert "corrupted" not in methods_text(config)
+
+
+def test_no_section_of_a_study_is_forgotten() -> None:
+    template = Path(citations.__file__).parent / "templates" / "methods.md.j2"
+    silent = {"name", "title", "quick", "compile"}  # the numbers do not depend on them
+    for section in Study.model_fields.keys() - silent:
+        assert f"study.{section}" in template.read_text(), section
 
 
 def test_adam_is_cited_where_it_is_used(config: Config) -> None:
