@@ -9,7 +9,7 @@ def troubled(diagnostics: Diagnostics, /, *, finite: bool, agreement: bool) -> b
     """Whether :func:`verify` raises: one host synchronisation, or none if nothing is asked for."""
     checks = []
     if finite:
-        checks += [diagnostics.nonfinite.any(), ~torch.isfinite(diagnostics.update_norm)]
+        checks += [diagnostics.nonfinite.any(), (~torch.isfinite(diagnostics.update_norm)).any()]
     if agreement:
         checks.append(diagnostics.degenerate.any())
     return bool(checks) and bool(torch.stack(checks).any())

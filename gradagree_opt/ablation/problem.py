@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 import gradagree_opt as ga
 from gradagree_opt.ablation.distributions import corrupted, data_tensors, distributions
+from gradagree_opt.ablation.grouping import OuterStep, is_compiled
 from gradagree_opt.ablation.models import (
     BatchFunction,
     Params,
@@ -35,7 +36,7 @@ class Problem:
     Attributes:
         training: Tasks that the meta-learner is trained on.
         evaluation: Tasks of the test protocol, drawn for validation and for the test.
-        learner: The meta-learner that is trained.
+        outer_step: Trains a group of runs.
         evaluator: Adapts with the same inner rate, each step on the whole support set.
         loss: What training lowers and what outer rates are chosen by.
         score: What the test reports: the loss in regression, the accuracy for classes.
@@ -45,7 +46,7 @@ class Problem:
     training: TaskDistribution
     evaluation: TaskDistribution
     module: nn.Module
-    learner: ga.Reptile | ga.MAML
+    outer_step: OuterStep
     evaluator: ga.Reptile
     loss: BatchFunction
     score: BatchFunction
@@ -64,17 +65,17 @@ def build_problem(study: Study, data: Path | None) -> Problem:
             inner,
             first_order=study.form.first_order,
             signal=study.form.signal,
-            compile=study.compile,
         )
     else:
-        learner = ga.Reptile(loss, inner, compile=study.compile)
+        learner = ga.Reptile(loss, inner)
     training, evaluation = distributions(study, data)
     if study.corruption is not None:
         training = corrupted(study, study.corruption, training)
     chunk = PHOTOGRAPHS if isinstance(study.tasks, MiniImageNetTasks) else None
     score = loss if study.way is None else batch_accuracy(module)
     evaluator = ga.Reptile(loss, whole)
-    return Problem(training, evaluation, module, learner, evaluator, loss, score, chunk)
+    outer_step = OuterStep(learner, study.outer.optimizer, is_compiled(study))
+    return Problem(training, evaluation, module, outer_step, evaluator, loss, score, chunk)
 
 
 def data_digest(problem: Problem) -> str | None:

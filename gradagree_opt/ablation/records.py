@@ -37,7 +37,8 @@ class Run(BaseModel):
         """A hash of everything that determines the result, and of nothing else.
 
         A method's name, the other methods, rates and seeds are not part of it: a study can grow
-        without its finished runs being done again.
+        without its finished runs being done again. A study that decides by itself whether to
+        compile has the keys of one that does not.
         """
         content = study.model_dump(
             mode="json",
@@ -49,7 +50,6 @@ class Run(BaseModel):
                 "outer": {"optimizer", "schedule"},
                 "iterations": True,
                 "meta_batch": True,
-                "compile": True,
                 "tuning": {"tasks", "steps"},
                 "test": True,
                 "corruption": True,
@@ -58,6 +58,7 @@ class Run(BaseModel):
         if study.corruption is None:
             del content["corruption"]  # a key later than the first records, absent from theirs
         content |= self.model_dump(mode="json", exclude={"method": {"name"}})
+        content |= {"compile": study.compile is True}
         content |= {"format": FORMAT, "data": data}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 

@@ -136,7 +136,7 @@ class Study(Section):
     corruption: CorruptionSection | None = None
     iterations: PositiveInt
     meta_batch: PositiveInt
-    compile: bool = False
+    compile: Literal["auto", True, False] = "auto"
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
     tuning: Tuning
     test: Test

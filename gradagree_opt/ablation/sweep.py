@@ -1,15 +1,17 @@
 """The runs of a study: every method tuned on the same candidate rates, then run on every seed."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from gradagree_opt.ablation.grouping import group_size, groups
 from gradagree_opt.ablation.parallel import Report, execute
 from gradagree_opt.ablation.problem import Problem, build_problem, data_digest
 from gradagree_opt.ablation.records import DamagedRecordError, Run, RunRecord, Store
 from gradagree_opt.ablation.study import Study
-from gradagree_opt.ablation.training import train_run
+from gradagree_opt.ablation.training import train_runs
 
 Label: TypeAlias = tuple[str, float, int]
 
@@ -87,7 +89,9 @@ class Sweep:
     ) -> None:
         self.study, self.data, self.warn = study, data, warn
         self.store = Store(folder)
-        self.digest = data_digest(build_problem(study, data))
+        problem = build_problem(study, data)
+        self.digest = data_digest(problem)
+        self.group_size = group_size(study, problem.module)
         self.records: dict[Label, RunRecord] = {}
 
     @property
@@ -121,8 +125,9 @@ class Sweep:
                 self.records[run.label] = record
                 report(self.study.iterations)
         job = Job(self.study, self.store, self.data, self.digest)
-        for record in execute(job, missing, jobs, report):
-            self.records[record.run.label] = record
+        largest = min(self.group_size, math.ceil(len(missing) / jobs))
+        for records in execute(job, groups(missing, largest), jobs, report):
+            self.records |= {record.run.label: record for record in records}
 
     def finished(self, run: Run) -> RunRecord | None:
         try:
@@ -135,7 +140,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker process needs to do a run and record it."""
+    """What a worker process needs to do a group of runs and record them."""
 
     study: Study
     store: Store
@@ -145,7 +150,8 @@ class Job:
     def prepare(self) -> Problem:
         return build_problem(self.study, self.data)
 
-    def perform(self, problem: Problem, run: Run, report: Report) -> RunRecord:
-        record, params = train_run(self.study, problem, run, report)
-        self.store.write(run.key(self.study, self.digest), record, params)
-        return record
+    def perform(self, problem: Problem, runs: list[Run], report: Report) -> list[RunRecord]:
+        trained = train_runs(self.study, problem, runs, report)
+        for record, params in trained:
+            self.store.write(record.run.key(self.study, self.digest), record, params)
+        return [record for record, _ in trained]

@@ -1,4 +1,4 @@
-"""One run: train a method at one outer rate from one seed, validate on the way, test at the end."""
+"""A group of runs: train a method from its seeds at its outer rates, validate, test at the end."""
 
 import math
 import time
@@ -8,94 +8,130 @@ from contextlib import contextmanager
 import torch
 import torch._dynamo
 
+from gradagree_opt.ablation.grouping import select, stack
 from gradagree_opt.ablation.models import Params, generator, initial_params
 from gradagree_opt.ablation.problem import Problem, TrainingTasks, evaluation_tasks, scores_after
 from gradagree_opt.ablation.records import CurvePoint, Run, RunRecord
 from gradagree_opt.ablation.study import Study
-from gradagree_opt.adapters.plain import train
-from gradagree_opt.meta import MetaStep
+from gradagree_opt.diagnostics import Diagnostics
 
 CURVE_POINTS = 20
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
 
-def train_run(
-    study: Study, problem: Problem, run: Run, report: Callable[[int], None]
-) -> tuple[RunRecord, Params]:
-    """Trains one run.
+def train_runs(
+    study: Study, problem: Problem, runs: list[Run], report: Callable[[int], None]
+) -> list[tuple[RunRecord, Params]]:
+    """Trains runs of one method together; what each finds is what it finds alone, up to rounding.
 
     Everything is drawn from generators seeded by the run's seed and the purpose alone, so all
     methods and rates of a seed start from the same parameters and see the same tasks in the same
     order.
 
     Args:
-        report: Called now and then with the number of outer steps since its last call.
+        report: Called now and then with the number of outer steps since its last call, those of
+            all runs together.
 
     Returns:
-        The record, and the trained parameters.
+        The record of each run, with its share of the seconds, and the trained parameters.
     """
     start = time.perf_counter()
     with run_settings():
-        params = {
-            name: leaf.requires_grad_() for name, leaf in initial_params(study, run.seed).items()
-        }
-        curve = fit(study, problem, run, params, report)
-        report(study.iterations - curve[-1].iteration)
-        finite = math.isfinite(curve[-1].loss)
-        scores = test(study, problem, params, run.seed) if finite else {}
-    record = RunRecord(
-        run=run,
-        validation=curve[-1].loss if finite else math.inf,
-        test={step: scores.get(step, math.inf) for step in study.test.steps},
-        curve=curve,
-        seconds=time.perf_counter() - start,
-    )
-    return record, params
+        trainings = fit(study, problem, runs, report)
+        scores = [training.test() for training in trainings]
+    seconds = (time.perf_counter() - start) / len(runs)
+    return [
+        (training.record(tested, seconds), training.params)
+        for training, tested in zip(trainings, scores, strict=True)
+    ]
+
+
+class Training:
+    """One run on its way: its learning curve up to where it overflows, and its parameters there."""
+
+    def __init__(self, study: Study, problem: Problem, run: Run, params: Params) -> None:
+        self.study, self.problem, self.run = study, problem, run
+        self.validation = evaluation_tasks(problem, study.tuning.tasks, "validation", run.seed)
+        self.curve: list[CurvePoint] = []
+        self.look(0, params, {})
+
+    def look(self, done: int, params: Params, diagnostics: dict[str, float]) -> None:
+        """Adds the point of the curve after the outer steps that are done."""
+        steps = self.study.tuning.steps
+        scores = scores_after(self.problem, self.problem.loss, params, self.validation, [steps])
+        loss = scores[steps].mean().item()
+        self.curve.append(CurvePoint(iteration=done, loss=loss, diagnostics=diagnostics))
+        self.params = params
+
+    @property
+    def diverged(self) -> bool:
+        return not math.isfinite(self.curve[-1].loss)
+
+    def test(self) -> dict[int, float]:
+        """The mean score over unseen tasks after each number of gradient steps."""
+        steps = self.study.test.steps
+        if self.diverged:
+            return dict.fromkeys(steps, math.inf)
+        tasks = evaluation_tasks(self.problem, self.study.test.tasks, "test", self.run.seed)
+        scores = scores_after(self.problem, self.problem.score, self.params, tasks, steps)
+        return {step: values.mean().item() for step, values in scores.items()}
+
+    def record(self, tested: dict[int, float], seconds: float) -> RunRecord:
+        validation = math.inf if self.diverged else self.curve[-1].loss
+        return RunRecord(
+            run=self.run, validation=validation, test=tested, curve=self.curve, seconds=seconds
+        )
 
 
 def fit(
-    study: Study, problem: Problem, run: Run, params: Params, report: Callable[[int], None]
-) -> list[CurvePoint]:
-    """Trains the parameters in place and returns the learning curve, up to where it overflows."""
-    optimizer = OPTIMIZERS[study.outer.optimizer](list(params.values()), lr=run.rate)
-    validation = evaluation_tasks(problem, study.tuning.tasks, "validation", run.seed)
+    study: Study, problem: Problem, runs: list[Run], report: Callable[[int], None]
+) -> list[Training]:
+    """Trains until every run has done its outer steps or has diverged.
+
+    The row of a diverged run is computed on, since a smaller group would be another program, but
+    no longer looked at.
+    """
+    initial = [initial_params(study, run.seed) for run in runs]
+    trainings = [
+        Training(study, problem, run, params) for run, params in zip(runs, initial, strict=True)
+    ]
     every = max(1, study.iterations // CURVE_POINTS)
-
-    def validation_loss() -> float:
-        steps = study.tuning.steps
-        scores = scores_after(problem, problem.loss, params, validation, [steps])
-        return scores[steps].mean().item()
-
-    curve = [CurvePoint(iteration=0, loss=validation_loss(), diagnostics={})]
-
-    def after_step(iteration: int, step: MetaStep) -> bool:
-        done = iteration + 1
-        if study.outer.schedule == "linear":
-            optimizer.param_groups[0]["lr"] = run.rate * (1 - done / study.iterations)
+    reported = 0
+    for done, (params, diagnostics) in enumerate(outer_steps(study, problem, runs, initial), 1):
         if done % every and done != study.iterations:
-            return False
-        report(done - curve[-1].iteration)
-        loss = validation_loss()
-        curve.append(CurvePoint(iteration=done, loss=loss, diagnostics=step.diagnostics.log()))
-        return not math.isfinite(loss)
-
-    train(
-        problem.learner,
-        params,
-        TrainingTasks(study, problem, run.seed),
-        optimizer,
-        run.method.build(generator(run.seed, "weights")),
-        iterations=study.iterations,
-        callback=after_step,
-    )
-    return curve
+            continue
+        for row, training in enumerate(trainings):
+            if training.diverged:
+                continue
+            training.look(done, select(params, row), select(diagnostics, row).log())
+            report((study.iterations if training.diverged else done) - reported)
+        reported = done
+        if all(training.diverged for training in trainings):
+            break
+    return trainings
 
 
-def test(study: Study, problem: Problem, params: Params, seed: int) -> dict[int, float]:
-    """The mean score over unseen tasks after each number of gradient steps."""
-    tasks = evaluation_tasks(problem, study.test.tasks, "test", seed)
-    scores = scores_after(problem, problem.score, params, tasks, study.test.steps)
-    return {step: values.mean().item() for step, values in scores.items()}
+def outer_steps(
+    study: Study, problem: Problem, runs: list[Run], initial: list[Params]
+) -> Iterator[tuple[Params, Diagnostics]]:
+    """The parameters and the diagnostics after each outer step, their leaves ``[runs, *shape]``."""
+    sources = {run.seed: TrainingTasks(study, problem, run.seed) for run in runs}
+    aggregators = [run.method.build(generator(run.seed, "weights")) for run in runs]
+    rates = torch.tensor([run.rate for run in runs])
+    params = stack(initial)
+    state = problem.outer_step.initial(initial)
+    for iteration in range(study.iterations):
+        tasks = {seed: source(iteration) for seed, source in sources.items()}
+        draws = [aggregator.draw(study.meta_batch) for aggregator in aggregators]
+        left = 1 - iteration / study.iterations if study.outer.schedule == "linear" else 1.0
+        params, state, aggregation = problem.outer_step(
+            aggregators[0],
+            params,
+            state,
+            rates * left,
+            stack([tasks[run.seed] for run in runs]),
+            None if draws[0] is None else stack(draws),
+        )
+        yield params, aggregation.diagnostics
 
 
 @contextmanager

@@ -31,7 +31,8 @@ class AffineApart(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Calls the function, or what stands for it."""
-        return INSTEAD.get(func, func)(*args, **(kwargs or {}))
+        function: Callable[..., Any] = INSTEAD.get(func, func)
+        return function(*args, **(kwargs or {}))
 
 
 def _layer_norm(

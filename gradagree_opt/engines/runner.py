@@ -93,6 +93,14 @@ class Runner:
                 raise
             raise _explained(error, last, n) from error
 
+    def unchecked(
+        self, params: PyTree, tasks: PyTree, aggregator: Aggregator, draws: Tensor | None, /
+    ) -> Aggregation:
+        """The aggregation by the engine that suits best, not looked at and with no other tried."""
+        name = self._candidates(params, task_count(tasks, "tasks"), aggregator)[0]
+        aggregation, _ = self._engines[name](params, tasks, aggregator, draws)
+        return aggregation
+
     def _run(
         self,
         name: str,

@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from gradagree_opt.aggregation import Aggregator
+from gradagree_opt.aggregation import Aggregation, Aggregator
 from gradagree_opt.aggregators import check_aggregator
 from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap, scalar_loss
@@ -81,6 +81,17 @@ class MAML:
         with statistics_refused():
             run = self._run(params, tasks, aggregator)
         return meta_step(run.aggregation, run.losses, run.engine)
+
+    def aggregate_unchecked(
+        self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /, *, draws: Tensor | None
+    ) -> Aggregation:
+        """:meth:`step` without its checks and its losses: runs under vmap and torch.compile.
+
+        Args:
+            params, tasks, aggregator: as for :meth:`step`.
+            draws: result of :meth:`Aggregator.draw` for the tasks.
+        """
+        return self._run.unchecked(params, tasks, aggregator, draws)
 
     def adapt(self, params: PyTree, support: PyTree, /, *, steps: int | None = None) -> PyTree:
         """Parameters adapted to the support set of one task, in ``steps`` inner steps."""

@@ -11,7 +11,7 @@ from gradagree_opt.engines.compilation import maybe_compiled
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskMap, scalar_loss
 from gradagree_opt.meta.inner import InnerLoop
 from gradagree_opt.meta.steps import MetaStep, check_tasks, meta_step
-from gradagree_opt.stacks import PyTree
+from gradagree_opt.stacks import PyTree, task_count
 
 
 class Reptile:
@@ -70,6 +70,18 @@ class Reptile:
         aggregation = self._aggregate(aggregator, displacements, aggregator.draw(n))
         aggregator.verify(aggregation)
         return meta_step(aggregation, losses.detach(), "stacked")
+
+    def aggregate_unchecked(
+        self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /, *, draws: Tensor | None
+    ) -> Aggregation:
+        """:meth:`step` without its checks and its losses: runs under vmap and torch.compile.
+
+        Args:
+            params, tasks, aggregator: as for :meth:`step`.
+            draws: result of :meth:`Aggregator.draw` for the tasks.
+        """
+        displacements, _ = self._displacements_of(params, tasks, task_count(tasks, "tasks"))
+        return _aggregate(aggregator, displacements, draws)
 
     def adapt(self, params: PyTree, support: PyTree, /, *, steps: int | None = None) -> PyTree:
         """Parameters adapted to the support set of one task, in ``steps`` inner steps."""

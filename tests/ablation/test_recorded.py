@@ -34,7 +34,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("a run is trained")
 
-    monkeypatch.setattr(sweep_module, "train_run", fail)
+    monkeypatch.setattr(sweep_module, "train_runs", fail)
 
 
 def test_every_artefact_is_rebuilt_to_the_bit_without_training(

@@ -1,5 +1,6 @@
 """Records: what a run's key depends on, and what becomes of files that were cut off."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gradagree_opt.ablation.records import (
     write_atomically,
 )
 from gradagree_opt.ablation.study import CorruptionSection, Study
+from gradagree_opt.ablation.sweep import final_runs, tuning_runs
 
 RUN = Run(method=Method(name="mean", aggregator="mean"), rate=0.5, seed=3)
 RECORD = RunRecord(
@@ -85,6 +87,33 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
         write_atomically(path, b"new")
     assert [file.name for file in tmp_path.iterdir()] == ["table.md"]
     assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("name", "quick", "digest"),
+    [
+        ("sine", False, "b8de72c3a06402f08042"),
+        ("sine", True, "5fbb3a1726e65bb6b88f"),
+        ("sine-maml", False, "9ab9d0764e55a858f0d5"),
+        ("sine-maml", True, "641074e0eea4e9ba4b90"),
+        ("omniglot", False, "5064ed76d89f5f60ea85"),
+        ("omniglot", True, "56e67ac0123a2930c24a"),
+    ],
+)
+def test_the_keys_of_the_shipped_studies_are_those_of_the_runs_recorded_so_far(
+    name: str, quick: bool, digest: str
+) -> None:
+    study = load(name, quick=quick)
+    rates = {method.name: study.outer.rates[1] for method in study.methods}
+    keys = [run.key(study, None) for run in tuning_runs(study) + final_runs(study, rates)]
+    assert hashlib.sha256("".join(keys).encode()).hexdigest()[:20] == digest
+
+
+def test_a_study_that_decides_about_compilation_has_the_keys_of_one_that_does_not_compile(
+    study: Study,
+) -> None:
+    assert study.compile == "auto"
+    assert RUN.key(study, None) == RUN.key(study.model_copy(update={"compile": False}), None)
 
 
 @pytest.mark.parametrize(

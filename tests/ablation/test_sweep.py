@@ -39,13 +39,13 @@ def without_seconds(results: Results) -> dict[Label, dict[str, object]]:
 def done(monkeypatch: pytest.MonkeyPatch) -> list[Label]:
     """The runs that are really done in this process, as they are."""
     labels: list[Label] = []
-    train_run = sweep_module.train_run
+    train_runs = sweep_module.train_runs
 
     def spy(*arguments: object) -> object:
-        labels.append(arguments[2].label)  # type: ignore[attr-defined]
-        return train_run(*arguments)  # type: ignore[arg-type]
+        labels.extend(run.label for run in arguments[2])  # type: ignore[attr-defined]
+        return train_runs(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(sweep_module, "train_run", spy)
+    monkeypatch.setattr(sweep_module, "train_runs", spy)
     return labels
 
 

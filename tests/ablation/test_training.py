@@ -9,7 +9,7 @@ import torch
 
 from gradagree_opt.ablation.loading import load
 from gradagree_opt.ablation.methods import Method
-from gradagree_opt.ablation.models import initial_params, predict
+from gradagree_opt.ablation.models import Params, initial_params, predict
 from gradagree_opt.ablation.problem import (
     Problem,
     Tasks,
@@ -19,9 +19,9 @@ from gradagree_opt.ablation.problem import (
     evaluation_tasks,
     scores_after,
 )
-from gradagree_opt.ablation.records import Run
+from gradagree_opt.ablation.records import Run, RunRecord
 from gradagree_opt.ablation.study import CorruptionSection, Study
-from gradagree_opt.ablation.training import train_run
+from gradagree_opt.ablation.training import train_runs
 from gradagree_opt.tasks import TaskDistribution
 
 
@@ -33,6 +33,12 @@ class Altered:
 
     def sample(self, n_tasks: int, *, split: Any = "train", generator: torch.Generator) -> Tasks:
         return self.alter(self.base.sample(n_tasks, split=split, generator=generator), split)
+
+
+def train_run(
+    study: Study, problem: Problem, run: Run, report: Callable[[int], None]
+) -> tuple[RunRecord, Params]:
+    return train_runs(study, problem, [run], report)[0]
 
 
 def run_of(study: Study, index: int = 0, *, rate: float = 0.5, seed: int = 3) -> Run:

@@ -1,0 +1,150 @@
+"""Runs of one method trained together, as one more vmapped axis of one program."""
+
+import math
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+import gradagree_opt as ga
+from gradagree_opt.ablation.models import Params
+from gradagree_opt.ablation.optimizers import OPTIMIZERS, State
+from gradagree_opt.ablation.records import Run
+from gradagree_opt.ablation.study import Study
+from gradagree_opt.aggregation import Aggregation
+from gradagree_opt.engines.compilation import maybe_compiled
+from gradagree_opt.stacks import PyTree
+from gradagree_opt.tasks import Batch
+
+Result: TypeAlias = tuple[Params, State, Aggregation]
+
+LARGEST_GROUP = 8
+CACHE_BYTES = 2**20
+"""Stacks of gradients in a processor's cache: up to there, more runs in a group are faster."""
+
+COMPILED_ITERATIONS = 2000
+"""Outer steps from which on the compilation takes less time than it saves."""
+
+
+def groups(runs: list[Run], largest: int) -> list[list[Run]]:
+    """The runs in groups of one method and of about the same size, in the order of the runs."""
+    by_method: dict[str, list[Run]] = {}
+    for run in runs:
+        by_method.setdefault(run.method.name, []).append(run)
+    return [
+        same[len(same) * part // parts : len(same) * (part + 1) // parts]
+        for same in by_method.values()
+        for parts in [math.ceil(len(same) / largest)]
+        for part in range(parts)
+    ]
+
+
+def group_size(study: Study, module: nn.Module) -> int:
+    """How many runs together are fastest, by the size of a run's stack of gradients."""
+    stack = study.meta_batch * sum(p.numel() * p.element_size() for p in module.parameters())
+    return max(1, min(LARGEST_GROUP, CACHE_BYTES // stack))
+
+
+def is_compiled(study: Study) -> bool:
+    """What the study says, or whether a training is long enough for its compilation."""
+    if study.compile != "auto":
+        return study.compile
+    return study.iterations >= COMPILED_ITERATIONS and has_compiler()
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile finds the C++ compiler that it needs."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError:
+        return False
+    return True
+
+
+def stack(rows: list[PyTree]) -> PyTree:
+    """Rows of one structure, every leaf with the runs as its first axis."""
+    return tree_map(lambda *leaves: torch.stack(leaves), *rows)
+
+
+def select(rows: PyTree, row: int) -> PyTree:
+    """One of the rows that :func:`stack` has stacked."""
+    return tree_map(lambda leaf: leaf[row], rows)
+
+
+class OuterStep:
+    """One outer step of a group of runs: each row computes what its run computes alone.
+
+    Args:
+        learner: The meta-learner of one run.
+        optimizer: Name of the outer optimizer of one run.
+        compiled: Whether the step is compiled, once for each method and size of group.
+    """
+
+    def __init__(self, learner: ga.Reptile | ga.MAML, optimizer: str, compiled: bool) -> None:
+        self.learner = learner
+        self.optimizer = OPTIMIZERS[optimizer]
+        self._step = maybe_compiled(self._all_rows, compiled)
+
+    def initial(self, params: list[Params]) -> State:
+        """The optimizer's state before the first step, from the parameters of each run."""
+        state: State = stack([self.optimizer.initial(row) for row in params])
+        return state
+
+    def __call__(
+        self,
+        aggregator: ga.Aggregator,
+        params: Params,
+        state: State,
+        rates: Tensor,
+        tasks: dict[str, Batch],
+        draws: Tensor | None,
+    ) -> Result:
+        """New parameters, new state and the aggregations, their leaves ``[runs, *shape]``.
+
+        Args:
+            aggregator: Of the runs' method.
+            params: ``[runs, *shape]``.
+            state: Of the optimizer.
+            rates: Outer rates ``[runs]``.
+            tasks: Leaves ``[runs, n, *shape]``.
+            draws: The random numbers ``[runs, n]`` of a method that has some.
+
+        Raises:
+            ValueError: A policy of the aggregator for bad tasks is to raise, and there are some.
+        """
+        params, state, aggregation = self._step(aggregator, params, state, rates, tasks, draws)
+        if not aggregator.is_sound(aggregation):
+            for row in range(len(rates)):
+                aggregator.verify(select(aggregation, row))
+        return params, state, aggregation
+
+    def _all_rows(
+        self,
+        aggregator: ga.Aggregator,
+        params: Params,
+        state: State,
+        rates: Tensor,
+        tasks: dict[str, Batch],
+        draws: Tensor | None,
+    ) -> Result:
+        result: Result = torch.vmap(
+            partial(self._row, aggregator), in_dims=(0, 0, 0, 0, None if draws is None else 0)
+        )(params, state, rates, tasks, draws)
+        return result
+
+    def _row(
+        self,
+        aggregator: ga.Aggregator,
+        params: Params,
+        state: State,
+        rate: Tensor,
+        tasks: dict[str, Batch],
+        draws: Tensor | None,
+    ) -> Result:
+        aggregation = self.learner.aggregate_unchecked(params, tasks, aggregator, draws=draws)
+        params, state = self.optimizer.step(params, aggregation.update, state, rate)
+        return params, state, aggregation

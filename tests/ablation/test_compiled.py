@@ -1,0 +1,77 @@
+"""Studies compiled: the same numbers, one program for a method, and none made twice."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from gradagree_opt.ablation.methods import Method
+from gradagree_opt.ablation.models import Params
+from gradagree_opt.ablation.problem import Problem, build_problem
+from gradagree_opt.ablation.records import Run
+from gradagree_opt.ablation.study import MAMLForm, Study
+from gradagree_opt.ablation.training import train_runs
+
+pytestmark = pytest.mark.compiled
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.fixture
+def without_code_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captures and differentiates the whole graph, and runs it by PyTorch's own kernels."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+
+def train(study: Study, problem: Problem, runs: list[Run]) -> list[Params]:
+    return [params for _, params in train_runs(study, problem, runs, lambda _: None)]
+
+
+def runs_of(method: Method, *labels: tuple[float, int]) -> list[Run]:
+    return [Run(method=method, rate=rate, seed=seed) for rate, seed in labels]
+
+
+def assert_compiled_is_eager(study: Study, runs: list[Run]) -> None:
+    compiled = study.model_copy(update={"compile": True})
+    found = train(compiled, build_problem(compiled, None), runs)
+    eager = study.model_copy(update={"compile": False})
+    expected = train(eager, build_problem(eager, None), runs)
+    assert counters["stats"]["unique_graphs"] == 1
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_group_is_the_eager_one(study: Study) -> None:
+    assert_compiled_is_eager(study, runs_of(study.methods[1], (0.5, 3), (0.25, 3), (0.5, 5)))
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_so_is_a_captured_one_of_maml_with_adam(
+    study: Study, index: int, without_code_generation: None
+) -> None:
+    outer = study.outer.model_copy(update={"optimizer": "adam"})
+    study = study.model_copy(update={"form": MAMLForm(kind="maml"), "outer": outer})
+    assert_compiled_is_eager(study, runs_of(study.methods[index], (0.01, 3), (0.002, 5)))
+
+
+def test_a_program_serves_all_groups_of_its_method_and_size(
+    study: Study, without_code_generation: None
+) -> None:
+    study = study.model_copy(update={"compile": True})
+    problem = build_problem(study, None)
+    graphs = []
+    for index, labels in (
+        (2, [(0.5, 3), (0.25, 5)]),
+        (2, [(0.125, 7), (1.0, 9)]),
+        (1, [(0.5, 3), (0.25, 5)]),
+        (2, [(0.5, 1), (0.25, 1)]),
+        (2, [(0.5, 1)]),
+    ):
+        train(study, problem, runs_of(study.methods[index], *labels))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1, 1, 2, 2, 3]

@@ -1,0 +1,200 @@
+"""Runs trained together against runs trained one by one, by torch.optim and the plain loop."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from gradagree_opt.adapters import plain
+
+import gradagree_opt as ga
+from gradagree_opt.ablation.loading import load
+from gradagree_opt.ablation.methods import Method
+from gradagree_opt.ablation.models import (
+    Params,
+    batch_loss,
+    build_module,
+    generator,
+    initial_params,
+)
+from gradagree_opt.ablation.problem import Problem, Tasks, TrainingTasks, build_problem
+from gradagree_opt.ablation.records import Run
+from gradagree_opt.ablation.study import MAMLForm, ReptileForm, Study
+from gradagree_opt.ablation.training import train_runs
+from gradagree_opt.tasks import TaskDistribution
+
+METHODS = [
+    *load("sine").methods,
+    Method(name="softmax", aggregator="gradient_agreement", options={"normalization": "softmax"}),
+    Method(name="leaf", aggregator="gradient_agreement", options={"scope": "leaf"}),
+    Method(name="drop", aggregator="gradient_agreement", options={"nonfinite": "drop"}),
+]
+FORMS = {
+    "Reptile": ReptileForm(kind="reptile"),
+    "MAML": MAMLForm(kind="maml"),
+    "FOMAML": MAMLForm(kind="maml", first_order=True),
+    "MAML on gradients": MAMLForm(kind="maml", signal="gradient"),
+}
+RATES = {"sgd": (0.02, 0.01, 0.005), "adam": (0.01, 0.002, 0.004)}
+
+
+class Doubled:
+    """A distribution in float64, in which two ways to compute one thing hardly part."""
+
+    def __init__(self, base: TaskDistribution) -> None:
+        self.base = base
+
+    def sample(self, n_tasks: int, *, split: Any = "train", generator: torch.Generator) -> Tasks:
+        tasks = self.base.sample(n_tasks, split=split, generator=generator)
+        return {part: (x.double(), y.double()) for part, (x, y) in tasks.items()}
+
+
+@pytest.fixture(autouse=True)
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def problem_of(study: Study) -> Problem:
+    problem = build_problem(study, None)
+    return replace(
+        problem, training=Doubled(problem.training), evaluation=Doubled(problem.evaluation)
+    )
+
+
+def ignore(_: int) -> None:
+    pass
+
+
+def runs_of(method: Method, rates: tuple[float, ...]) -> list[Run]:
+    """Runs that differ in outer rate and seed, two of them of one seed."""
+    seeds = (3, 5, 5, 7)
+    return [
+        Run(method=method, rate=rate, seed=seed) for rate, seed in zip(rates, seeds, strict=False)
+    ]
+
+
+def variant(study: Study, form: str, optimizer: str, **changes: object) -> Study:
+    outer = study.outer.model_copy(update={"optimizer": optimizer})
+    return study.model_copy(update={"form": FORMS[form], "outer": outer, **changes})
+
+
+def one_by_one(study: Study, run: Run) -> tuple[Params, dict[str, float]]:
+    """The trained parameters and the last diagnostics, by the loop that the README shows."""
+    loss = batch_loss(study, build_module(study))
+    inner = ga.InnerSGD(study.inner.lr, study.inner.steps, batch_size=study.inner.batch_size)
+    form = study.form
+    learner = (
+        ga.MAML(loss, inner, first_order=form.first_order, signal=form.signal)
+        if isinstance(form, MAMLForm)
+        else ga.Reptile(loss, inner)
+    )
+    params = {name: leaf.requires_grad_() for name, leaf in initial_params(study, run.seed).items()}
+    kind = torch.optim.SGD if study.outer.optimizer == "sgd" else torch.optim.Adam
+    optimizer = kind(list(params.values()), lr=run.rate)
+    linear = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, study.iterations)
+    last: list[dict[str, float]] = []
+
+    def after_step(_: int, step: Any) -> None:
+        linear.step()
+        last[:] = [step.diagnostics.log()]
+
+    tasks = TrainingTasks(study, problem_of(study), run.seed)
+    aggregator = run.method.build(generator(run.seed, "weights"))
+    plain.train(
+        learner,
+        params,
+        tasks,
+        optimizer,
+        aggregator,
+        iterations=study.iterations,
+        callback=after_step,
+    )
+    return params, last[0]
+
+
+def assert_same_params(found: Params, expected: Params) -> None:
+    assert found.keys() == expected.keys()
+    for name, leaf in found.items():
+        torch.testing.assert_close(leaf, expected[name].detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", RATES)
+@pytest.mark.parametrize("form", ["Reptile", "MAML"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_runs_trained_together_are_the_runs_trained_one_by_one(
+    study: Study, method: Method, form: str, optimizer: str
+) -> None:
+    study = variant(study, form, optimizer)
+    runs = runs_of(method, RATES[optimizer])
+    trained = train_runs(study, problem_of(study), runs, ignore)
+    for run, (record, params) in zip(runs, trained, strict=True):
+        expected, diagnostics = one_by_one(study, run)
+        assert record.run == run
+        assert_same_params(params, expected)
+        assert record.curve[-1].diagnostics == pytest.approx(diagnostics, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("form", ["FOMAML", "MAML on gradients"])
+def test_so_are_they_in_the_other_forms(study: Study, form: str) -> None:
+    study = variant(study, form, "adam")
+    runs = runs_of(METHODS[1], RATES["adam"])
+    for run, (_, params) in zip(
+        runs, train_runs(study, problem_of(study), runs, ignore), strict=True
+    ):
+        assert_same_params(params, one_by_one(study, run)[0])
+
+
+@pytest.mark.parametrize("index", [1, 8])
+def test_the_records_of_a_group_are_those_of_each_run_alone(study: Study, index: int) -> None:
+    study = study.model_copy(update={"iterations": 40})
+    problem, runs = problem_of(study), runs_of(METHODS[index], RATES["sgd"])
+    together = train_runs(study, problem, runs, ignore)
+    for run, (record, params) in zip(runs, together, strict=True):
+        [(alone, params_alone)] = train_runs(study, problem, [run], ignore)
+        assert record.validation == pytest.approx(alone.validation, rel=1e-9)
+        assert record.test == pytest.approx(alone.test, rel=1e-9)
+        assert [point.iteration for point in record.curve] == list(range(0, 41, 2))
+        for point, other in zip(record.curve, alone.curve, strict=True):
+            assert (point.iteration, point.loss) == pytest.approx(
+                (other.iteration, other.loss), rel=1e-9
+            )
+            assert point.diagnostics == pytest.approx(other.diagnostics, rel=1e-9, abs=1e-12)
+        assert_same_params(params, params_alone)
+
+
+@pytest.mark.parametrize("form", ["Reptile", "MAML"])
+def test_a_run_that_diverges_ends_alone(study: Study, form: str) -> None:
+    study = variant(study, form, "sgd", iterations=60)
+    problem = problem_of(study)
+    steps: list[int] = []
+    lost, kept = runs_of(METHODS[1], (1e30, 0.25))
+    together = train_runs(study, problem, [lost, kept], steps.append)
+    assert sum(steps) == 2 * study.iterations
+    [(alone, params)] = train_runs(study, problem, [kept], ignore)
+    assert math.isfinite(alone.validation)
+    assert together[1][0].validation == pytest.approx(alone.validation, rel=1e-9)
+    assert_same_params(together[1][1], params)
+    [(diverged, remains)] = train_runs(study, problem, [lost], ignore)
+    assert repr(together[0][0].curve[-1].loss) == repr(diverged.curve[-1].loss)
+    assert [p.iteration for p in together[0][0].curve] == [p.iteration for p in diverged.curve]
+    assert diverged.curve[-1].iteration < study.iterations
+    assert together[0][0].test == diverged.test == dict.fromkeys(study.test.steps, math.inf)
+    for name, leaf in together[0][1].items():
+        torch.testing.assert_close(leaf, remains[name], equal_nan=True)
+
+
+def test_a_method_that_is_to_raise_raises_in_a_group_too(study: Study) -> None:
+    method = Method(name="strict", aggregator="mean", options={"nonfinite": "raise"})
+    with pytest.raises(ValueError, match=r"found NaN or inf in tasks \[0, 1, 2\]"):
+        train_runs(study, problem_of(study), runs_of(method, (0.25, 1e30)), ignore)
+
+
+def test_the_seconds_are_shared_among_the_runs(study: Study) -> None:
+    runs = runs_of(METHODS[0], RATES["sgd"])
+    records = [r for r, _ in train_runs(study, problem_of(study), runs, ignore)]
+    assert len({record.seconds for record in records}) == 1
+    assert records[0].seconds > 0
