@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import pairwise, zip_longest
 from typing import TypeAlias
 
 import torch
@@ -29,16 +30,22 @@ COMPILED_ITERATIONS = 2000
 
 
 def groups(runs: list[Run], largest: int) -> list[list[Run]]:
-    """The runs in groups of one method and of about the same size, in the order of the runs."""
+    """The runs in groups of one method and of about the same size.
+
+    The methods take turns: processes that start together compile different programs.
+    """
     by_method: dict[str, list[Run]] = {}
     for run in runs:
         by_method.setdefault(run.method.name, []).append(run)
-    return [
-        same[len(same) * part // parts : len(same) * (part + 1) // parts]
-        for same in by_method.values()
-        for parts in [math.ceil(len(same) / largest)]
-        for part in range(parts)
-    ]
+    turns = zip_longest(*(even_parts(same, largest) for same in by_method.values()))
+    return [group for turn in turns for group in turn if group]
+
+
+def even_parts(runs: list[Run], largest: int) -> list[list[Run]]:
+    """As few parts as can be, that differ by one run at most."""
+    count = math.ceil(len(runs) / largest)
+    bounds = [len(runs) * part // count for part in range(count + 1)]
+    return [runs[start:end] for start, end in pairwise(bounds)]
 
 
 def group_size(study: Study, module: nn.Module) -> int:

@@ -36,6 +36,14 @@ def test_groups_are_of_one_method_of_even_size_and_leave_no_run_out(
     assert all(run.method == group[0].method for group in found for run in group)
 
 
+def test_the_methods_take_turns(study: Study) -> None:
+    runs = [Run(method=m, rate=1.0, seed=seed) for m in study.methods for seed in range(5)]
+    runs += [Run(method=study.methods[1], rate=0.5, seed=0)]
+    found = [group[0].method for group in groups(runs, 3)]
+    assert found == [*study.methods, *study.methods]
+    assert [len(group) for group in groups(runs, 3)] == [2, 3, 2, 3, 3, 3]
+
+
 @pytest.mark.parametrize(("name", "size"), [("sine", 6), ("sine-maml", 5), ("omniglot", 1)])
 def test_small_networks_are_trained_together_and_convolutional_ones_alone(
     name: str, size: int

@@ -138,6 +138,23 @@ def test_a_record_that_was_cut_off_is_named_and_its_run_alone_done_again(
     assert without_seconds(again) == without_seconds(before)
 
 
+@pytest.mark.parametrize(
+    ("jobs", "sizes"), [(1, [2, 2, 2]), (3, [2, 2, 2]), (4, [2, 2, 2]), (6, [1] * 6)]
+)
+def test_runs_are_trained_together_as_long_as_every_process_has_some(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int, sizes: list[int]
+) -> None:
+    found: list[list[Run]] = []
+
+    def spy(_job: object, tasks: list[list[Run]], *_: object) -> list[list[RunRecord]]:
+        found.extend(tasks)
+        return [[record(run, 0.0) for run in runs] for runs in tasks]
+
+    monkeypatch.setattr(sweep_module, "execute", spy)
+    Sweep(study, tmp_path, None, ignore).complete(tuning_runs(study), jobs, ignore)
+    assert [len(runs) for runs in found] == sizes
+
+
 def test_processes_give_what_one_process_gives(study: Study, tmp_path: Path) -> None:
     steps: list[int] = []
     alone = Sweep(study, tmp_path / "alone", None, ignore).run(1, ignore)
