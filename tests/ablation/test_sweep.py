@@ -141,7 +141,7 @@ def test_a_record_that_was_cut_off_is_named_and_its_run_alone_done_again(
 @pytest.mark.parametrize(
     ("jobs", "sizes"), [(1, [2, 2, 2]), (3, [2, 2, 2]), (4, [2, 2, 2]), (6, [1] * 6)]
 )
-def test_runs_are_trained_together_as_long_as_every_process_has_some(
+def test_more_processes_train_smaller_groups(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int, sizes: list[int]
 ) -> None:
     found: list[list[Run]] = []
