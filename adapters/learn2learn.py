@@ -184,9 +184,10 @@ def _check_adaptable(learner: Any, loss: Tensor) -> None:
 class Tasksets:
     """learn2learn's tasksets as a :class:`gradagree_opt.tasks.TaskDistribution`.
 
-    Its tasks come task-stacked, for ``meta.step`` and ``plain.train``. All randomness of a
-    task, in learn2learn's transforms and torchvision's too, follows from the generator, and the
-    global generators are left as they were. A taskset of ``num_tasks`` has no others.
+    Its tasks come task-stacked, for ``meta.step``, ``plain.train`` and studies (kind learn2learn).
+    All randomness of a task, in learn2learn's transforms and torchvision's too, follows from the
+    generator, and the global generators are left as they were. A taskset of ``num_tasks`` has no
+    others.
 
     Args:
         train, validation, test: tasksets of one task shape each; ``Tasksets(*tasksets)`` takes

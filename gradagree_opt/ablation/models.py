@@ -9,14 +9,21 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from gradagree_opt.ablation.study import MLP, Conv4, GroupedTasks, MiniImageNetTasks, Study
+from gradagree_opt.ablation.study import (
+    DRAWING,
+    MLP,
+    Conv4,
+    GroupedTasks,
+    Learn2LearnTasks,
+    MiniImageNetTasks,
+    Study,
+)
 from gradagree_opt.tasks import Batch
 from gradagree_opt.tasks.grouped import DATASETS
 
 Params = dict[str, Tensor]
 BatchFunction = Callable[[Params, Batch], Tensor]
 
-DRAWING = 28 * 28
 PHOTOGRAPH = 3 * 84 * 84
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
@@ -35,6 +42,8 @@ def input_size(study: Study) -> int:
     """The numbers in one example."""
     if isinstance(study.tasks, GroupedTasks):
         return len(DATASETS[study.tasks.dataset].inputs)
+    if isinstance(study.tasks, Learn2LearnTasks):
+        return study.tasks.inputs
     sizes = {"sine": 1, "omniglot": DRAWING, "mini-imagenet": PHOTOGRAPH}
     return sizes[study.tasks.kind]
 

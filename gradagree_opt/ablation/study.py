@@ -17,6 +17,8 @@ from gradagree_opt.ablation.methods import LocatedError, Method
 from gradagree_opt.tasks.corrupted import Corruption
 from gradagree_opt.tasks.grouped import Dataset
 
+DRAWING = 28 * 28
+
 
 class StudyError(ValueError):
     """A mistake in a study file, an option or an output folder, told in one sentence."""
@@ -45,6 +47,24 @@ class OmniglotTasks(Section):
 
 class MiniImageNetTasks(Section):
     kind: Literal["mini-imagenet"]
+    way: Annotated[int, Field(ge=2)] = 5
+    support_shots: PositiveInt
+    query_shots: PositiveInt = 1
+
+
+class Learn2LearnTasks(Section):
+    """Tasksets of learn2learn, made by a function of the user's.
+
+    ``tasksets`` names it as ``module:function``, in a module that Python finds from the current
+    folder. It is called as ``learn2learn.vision.benchmarks.get_tasksets`` is: with ``train_ways``,
+    ``train_samples``, ``test_ways``, ``test_samples``, ``root`` (the --data, where there is some)
+    and the ``options``, and gives the training, validation and test taskset.
+    """
+
+    kind: Literal["learn2learn"]
+    tasksets: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+    options: dict[str, bool | int | float | str] = {}
+    inputs: PositiveInt = DRAWING
     way: Annotated[int, Field(ge=2)] = 5
     support_shots: PositiveInt
     query_shots: PositiveInt = 1
@@ -127,7 +147,8 @@ class Study(Section):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     title: str
     tasks: Annotated[
-        SineTasks | GroupedTasks | OmniglotTasks | MiniImageNetTasks, Field(discriminator="kind")
+        SineTasks | GroupedTasks | OmniglotTasks | MiniImageNetTasks | Learn2LearnTasks,
+        Field(discriminator="kind"),
     ]
     model: Annotated[MLP | Conv4, Field(discriminator="kind")]
     form: Annotated[ReptileForm | MAMLForm, Field(discriminator="kind")]
@@ -172,6 +193,8 @@ class Study(Section):
         if self.way is None and self.model.kind == "conv4":
             message = f"a conv4 model needs drawings; {self.tasks.kind} tasks have numbers"
             raise LocatedError(message, "model")
+        if self.model.kind == "conv4" and getattr(self.tasks, "inputs", DRAWING) != DRAWING:
+            raise LocatedError(f"a conv4 model needs drawings of {DRAWING} numbers", "model")
         if self.way is not None and self.corruption and self.corruption.foreign:
             raise LocatedError("there are no foreign tasks for drawings", "corruption", "foreign")
         return self

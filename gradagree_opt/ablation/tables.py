@@ -34,6 +34,7 @@ MEASURES = {
     ),
     "omniglot": ACCURACY,
     "mini-imagenet": ACCURACY,
+    "learn2learn": ACCURACY,
 }
 EDGE = "†"
 ADJUSTED_P = "p (Holm)"

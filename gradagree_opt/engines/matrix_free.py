@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from gradagree_opt.aggregation import Aggregation, Aggregator, Measured
 from gradagree_opt.annotations import Float
@@ -16,6 +16,7 @@ from gradagree_opt.stacks import PyTree, or_one, row_magnitudes, task_count, tre
 from gradagree_opt.statistics import Statistics
 
 Losses = Callable[[PyTree], Tensor]
+Pullback = Callable[[PyTree], tuple[PyTree]]
 
 
 def matrix_free_refusal(aggregator: Aggregator, task_loss: TaskLoss, /) -> str | None:
@@ -46,38 +47,71 @@ def matrix_free(
 
     One backward pass gives Σ g_j, one Jacobian-vector product along it every s_i, one backward
     pass of the weighted loss the update. The norms of single gradients stay unknown: diagnostics
-    that need them are NaN. Chunks of the tasks hold their graphs one after the other, for one more
-    forward pass.
+    that need them are NaN. Where Σ g_j is made of rounding, the update is zero. Chunks of the tasks
+    hold their graphs one after the other, for one more forward pass.
 
     Source: PAPER, "the row sums without the N×d matrix".
     """
     n = task_count(tasks, "tasks")
     chunks = _chunks(task_loss, tasks, n)
-    losses, total = _weighted_gradient(chunks, params, torch.ones(n))
-    scale = or_one(row_magnitudes([leaf.unsqueeze(0) for leaf in tree_leaves(total)]).squeeze(0))
-    direction = tree_map(lambda leaf: leaf / scale.to(leaf.dtype), total)
+    losses, leaves, structure = _losses_and_sum(chunks, params, n)
+    scale = or_one(row_magnitudes([leaf.unsqueeze(0) for leaf in leaves]).squeeze(0))
+    norm = tree_norm(leaves)
+    _replace_each(leaves, lambda leaf: leaf / scale.to(leaf.dtype))
     products = Rows(n)
     for chunk in chunks:
-        products.append(_jacobian_times(chunk.losses, params, direction))
+        products.append(chunk.times(params, tree_unflatten(leaves, structure)))
+    leaves.clear()
     row_sums = products.stack.to(scale.dtype) / scale
     measured = _measured(row_sums, losses, scale, draws)
 
     def weighted(weights: Tensor, _: list[int] | None) -> PyTree:
-        return _weighted_gradient(chunks, params, weights)[1]
-
-    def uniform(weights: Tensor, _: list[int] | None) -> PyTree:
-        return tree_map(lambda leaf: leaf * weights[0].to(leaf.dtype), total)
+        update: PyTree = None
+        for chunk, part in zip(chunks, torch.split(weights, chunks[0].n), strict=True):
+            update = _plus(update, chunk.weighted_gradient(params, part.to(losses)))
+        return update
 
     aggregation = aggregator.apply(measured, weighted, signal_is_direction=True)
-    nothing = measured.statistics._replace(row_sums=torch.zeros_like(row_sums))
-    fallback = aggregator.apply(
-        measured._replace(statistics=nothing), uniform, signal_is_direction=True
-    )
     # Σ g_j made of rounding gives scores of rounding, and an update of the gradients' own length.
     rounding = 8 * torch.finfo(losses.dtype).eps * n**1.5
-    cancelled = tree_norm(total) <= rounding * tree_norm(aggregation.update)
+    cancelled = norm <= rounding * aggregation.diagnostics.update_norm
+    nothing = measured.statistics._replace(row_sums=torch.zeros_like(row_sums))
+    fallback = aggregator.apply(
+        measured._replace(statistics=nothing),
+        lambda weights, _: weights.new_zeros(1),
+        signal_is_direction=True,
+    )
     degenerate = cancelled & fallback.diagnostics.degenerate
-    return tree_map(lambda a, b: torch.where(degenerate, a, b), fallback, aggregation), losses
+    rest = tree_map(
+        lambda a, b: torch.where(degenerate, a, b), tuple(fallback[1:]), tuple(aggregation[1:])
+    )
+    leaves, structure = tree_flatten(aggregation.update)
+    del aggregation
+    _replace_each(leaves, lambda leaf: torch.where(degenerate, leaf.new_zeros(()), leaf))
+    return Aggregation(tree_unflatten(leaves, structure), *rest), losses
+
+
+def _losses_and_sum(
+    chunks: "list[_Chunk]", params: PyTree, n: int
+) -> tuple[Tensor, list[Tensor], TreeSpec]:
+    """Losses ``[n]`` and Σ g_i, flat; the chunks hold their graphs one after the other."""
+    rows = Rows(n)
+    total: PyTree = None
+    for chunk in chunks:
+        losses, part = chunk.losses_and_sum(params)
+        rows.append(losses)
+        total = _plus(total, part)
+    return rows.stack, *tree_flatten(total)
+
+
+def _plus(total: PyTree, part: PyTree) -> PyTree:
+    return part if total is None else tree_map(torch.add, total, part)
+
+
+def _replace_each(leaves: list[Tensor], function: Callable[[Tensor], Tensor]) -> None:
+    """Other leaves in the list, each in the memory that the one before it has left."""
+    for index, leaf in enumerate(leaves):
+        leaves[index] = function(leaf)
 
 
 class _Chunk:
@@ -96,7 +130,8 @@ class _Chunk:
         self._tasks = tasks
         self._keep = keep
         self._state = state
-        self._kept: tuple[Tensor, Callable[[Tensor], tuple[PyTree]]] | None = None
+        self._backward: Pullback | None = None
+        self._transposed: Pullback | None = None
 
     def losses(self, params: PyTree) -> Tensor:
         """Losses ``[n]`` of the tasks."""
@@ -110,31 +145,40 @@ class _Chunk:
             )
         return losses
 
-    def weighted_gradient(self, params: PyTree, weights: Tensor) -> tuple[Tensor, PyTree]:
-        """Losses ``[n]``, and Σ w_i g_i."""
-        losses, backward = self._kept or _pullback(self.losses, params)
-        if self._keep:
-            self._kept = losses, backward
-        return losses.detach(), backward(weights.to(losses))[0]
+    def losses_and_sum(self, params: PyTree) -> tuple[Tensor, PyTree]:
+        """Losses ``[n]``, and Σ g_i."""
+        losses, backward = _pullback(self.losses, params)
+        ones = torch.ones_like(losses)
+        if not self._keep:
+            return losses.detach(), backward(ones)[0]
+        self._backward = backward
+        try:
+            total, self._transposed = _transpose(backward, ones)
+        except RuntimeError:  # a model without second derivatives
+            total = backward(ones)[0]
+        return losses.detach(), total
+
+    def times(self, params: PyTree, direction: PyTree) -> Tensor:
+        """J · direction ``[n]``, by the graph of the first pass where it was kept."""
+        transposed, self._transposed = self._transposed, None
+        if transposed is None:
+            return _jacobian_times(self.losses, params, direction)
+        try:
+            product: Tensor = transposed(direction)[0]
+        except RuntimeError:
+            product = _jacobian_times(self.losses, params, direction)
+        return product
+
+    def weighted_gradient(self, params: PyTree, weights: Tensor) -> PyTree:
+        """Σ w_i g_i."""
+        backward = self._backward or _pullback(self.losses, params)[1]
+        return backward(weights)[0]
 
 
 def _chunks(task_loss: TaskLoss, tasks: PyTree, n: int) -> list[_Chunk]:
     parts = task_loss.map.split(tasks, n)
     state = RandomState(tasks) if task_loss.map.randomness == "same" else None
     return [_Chunk(task_loss, part, keep=len(parts) == 1, state=state) for part in parts]
-
-
-def _weighted_gradient(
-    chunks: list[_Chunk], params: PyTree, weights: Tensor
-) -> tuple[Tensor, PyTree]:
-    """Losses and Σ w_i g_i over all chunks, which hold their graphs one after the other."""
-    rows = Rows(len(weights))
-    total: PyTree = None
-    for chunk, part in zip(chunks, torch.split(weights, chunks[0].n), strict=True):
-        losses, gradient = chunk.weighted_gradient(params, part)
-        rows.append(losses)
-        total = gradient if total is None else tree_map(torch.add, total, gradient)
-    return rows.stack, total
 
 
 def _measured(row_sums: Tensor, losses: Tensor, scale: Tensor, draws: Tensor | None) -> Measured:
@@ -156,19 +200,17 @@ def _jacobian_times(losses_of: Losses, params: PyTree, direction: PyTree) -> Ten
     try:
         product: Tensor = torch.func.jvp(losses_of, (params,), (direction,))[1]
     except RuntimeError:  # NotImplementedError is one
-        losses = losses_of(params).detach()
-
-        def gradient_of(cotangent: Tensor) -> PyTree:
-            return _pullback(losses_of, params)[1](cotangent)[0]
-
-        # Jᵀ v is linear in v, so that its own vjp is J.
-        product = _pullback(gradient_of, torch.ones_like(losses))[1](direction)[0]
+        losses, backward = _pullback(losses_of, params)
+        product = _transpose(backward, torch.ones_like(losses))[1](direction)[0]
     return product
 
 
-def _pullback(
-    function: Callable[..., PyTree], at: PyTree
-) -> tuple[PyTree, Callable[[PyTree], tuple[PyTree]]]:
+def _transpose(backward: Pullback, weights: Tensor) -> tuple[PyTree, Pullback]:
+    """Σ w_i g_i, and J: the sum is linear in the weights, so that its own vjp is the Jacobian."""
+    return _pullback(lambda weights: backward(weights)[0], weights)
+
+
+def _pullback(function: Callable[..., PyTree], at: PyTree) -> tuple[PyTree, Pullback]:
     """torch.func.vjp of one argument."""
     result = torch.func.vjp(function, at)
     return result[0], result[1]

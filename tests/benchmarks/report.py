@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .case_growth import BAR
+from .case_study import BAR_MINUTES, LONG, SHORT
 
 PACKAGES = ("torch", "jax", "learn2learn", "higher", "torchopt", "torchjd")
 INTRODUCTION = """# Benchmarks
@@ -45,7 +46,12 @@ def machine() -> dict[str, str]:
 
 def section(name: str, result: dict[str, Any]) -> str:
     lines = [f"## {name.replace('_', ' ')}", "", result["title"] + ".", ""]
-    lines += growth(result["growth"]) if "growth" in result else contestants(result)
+    if "growth" in result:
+        lines += growth(result["growth"])
+    elif "study" in result:
+        lines += study(result["study"])
+    else:
+        lines += contestants(result)
     return "\n".join([*lines, ""])
 
 
@@ -72,6 +78,16 @@ def bar_line(bar: dict[str, Any], memory: dict[str, int]) -> str:
 
 def marked(found: float, at_most: float) -> str:
     return f"{found:.3g}" if found <= at_most else f"**{found:.3g}**"
+
+
+def study(found: dict[str, Any]) -> list[str]:
+    cold, short, long = (f"{found['seconds'][name]:.0f} s" for name in ("cold", "short", "long"))
+    head = f"{SHORT} iterations, and compiling | {SHORT} iterations | {LONG} iterations"
+    return [
+        f"| {head} | full study (minutes), at most {BAR_MINUTES} |",
+        "|---|---|---|---|",
+        f"| {cold} | {short} | {long} | {marked(found['minutes'], BAR_MINUTES)} |",
+    ]
 
 
 def growth(found: dict[str, Any]) -> list[str]:

@@ -141,3 +141,30 @@ def test_compiled_still_raises_for_a_nonfinite_task():
         ga.aggregate_gradients(
             model.loss_fn, model.params, (x, y), ga.GradientAgreement(), compile=True
         )
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("degenerate", ["uniform", "zero"])
+def test_matrix_free_sees_that_gradients_cancel_by_rounding(chunk_size, degenerate):
+    x = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    tasks = torch.cat([x, -x]) / 3
+    result = ga.aggregate_gradients(
+        lambda w, x: (torch.sin(w) * x).sum(),
+        torch.linspace(-1, 1, 50),
+        tasks,
+        ga.GradientAgreement(degenerate=degenerate),
+        engine="matrix_free",
+        chunk_size=chunk_size,
+    )
+    assert result.diagnostics.degenerate
+    assert torch.equal(result.weights, torch.full((6,), 1 / 6 if degenerate == "uniform" else 0.0))
+    assert torch.equal(result.update, torch.zeros(50))
+
+
+def test_matrix_free_raises_where_gradients_cancel_if_asked_to():
+    tasks = torch.tensor([[1.0], [-1.0]])
+    aggregator = ga.GradientAgreement(degenerate="raise")
+    with pytest.raises(ValueError, match="found scores that cancel to zero"):
+        ga.aggregate_gradients(
+            lambda w, x: (w * x).sum(), torch.ones(1), tasks, aggregator, engine="matrix_free"
+        )

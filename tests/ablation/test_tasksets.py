@@ -1,0 +1,124 @@
+"""A study of learn2learn's tasksets, made by a function that the study file names."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from gradagree_opt.ablation.loading import load
+from gradagree_opt.ablation.problem import build_problem, data_digest
+from gradagree_opt.ablation.study import Learn2LearnTasks, StudyError
+from gradagree_opt.cli import app
+
+from .conftest import WriteStudy
+
+pytest.importorskip("learn2learn", reason="learn2learn is not installed")
+
+MODULE = '''
+import learn2learn as l2l
+import torch
+from learn2learn.data.transforms import FusedNWaysKShots, LoadData, RemapLabels
+
+def make(train_ways, train_samples, test_ways, test_samples, shift=0.0, root=None):
+    """Points around a place of each class; the classes of the parts are far from one another."""
+    def taskset(first, ways, samples):
+        labels = (first + torch.arange(6)).repeat_interleave(9)
+        places = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(54, 2, generator=torch.Generator().manual_seed(first))
+        x = 100 * first + shift + places[labels] + 0.01 * noise
+        data = l2l.data.MetaDataset(torch.utils.data.TensorDataset(x, labels))
+        transforms = [
+            FusedNWaysKShots(data, n=ways, k=samples),
+            LoadData(data),
+            RemapLabels(data, shuffle=False),
+        ]
+        return l2l.data.Taskset(data, transforms)
+    return (
+        taskset(0, train_ways, train_samples),
+        taskset(10, test_ways, test_samples),
+        taskset(20, test_ways, test_samples),
+    )
+
+nothing = None
+'''
+TASKS = {
+    "kind": "learn2learn",
+    "tasksets": "points:make",
+    "inputs": 2,
+    "way": 3,
+    "support_shots": 2,
+    "query_shots": 3,
+}
+CHANGES = {
+    "name": "points",
+    "inner": {"lr": 0.02, "steps": 2},
+    "test": {"tasks": 12, "support_shots": 5, "query_shots": 4, "steps": [0, 1, 2]},
+}
+
+
+@pytest.fixture(autouse=True)
+def _module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "points.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def test_training_and_test_have_their_own_shots_and_splits(write_study: WriteStudy) -> None:
+    problem = build_problem(load(str(write_study(tasks=TASKS, **CHANGES))), None)
+    for distribution, split, place, support, query in (
+        (problem.training, "train", 0, 6, 9),
+        (problem.evaluation, "validation", 1000, 15, 12),
+        (problem.evaluation, "test", 2000, 15, 12),
+    ):
+        tasks = distribution.sample(4, split=split, generator=torch.Generator().manual_seed(1))
+        assert tasks["support"][0].shape == (4, support, 2)
+        assert tasks["query"][0].shape == (4, query, 2)
+        assert all((x - place).abs().max() < 10 for x, _ in tasks.values())
+        assert sorted(tasks["query"][1][0].tolist()) == sorted([0, 1, 2] * (query // 3))
+
+
+def test_options_reach_the_function_and_other_data_has_another_digest(
+    write_study: WriteStudy,
+) -> None:
+    digests = [
+        data_digest(build_problem(load(str(write_study(tasks=tasks, **CHANGES))), None))
+        for tasks in (TASKS, TASKS, TASKS | {"options": {"shift": 1.0}})
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_study_runs_from_the_command(write_study: WriteStudy, tmp_path: Path) -> None:
+    path = write_study(tasks=TASKS, **CHANGES)
+    out = tmp_path / "out"
+    arguments = ["ablate", str(path), "--out", str(out), "--jobs", "1"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "accuracy in %" in (out / "table.md").read_text()
+    assert "learn2learn" in (out / "methods.md").read_text()
+    assert "arnold2020learn2learn" in (out / "references.bib").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasksets": "absent:make"}, "No module named 'absent'"),
+        ({"tasksets": "points:absent"}, "has no attribute 'absent'"),
+        ({"tasksets": "points:nothing"}, "not callable"),
+        ({"options": {"colour": 1}}, "unexpected keyword argument 'colour'"),
+    ],
+)
+def test_what_is_wrong_with_the_function_is_told_in_one_sentence(
+    write_study: WriteStudy, changes: dict[str, object], message: str
+) -> None:
+    study = load(str(write_study(tasks=TASKS | changes, **CHANGES)))
+    assert isinstance(study.tasks, Learn2LearnTasks)
+    with pytest.raises(StudyError, match=message) as caught:
+        build_problem(study, None)
+    assert str(caught.value).startswith(f"the tasksets of {study.tasks.tasksets}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_convolutional_network_needs_drawings(write_study: WriteStudy) -> None:
+    with pytest.raises(StudyError, match="a conv4 model needs drawings of 784 numbers"):
+        load(str(write_study(tasks=TASKS, model={"kind": "conv4"}, **CHANGES)))
