@@ -12,7 +12,7 @@ from gradagree_opt.engines.losses import TaskLoss
 from gradagree_opt.engines.normalization import AffineApart
 from gradagree_opt.engines.random_state import RandomState
 from gradagree_opt.engines.rows import Rows
-from gradagree_opt.stacks import PyTree, or_one, row_magnitudes, task_count, tree_norm
+from gradagree_opt.stacks import PyTree, or_one, task_count, tree_norm
 from gradagree_opt.statistics import Statistics
 
 Losses = Callable[[PyTree], Tensor]
@@ -55,8 +55,8 @@ def matrix_free(
     n = task_count(tasks, "tasks")
     chunks = _chunks(task_loss, tasks, n)
     losses, leaves, structure = _losses_and_sum(chunks, params, n)
-    scale = or_one(row_magnitudes([leaf.unsqueeze(0) for leaf in leaves]).squeeze(0))
     norm = tree_norm(leaves)
+    scale = or_one(norm)
     _replace_each(leaves, lambda leaf: leaf / scale.to(leaf.dtype))
     products = Rows(n)
     for chunk in chunks:
