@@ -97,11 +97,13 @@ class TaskLoss:
             differentiation; the signal is an empty tuple where it is the gradient of the loss.
         signal_is_gradient: whether it is.
         map: applies a function to every task.
+        adapts: whether every task has parameters of its own, so that n · d numbers are held anyway.
     """
 
     function: Callable[[PyTree, PyTree], tuple[Tensor, tuple[PyTree, Tensor]]]
     signal_is_gradient: bool = True
     map: TaskMap = field(default_factory=TaskMap)
+    adapts: bool = False
 
     @classmethod
     def plain(cls, loss_fn: LossFn, map: TaskMap) -> "TaskLoss":

@@ -31,8 +31,8 @@ ENGINES: dict[str, Callable[..., tuple[Aggregation, Tensor]]] = {
     "one_backward": one_backward,
 }
 
-STACK_BYTES = 2**26
-"""Size of all gradients together from which on "auto" prefers not to hold them."""
+STACK_BYTES = 2**24
+"""Size of all gradients together from which on not to hold them is faster as well."""
 
 
 class Run(NamedTuple):
@@ -128,12 +128,9 @@ class Runner:
                     f"{refusals[self.engine]}; take engine='stacked'"
                 )
             return [self.engine]
-        order = ["one_backward", "stacked", "streamed"]
-        if (
-            n * sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(params))
-            > STACK_BYTES
-        ):
-            order = ["one_backward", "matrix_free", "stacked", "streamed"]
+        size = n * sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(params))
+        sparing = size > STACK_BYTES and not self.task_loss.adapts
+        order = ["one_backward", *["matrix_free"] * sparing, "stacked", "streamed"]
         return [name for name in order if refusals[name] is None]
 
 

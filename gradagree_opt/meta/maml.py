@@ -62,7 +62,7 @@ class MAML:
         self.first_order = first_order
         self.signal = signal
         task_map = TaskMap(chunk_size, randomness)
-        task_loss = TaskLoss(self._query_loss, signal == "gradient", task_map)
+        task_loss = TaskLoss(self._query_loss, signal == "gradient", task_map, adapts=True)
         self._run = Runner(task_loss, engine, compile)
 
     def step(self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /) -> MetaStep:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import gradagree_opt as ga
+from gradagree_opt.engines import runner
 
 from .loops import ALGORITHMS
 from .problems import assert_same, loss_fn, problem
@@ -96,3 +97,9 @@ def test_chunks_do_not_change_reptile(chunk_size, rule):
     algorithm = ALGORITHMS["Reptile"]
     result = step(algorithm, rule.aggregator, chunk_size=chunk_size)
     assert_equals_loop(result, algorithm, rule)
+
+
+def test_auto_holds_the_stack_in_maml_whose_tasks_have_parameters_of_their_own(monkeypatch):
+    monkeypatch.setattr(runner, "STACK_BYTES", 0)
+    result = step(ALGORITHMS["MAML on gradients"], PAPER.aggregator)
+    assert result.engine == "stacked"
