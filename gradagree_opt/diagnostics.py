@@ -22,8 +22,8 @@ class Diagnostics(NamedTuple):
         cancellation: ‖Σ g_i‖ / Σ ‖g_i‖ of the signals: 1 where they point one way, 0 where they
             cancel; NaN from an engine that does not know the ‖g_i‖, as the correlation below.
         update_norm: ‖update‖.
-        update_to_mean: ‖update‖ / ‖mean direction‖; NaN where the directions are not the signal,
-            since their mean is never formed.
+        update_to_mean: ‖update‖ / ‖mean direction‖; NaN where the mean is zero, or the directions
+            are not the signal, since their mean is never formed.
         norm_correlation: Pearson correlation of w_i with ‖g_i‖²; NaN where either is constant.
         degenerate: whether the scores cancelled and the fallback weights were used.
         nonfinite: the tasks ``[n]`` with a NaN or infinite entry; left out if the policy is "drop".
@@ -86,7 +86,7 @@ def diagnose(
         effective_tasks=size.square() / torch.where(squares > 0, squares, 1.0),
         cancellation=total / or_one(lengths),
         update_norm=update_norm,
-        update_to_mean=update_norm / mean_norm,
+        update_to_mean=torch.where(mean_norm > 0, update_norm / mean_norm, torch.nan),
         norm_correlation=(centred * centred_norms).sum(-1) / spread,
         degenerate=decision.degenerate,
         nonfinite=nonfinite,

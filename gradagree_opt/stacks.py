@@ -164,9 +164,13 @@ def column_blocks(
 def unit_scaled(
     matrix: Float[Tensor, "n columns"], /
 ) -> tuple[Float[Tensor, "n columns"], Float[Tensor, ""]]:
-    """The matrix in units of its largest finite entry, and that entry (0 where all are zero)."""
+    """The matrix in units of its scale, and the scale (0 where all entries are zero).
+
+    That is the power of two below the largest finite entry, so that nothing is rounded.
+    """
     size = _absolute_maxima(matrix).nan_to_num(0.0, 0.0, 0.0).amax()
-    return matrix / or_one(size), size
+    scale = size / (2 * or_one(torch.frexp(size).mantissa))
+    return matrix / or_one(scale), scale
 
 
 def row_magnitudes(leaves: Sequence[Tensor], /) -> Float[Tensor, " n"]:

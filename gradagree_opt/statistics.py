@@ -35,7 +35,8 @@ class Statistics(NamedTuple):
             no weighting asked for it.
         finite: False for the tasks with a NaN or infinite entry.
         active: False for the tasks that get weight 0 whatever the weighting.
-        scale: largest absolute entry of the signals, or 1: where all are zero, or none was needed.
+        scale: power of two at most as large as the largest absolute entry of the signals, or 1:
+            where all are zero, or none was needed.
         draws: positive random numbers, for the weightings that need them.
         gramian: g_i · g_j, in units of scale², or None where no weighting asked for it.
     """
