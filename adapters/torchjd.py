@@ -12,7 +12,7 @@ from gradagree_opt import weightings
 from gradagree_opt.aggregation import Aggregation, Combine, Measured
 from gradagree_opt.aggregation import Aggregator as OurAggregator
 from gradagree_opt.frameworks import require
-from gradagree_opt.stacks import PyTree
+from gradagree_opt.stacks import PyTree, or_one
 from gradagree_opt.statistics import Statistics, from_gramian
 
 require("torchjd")
@@ -163,7 +163,7 @@ def from_torchjd(
 
     Args:
         aggregator: as ``torchjd.aggregation.UPGrad()``.
-        scale_free: give it the Gramian in units of the signal's largest entry, so that its
+        scale_free: give it the Gramian in units of the task with the largest norm, so that its
             ``norm_eps`` and the like mean the same for small signals as for large ones. None:
             True, but for FairGrad, NashMTL and PCD, whose weights are defined by the units.
         match_norm: rescale the update to the norm of the "mean" update or of "agreement"'s.
@@ -211,14 +211,15 @@ class OfGramian:
     def __call__(self, statistics: Statistics, /) -> weightings.Decision:
         assert statistics.gramian is not None
         active = statistics.active.nonzero().flatten()
-        gramian = statistics.gramian[active][:, active]
-        if not self.scale_free:
-            gramian = gramian * statistics.scale * statistics.scale
         weights = torch.zeros_like(statistics.row_sums)
-        if not gramian.isfinite().all():
-            weights[active] = torch.nan  # TorchJD's solvers would stop at it
-        elif len(active):
-            weights[active] = self.weigh(gramian).to(weights)
+        if len(active):
+            gramian = statistics.gramian[active][:, active]
+            if self.scale_free:
+                gramian = gramian / or_one(gramian.diagonal().amax())
+            else:
+                gramian = gramian * statistics.scale * statistics.scale
+            sound = gramian.isfinite().all()  # TorchJD's solvers would stop at what is not
+            weights[active] = self.weigh(gramian).to(weights) if sound else torch.nan
         return weightings.plain_decision(weights, statistics)
 
 

@@ -95,9 +95,11 @@ def test_torchjds_own_norm_eps_is_met_where_the_scale_is_kept(name):
 @pytest.mark.parametrize("name", OF_UNITS)
 def test_scale_free_weights_can_be_asked_for(name):
     jacobian = matrix()
-    unit = jacobian.abs().max()
-    aggregator = from_torchjd(make(name), scale_free=True)
-    assert_same(seeded(aggregator, jacobian), unit * seeded(make(name), jacobian / unit), 1e-6)
+    unit = jacobian.norm(dim=1).max()
+    expected = unit * seeded(make(name), jacobian / unit)
+    for scale in (1, 3, 1e-6):
+        aggregator = from_torchjd(make(name), scale_free=True)
+        assert_same(seeded(aggregator, scale * jacobian), scale * expected, 1e-6)
 
 
 def test_norm_is_matched_to_that_of_the_mean():
