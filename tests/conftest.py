@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import jaxtyping
@@ -38,3 +39,14 @@ def without_type_checks() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def without_code_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captures and differentiates the whole graph, and runs it by PyTorch's own kernels."""
+    original = torch.compile
+
+    def captured(function: Any, *, options: Any, **settings: Any) -> Any:
+        return original(function, backend="aot_eager", **settings)
+
+    monkeypatch.setattr(torch, "compile", captured)

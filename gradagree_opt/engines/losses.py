@@ -1,6 +1,7 @@
 """The loss of one task as the engines see it, and what is done to every task of a batch."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from gradagree_opt.engines.normalization import AffineApart
 from gradagree_opt.engines.random_state import RandomState
 from gradagree_opt.stacks import PyTree
 from gradagree_opt.weightings import check_choice
@@ -63,14 +65,29 @@ class TaskMap:
         """Whether tasks may draw random numbers: without a vmap nothing forbids it."""
         return self.randomness != "error" or self.chunk_size == 1
 
-    def __call__(self, function: Callable[[PyTree], PyTree], tasks: PyTree, n: int, /) -> PyTree:
-        """``function(task)`` of all n tasks, every leaf of the results stacked."""
+    def __call__(
+        self,
+        function: Callable[[PyTree], PyTree],
+        tasks: PyTree,
+        n: int,
+        /,
+        *,
+        differentiated: bool = False,
+    ) -> PyTree:
+        """``function(task)`` of all n tasks, every leaf of the results stacked.
+
+        Args:
+            function: of one task, without its task axis.
+            tasks: task-stacked pytree.
+            n: how many they are.
+            differentiated: whether a derivative is taken of the result: see :class:`AffineApart`.
+        """
         if self.chunk_size == 1:
             each = [function(task) for task in self.one_by_one(tasks, n)]
             return tree_map(lambda *leaves: torch.stack(leaves), *each)
-        return torch.func.vmap(function, chunk_size=self.chunk_size, randomness=self.randomness)(
-            tasks
-        )
+        vmapped = torch.func.vmap(function, chunk_size=self.chunk_size, randomness=self.randomness)
+        with AffineApart() if differentiated else nullcontext():
+            return vmapped(tasks)
 
     def split(self, tasks: PyTree, n: int, /) -> list[PyTree]:
         """The tasks in task-stacked chunks, one for each vmap."""

@@ -9,7 +9,6 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from gradagree_opt.aggregation import Aggregation, Aggregator, Measured
 from gradagree_opt.annotations import Float
 from gradagree_opt.engines.losses import TaskLoss
-from gradagree_opt.engines.normalization import AffineApart
 from gradagree_opt.engines.random_state import RandomState
 from gradagree_opt.engines.rows import Rows
 from gradagree_opt.stacks import PyTree, or_one, task_count, tree_norm
@@ -139,10 +138,12 @@ class _Chunk:
             self._state.restore()
         elif self._task_loss.map.may_draw:
             self._state = RandomState(self._tasks)
-        with AffineApart():
-            losses: Tensor = self._task_loss.map(
-                lambda task: self._task_loss.function(params, task)[0], self._tasks, self.n
-            )
+        losses: Tensor = self._task_loss.map(
+            lambda task: self._task_loss.function(params, task)[0],
+            self._tasks,
+            self.n,
+            differentiated=True,
+        )
         return losses
 
     def losses_and_sum(self, params: PyTree) -> tuple[Tensor, PyTree]:

@@ -8,6 +8,7 @@ and the bias apart, it is right.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -55,10 +56,22 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    normal = functional.batch_norm(
-        x, running_mean, running_var, None, None, training, momentum, eps
-    )
+    of_batch = training and running_mean is None and x.numel() > x.shape[1]
+    if of_batch and torch.compiler.is_compiling():
+        normal = _normal(x, eps)
+    else:
+        normal = functional.batch_norm(
+            x, running_mean, running_var, None, None, training, momentum, eps
+        )
     return _affine(normal, _by_channel(weight, x), _by_channel(bias, x))
+
+
+def _normal(x: Tensor, eps: float) -> Tensor:
+    """By the statistics of the batch, in operations that torch.compile takes half the time for."""
+    dims = [dim for dim in range(x.ndim) if dim != 1]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    centred = wide - wide.mean(dims, keepdim=True)
+    return (centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)).to(x.dtype)
 
 
 def _instance_norm(

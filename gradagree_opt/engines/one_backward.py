@@ -9,7 +9,6 @@ from torch.utils._pytree import tree_map
 from gradagree_opt.aggregation import Aggregation, Aggregator
 from gradagree_opt.annotations import Float
 from gradagree_opt.engines.losses import TaskLoss
-from gradagree_opt.engines.normalization import AffineApart
 from gradagree_opt.stacks import PyTree, combine, task_count
 
 
@@ -39,10 +38,9 @@ def one_backward(
     n = task_count(tasks, "tasks")
 
     def losses_of(params: PyTree) -> tuple[Tensor, PyTree]:
-        with AffineApart():
-            losses, (signal, _) = task_loss.map(
-                lambda task: task_loss.function(params, task), tasks, n
-            )
+        losses, (signal, _) = task_loss.map(
+            lambda task: task_loss.function(params, task), tasks, n, differentiated=True
+        )
         return losses, signal
 
     losses, backward, signal = _vjp(losses_of, params)

@@ -1,7 +1,5 @@
 """Studies compiled: the same numbers, one program for a method, and none made twice."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -20,12 +18,6 @@ pytestmark = pytest.mark.compiled
 def nothing_compiled_before() -> None:
     torch._dynamo.reset()
     counters.clear()
-
-
-@pytest.fixture
-def without_code_generation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Captures and differentiates the whole graph, and runs it by PyTorch's own kernels."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
 def train(study: Study, problem: Problem, runs: list[Run]) -> list[Params]:

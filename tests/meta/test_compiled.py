@@ -20,12 +20,6 @@ def nothing_compiled_before():
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def without_code_generation(monkeypatch):
-    """Captures and differentiates the whole graph, and runs it by PyTorch's own kernels."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-
-
 def assert_equals_eager(name, aggregator):
     """Two steps, so that one runs from the cache; fresh aggregators of equal seeds."""
     algorithm = ALGORITHMS[name]

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn.functional import mse_loss
+from torch.nn.functional import batch_norm, mse_loss
 
 import gradagree_opt as ga
+from gradagree_opt.engines.normalization import AffineApart
 
 from .loops import maml
 from .problems import assert_same
@@ -66,3 +67,39 @@ def test_step_equals_the_loop_over_tasks(layer, signal, engine):
     meta = ga.MAML(loss_fn, ga.InnerSGD(LR, 2), signal=signal, engine=engine)
     result = meta.step(params, batch, PAPER.aggregator)
     assert_same(result.update, PAPER.combine(signals, directions), tolerance=1e-10)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_captured_graph_equals_eager(layer, without_code_generation):
+    params, loss_fn = network(layer)
+    batch = tasks()
+    eager, compiled = [ga.MAML(loss_fn, ga.InnerSGD(LR, 2), compile=on) for on in (False, True)]
+    expected = eager.step(params, batch, PAPER.aggregator).update
+    assert_same(compiled.step(params, batch, PAPER.aggregator).update, expected, tolerance=1e-10)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_captured_batch_norm_keeps_its_statistics_in_full_precision(dtype):
+    x = (torch.randn(8, 3, 5, **TENSORS) + 10).to(dtype)
+
+    def normalized(x):
+        with AffineApart():
+            return batch_norm(x, None, None, training=True)
+
+    found = torch.compile(normalized, backend="eager", fullgraph=True)(x)
+    expected = batch_norm(x.double(), None, None, training=True)
+    bound = 1.01 * expected.abs().max() * torch.finfo(dtype).eps * (1 if dtype.itemsize == 2 else 8)
+    assert found.dtype == dtype
+    assert (found.double() - expected).abs().max() <= bound
+
+
+@pytest.mark.compiled
+def test_captured_batch_norm_of_single_values_is_refused_as_always():
+    def normalized(x):
+        with AffineApart():
+            return batch_norm(x, None, None, training=True)
+
+    with pytest.raises(RuntimeError, match="more than 1 value per channel"):
+        torch.compile(normalized, backend="eager")(torch.ones(1, 3))
