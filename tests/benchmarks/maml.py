@@ -64,10 +64,16 @@ def contestants(problem: Problem) -> list[Contestant]:
     return made
 
 
-def gradagree(problem: Problem, *, compile: bool, aggregator: Any = None) -> Step:
+def gradagree(
+    problem: Problem, *, compile: bool, aggregator: Any = None, chunk_size: int | None = None
+) -> Step:
     aggregator = aggregator or ga.GradientAgreement(nonfinite="propagate")
     maml = ga.MAML(
-        problem.loss_fn, ga.InnerSGD(problem.lr, 1), signal=problem.signal, compile=compile
+        problem.loss_fn,
+        ga.InnerSGD(problem.lr, 1),
+        signal=problem.signal,
+        chunk_size=chunk_size,
+        compile=compile,
     )
     params = problem.params
     return lambda: maml.step(params, problem.tasks, aggregator).update
