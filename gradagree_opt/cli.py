@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated
@@ -10,20 +11,20 @@ from typing import Annotated
 try:
     import typer
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     from gradagree_opt.ablation import tables
-    from gradagree_opt.ablation.artefacts import prepare_folder, write_artefacts, write_config
+    from gradagree_opt.ablation.artefacts import (
+        other_versions,
+        prepare_folder,
+        write_artefacts,
+        write_config,
+    )
     from gradagree_opt.ablation.citations import bibtex, methods_text
+    from gradagree_opt.ablation.display import Display
     from gradagree_opt.ablation.loading import load, shipped
     from gradagree_opt.ablation.recorded import read_config, read_results
-    from gradagree_opt.ablation.study import StudyError
+    from gradagree_opt.ablation.records import RunRecord
+    from gradagree_opt.ablation.study import Study, StudyError
     from gradagree_opt.ablation.sweep import Results, Sweep
     from gradagree_opt.doctor import main as try_packages
 except ModuleNotFoundError as missing:
@@ -68,6 +69,14 @@ def ablate(
         typer.Option(help="Omniglot: .npz, or a folder to download to. mini-ImageNet: its folder."),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    tensorboard: Annotated[
+        bool,
+        typer.Option(
+            "--tensorboard",
+            help="Also write TensorBoard event files, DIR/tensorboard/<method>/rate-…/seed-…: a "
+            "run's when it ends, or when it is found finished.",
+        ),
+    ] = False,
     _list: Annotated[
         bool,
         typer.Option("--list", callback=list_studies, is_eager=True, help="The shipped studies."),
@@ -78,27 +87,39 @@ def ablate(
     Interrupted, the same command goes on with the runs that are missing.
     """
     try:
+        write_events = event_writer() if tensorboard else None
         loaded = load(study, quick=quick)
         folder = out or Path("runs") / loaded.name
-        sweep = Sweep(
-            loaded, folder, data, warn=lambda sentence: errors.print(sentence, markup=False)
-        )
+        sweeps = [Sweep(part, folder, data, warn) for part in loaded.parts()]
         prepare_folder(folder, loaded)
-        config = write_config(folder, loaded, ["gradagree", *sys.argv[1:]], data, sweep.digest)
+        if sentence := other_versions(folder, loaded):
+            warn(sentence)
+        command, digests = ["gradagree", *sys.argv[1:]], [sweep.digest for sweep in sweeps]
+        config = write_config(folder, loaded, command, data, digests)
     except StudyError as mistake:
         raise refusal(mistake) from None
+    except OSError as failure:
+        errors.print(f"gradagree: {failure}; nothing was run", markup=False)
+        raise typer.Exit(1) from None
     try:
-        with progress_bar() as progress:
-            bar = progress.add_task(loaded.title, total=sweep.iterations)
-            results = sweep.run(jobs, report=lambda steps: progress.advance(bar, steps))
+        display = Display(loaded.title, sum(sweep.iterations for sweep in sweeps), errors)
+
+        def ended(part: Study, record: RunRecord) -> None:
+            display.end(part, record)
+            if write_events is not None:
+                share = f"corrupted-{part.fraction:g}" if len(sweeps) > 1 else ""
+                write_events(folder / "tensorboard" / share, part, record)
+
+        with display.live():
+            results = [sweep.run(jobs, display.advance, ended) for sweep in sweeps]
         write_artefacts(folder, results, config)
     except (OSError, BrokenProcessPool) as failure:
         errors.print(f"gradagree: {failure}; the finished runs are in {folder}", markup=False)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        command = shlex.join(["gradagree", *sys.argv[1:]])
         errors.print(
-            f"stopped; the finished runs are in {folder}, {command!r} goes on", markup=False
+            f"stopped; the finished runs are in {folder}, {shlex.join(command)!r} goes on",
+            markup=False,
         )
         raise typer.Exit(130) from None
     show(results, folder)
@@ -151,20 +172,24 @@ def refusal(mistake: StudyError) -> typer.Exit:
     return typer.Exit(2)
 
 
-def show(results: Results, folder: Path) -> None:
+def event_writer() -> Callable[[Path, Study, RunRecord], None]:
+    """What writes TensorBoard's files.
+
+    Raises:
+        StudyError: TensorBoard is not installed; the sentence has the command that does it.
+    """
+    try:
+        from gradagree_opt.ablation.event_files import write_events
+    except ImportError as missing:
+        raise StudyError(f"--tensorboard: {missing}") from None
+    return write_events
+
+
+def warn(sentence: str) -> None:
+    errors.print(sentence, markup=False)
+
+
+def show(results: list[Results], folder: Path) -> None:
     console = Console()
     console.print(tables.terminal(results))
     console.print(f"written to {folder}", markup=False, soft_wrap=True)
-
-
-def progress_bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=errors,
-        speed_estimate_period=120,
-    )

@@ -69,8 +69,8 @@ class Finding(NamedTuple):
         """The command that mends it; empty where it works."""
         if self.status == "works":
             return ""
-        if self.status == "broken" and "No module named" not in self.reason:
-            return self.framework.reinstall_command()
+        if self.status == "broken":
+            return self.framework.mend_command(self.reason)
         return self.framework.install_command()
 
 

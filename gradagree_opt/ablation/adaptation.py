@@ -7,11 +7,12 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from gradagree_opt.ablation.grouping import select, stack
 from gradagree_opt.ablation.models import Params, initial_params, predict
 from gradagree_opt.ablation.problem import Problem, Tasks, adapt, evaluation_tasks
 from gradagree_opt.ablation.style import COLOURS, INK
 from gradagree_opt.ablation.sweep import Results
-from gradagree_opt.ablation.tables import steps_text
+from gradagree_opt.ablation.tables import counted
 
 SHOWN_STEPS = 5
 
@@ -43,16 +44,20 @@ def adaptation(results: Results, problem: Problem, trained: Mapping[str, Params]
 def draw_adaptation(axes: Axes, problem: Problem, params: Params, tasks: Tasks) -> None:
     x, y = (part[0, :, 0].numpy() for part in tasks["query"])
     axes.plot(x, y, color=INK, label="truth")
-    adapted = {name: leaf.detach()[None] for name, leaf in params.items()}
+    adapted = stack([params])
     for step in range(SHOWN_STEPS + 1):
         if step:
             adapted = adapt(problem, adapted, tasks["support"], 1)
-        one = {name: leaf[0] for name, leaf in adapted.items()}
         with torch.no_grad():
-            prediction = predict(problem.module, one, tasks["query"][0][0])
+            prediction = predict(problem.module, select(adapted, 0), tasks["query"][0][0])
         shade = 0.25 + 0.75 * step / SHOWN_STEPS
         axes.plot(
-            x, prediction[:, 0].numpy(), color=COLOURS[1], alpha=shade, lw=1, label=steps_text(step)
+            x,
+            prediction[:, 0].numpy(),
+            color=COLOURS[1],
+            alpha=shade,
+            lw=1,
+            label=counted(step, "step"),
         )
     axes.plot(
         *(part[0, :, 0].numpy() for part in tasks["support"]),

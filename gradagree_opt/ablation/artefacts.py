@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import platform
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -12,15 +13,25 @@ from matplotlib.figure import Figure
 from gradagree_opt.ablation import figures, style, tables
 from gradagree_opt.ablation.adaptation import adaptation
 from gradagree_opt.ablation.citations import bibtex, methods_text
+from gradagree_opt.ablation.corruption import corruption
+from gradagree_opt.ablation.matrices import agreement_matrices
 from gradagree_opt.ablation.models import Params
 from gradagree_opt.ablation.page import html
 from gradagree_opt.ablation.problem import build_problem
 from gradagree_opt.ablation.recorded import CONFIG, Config
-from gradagree_opt.ablation.records import FORMAT, Store, write_atomically
+from gradagree_opt.ablation.records import FORMAT, Store, write_atomically, write_first
 from gradagree_opt.ablation.study import Study, StudyError
 from gradagree_opt.ablation.sweep import Results
 
 PACKAGES = ("gradagree-opt", "torch", "numpy", "scipy", "pandas", "matplotlib")
+RUNS_DEPEND_ON = ("gradagree-opt", "torch", "torchjd")
+
+
+def versions(study: Study) -> dict[str, str]:
+    """Those of the packages that its numbers, tables and figures depend on."""
+    torchjd = any(method.of_torchjd for method in study.methods)
+    names = [*PACKAGES, *["torchjd"] * torchjd]
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def prepare_folder(folder: Path, study: Study) -> None:
@@ -30,7 +41,7 @@ def prepare_folder(folder: Path, study: Study) -> None:
         StudyError: It is not; nothing was changed.
     """
     try:
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(map(is_content, folder.iterdir())):
             check_owner(folder, study)
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -38,6 +49,11 @@ def prepare_folder(folder: Path, study: Study) -> None:
         raise StudyError(f"--out {folder} is a file; give a folder") from None
     except OSError as error:
         raise StudyError(f"--out {folder} cannot be written to: {error.strerror}") from None
+
+
+def is_content(path: Path) -> bool:
+    """Whether it is more than the beginning of a process that makes the folder its study's."""
+    return not path.name.lstrip(".").startswith(f"{CONFIG}.")
 
 
 def check_owner(folder: Path, study: Study) -> None:
@@ -60,49 +76,90 @@ def check_owner(folder: Path, study: Study) -> None:
         )
 
 
+def other_versions(folder: Path, study: Study) -> str | None:
+    """What to know of finished runs in a study's folder that other versions did, in one sentence.
+
+    They are kept, since a study may grow; the configuration names the versions of now alone.
+    """
+    if not any(folder.glob("runs/*.json")):
+        return None
+    before = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("packages")
+    if not isinstance(before, dict):
+        return None
+    changed = [
+        f"{name} {before[name]} (now {version})"
+        for name, version in versions(study).items()
+        if name in RUNS_DEPEND_ON and before.get(name, version) != version
+    ]
+    if not changed:
+        return None
+    return (
+        f"finished runs in {folder} are kept and are those of {', '.join(changed)}, which the "
+        "methods text will not say; give another --out to do all of them anew"
+    )
+
+
 def write_config(
-    folder: Path, study: Study, command: list[str], data: Path | None, digest: str | None
+    folder: Path,
+    study: Study,
+    command: list[str],
+    data: Path | None,
+    digests: Sequence[str | None],
 ) -> Config:
-    """The resolved study, accepted in place of a study file, and what it ran on."""
+    """The resolved study, accepted in place of a study file, and what it ran on.
+
+    Args:
+        digests: Of the data of each part of the study.
+
+    Raises:
+        StudyError: Another study has made the folder its own in the meantime.
+    """
     config = Config(
         study=study,
         format=FORMAT,
         command=command,
         data=None if data is None else str(data),
-        data_sha256=digest,
+        data_sha256=digests[-1],
+        clean_sha256=digests[0],
         python=platform.python_version(),
         machine=platform.machine(),
-        packages={name: importlib.metadata.version(name) for name in PACKAGES},
+        packages=versions(study),
     )
     text = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+    write_first(folder / CONFIG, text.encode())
+    check_owner(folder, study)
     write_atomically(folder / CONFIG, text.encode())
     return config
 
 
-def write_artefacts(folder: Path, results: Results, config: Config) -> None:
+def write_artefacts(folder: Path, parts: Sequence[Results], config: Config) -> None:
     """Tables, figures, the page and what to cite; the same runs give the same files."""
-    write_atomically(folder / "results.csv", tables.all_runs(results).to_csv(index=False).encode())
-    write_atomically(folder / "table.csv", tables.numbers(results).to_csv(index=False).encode())
-    write_atomically(folder / "table.md", tables.markdown(results).encode())
-    write_atomically(folder / "table.tex", tables.latex(results).encode())
+    write_atomically(folder / "results.csv", tables.all_runs(parts).to_csv(index=False).encode())
+    write_atomically(folder / "table.csv", tables.numbers(parts).to_csv(index=False).encode())
+    write_atomically(folder / "table.md", tables.markdown(parts).encode())
+    write_atomically(folder / "table.tex", tables.latex(parts).encode())
     write_atomically(folder / "methods.md", methods_text(config).encode())
     write_atomically(folder / "references.bib", bibtex(config).encode())
-    pictures = draw(folder, results, config.data_sha256)
+    pictures = draw(folder, parts, config)
     for name, figure in pictures.items():
         for kind in ("png", "pdf"):
             write_atomically(folder / f"{name}.{kind}", style.save(figure, kind))
-    write_atomically(folder / "report.html", html(results, config, pictures).encode())
+    write_atomically(folder / "report.html", html(parts, config, pictures).encode())
 
 
-def draw(folder: Path, results: Results, digest: str | None) -> dict[str, Figure]:
-    """The figures of a study, by name."""
+def draw(folder: Path, parts: Sequence[Results], config: Config) -> dict[str, Figure]:
+    """The figures of a study, by name: of all its parts, then of the last."""
+    results = parts[-1]
     with matplotlib.rc_context(style.STYLE):
-        pictures = {
+        pictures = {"corruption": corruption(parts)} if len(parts) > 1 else {}
+        pictures |= {
             "learning-curves": figures.learning_curves(results),
             "tuned-rates": figures.tuned_rates(results),
             "agreement": figures.agreement(results),
         }
-        trained = trained_params(folder, results, digest)
+        if matrices := agreement_matrices(results):
+            pictures["agreement-matrix"] = matrices
+        trained = trained_params(folder, results, config.digest(results.study))
         if results.study.tasks.kind == "sine" and trained:
             problem = build_problem(results.study, None)
             pictures["adaptation"] = adaptation(results, problem, trained)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from gradagree_opt.ablation.models import input_size
 from gradagree_opt.ablation.study import (
     CorruptionSection,
     GroupedTasks,
@@ -32,22 +33,50 @@ from gradagree_opt.tasks import (
     TaskDistribution,
 )
 from gradagree_opt.tasks.grouped import Dataset
+from gradagree_opt.tasks.protocol import Split
 
 SINE_PHASES = {"paper": 2 * math.pi, "finn": math.pi}
 
 
 def distributions(study: Study, data: Path | None) -> tuple[TaskDistribution, TaskDistribution]:
-    """The tasks of the training, and those of the test protocol.
+    """The tasks of the training, and those of the test protocol; a task of each split is drawn.
 
     Raises:
         StudyError: The data is absent, not in the expected form, too small, or not wanted; or the
             package that has it is not installed.
     """
+    training, evaluation = made(study, data)
+    check_task(study, training, "train")
+    check_task(study, evaluation, "validation")
+    check_task(study, evaluation, "test")
+    return training, evaluation
+
+
+def check_task(study: Study, distribution: TaskDistribution, split: Split) -> None:
+    """Say in one sentence why no task of a split can be drawn."""
+    try:
+        tasks = distribution.sample(1, split=split, generator=torch.Generator().manual_seed(0))
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        shots = study.tasks if split == "train" else study.test
+        classes = f" of {study.way} classes" if study.way else ""
+        raise StudyError(
+            f"no {split} task{classes} with {shots.support_shots} support and {shots.query_shots} "
+            f"query examples{' each' if classes else ''} can be drawn: {error}"
+        ) from None
+    found = tasks["support"][0][0, 0].numel()
+    if found != input_size(study):
+        raise StudyError(
+            f"expected {input_size(study)} numbers in an example, found {found} in {split} tasks"
+        )
+
+
+def made(study: Study, data: Path | None) -> tuple[TaskDistribution, TaskDistribution]:
+    """The distributions that the section of tasks stands for."""
     tasks, test = study.tasks, study.test
     if isinstance(tasks, OmniglotTasks):
         return (
-            drawings(data, tasks.way, tasks.support_shots, tasks.query_shots),
-            drawings(data, tasks.way, test.support_shots, test.query_shots),
+            drawings(data, tasks, tasks.support_shots, tasks.query_shots),
+            drawings(data, tasks, test.support_shots, test.query_shots),
         )
     if isinstance(tasks, MiniImageNetTasks):
         return (
@@ -89,7 +118,7 @@ def photographs(data: Path | None, way: int, shot: int, query_shots: int) -> Min
         )
     try:
         return MiniImageNet(data, way=way, shot=shot, query_shots=query_shots)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise StudyError(f"--data {data}: {error}") from None
 
 
@@ -120,13 +149,15 @@ def tasksets(
 def corrupted(
     study: Study, corruption: CorruptionSection, training: TaskDistribution
 ) -> TaskDistribution:
-    return Corrupted(
+    spoilt = Corrupted(
         training,
         kind=corruption.kind,
-        fraction=corruption.fraction,
+        fraction=study.fraction,
         scale=1.0 if corruption.scale is None else corruption.scale,
         foreign=foreign_tasks(study, corruption.foreign, training),
     )
+    check_task(study, spoilt, "train")
+    return spoilt
 
 
 def foreign_tasks(
@@ -152,7 +183,7 @@ def measurements(dataset: Dataset, support_shots: int, query_shots: int) -> Grou
         raise StudyError(f"the tasks of {dataset}: {error}") from None
 
 
-def drawings(data: Path | None, way: int, shot: int, query_shots: int) -> Omniglot:
+def drawings(data: Path | None, tasks: OmniglotTasks, shot: int, query_shots: int) -> Omniglot:
     if data is None:
         raise StudyError(
             "this study needs --data: an Omniglot .npz file, or a folder that torchvision fills"
@@ -160,8 +191,15 @@ def drawings(data: Path | None, way: int, shot: int, query_shots: int) -> Omnigl
     folder = partial(Omniglot.from_torchvision, download=True)
     read = folder if data.is_dir() else Omniglot.from_npz
     try:
-        return read(data, way=way, shot=shot, query_shots=query_shots)
-    except (OSError, ValueError) as error:
+        return read(
+            data,
+            way=tasks.way,
+            shot=shot,
+            query_shots=query_shots,
+            split_scheme="vinyals" if tasks.split == "vinyals" else "background_validation",
+            rotations=tasks.rotations,
+        )
+    except (ImportError, OSError, TypeError, ValueError) as error:
         raise StudyError(f"--data {data}: {error}") from None
 
 

@@ -15,7 +15,7 @@ from gradagree_opt.ablation.records import RunRecord
 from gradagree_opt.ablation.statistics import Interval, interval
 from gradagree_opt.ablation.style import INK, legend, looks, plain_log
 from gradagree_opt.ablation.sweep import Results
-from gradagree_opt.ablation.tables import MEASURES, steps_text
+from gradagree_opt.ablation.tables import MEASURES, counted
 
 RateArray: TypeAlias = npt.NDArray[np.float64]
 RateCurves: TypeAlias = dict[str, list[Interval]]
@@ -56,9 +56,9 @@ def learning_curves(results: Results) -> Figure:
                 at, means - halves, means + halves, color=look.color, alpha=0.15, lw=0
             )
     # The limits are by the losses: an interval may reach below zero, where a log axis does not go.
-    plain_log(axes, [loss for loss in seen if 0 < loss < HOPELESS * untrained])
+    plain_log(axes, [loss for loss in seen if loss < HOPELESS * untrained])
     axes.set_xlabel("outer steps")
-    axes.set_ylabel(f"validation loss after {steps_text(results.study.tuning.steps)}")
+    axes.set_ylabel(f"validation loss after {counted(results.study.tuning.steps, 'step')}")
     legend(figure, axes, "method (outer rate)", "outside right upper")
     return figure
 
@@ -87,8 +87,8 @@ def tuned_rates(results: Results) -> Figure:
     scores = curves(lambda record: record.test[steps] * measure.factor)
     draw_rates(left, results, losses, log=True)
     draw_rates(right, results, scores, log=not measure.higher_is_better)
-    left.set_ylabel(f"validation loss after {steps_text(steps)}")
-    right.set_ylabel(fill(f"test {measure.name} after {steps_text(steps)}", 40))
+    left.set_ylabel(f"validation loss after {counted(steps, 'step')}")
+    right.set_ylabel(fill(f"test {measure.name} after {counted(steps, 'step')}", 40))
     left.plot([], [], "o", mec=INK, mfc="none", ms=9, label="chosen rate")
     left.plot([], [], "x", color=INK, label="diverged or off the scale")
     legend(figure, left, "method", "outside lower center", columns=3)
@@ -117,7 +117,7 @@ def draw_rates(axes: Axes, results: Results, curves: RateCurves, *, log: bool) -
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("outer rate")
     if log:
-        shown = [v.mean for curve in curves.values() for v in curve if 0 < v.mean < limit]
+        shown = [v.mean for curve in curves.values() for v in curve if v.mean < limit]
         plain_log(axes, shown or [untrained])
 
 

@@ -3,7 +3,7 @@
 import math
 from functools import partial
 from itertools import pairwise, zip_longest
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +30,19 @@ COMPILED_ITERATIONS = 2000
 
 
 def groups(runs: list[Run], largest: int) -> list[list[Run]]:
-    """The runs in groups of one method and of about the same size.
+    """The runs in groups of one method and of about the same size, those of TorchJD's one by one.
 
     The methods take turns: processes that start together compile different programs.
     """
     by_method: dict[str, list[Run]] = {}
     for run in runs:
         by_method.setdefault(run.method.name, []).append(run)
-    turns = zip_longest(*(even_parts(same, largest) for same in by_method.values()))
+    turns = zip_longest(
+        *(
+            even_parts(same, 1 if same[0].method.of_torchjd else largest)
+            for same in by_method.values()
+        )
+    )
     return [group for turn in turns for group in turn if group]
 
 
@@ -73,13 +78,31 @@ def has_compiler() -> bool:
 
 
 def stack(rows: list[PyTree]) -> PyTree:
-    """Rows of one structure, every leaf with the runs as its first axis."""
+    """Trees of one structure, every leaf with the runs as its first axis."""
     return tree_map(lambda *leaves: torch.stack(leaves), *rows)
 
 
 def select(rows: PyTree, row: int) -> PyTree:
     """One of the rows that :func:`stack` has stacked."""
     return tree_map(lambda leaf: leaf[row], rows)
+
+
+class StepInputs(NamedTuple):
+    """What an outer step of a group of runs starts from, its leaves ``[runs, *shape]``.
+
+    Attributes:
+        params: Of the networks.
+        state: Of the optimizer.
+        rates: The outer rates.
+        tasks: ``[runs, n, *shape]``.
+        draws: The random numbers ``[runs, n]`` of a method that has some.
+    """
+
+    params: Params
+    state: State
+    rates: Tensor
+    tasks: dict[str, Batch]
+    draws: Tensor | None
 
 
 class OuterStep:
@@ -101,57 +124,35 @@ class OuterStep:
         state: State = stack([self.optimizer.initial(row) for row in params])
         return state
 
-    def __call__(
-        self,
-        aggregator: ga.Aggregator,
-        params: Params,
-        state: State,
-        rates: Tensor,
-        tasks: dict[str, Batch],
-        draws: Tensor | None,
-    ) -> Result:
+    def __call__(self, aggregator: ga.Aggregator, rows: StepInputs) -> Result:
         """New parameters, new state and the aggregations, their leaves ``[runs, *shape]``.
 
         Args:
             aggregator: Of the runs' method.
-            params: ``[runs, *shape]``.
-            state: Of the optimizer.
-            rates: Outer rates ``[runs]``.
-            tasks: Leaves ``[runs, n, *shape]``.
-            draws: The random numbers ``[runs, n]`` of a method that has some.
 
         Raises:
             ValueError: A policy of the aggregator for bad tasks is to raise, and there are some.
         """
-        params, state, aggregation = self._step(aggregator, params, state, rates, tasks, draws)
+        params, state, aggregation = self._step(aggregator, rows)
         if not aggregator.is_sound(aggregation):
-            for row in range(len(rates)):
+            for row in range(len(rows.rates)):
                 aggregator.verify(select(aggregation, row))
         return params, state, aggregation
 
-    def _all_rows(
-        self,
-        aggregator: ga.Aggregator,
-        params: Params,
-        state: State,
-        rates: Tensor,
-        tasks: dict[str, Batch],
-        draws: Tensor | None,
-    ) -> Result:
-        result: Result = torch.vmap(
-            partial(self._row, aggregator), in_dims=(0, 0, 0, 0, None if draws is None else 0)
-        )(params, state, rates, tasks, draws)
+    def _all_rows(self, aggregator: ga.Aggregator, rows: StepInputs) -> Result:
+        axes = StepInputs._make([None if part is None else 0 for part in rows])
+        result: Result = torch.vmap(partial(self._row, aggregator), in_dims=(axes,))(rows)
         return result
 
-    def _row(
-        self,
-        aggregator: ga.Aggregator,
-        params: Params,
-        state: State,
-        rate: Tensor,
-        tasks: dict[str, Batch],
-        draws: Tensor | None,
-    ) -> Result:
-        aggregation = self.learner.aggregate_unchecked(params, tasks, aggregator, draws=draws)
-        params, state = self.optimizer.step(params, aggregation.update, state, rate)
+    def alone(self, aggregator: ga.Aggregator, rows: StepInputs) -> Result:
+        """The same of a single run, neither vmapped nor compiled: TorchJD allows neither."""
+        row = StepInputs._make(None if part is None else select(part, 0) for part in rows)
+        result: Result = stack([self._row(aggregator, row)])
+        return result
+
+    def _row(self, aggregator: ga.Aggregator, row: StepInputs) -> Result:
+        aggregation = self.learner.aggregate_unchecked(
+            row.params, row.tasks, aggregator, draws=row.draws
+        )
+        params, state = self.optimizer.step(row.params, aggregation.update, row.state, row.rates)
         return params, state, aggregation

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from gradagree_opt.ablation.study import Study, StudyError
 
 Location: TypeAlias = tuple[int | str, ...]
-Nodes: TypeAlias = dict[str, yaml.Node | None]
+EXPECTED = "expected a study file or one of"
+OWN = ("name", "title")  # not inherited: two studies of one name would share an output folder
 
 
 def shipped() -> dict[str, Path]:
@@ -29,7 +30,8 @@ def load(source: str, *, quick: bool = False) -> Study:
 
     Args:
         source: The name of a shipped study, the path of a YAML file, or the ``config.json`` that a
-            study left in its output folder.
+            study left in its output folder. A file may say ``extends``, with another study's name
+            or its path from there, and give only what differs, its own name and title included.
         quick: Apply the file's ``quick`` section; the study's name then ends in ``-quick``.
 
     Raises:
@@ -38,12 +40,63 @@ def load(source: str, *, quick: bool = False) -> Study:
     """
     path = shipped().get(source, Path(source))
     try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader)
-        document = yaml.load(text, Loader)
+        document, root = read(path)
     except FileNotFoundError:
-        names = ", ".join(shipped())
-        raise StudyError(f"expected a study file or one of {names}, found {source!r}") from None
+        raise StudyError(f"{EXPECTED} {', '.join(shipped())}, found {source!r}") from None
+    study = parse(path, document, root)
+    if study.quick is None:
+        if quick:
+            raise StudyError(f"{path}: --quick needs a 'quick' section, and there is none")
+        return study
+    root = merge_nodes(root, child(root, "quick"))
+    fast = parse(path, merge(document, document["quick"]), root)
+    if fast.name != study.name:
+        place = locate(path, root, ("name",))
+        raise StudyError(f"{place}: the 'quick' section cannot rename the study")
+    return (
+        fast.model_copy(update={"name": f"{study.name}-quick", "quick": None}) if quick else study
+    )
+
+
+def read(path: Path, extending: tuple[Path, ...] = ()) -> tuple[dict[str, Any], yaml.Node]:
+    """The keys of a study file and of those it extends, and the nodes that they stand at.
+
+    Args:
+        extending: The files that extend this one.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        StudyError: It cannot be read, or extends what is no study.
+    """
+    document, root = read_file(path)
+    if "extends" not in document:
+        return document, root
+    named = document.pop("extends")
+    place = locate(path, root, ("extends",))
+    if not isinstance(named, str):
+        raise StudyError(f"{place}: {EXPECTED} {', '.join(shipped())}, found {json.dumps(named)}")
+    extended = shipped().get(named, path.parent / named)
+    if extended.resolve() in [file.resolve() for file in (*extending, path)]:
+        raise StudyError(f"{place}: {named!r} extends this file; one of them has to be complete")
+    try:
+        base, base_root = read(extended, (*extending, path))
+    except FileNotFoundError:
+        raise StudyError(f"{place}: {EXPECTED} {', '.join(shipped())}, found {named!r}") from None
+    for key in OWN:
+        base.pop(key, None)
+    base_root.value = [pair for pair in base_root.value if pair[0].value not in OWN]
+    return merge(base, document), merge_nodes(base_root, root)
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], yaml.Node]:
+    """The keys of one file, and its nodes."""
+    try:
+        loader = Loader(path.read_text(encoding="utf-8"))
+        loader.name = str(path)
+        root: Any = loader.get_single_node()
+        document = None if root is None else loader.construct_document(root)
+    except FileNotFoundError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         raise StudyError(f"the study file {path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -51,34 +104,43 @@ def load(source: str, *, quick: bool = False) -> Study:
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "unreadable characters"
         raise StudyError(f"{path}{line}: not YAML: {problem}") from None
+    except ValueError as error:  # of a date that does not exist
+        raise StudyError(f"{path}: not YAML: {error}") from None
     if not isinstance(document, dict):
         raise StudyError(f"{path}: expected the keys of a study, found {document!r}")
     if path.suffix == ".json" and isinstance(document.get("study"), dict):
-        document, root = document["study"], child(root, "study")
-    study = parse(path, document, {"": root})
-    if study.quick is None:
-        if quick:
-            raise StudyError(f"{path}: --quick needs a 'quick' section, and there is none")
-        return study
-    nodes = {"": root, "quick.": child(root, "quick")}
-    fast = parse(path, merge(document, document["quick"]), nodes)
-    if fast.name != study.name:
-        number, _ = locate(nodes, ("name",))
-        raise StudyError(f"{path}, line {number}: the 'quick' section cannot rename the study")
-    return (
-        fast.model_copy(update={"name": f"{study.name}-quick", "quick": None}) if quick else study
-    )
+        return document["study"], child(root, "study")
+    return document, root
 
 
 def merge(document: Any, override: Any) -> Any:
-    """The document with the override's keys in place of its own; lists are replaced whole."""
+    """The document with the override's keys in place of its own.
+
+    Lists are replaced whole, and sections of another kind.
+    """
     if not (isinstance(document, dict) and isinstance(override, dict)):
+        return override
+    if "kind" in override and override["kind"] != document.get("kind"):
         return override
     return document | {key: merge(document.get(key), value) for key, value in override.items()}
 
 
-def parse(path: Path, document: dict[str, Any], nodes: Nodes) -> Study:
-    """Validates a document whose keys stand at the nodes of the file, the later ones first."""
+def merge_nodes(root: yaml.Node, override: yaml.Node) -> yaml.Node:
+    """The nodes of what :func:`merge` gives, each with its place in its own file."""
+    if not (isinstance(root, yaml.MappingNode) and isinstance(override, yaml.MappingNode)):
+        return override
+    kinds = [getattr(child(node, "kind"), "value", None) for node in (root, override)]
+    if kinds[1] not in (None, kinds[0]):
+        return override
+    pairs = {key.value: (key, value) for key, value in root.value}
+    for key, value in override.value:
+        own = pairs.get(key.value)
+        pairs[key.value] = key, merge_nodes(own[1], value) if own else value
+    return yaml.MappingNode(root.tag, list(pairs.values()), override.start_mark, override.end_mark)
+
+
+def parse(path: Path, document: dict[str, Any], root: yaml.Node) -> Study:
+    """Validates a document whose keys stand at the nodes."""
     try:
         return Study.model_validate(document)
     except ValidationError as error:
@@ -86,9 +148,8 @@ def parse(path: Path, document: dict[str, Any], nodes: Nodes) -> Study:
         # A misspelt key is also a missing one; the first is the better news.
         problem = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
         cause = problem.get("ctx", {}).get("error")
-        line, keys = locate(nodes, problem["loc"] + getattr(cause, "location", ()))
-        place = f" in {keys!r}" if keys else ""
-        raise StudyError(f"{path}, line {line}{place}: {explain(problem)}") from None
+        place = locate(path, root, problem["loc"] + getattr(cause, "location", ()))
+        raise StudyError(f"{place}: {explain(problem)}") from None
 
 
 def explain(problem: Any) -> str:
@@ -104,22 +165,19 @@ def explain(problem: Any) -> str:
             return f"{message}, found {json.dumps(problem['input'], default=str)}"
 
 
-def locate(nodes: Nodes, location: Location) -> tuple[int, str]:
-    """The line of a pydantic location, and those of its keys that the file has."""
-    found = []
-    for prefix, root in nodes.items():
-        node, marked, keys = root, root, []
-        for part in location:
-            below = child(node, part)
-            if below is None:  # a missing key, or pydantic's name for a member of a union
-                continue
-            marked = key_node(node, part) or below
-            node = below
-            keys.append(str(part))
-        if marked is not None:
-            found.append((len(keys), marked.start_mark.line + 1, prefix + ".".join(keys)))
-    depth = max(length for length, _, _ in found)
-    return next((line, keys) for length, line, keys in reversed(found) if length == depth)
+def locate(path: Path, root: yaml.Node, location: Location) -> str:
+    """File and line of a pydantic location, and those of its keys that the file has."""
+    node, marked, keys = root, root, []
+    for part in location:
+        below = child(node, part)
+        if below is None:  # a missing key, or pydantic's name for a member of a union
+            continue
+        marked = key_node(node, part) or below
+        node = below
+        keys.append(str(part))
+    mark = marked.start_mark
+    place = f"{mark.name}, line {mark.line + 1}" + (f" in {'.'.join(keys)!r}" if keys else "")
+    return place if mark.name == str(path) else f"{place}, extended by {path}"
 
 
 def child(node: yaml.Node | None, part: int | str) -> Any:
@@ -137,7 +195,18 @@ def key_node(node: yaml.Node | None, part: int | str) -> Any:
 
 
 class Loader(yaml.SafeLoader):
-    """YAML's safe loader that also reads ``1e-3`` as a number, as JSON and YAML 1.2 do."""
+    """YAML's safe loader that also reads ``1e-3`` as a number, as JSON and YAML 1.2 do.
+
+    A key that is given twice is a mistake; YAML would take the last.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if names.count(key.value) > 1:
+                problem = f"the key {key.value!r} is given more than once"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 Loader.add_implicit_resolver(

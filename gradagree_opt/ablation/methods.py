@@ -1,27 +1,33 @@
-"""The methods a study compares: each is one of the library's aggregators and its options."""
+"""The methods a study compares: each is one of the library's aggregators, or of TorchJD's."""
 
 import inspect
-from collections.abc import Callable
-from typing import Annotated
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Generator
 
 import gradagree_opt as ga
+from gradagree_opt.frameworks import require
 
-AGGREGATORS: dict[str, Callable[..., ga.Aggregator]] = {
+AGGREGATORS: dict[str, type[Any]] = {
     "mean": ga.Mean,
     "sum": ga.Sum,
     "gradient_agreement": ga.GradientAgreement,
     "norm_share": ga.NormShare,
     "random_weights": ga.RandomWeights,
 }
+TORCHJD = "torchjd."
+"""What the names of TorchJD's aggregators begin with."""
 
 
 class LocatedError(ValueError):
     """A value that contradicts another one, and the keys that lead to it."""
 
-    def __init__(self, message: str, *location: str) -> None:
+    def __init__(self, message: str, *location: int | str) -> None:
         super().__init__(message)
         self.location = location
 
@@ -31,39 +37,128 @@ class Method(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(pattern=r"^[^\r\n]+$")]
     aggregator: str
     options: dict[str, bool | float | str] = {}
 
-    @field_validator("aggregator")
-    @classmethod
-    def known(cls, aggregator: str) -> str:
-        if aggregator not in AGGREGATORS:
-            known = ", ".join(AGGREGATORS)
-            raise ValueError(f"unknown aggregator {aggregator!r}; there are {known}")
-        return aggregator
+    @property
+    def of_torchjd(self) -> bool:
+        """Whether it is TorchJD's, which solves on the host: not under vmap or torch.compile."""
+        return self.aggregator.startswith(TORCHJD)
 
     @model_validator(mode="after")
     def accepted(self) -> "Method":
-        parameters = inspect.signature(AGGREGATORS[self.aggregator]).parameters
-        known = [name for name in parameters if name != "generator"]
+        # That TorchJD is missing is no mistake in the file: build says so where a study is run.
+        with suppress(ImportError):
+            self.check()
+        return self
+
+    def check(self) -> None:
+        there = torchjd_aggregators() if self.of_torchjd else AGGREGATORS
+        if self.aggregator not in there:
+            others = "" if self.of_torchjd else f", and TorchJD's as {TORCHJD}UPGrad"
+            message = f"unknown aggregator {self.aggregator!r}; there are {', '.join(there)}"
+            raise LocatedError(message + others, "aggregator")
+        make = there[self.aggregator]
+        known = plain_options(make)
+        has = f"{self.aggregator} has {', '.join(known) or 'none'}"
         for option in self.options:
             if option not in known:
-                there = f"{self.aggregator} has {', '.join(known)}"
-                raise LocatedError(f"unknown option {option!r}; {there}", "options", option)
+                raise LocatedError(f"unknown option {option!r}; {has}", "options", option)
+        for option, value in self.options.items():
+            if option in ("nonfinite", "degenerate") and value == "raise":
+                message = "'raise' would end the study; give a policy that goes on, or leave it out"
+                raise LocatedError(message, "options", option)
+        for option in needed_options(make) & set(known) - self.options.keys():
+            raise LocatedError(f"the option {option!r} is missing; {has}", "options")
         try:
             self.build(Generator())
         except (TypeError, ValueError) as error:
             raise LocatedError(str(error), "options") from None
-        return self
+
+    def try_on(self, n_tasks: int) -> None:
+        """Aggregates as many tasks as a batch has: some of TorchJD's aggregators mind.
+
+        Raises:
+            ImportError: as :meth:`build`.
+            TypeError, ValueError: the aggregator refuses them.
+        """
+        tasks = torch.randn(n_tasks, 2, generator=Generator().manual_seed(0))
+        with without_advice(), torch.random.fork_rng(devices=[]):
+            self.build(Generator()).aggregate(tasks)
 
     def build(self, generator: Generator) -> ga.Aggregator:
-        """The aggregator; only random weights draw from the generator.
+        """The aggregator, which has seen no batch yet; only random weights draw from the generator.
 
         A batch that overflows is left to do so, unless an option says otherwise: the run's loss
         shows it, and a rate at which a method diverges is a result.
+
+        Raises:
+            ImportError: TorchJD, or a solver that it needs, is missing; one sentence that ends in
+                the command that installs it.
         """
-        arguments = (generator,) if self.aggregator == "random_weights" else ()
-        return AGGREGATORS[self.aggregator](
-            *arguments, **{"nonfinite": "propagate", **self.options}
-        )
+        aggregator: ga.Aggregator
+        if self.of_torchjd:
+            theirs = torchjd_aggregators()[self.aggregator](**self.whole_options())
+            from gradagree_opt.adapters.torchjd import from_torchjd
+
+            aggregator = from_torchjd(theirs, nonfinite="propagate")
+        else:
+            arguments = (generator,) if self.aggregator == "random_weights" else ()
+            options = {"nonfinite": "propagate", **self.options}
+            aggregator = AGGREGATORS[self.aggregator](*arguments, **options)
+        return aggregator
+
+    def whole_options(self) -> dict[str, Any]:
+        """The options, whole numbers as integers: TorchJD counts by some, and takes all of them."""
+        return {
+            name: int(value) if isinstance(value, float) and value.is_integer() else value
+            for name, value in self.options.items()
+        }
+
+
+def torchjd_aggregators() -> dict[str, type[Any]]:
+    """Those of TorchJD's aggregators that plain options are enough to make.
+
+    Raises:
+        ImportError: TorchJD is missing or unsupported; one sentence that ends in the command that
+            installs it.
+    """
+    require("torchjd")
+    from torchjd import aggregation
+
+    public = [getattr(aggregation, name) for name in aggregation.__all__]
+    return {
+        TORCHJD + kind.__name__: kind
+        for kind in public
+        if inspect.isclass(kind)
+        and issubclass(kind, aggregation.Aggregator)
+        and not inspect.isabstract(kind)
+        and needed_options(kind) <= set(plain_options(kind))
+    }
+
+
+def needed_options(make: type[Any]) -> set[str]:
+    parameters = inspect.signature(make).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.default is parameter.empty}
+
+
+def plain_options(make: type[Any]) -> list[str]:
+    """The options of a class that a study file can give: numbers, words, true and false."""
+    hints = get_type_hints(make.__init__)
+    return [name for name in inspect.signature(make).parameters if is_plain(hints[name])]
+
+
+def is_plain(hint: Any) -> bool:
+    """Whether a study file can give a value of the type, or of a member of the union."""
+    if get_origin(hint) is Literal:
+        return True
+    return hint in (bool, int, float, str) or any(is_plain(member) for member in get_args(hint))
+
+
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """Inside, solvers do not tell how TorchJD would better use them, nor that it goes on anyway."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torchjd\.")
+        yield

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +16,22 @@ from gradagree_opt.ablation.study import (
     Conv4,
     GroupedTasks,
     Learn2LearnTasks,
+    MetaSGDForm,
     MiniImageNetTasks,
     Study,
 )
 from gradagree_opt.tasks import Batch
 from gradagree_opt.tasks.grouped import DATASETS
 
-Params = dict[str, Tensor]
+Params: TypeAlias = dict[str, Any]
+"""The network's by name; or Meta-SGD's ``{"params": those, "lr": their inner rates}``."""
 BatchFunction = Callable[[Params, Batch], Tensor]
+Criterion = Callable[[Tensor, Tensor], Tensor]
+"""From the outputs and the targets of a batch to a number."""
 
+INPUTS_AT_ONCE = 2**22
+"""Numbers in the inputs predicted at once where every query example has a batch of its own: they
+take some 800 megabytes in a convolutional network."""
 PHOTOGRAPH = 3 * 84 * 84
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
@@ -58,8 +66,8 @@ def mlp(sizes: list[int], activation: type[nn.Module]) -> nn.Module:
 def conv4(model: Conv4, ways: int) -> nn.Module:
     """Four strided convolutions, as for Omniglot in Finn et al. 2017 and Nichol et al. 2018.
 
-    BatchNorm keeps no running statistics: it normalises by the batch at hand, at test time too,
-    so the examples of a query set see one another ("transductive").
+    BatchNorm keeps no running statistics: it normalises by the batch at hand, at test time too.
+    What that batch is, the study says: see :func:`predict_apart`.
     """
     layers: list[nn.Module] = []
     for channels in (1, *[model.filters] * 3):
@@ -89,7 +97,22 @@ def initial_params(study: Study, seed: int) -> Params:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, "init"))
         module = build_module(study)
-    return {name: leaf.detach().clone() for name, leaf in module.named_parameters()}
+    params = {name: leaf.detach().clone() for name, leaf in module.named_parameters()}
+    if not isinstance(study.form, MetaSGDForm):
+        return params
+    rates = {name: torch.full_like(leaf, study.inner.lr) for name, leaf in params.items()}
+    return {"params": params, "lr": rates}
+
+
+def network_params(params: Params) -> Params:
+    """The network's own parameters, without Meta-SGD's inner rates."""
+    own: Params = params["params"] if "lr" in params else params
+    return own
+
+
+def with_network_params(params: Params, own: Params) -> Params:
+    """The same with other parameters of the network."""
+    return {**params, "params": own} if "lr" in params else own
 
 
 def derived_seed(seed: int, purpose: str) -> int:
@@ -104,26 +127,48 @@ def generator(seed: int, purpose: str) -> torch.Generator:
 
 def predict(module: nn.Module, params: Params, x: Tensor) -> Tensor:
     """The network's output for one batch of inputs, at the given parameters."""
-    output: Tensor = functional_call(module, params, (x,))
+    output: Tensor = functional_call(module, network_params(params), (x,))
     return output
 
 
-def batch_loss(study: Study, module: nn.Module) -> BatchFunction:
+def predict_apart(module: nn.Module, params: Params, support: Tensor, query: Tensor) -> Tensor:
+    """The network's output for every query example, which sees the support set alone.
+
+    The batch of each is the support set and itself, so that where BatchNorm normalises by the batch
+    nothing passes from one query example to another.
+
+    Source: Nichol et al. 2018 (arXiv:1803.02999), the case without transduction.
+    """
+
+    def output(example: Tensor) -> Tensor:
+        return predict(module, params, torch.cat([support, example.unsqueeze(0)]))[-1]
+
+    outputs: Tensor = torch.vmap(output, chunk_size=apart_at_once(support))(query)
+    return outputs
+
+
+def apart_at_once(support: Tensor) -> int:
+    """How many query examples :func:`predict_apart` takes at once."""
+    return max(1, INPUTS_AT_ONCE // (support.numel() + support[0].numel()))
+
+
+def criterion(study: Study) -> Criterion:
     """What training lowers: mean squared error in regression, cross-entropy for classes."""
-    criterion = functional.mse_loss if study.way is None else functional.cross_entropy
+    return functional.mse_loss if study.way is None else functional.cross_entropy
+
+
+def accuracy(outputs: Tensor, y: Tensor) -> Tensor:
+    """The share of a batch that is put in its class; NaN where an output is not finite."""
+    right = (outputs.argmax(-1) == y).to(outputs.dtype)
+    return torch.where(outputs.isfinite().all(-1), right, torch.nan).mean()
+
+
+def batch_loss(study: Study, module: nn.Module) -> BatchFunction:
+    """The criterion of a batch as a function of the parameters."""
+    measure = criterion(study)
 
     def loss(params: Params, batch: Batch) -> Tensor:
         x, y = batch
-        return criterion(predict(module, params, x), y)
+        return measure(predict(module, params, x), y)
 
     return loss
-
-
-def batch_accuracy(module: nn.Module) -> BatchFunction:
-    """The share of a batch that is put in its class."""
-
-    def accuracy(params: Params, batch: Batch) -> Tensor:
-        x, y = batch
-        return (predict(module, params, x).argmax(-1) == y).to(x.dtype).mean()
-
-    return accuracy

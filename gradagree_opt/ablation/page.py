@@ -1,8 +1,7 @@
 """The report of a study as one page of HTML that needs nothing else."""
 
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import pandas as pd
@@ -22,6 +21,12 @@ CAPTIONS = {
     "tuned-rates": "What each method reaches at every candidate outer rate, on the seeds that the "
     "rates are tuned on. The rate is chosen by the validation loss alone.",
     "agreement": "Weights and cancellation of the training batches, averaged over seeds.",
+    "agreement-matrix": "Agreement of the tasks of one training batch, the same for every method: "
+    "cosines between the displacements of their inner loops, by the parameters that the first seed "
+    "was trained to.",
+    "corruption": "The test after the steps that rates are tuned for, by the share of the training "
+    "tasks that are corrupted: mean over seeds, and its 95 % interval. At each share every method "
+    "has the rate chosen there.",
     "adaptation": "One unseen task: predictions after 0 to 5 gradient steps, before training and "
     "after each method.",
 }
@@ -29,10 +34,15 @@ NUMBER = re.compile(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?")
 
 
 class Cell(NamedTuple):
-    """What is shown in a table, and the number it is sorted by, if it is one."""
+    """What is shown in a table, and the number it is sorted by, if it is one.
+
+    Attributes:
+        is_header: Whether it names the method of its row.
+    """
 
     text: str
     number: float | None
+    is_header: bool
 
 
 class PageTable(NamedTuple):
@@ -53,25 +63,25 @@ class Picture(NamedTuple):
     svg: Markup
 
 
-def html(results: Results, config: Config, figures: Mapping[str, Figure]) -> str:
+def html(parts: Sequence[Results], config: Config, figures: Mapping[str, Figure]) -> str:
     """The page: tables, figures, configuration, and how to cite."""
     environment = Environment(
         loader=PackageLoader("gradagree_opt.ablation"), autoescape=True, trim_blocks=True
     )
     return environment.get_template("report.html.j2").render(
-        study=results.study,
+        study=config.study,
         config=config,
-        notes=tables.notes(results),
+        notes=tables.notes(parts),
         tables=[
-            page_table("methods", "The methods, the best first", tables.summary(results)),
-            page_table("runs", "All runs", every_run(results), folded=True),
+            page_table("methods", "The methods, the best first", tables.summary(parts)),
+            page_table("runs", "All runs", every_run(parts), folded=True),
         ],
         figures=[
-            Picture(name, CAPTIONS[name], inline_svg(figure, name))
+            Picture(name, caption(name, parts), inline_svg(figure, name))
             for name, figure in figures.items()
         ],
         settings=yaml.safe_dump(
-            results.study.model_dump(mode="json", exclude={"quick"}),
+            config.study.model_dump(mode="json", exclude={"quick"}),
             sort_keys=False,
             allow_unicode=True,
         ),
@@ -80,10 +90,18 @@ def html(results: Results, config: Config, figures: Mapping[str, Figure]) -> str
     )
 
 
-def every_run(results: Results) -> pd.DataFrame:
+def caption(name: str, parts: Sequence[Results]) -> str:
+    """What a figure shows; of several parts, all figures but one show the last."""
+    if len(parts) == 1 or name == "corruption":
+        return CAPTIONS[name]
+    share = f"{100 * parts[-1].study.fraction:g} %"
+    return f"{CAPTIONS[name]} Trained with {share} of the training tasks corrupted."
+
+
+def every_run(parts: Sequence[Results]) -> pd.DataFrame:
     """Every run after the number of steps that the rates are tuned for, as text."""
-    steps = results.study.tuning.steps
-    runs = tables.all_runs(results)
+    steps = parts[0].study.tuning.steps
+    runs = tables.all_runs(parts)
     runs = runs[runs["steps"] == steps].drop(columns="steps")
     runs["chosen"] = runs["chosen"].map({True: "yes", False: ""})
     shown: pd.DataFrame = runs.map(lambda value: f"{value:.6g}" if is_number(value) else str(value))
@@ -99,7 +117,7 @@ def page_table(name: str, caption: str, table: pd.DataFrame, *, folded: bool = F
     columns = list(table.columns)
     rows = [
         [
-            Cell(text, None if column == "method" else number_in(text))
+            Cell(text, None if column == "method" else number_in(text), column == "method")
             for column, text in zip(columns, row, strict=True)
         ]
         for row in table.to_numpy().tolist()
@@ -108,10 +126,8 @@ def page_table(name: str, caption: str, table: pd.DataFrame, *, folded: bool = F
 
 
 def number_in(text: str) -> float | None:
-    """The number that a cell begins with; a diverged run is worse than every number."""
-    if text in {"diverged", "inf"}:
-        return math.inf
-    found = NUMBER.match(text)
+    """The number that a cell begins with, also as a bound; none for a run that diverged."""
+    found = NUMBER.match(text.removeprefix("< "))
     return float(found[0]) if found else None
 
 

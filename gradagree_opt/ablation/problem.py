@@ -8,20 +8,28 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-import gradagree_opt as ga
 from gradagree_opt.ablation.distributions import corrupted, data_tensors, distributions
+from gradagree_opt.ablation.forms import Learner, evaluator, learner
 from gradagree_opt.ablation.grouping import OuterStep, is_compiled
 from gradagree_opt.ablation.models import (
-    BatchFunction,
+    Criterion,
     Params,
-    batch_accuracy,
+    accuracy,
+    apart_at_once,
     batch_loss,
     build_module,
+    criterion,
     generator,
+    network_params,
+    predict,
+    predict_apart,
+    with_network_params,
 )
-from gradagree_opt.ablation.study import MAMLForm, MiniImageNetTasks, Study
+from gradagree_opt.ablation.study import MiniImageNetTasks, ReptileForm, Study
+from gradagree_opt.blocks import or_one
+from gradagree_opt.statistics import measure
 from gradagree_opt.tasks import Batch, TaskDistribution
 from gradagree_opt.tasks.protocol import Split
 
@@ -37,45 +45,44 @@ class Problem:
         training: Tasks that the meta-learner is trained on.
         evaluation: Tasks of the test protocol, drawn for validation and for the test.
         outer_step: Trains a group of runs.
-        evaluator: Adapts with the same inner rate, each step on the whole support set.
+        evaluator: Adapts as the form does, each step on the whole support set.
         loss: What training lowers and what outer rates are chosen by.
         score: What the test reports: the loss in regression, the accuracy for classes.
         chunk_size: The most tasks that are adapted at once, None for all.
+        transductive: Whether the examples of a query set are predicted as one batch.
     """
 
     training: TaskDistribution
     evaluation: TaskDistribution
     module: nn.Module
     outer_step: OuterStep
-    evaluator: ga.Reptile
-    loss: BatchFunction
-    score: BatchFunction
+    evaluator: Learner
+    loss: Criterion
+    score: Criterion
     chunk_size: int | None = None
+    transductive: bool = True
 
 
 def build_problem(study: Study, data: Path | None) -> Problem:
     module = build_module(study)
     loss = batch_loss(study, module)
-    inner = ga.InnerSGD(study.inner.lr, study.inner.steps, batch_size=study.inner.batch_size)
-    whole = ga.InnerSGD(study.inner.lr, study.inner.steps)
-    learner: ga.Reptile | ga.MAML
-    if isinstance(study.form, MAMLForm):
-        learner = ga.MAML(
-            loss,
-            inner,
-            first_order=study.form.first_order,
-            signal=study.form.signal,
-        )
-    else:
-        learner = ga.Reptile(loss, inner)
     training, evaluation = distributions(study, data)
     if study.corruption is not None:
         training = corrupted(study, study.corruption, training)
     chunk = PHOTOGRAPHS if isinstance(study.tasks, MiniImageNetTasks) else None
-    score = loss if study.way is None else batch_accuracy(module)
-    evaluator = ga.Reptile(loss, whole)
-    outer_step = OuterStep(learner, study.outer.optimizer, is_compiled(study))
-    return Problem(training, evaluation, module, outer_step, evaluator, loss, score, chunk)
+    return Problem(
+        training=training,
+        evaluation=evaluation,
+        module=module,
+        outer_step=OuterStep(
+            learner(study, loss, module), study.outer.optimizer, is_compiled(study)
+        ),
+        evaluator=evaluator(study, loss, module),
+        loss=criterion(study),
+        score=criterion(study) if study.way is None else accuracy,
+        chunk_size=chunk,
+        transductive=study.test.transductive,
+    )
 
 
 def data_digest(problem: Problem) -> str | None:
@@ -101,7 +108,7 @@ class TrainingTasks:
     def __init__(self, study: Study, problem: Problem, seed: int) -> None:
         self.problem = problem
         self.meta_batch = study.meta_batch
-        self.parts = ("support", "query") if isinstance(study.form, MAMLForm) else ("support",)
+        self.parts = ("support",) if isinstance(study.form, ReptileForm) else ("support", "query")
         self.generator = generator(seed, "train")
         self.steps = 1 if isinstance(study.tasks, MiniImageNetTasks) else self.BLOCK
         self.block: Tasks = {}
@@ -122,7 +129,7 @@ def evaluation_tasks(problem: Problem, n_tasks: int, split: Split, seed: int) ->
 
 
 def scores_after(
-    problem: Problem, measure: BatchFunction, params: Params, tasks: Tasks, steps: list[int]
+    problem: Problem, measure: Criterion, params: Params, tasks: Tasks, steps: list[int]
 ) -> dict[int, Tensor]:
     """The measure on each task's query set after each number of gradient steps on its support set.
 
@@ -137,13 +144,39 @@ def scores_after(
             adapted = adapt(problem, adapted, tasks["support"], step - done)
         done = step
         with torch.no_grad():
-            each = torch.vmap(measure, chunk_size=problem.chunk_size)
-            scores[step] = each(adapted, tasks["query"])
+            outputs = query_outputs(problem, adapted, tasks)
+            scores[step] = torch.vmap(measure)(outputs, tasks["query"][1])
     return scores
+
+
+def query_outputs(problem: Problem, params: Params, tasks: Tasks) -> Tensor:
+    """The network's outputs for each task's query set, at task-stacked parameters.
+
+    Returns:
+        ``[n, query examples, …]``.
+    """
+    (support, _), (query, _) = tasks["support"], tasks["query"]
+    if problem.transductive:
+        each = torch.vmap(partial(predict, problem.module), chunk_size=problem.chunk_size)
+        return each(params, query)
+    chunk_size = max(1, apart_at_once(support[0]) // query.shape[1])
+    each = torch.vmap(partial(predict_apart, problem.module), chunk_size=chunk_size)
+    return each(params, support, query)
 
 
 def adapt(problem: Problem, params: Params, support: Batch, steps: int) -> Params:
     """Task-stacked parameters after further gradient steps on each task's own support set."""
     each = torch.vmap(partial(problem.evaluator.adapt, steps=steps), chunk_size=problem.chunk_size)
-    adapted: Params = each(params, support)
-    return adapted
+    return with_network_params(params, each(params, support))
+
+
+def agreement_matrix(problem: Problem, params: Params, support: Batch) -> Tensor:
+    """Cosines ``[n, n]`` between the displacements of n tasks; 0 for one that did not move."""
+    inner_loop = partial(problem.outer_step.learner.adapt, params)
+    adapted = torch.vmap(inner_loop, chunk_size=problem.chunk_size)(support)
+    displacements = tree_leaves(tree_map(torch.sub, network_params(params), adapted))
+    active = torch.ones(len(support[0]), dtype=torch.bool)
+    gramian = measure(displacements, active, gramian=True).gramian
+    assert gramian is not None
+    lengths = or_one(gramian.diagonal().sqrt())
+    return gramian / lengths / lengths.unsqueeze(1)

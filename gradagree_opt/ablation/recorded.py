@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -9,7 +10,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from gradagree_opt.ablation.loading import load
 from gradagree_opt.ablation.records import FORMAT, DamagedRecordError, Run, RunRecord, Store
 from gradagree_opt.ablation.study import Study, StudyError
-from gradagree_opt.ablation.sweep import Label, Results, choose_rates, final_runs, tuning_runs
+from gradagree_opt.ablation.sweep import (
+    Label,
+    Results,
+    choose_rates,
+    final_runs,
+    number_of_runs,
+    tuning_runs,
+)
 
 CONFIG = "config.json"
 
@@ -21,6 +29,8 @@ class Config(BaseModel):
         format: The version of the records.
         data: The path given as ``--data``.
         data_sha256: A hash of the data; None for tasks that are made up.
+        clean_sha256: The same for the part of a study without corruption, which has no foreign
+            data.
         packages: Their versions, by name.
     """
 
@@ -31,9 +41,15 @@ class Config(BaseModel):
     command: list[str]
     data: str | None = None
     data_sha256: str | None
+    clean_sha256: str | None = None
     python: str
     machine: str
     packages: dict[str, str]
+
+    def digest(self, part: Study) -> str | None:
+        """The hash of the data of a part of the study."""
+        clean = self.study.corruption is not None and part.corruption is None
+        return self.clean_sha256 if clean else self.data_sha256
 
 
 def read_config(folder: Path) -> Config:
@@ -68,37 +84,43 @@ def read_config(folder: Path) -> Config:
         raise StudyError(f"{path}: the entry {place!r} is another version's or damaged") from None
 
 
-def read_results(folder: Path, config: Config) -> Results:
-    """The finished study.
+def read_results(folder: Path, config: Config) -> list[Results]:
+    """The finished study, each of its parts.
 
     Raises:
         StudyError: Runs are missing; the sentence has their number and the command that does them.
     """
-    study = config.study
-    records = finished(folder, config, tuning_runs(study))
+    parts = [read_part(folder, config, part) for part in config.study.parts()]
+    total = sum(number_of_runs(part.study) for part in parts)
+    if missing := total - sum(len(part.records) for part in parts):
+        raise StudyError(
+            f"{missing} of {total} runs in {folder} are missing; `{resume(folder, config)}` goes on"
+        )
+    return parts
+
+
+def read_part(folder: Path, config: Config, study: Study) -> Results:
+    """What is finished of a part of the study."""
+    find = partial(finished, Store(folder), study, config.digest(study))
+    records = find(tuning_runs(study))
     tuned = [
         method
         for method in study.methods
         if all(run.label in records for run in tuning_runs(study) if run.method == method)
     ]
-    part = study.model_copy(update={"methods": tuned})
-    rates = choose_rates(part, records)
-    records |= finished(folder, config, final_runs(part, rates))
-    further = len(study.seeds) - study.tuning.seeds
-    total = len(tuning_runs(study)) + len(study.methods) * further
-    if missing := total - len(records):
-        raise StudyError(
-            f"{missing} of {total} runs in {folder} are missing; `{resume(folder, config)}` goes on"
-        )
-    return Results(study, records, rates)
+    found = study.model_copy(update={"methods": tuned})
+    rates = choose_rates(found, records)
+    return Results(study, records | find(final_runs(found, rates)), rates)
 
 
-def finished(folder: Path, config: Config, runs: list[Run]) -> dict[Label, RunRecord]:
+def finished(
+    store: Store, study: Study, digest: str | None, runs: list[Run]
+) -> dict[Label, RunRecord]:
     """Those of the runs that have a record."""
-    store, records = Store(folder), {}
+    records = {}
     for run in runs:
         try:
-            record = store.record(run.key(config.study, config.data_sha256))
+            record = store.record(run.key(study, digest))
         except DamagedRecordError:
             continue  # missing, to all that read it
         if record is not None:
@@ -107,7 +129,7 @@ def finished(folder: Path, config: Config, runs: list[Run]) -> dict[Label, RunRe
 
 
 def resume(folder: Path, config: Config) -> str:
-    data = ["--data", config.data or "DATA"] if config.data_sha256 else []
+    data = ["--data", config.data] if config.data else []
     return shlex.join(["gradagree", "ablate", str(folder / CONFIG), "--out", str(folder), *data])
 
 

@@ -5,17 +5,20 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
 from gradagree_opt.ablation.methods import Method
 from gradagree_opt.ablation.models import Params
 from gradagree_opt.ablation.study import Study
 
+LATER_TASK_KEYS = {"split": "vinyals", "rotations": False}  # than the first records, and defaults
 FORMAT = 1  # raise it when the same study would give other numbers
 
 
@@ -55,8 +58,14 @@ class Run(BaseModel):
                 "corruption": True,
             },
         )
+        # Keys later than the first records, absent from theirs.
         if study.corruption is None:
-            del content["corruption"]  # a key later than the first records, absent from theirs
+            del content["corruption"]
+        if study.test.transductive:
+            del content["test"]["transductive"]
+        for key, default in LATER_TASK_KEYS.items():
+            if content["tasks"].get(key) == default:
+                del content["tasks"][key]
         content |= self.model_dump(mode="json", exclude={"method": {"name"}})
         content |= {"compile": study.compile is True}
         content |= {"format": FORMAT, "data": data}
@@ -74,7 +83,12 @@ class CurvePoint(BaseModel):
 
 
 class RunRecord(BaseModel):
-    """What a run found. Losses and scores of a run that diverged are infinite."""
+    """What a run found. Losses and scores of a run that diverged are infinite.
+
+    Attributes:
+        agreement: Cosines between the displacements of the tasks of one training batch, by the
+            trained parameters; None for a run that diverged, and in records older than this.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
@@ -82,6 +96,7 @@ class RunRecord(BaseModel):
     validation: float
     test: Annotated[dict[int, float], Field(min_length=1)]
     curve: list[CurvePoint]
+    agreement: list[list[float]] | None = None
     seconds: float
 
 
@@ -97,9 +112,10 @@ class Store:
         Raises:
             DamagedRecordError: The record cannot be read, or lacks its parameters.
         """
-        record, params = self.record(key), self.folder / f"{key}.npz"
-        if record is not None and not zipfile.is_zipfile(params):
-            raise DamagedRecordError(f"{params} is cut off or absent; redoing its run")
+        record = self.record(key)
+        if record is not None and self.params(key) is None:
+            path = self.folder / f"{key}.npz"
+            raise DamagedRecordError(f"{path} is cut off or absent; redoing its run")
         return record
 
     def record(self, key: str) -> RunRecord | None:
@@ -119,22 +135,46 @@ class Store:
     def write(self, key: str, record: RunRecord, params: Params) -> None:
         """Parameters first: where there is a record, there are its parameters."""
         buffer = io.BytesIO()
-        arrays: Any = {name: leaf.detach().numpy() for name, leaf in params.items()}
+        arrays: Any = {name: leaf.detach().numpy() for name, leaf in flat(params).items()}
         np.savez(buffer, **arrays)
         write_atomically(self.folder / f"{key}.npz", buffer.getvalue())
-        write_atomically(self.folder / f"{key}.json", record.model_dump_json(indent=1).encode())
+        write_atomically(self.folder / f"{key}.json", record.model_dump_json().encode())
 
     def params(self, key: str) -> Params | None:
-        """A run's trained parameters, or None if they are not kept."""
+        """A run's trained parameters, or None if they are not kept, damaged or pickled."""
         path = self.folder / f"{key}.npz"
         if not zipfile.is_zipfile(path):
             return None
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                return nested({name: torch.from_numpy(arrays[name]) for name in arrays.files})
+        except (ValueError, EOFError, OSError, RuntimeError, zlib.error, zipfile.BadZipFile):
+            return None
 
 
 class DamagedRecordError(Exception):
     """A record that cannot be read."""
+
+
+def flat(params: Params) -> dict[str, Tensor]:
+    """The leaves by name, those of a part as "part/name"."""
+    leaves: dict[str, Tensor] = {}
+    for name, leaf in params.items():
+        is_part = isinstance(leaf, dict)
+        leaves |= {f"{name}/{inner}": leaf[inner] for inner in leaf} if is_part else {name: leaf}
+    return leaves
+
+
+def nested(leaves: dict[str, Tensor]) -> Params:
+    """The parameters whose leaves :func:`flat` has named."""
+    params: Params = {}
+    for name, leaf in leaves.items():
+        part, slash, inner = name.partition("/")
+        if slash:
+            params.setdefault(part, {})[inner] = leaf
+        else:
+            params[name] = leaf
+    return params
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -147,3 +187,19 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_first(path: Path, content: bytes) -> None:
+    """Writes the file unless there is one: of processes that begin together, one does."""
+    own = path.with_name(f".{path.name}.{os.getpid()}.first")
+    try:
+        write_atomically(own, content)
+        os.link(own, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        if not own.exists():
+            raise
+        own.replace(path)  # a file system without hard links
+    finally:
+        own.unlink(missing_ok=True)

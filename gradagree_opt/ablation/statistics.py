@@ -80,6 +80,15 @@ def compare(scores: Mapping[str, Mapping[int, float]], baseline: str, /) -> dict
     }
 
 
+def adjusted_together(groups: Sequence[Mapping[str, Comparison]], /) -> list[dict[str, Comparison]]:
+    """The same comparisons, each p-value adjusted by Holm's method for those of all groups."""
+    adjusted = iter(holm([found.p for group in groups for found in group.values()]))
+    return [
+        {name: found._replace(adjusted_p=next(adjusted)) for name, found in group.items()}
+        for group in groups
+    ]
+
+
 def paired_differences(
     values: Mapping[int, float], baseline: Mapping[int, float], /
 ) -> list[float]:

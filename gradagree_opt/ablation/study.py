@@ -3,13 +3,15 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    field_validator,
+    Tag,
     model_validator,
 )
 
@@ -27,7 +29,16 @@ class StudyError(ValueError):
 class Section(BaseModel):
     """A part of the study file: no unknown keys, no changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def unique(entries: list[Any]) -> list[Any]:
+    """The entries, unless two of them are equal or have one name."""
+    names = [getattr(entry, "name", entry) for entry in entries]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name!r} is given more than once")
+    return entries
 
 
 class SineTasks(Section):
@@ -39,7 +50,11 @@ class SineTasks(Section):
 
 
 class OmniglotTasks(Section):
+    """Omniglot; the split ``background`` is the ``background_validation`` of the distribution."""
+
     kind: Literal["omniglot"]
+    split: Literal["vinyals", "background"] = "vinyals"
+    rotations: bool = False
     way: Annotated[int, Field(ge=2)] = 5
     support_shots: PositiveInt
     query_shots: PositiveInt = 1
@@ -77,16 +92,33 @@ class GroupedTasks(Section):
     query_shots: PositiveInt = 1
 
 
+def one_or_list(value: Any) -> Literal["one", "list"]:
+    return "list" if isinstance(value, list) else "one"
+
+
 class CorruptionSection(Section):
-    """What spoils training tasks: see :class:`gradagree_opt.tasks.Corrupted`."""
+    """What spoils training tasks: see :class:`gradagree_opt.tasks.Corrupted`.
+
+    Of several fractions, of which the first may be 0, each is a study of its own.
+    """
 
     kind: Corruption
-    fraction: Annotated[float, Field(gt=0, le=1)]
+    fraction: Annotated[
+        Annotated[float, Field(gt=0, le=1), Tag("one")]
+        | Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1), Tag("list")],
+        Discriminator(one_or_list),
+    ]
     scale: float | None = None
     foreign: Literal["lines"] | Dataset | None = None
 
+    @property
+    def fractions(self) -> list[float]:
+        return self.fraction if isinstance(self.fraction, list) else [self.fraction]
+
     @model_validator(mode="after")
     def complete(self) -> "CorruptionSection":
+        if self.fractions != sorted(set(self.fractions)):
+            raise LocatedError(f"the fractions {self.fractions} do not rise", "fraction")
         for option, kind in (("scale", "outlier_scale"), ("foreign", "foreign")):
             if (getattr(self, option) is not None) != (self.kind == kind):
                 raise LocatedError(f"{option!r} goes with kind {kind!r}, and with no other", option)
@@ -109,9 +141,14 @@ class ReptileForm(Section):
 
 
 class MAMLForm(Section):
-    kind: Literal["maml"]
+    kind: Literal["maml", "anil"]
     first_order: bool = False
     signal: Literal["displacement", "gradient"] = "displacement"
+
+
+class MetaSGDForm(Section):
+    kind: Literal["meta-sgd"]
+    first_order: bool = False
 
 
 class Inner(Section):
@@ -122,7 +159,7 @@ class Inner(Section):
 
 class Outer(Section):
     optimizer: Literal["sgd", "adam"]
-    rates: Annotated[list[PositiveFloat], Field(min_length=1)]
+    rates: Annotated[list[PositiveFloat], Field(min_length=1), AfterValidator(unique)]
     schedule: Literal["constant", "linear"] = "constant"
 
 
@@ -139,40 +176,32 @@ class Test(Section):
     support_shots: PositiveInt
     query_shots: PositiveInt
     steps: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    transductive: bool = True
 
 
 class Study(Section):
     """Everything that defines a study; the fields are explained in ``studies/sine.yaml``."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
-    title: str
+    title: Annotated[str, Field(pattern=r"^[^\r\n]+$")]
     tasks: Annotated[
         SineTasks | GroupedTasks | OmniglotTasks | MiniImageNetTasks | Learn2LearnTasks,
         Field(discriminator="kind"),
     ]
     model: Annotated[MLP | Conv4, Field(discriminator="kind")]
-    form: Annotated[ReptileForm | MAMLForm, Field(discriminator="kind")]
+    form: Annotated[ReptileForm | MAMLForm | MetaSGDForm, Field(discriminator="kind")]
     inner: Inner
     outer: Outer
     corruption: CorruptionSection | None = None
     iterations: PositiveInt
     meta_batch: PositiveInt
     compile: Literal["auto", True, False] = "auto"
-    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1), AfterValidator(unique)]
     tuning: Tuning
     test: Test
-    methods: Annotated[list[Method], Field(min_length=1)]
+    methods: Annotated[list[Method], Field(min_length=1), AfterValidator(unique)]
     baseline: str
     quick: dict[str, Any] | None = None
-
-    @field_validator("seeds", "methods")
-    @classmethod
-    def unique(cls, entries: list[Any]) -> list[Any]:
-        names = [getattr(entry, "name", entry) for entry in entries]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"{name!r} is given more than once")
-        return entries
 
     @model_validator(mode="after")
     def consistent(self) -> "Study":
@@ -197,7 +226,54 @@ class Study(Section):
             raise LocatedError(f"a conv4 model needs drawings of {DRAWING} numbers", "model")
         if self.way is not None and self.corruption and self.corruption.foreign:
             raise LocatedError("there are no foreign tasks for drawings", "corruption", "foreign")
+        if self.corruption and self.corruption.foreign == getattr(self.tasks, "dataset", ""):
+            message = f"the tasks of {self.corruption.foreign} are the study's own, not foreign"
+            raise LocatedError(message, "corruption", "foreign")
         return self
+
+    @model_validator(mode="after")
+    def possible_in_form(self) -> "Study":
+        if self.form.kind != "meta-sgd":
+            return self
+        if self.inner.batch_size is not None:
+            message = "Meta-SGD takes each step on the whole support set; leave it out"
+            raise LocatedError(message, "inner", "batch_size")
+        for index, method in enumerate(self.methods):
+            if method.options.get("scope", "global") != "global":
+                message = "Meta-SGD's displacement has no leaf for the rates; leave scope out"
+                raise LocatedError(message, "methods", index, "options", "scope")
+        return self
+
+    @model_validator(mode="after")
+    def tried(self) -> "Study":
+        for index, method in enumerate(self.methods):
+            try:
+                method.try_on(self.meta_batch)
+            except ImportError:
+                continue  # as in Method.accepted
+            except (TypeError, ValueError) as error:
+                message = f"a batch of {self.meta_batch} tasks: {error}"
+                raise LocatedError(message, "methods", index, "options") from None
+        return self
+
+    def parts(self) -> "list[Study]":
+        """The studies that it is made of, one for each fraction of corrupted tasks.
+
+        At 0 that is the study without corruption.
+        """
+        if self.corruption is None:
+            return [self]
+        sections = [
+            self.corruption.model_copy(update={"fraction": fraction}) if fraction else None
+            for fraction in self.corruption.fractions
+        ]
+        return [self.model_copy(update={"corruption": section}) for section in sections]
+
+    @property
+    def fraction(self) -> float:
+        """The share of its training tasks that are corrupted, for one of its parts."""
+        [fraction] = self.corruption.fractions if self.corruption else [0.0]
+        return fraction
 
     @property
     def way(self) -> int | None:

@@ -1,5 +1,6 @@
 """How the figures look: one colour, marker and dash for each method, the same in all of them."""
 
+import math
 from collections.abc import Sequence
 from io import BytesIO
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -70,7 +71,10 @@ def looks(study: Study) -> dict[str, Look]:
 
 
 def plain_log(axes: Axes, shown: Sequence[float]) -> None:
-    """A vertical log axis for positive values, its labels plain numbers."""
+    """A vertical log axis for positive values, its labels plain numbers; as it was without any."""
+    shown = [value for value in shown if 0 < value < math.inf]
+    if not shown:
+        return
     axes.set_yscale("log")
     axes.set_ylim(0.8 * min(shown), 1.25 * max(shown))
     if max(shown) > 4 * min(shown):
@@ -90,10 +94,14 @@ def legend(figure: Figure, axes: Axes, title: str, place: Place, columns: int = 
 
 
 def save(figure: Figure, kind: str) -> bytes:
-    """The figure as a "png", "pdf" or "svg" file; equal figures give equal bytes."""
+    """The figure as a "png", "pdf" or "svg" file; equal figures give equal bytes.
+
+    It is laid out when it is first saved, and not again.
+    """
     buffer = BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(
             buffer, format=kind, dpi=200, metadata=NO_DATE[kind], transparent=kind == "svg"
         )
+    figure.set_layout_engine(None)
     return buffer.getvalue()

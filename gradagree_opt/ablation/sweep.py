@@ -6,19 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from gradagree_opt.ablation.grouping import group_size, groups
+from torch import Generator
+
+from gradagree_opt.ablation.grouping import group_size, groups, has_compiler
 from gradagree_opt.ablation.parallel import Report, execute
 from gradagree_opt.ablation.problem import Problem, build_problem, data_digest
 from gradagree_opt.ablation.records import DamagedRecordError, Run, RunRecord, Store
-from gradagree_opt.ablation.study import Study
+from gradagree_opt.ablation.study import Study, StudyError
 from gradagree_opt.ablation.training import train_runs
 
 Label: TypeAlias = tuple[str, float, int]
+Ended: TypeAlias = Callable[[Study, RunRecord], None]
 
 
 @dataclass(frozen=True)
 class Results:
-    """A finished study.
+    """A finished study at one fraction of corrupted tasks.
 
     Attributes:
         records: Every run, tuning and final, by its label.
@@ -63,6 +66,12 @@ def final_runs(study: Study, rates: dict[str, float]) -> list[Run]:
     ]
 
 
+def number_of_runs(study: Study) -> int:
+    """Of tuning and final runs together."""
+    further = len(study.seeds) - study.tuning.seeds
+    return len(study.methods) * (len(study.outer.rates) * study.tuning.seeds + further)
+
+
 def choose_rates(study: Study, records: dict[Label, RunRecord]) -> dict[str, float]:
     """For each method the candidate with the lowest validation loss over the tuning seeds.
 
@@ -77,6 +86,20 @@ def choose_rates(study: Study, records: dict[Label, RunRecord]) -> dict[str, flo
     }
 
 
+def check_installed(study: Study) -> None:
+    """Raises a StudyError where a package that a method needs, or the compiler, is missing."""
+    if study.compile is True and not has_compiler():
+        raise StudyError(
+            "compile: true needs a C++ compiler, found none; install one, as g++, or give the "
+            "study compile: false, which takes several times as long"
+        )
+    for method in study.methods:
+        try:
+            method.build(Generator())
+        except ImportError as error:
+            raise StudyError(f"the method {method.name!r}: {error}") from None
+
+
 class Sweep:
     """The runs of a study in its output folder, those that are finished left as they are.
 
@@ -89,6 +112,7 @@ class Sweep:
     ) -> None:
         self.study, self.data, self.warn = study, data, warn
         self.store = Store(folder)
+        check_installed(study)
         problem = build_problem(study, data)
         self.digest = data_digest(problem)
         self.group_size = group_size(study, problem.module)
@@ -97,23 +121,23 @@ class Sweep:
     @property
     def iterations(self) -> int:
         """The outer steps of the whole study, finished runs included."""
-        study = self.study
-        tuning = len(study.outer.rates) * study.tuning.seeds
-        further = len(study.seeds) - study.tuning.seeds
-        return study.iterations * len(study.methods) * (tuning + further)
+        return self.study.iterations * number_of_runs(self.study)
 
-    def run(self, jobs: int, report: Report) -> Results:
+    def run(self, jobs: int, report: Report, ended: Ended = lambda *_: None) -> Results:
         """Does what is missing, with that many processes.
 
         Args:
             report: Called with numbers of outer steps, as they are done or found done.
+            ended: Called with the study and the record of each run, as it ends or is found done.
         """
-        self.complete(tuning_runs(self.study), jobs, report)
+        self.complete(tuning_runs(self.study), jobs, report, ended)
         rates = choose_rates(self.study, self.records)
-        self.complete(final_runs(self.study, rates), jobs, report)
+        self.complete(final_runs(self.study, rates), jobs, report, ended)
         return Results(self.study, self.records, rates)
 
-    def complete(self, runs: list[Run], jobs: int, report: Report) -> None:
+    def complete(
+        self, runs: list[Run], jobs: int, report: Report, ended: Ended = lambda *_: None
+    ) -> None:
         missing = []
         for run in runs:
             if run.label in self.records:
@@ -124,10 +148,13 @@ class Sweep:
             else:
                 self.records[run.label] = record
                 report(self.study.iterations)
+                ended(self.study, record)
         job = Job(self.study, self.store, self.data, self.digest)
         largest = min(self.group_size, math.ceil(len(missing) / jobs))
         for records in execute(job, groups(missing, largest), jobs, report):
-            self.records |= {record.run.label: record for record in records}
+            for record in records:
+                self.records[record.run.label] = record
+                ended(self.study, record)
 
     def finished(self, run: Run) -> RunRecord | None:
         try:

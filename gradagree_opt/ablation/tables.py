@@ -1,6 +1,7 @@
 """The table of a study: Markdown and terminal for people, LaTeX for papers, CSV of all runs."""
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import pandas as pd
@@ -8,7 +9,13 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from gradagree_opt.ablation.records import RunRecord
-from gradagree_opt.ablation.statistics import Comparison, Interval, compare, interval
+from gradagree_opt.ablation.statistics import (
+    Comparison,
+    Interval,
+    adjusted_together,
+    compare,
+    interval,
+)
 from gradagree_opt.ablation.sweep import Results
 
 
@@ -39,10 +46,31 @@ MEASURES = {
 EDGE = "†"
 ADJUSTED_P = "p (Holm)"
 EFFECT_SIZE = "effect size"
+CORRUPTED = "corrupted"
 
 
-def all_runs(results: Results) -> pd.DataFrame:
+def below_one_another(
+    tables: Iterable[pd.DataFrame], column: str, labels: Sequence[float | str]
+) -> pd.DataFrame:
+    """One table of those of the parts; where there are several, their labels come first."""
+    blocks = list(tables)
+    if len(blocks) > 1:
+        for block, label in zip(blocks, labels, strict=True):
+            block.insert(0, column, label)
+    return pd.concat(blocks, ignore_index=True)
+
+
+def fractions(parts: Sequence[Results]) -> list[float]:
+    """The share of corrupted training tasks of each part."""
+    return [part.study.fraction for part in parts]
+
+
+def all_runs(parts: Sequence[Results]) -> pd.DataFrame:
     """Every run, tuning and final: one row for each number of gradient steps at the test."""
+    return below_one_another(map(runs_of, parts), "fraction", fractions(parts))
+
+
+def runs_of(results: Results) -> pd.DataFrame:
     methods = [method.name for method in results.study.methods]
     records = sorted(
         results.records.values(),
@@ -74,8 +102,8 @@ def scores(records: list[RunRecord], steps: int) -> dict[int, float]:
     return {record.run.seed: record.test[steps] for record in records}
 
 
-def steps_text(count: int) -> str:
-    return "1 step" if count == 1 else f"{count} steps"
+def counted(count: int, thing: str) -> str:
+    return f"1 {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def ranked(results: Results) -> list[str]:
@@ -85,15 +113,20 @@ def ranked(results: Results) -> list[str]:
     def place(name: str) -> float:
         values = scores(results.final(name), results.study.tuning.steps)
         mean = interval(list(values.values())).mean
-        return math.inf if math.isinf(mean) else -mean if higher_is_better else mean
+        return math.inf if not math.isfinite(mean) else -mean if higher_is_better else mean
 
     return sorted(results.rates, key=place)
 
 
-def summary(results: Results) -> pd.DataFrame:
-    """The table's cells as text, the best method first."""
+def summary(parts: Sequence[Results]) -> pd.DataFrame:
+    """The table's cells as text, the best method of each part first."""
+    labels = [f"{100 * fraction:g} %" for fraction in fractions(parts)]
+    return below_one_another(map(summary_of, parts, comparisons(parts)), CORRUPTED, labels)
+
+
+def summary_of(results: Results, compared: Mapping[str, Comparison]) -> pd.DataFrame:
     study = results.study
-    measure, compared = MEASURES[study.tasks.kind], comparisons(results)
+    measure = MEASURES[study.tasks.kind]
 
     def show(value: Interval, sign: str = "") -> str:
         return format(value.scaled(measure.factor), sign + measure.digits)
@@ -104,7 +137,7 @@ def summary(results: Results) -> pd.DataFrame:
         row = {"method": name, "outer rate": f"{results.rates[name]:g}"}
         row["outer rate"] += EDGE if results.at_edge(name) else ""
         for count in study.test.steps:
-            row[steps_text(count)] = show(interval(list(scores(records, count).values())))
+            row[counted(count, "step")] = show(interval(list(scores(records, count).values())))
         comparison = compared.get(name)
         row[f"minus {study.baseline}"] = show(comparison.difference, "+") if comparison else ""
         row[ADJUSTED_P] = p_text(comparison.adjusted_p) if comparison else ""
@@ -114,11 +147,20 @@ def summary(results: Results) -> pd.DataFrame:
     return table
 
 
-def comparisons(results: Results) -> dict[str, Comparison]:
-    """Every method but the baseline compared with it, after the steps that rates are chosen by."""
-    steps = results.study.tuning.steps
-    by_method = {name: scores(results.final(name), steps) for name in results.rates}
-    return compare(by_method, results.study.baseline)
+def comparisons(parts: Sequence[Results]) -> list[dict[str, Comparison]]:
+    """In each part every method but the baseline compared with it.
+
+    After the steps that rates are chosen by; p-values are adjusted over all parts.
+    """
+    return adjusted_together(
+        [
+            compare(
+                {name: scores(part.final(name), part.study.tuning.steps) for name in part.rates},
+                part.study.baseline,
+            )
+            for part in parts
+        ]
+    )
 
 
 def p_text(p: float) -> str:
@@ -131,9 +173,14 @@ def size_text(size: float) -> str:
     return "" if math.isnan(size) else f"{size:+.2f}"
 
 
-def numbers(results: Results) -> pd.DataFrame:
+def numbers(parts: Sequence[Results]) -> pd.DataFrame:
     """The table's cells as numbers that are not rounded, scores as the runs have them."""
-    study, compared = results.study, comparisons(results)
+    tables = map(numbers_of, parts, comparisons(parts))
+    return below_one_another(tables, "fraction", fractions(parts))
+
+
+def numbers_of(results: Results, compared: Mapping[str, Comparison]) -> pd.DataFrame:
+    study = results.study
     nothing = Comparison(Interval(math.nan, math.nan), math.nan, math.nan, math.nan)
     rows = []
     for name in ranked(results):
@@ -149,38 +196,58 @@ def numbers(results: Results) -> pd.DataFrame:
     return table
 
 
-def notes(results: Results) -> list[str]:
+def notes(parts: Sequence[Results]) -> list[str]:
     """What a reader of the table must know."""
-    study = results.study
+    study = parts[-1].study
     measure, test, tuning = MEASURES[study.tasks.kind], study.test, study.tuning
+    examples = counted(test.support_shots, "example")
     per_class = "" if study.way is None else " of each class"
     rates = ", ".join(f"{rate:g}" for rate in study.outer.rates)
+    steps = counted(tuning.steps, "step")
+    unseen = (  # of which there are few, and the same at every seed
+        f"{test.tasks} tasks drawn from unseen groups"
+        if study.tasks.kind == "grouped"
+        else f"{test.tasks} unseen tasks"
+    )
+    spread = (
+        f"mean and 95 % interval (Student t) over {len(study.seeds)} seeds"
+        if len(study.seeds) > 1
+        else "one seed"
+    )
     shown = (
-        f"{study.title}: {measure.name} on {test.tasks} unseen tasks after gradient steps on "
-        f"{test.support_shots} examples{per_class}; mean and 95 % interval (Student t) over "
-        f"{len(study.seeds)} seeds."
+        f"{study.title}: {measure.name} on {unseen} after gradient steps on {examples}{per_class}; "
+        f"{spread}."
     )
-    trained = (
-        f"Outer rate chosen from {rates} by the loss after {tuning.steps} steps on {tuning.tasks} "
-        f"validation tasks, {tuning.seeds} of the seeds; {study.iterations} iterations of "
-        f"{study.meta_batch} tasks."
+    chosen = (
+        f"Outer rate chosen from {rates} by the loss after {steps} on "
+        f"{counted(tuning.tasks, 'validation task')}, {tuning.seeds} of the seeds"
+        if len(study.outer.rates) > 1
+        else "Outer rate not tuned"
     )
-    compared = f"Minus {study.baseline}: difference after {tuning.steps} steps, paired by seed."
+    trained = f"{chosen}; {study.iterations} iterations of {counted(study.meta_batch, 'task')}."
+    compared = f"Minus {study.baseline}: difference after {steps}, paired by seed."
     lines = [shown, trained, compared]
-    if any(results.at_edge(name) for name in results.rates):
+    if len(parts) > 1 and study.corruption:
+        kind = study.corruption.kind.replace("_", " ")
+        lines.append(
+            f"Corrupted: share of the training tasks that are spoilt ({kind}), validation and test "
+            "tasks are clean; rates are chosen and differences taken at each share by itself."
+        )
+    if any(part.at_edge(name) for part in parts for name in part.rates):
         lines.append(f"{EDGE} at the edge of the candidate rates: a better one may lie beyond it.")
     return lines
 
 
-def comparison_notes(results: Results) -> list[str]:
+def comparison_notes(parts: Sequence[Results]) -> list[str]:
     """What a reader of the p-values and effect sizes must know, where there are any."""
-    compared = comparisons(results).values()
+    compared = [found for part in comparisons(parts) for found in part.values()]
     tested = sum(not math.isnan(comparison.p) for comparison in compared)
     lines = []
     if tested:
+        together = ", those at all shares together" if len(parts) > 1 else ""
         lines.append(
             f"{ADJUSTED_P}: two-sided t-test of that difference, paired by seed, adjusted for "
-            f"{tested} comparisons."
+            f"{counted(tested, 'comparison')}{together}."
         )
     if any(not math.isnan(comparison.effect_size) for comparison in compared):
         lines.append(
@@ -190,29 +257,43 @@ def comparison_notes(results: Results) -> list[str]:
     return lines
 
 
-def markdown(results: Results) -> str:
-    table = summary(results)
+def markdown(parts: Sequence[Results]) -> str:
+    table = summary(parts)
     rows = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
-    all_notes = notes(results) + comparison_notes(results)
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    all_notes = notes(parts) + comparison_notes(parts)
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([*lines, "", *(f"{note}  " for note in all_notes)]) + "\n"
 
 
-def latex(results: Results) -> str:
-    """A booktabs table; the notes are comments above it."""
-    style = summary(results).style.hide(axis="index").format(escape="latex")
+def latex(parts: Sequence[Results]) -> str:
+    """A booktabs table, a rule between its parts; the notes are comments above it."""
+    style = summary(parts).style.hide(axis="index").format(escape="latex")
     style = style.format_index(escape="latex", axis="columns")
-    body: str = style.to_latex(hrules=True, column_format="ll" + "r" * (len(style.columns) - 2))
+    left = 1 + list(style.columns).index("outer rate")
+    body: str = style.to_latex(
+        hrules=True, column_format="l" * left + "r" * (len(style.columns) - left)
+    )
     body = body.replace("±", r"$\pm$").replace(EDGE, r"$^\dagger$").replace("< 0", "$<$ 0")
-    all_notes = notes(results) + comparison_notes(results)
+    lines, rows = body.splitlines(keepends=True), len(parts[0].rates)
+    first = lines.index("\\midrule\n") + 1
+    for start in range(first + rows * (len(parts) - 1), first, -rows):
+        lines.insert(start, "\\midrule\n")
+    body = "".join(lines)
+    all_notes = notes(parts) + comparison_notes(parts)
     return "".join(f"% {note}\n" for note in all_notes) + body
 
 
-def terminal(results: Results) -> Table:
-    """The table without tests: eight columns are what a terminal of eighty characters holds."""
-    table = summary(results).drop(columns=[ADJUSTED_P, EFFECT_SIZE])
+def terminal(parts: Sequence[Results]) -> Table:
+    """The table without tests: eight columns are what a terminal of eighty characters holds.
+
+    With a column more for its parts it has the steps alone that rates are chosen by.
+    """
+    study = parts[0].study
+    hidden = [counted(count, "step") for count in study.test.steps if count != study.tuning.steps]
+    more = hidden if len(parts) > 1 else []
+    table = summary(parts).drop(columns=[ADJUSTED_P, EFFECT_SIZE, *more])
     shown = Table(
-        caption="\n".join(notes(results)),
+        caption="\n".join(notes(parts)),
         caption_justify="left",
         box=SIMPLE_HEAD,
         show_edge=False,
@@ -220,6 +301,8 @@ def terminal(results: Results) -> Table:
     )
     for column in table.columns:
         shown.add_column(column, justify="left" if column == "method" else "right")
-    for row in table.to_numpy().tolist():
+    for place, row in enumerate(table.to_numpy().tolist()):
+        if place % len(study.methods) == 0:
+            shown.add_section()
         shown.add_row(*(cell.replace(" ± ", "\n± ") for cell in row))
     return shown

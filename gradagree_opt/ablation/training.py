@@ -8,9 +8,16 @@ from contextlib import contextmanager
 import torch
 import torch._dynamo
 
-from gradagree_opt.ablation.grouping import select, stack
-from gradagree_opt.ablation.models import Params, generator, initial_params
-from gradagree_opt.ablation.problem import Problem, TrainingTasks, evaluation_tasks, scores_after
+from gradagree_opt.ablation.grouping import StepInputs, select, stack
+from gradagree_opt.ablation.methods import without_advice
+from gradagree_opt.ablation.models import Params, derived_seed, generator, initial_params
+from gradagree_opt.ablation.problem import (
+    Problem,
+    TrainingTasks,
+    agreement_matrix,
+    evaluation_tasks,
+    scores_after,
+)
 from gradagree_opt.ablation.records import CurvePoint, Run, RunRecord
 from gradagree_opt.ablation.study import Study
 from gradagree_opt.diagnostics import Diagnostics
@@ -35,7 +42,7 @@ def train_runs(
         The record of each run, with its share of the seconds, and the trained parameters.
     """
     start = time.perf_counter()
-    with run_settings():
+    with run_settings(runs[0].seed):
         trainings = fit(study, problem, runs, report)
         scores = [training.test() for training in trainings]
     seconds = (time.perf_counter() - start) / len(runs)
@@ -73,12 +80,25 @@ class Training:
             return dict.fromkeys(steps, math.inf)
         tasks = evaluation_tasks(self.problem, self.study.test.tasks, "test", self.run.seed)
         scores = scores_after(self.problem, self.problem.score, self.params, tasks, steps)
-        return {step: values.mean().item() for step, values in scores.items()}
+        means = {step: values.mean().item() for step, values in scores.items()}
+        return {step: mean if math.isfinite(mean) else math.inf for step, mean in means.items()}
+
+    def agreement(self) -> list[list[float]] | None:
+        """The agreement matrix of the seed's first training batch, the same for every method."""
+        if self.diverged:
+            return None
+        support = TrainingTasks(self.study, self.problem, self.run.seed)(0)["support"]
+        matrix: list[list[float]] = agreement_matrix(self.problem, self.params, support).tolist()
+        return matrix
 
     def record(self, tested: dict[int, float], seconds: float) -> RunRecord:
-        validation = math.inf if self.diverged else self.curve[-1].loss
         return RunRecord(
-            run=self.run, validation=validation, test=tested, curve=self.curve, seconds=seconds
+            run=self.run,
+            validation=math.inf if self.diverged else self.curve[-1].loss,
+            test=tested,
+            curve=self.curve,
+            agreement=self.agreement(),
+            seconds=seconds,
         )
 
 
@@ -119,31 +139,38 @@ def outer_steps(
     rates = torch.tensor([run.rate for run in runs])
     params = stack(initial)
     state = problem.outer_step.initial(initial)
+    step = problem.outer_step.alone if runs[0].method.of_torchjd else problem.outer_step
     for iteration in range(study.iterations):
         tasks = {seed: source(iteration) for seed, source in sources.items()}
         draws = [aggregator.draw(study.meta_batch) for aggregator in aggregators]
         left = 1 - iteration / study.iterations if study.outer.schedule == "linear" else 1.0
-        params, state, aggregation = problem.outer_step(
-            aggregators[0],
+        rows = StepInputs(
             params,
             state,
             rates * left,
             stack([tasks[run.seed] for run in runs]),
             None if draws[0] is None else stack(draws),
         )
+        params, state, aggregation = step(aggregators[0], rows)
         yield params, aggregation.diagnostics
 
 
 @contextmanager
-def run_settings() -> Iterator[None]:
+def run_settings(seed: int) -> Iterator[None]:
     """One thread for each run: the runs share the cores, and sums are taken in one order.
 
     Compiled code is kept for every method that a process comes across; the default limit is 8.
+    The global generator, which TorchJD's aggregators draw from, is that of the run for a while.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch._dynamo.config.patch(cache_size_limit=64):
+        with (
+            torch._dynamo.config.patch(cache_size_limit=64),
+            torch.random.fork_rng(devices=[]),
+            without_advice(),
+        ):
+            torch.manual_seed(derived_seed(seed, "weights"))
             yield
     finally:
         torch.set_num_threads(threads)

@@ -122,11 +122,11 @@ def decoded(listed: SplitList, cache: Path, /) -> Tensor:
         cache.parent.mkdir(parents=True, exist_ok=True)
         temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
         try:
-            pixels = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-            for row, file in enumerate(listed.files):
-                pixels[row] = read_image(file)
-            pixels.flush()
-            del pixels
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            with temporary.open("wb") as out:  # a map would end the process where the disk is full
+                np.lib.format.write_array_header_1_0(out, header)
+                for file in listed.files:
+                    out.write(read_image(file).tobytes())
             temporary.replace(cache)
         except BaseException:
             temporary.unlink(missing_ok=True)

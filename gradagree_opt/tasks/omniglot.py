@@ -9,11 +9,12 @@ from torch import Tensor
 from gradagree_opt.annotations import Int
 from gradagree_opt.tasks.draws import in_random_order, random_subsets
 from gradagree_opt.tasks.omniglot_files import (
-    SIDE,
     SplitScheme,
+    check_images,
     download_folder,
     read_folder,
     read_npz,
+    read_one_shot_runs,
 )
 from gradagree_opt.tasks.protocol import SPLITS, Batch, Split, check_sample_arguments
 
@@ -26,11 +27,13 @@ class Omniglot:
     so consecutive sub-batches of a support set mix the classes. Images are ``[1, 28, 28]`` in
     [0, 1] with ink 1 on paper 0, the inverted convention of Finn et al. 2017.
 
-    Usually made by :meth:`from_npz` or :meth:`from_torchvision`. They know two ways to split:
+    Usually made by :meth:`from_npz` or :meth:`from_torchvision`. They know three ways to split:
 
     - ``"vinyals"``: 1028 characters to train, 172 to validate, 423 to test; what the field uses.
     - ``"background"``: 964 characters to train and 659 of other alphabets to test, the harder
       original of Lake et al.; it has nothing to validate on.
+    - ``"background_validation"``: of those 964 the 172 of Armenian, Bengali, Early Aramaic, Hebrew
+      and Georgian, the alphabets that validate in ``"vinyals"``, to validate and 792 to train.
 
     Args:
         images: uint8 ``[characters, drawings, 28, 28]``, ink 255.
@@ -124,9 +127,9 @@ class Omniglot:
 
         Args:
             path: archive with ``images`` (uint8 ``[characters, drawings, 28, 28]``, ink 255) and,
-                as the scheme needs, ``vinyals_split`` (0, 1 or 2 for each character) or
-                ``background`` (whether it is to train on).
-            split_scheme: ``"vinyals"`` or ``"background"``.
+                as the scheme needs, ``vinyals_split`` (0, 1 or 2 for each character),
+                ``background`` (whether it is to train on) or both.
+            split_scheme: one of the three above.
             way, shot, query_shots, rotations, dtype, device: those of the class.
 
         Raises:
@@ -163,18 +166,18 @@ class Omniglot:
         """Omniglot from the folder that ``torchvision.datasets.Omniglot(root)`` fills.
 
         All drawings are read and resized once, which takes some seconds. Needs Pillow, and
-        torchvision where ``download`` is true. Characters come in another order than in an .npz
+        torchvision where something is fetched. Characters come in another order than in an .npz
         archive, so that one seed gives other tasks.
 
         Args:
             root: folder with ``omniglot-py``, in which are ``images_background`` and
                 ``images_evaluation``.
             download: let torchvision fetch what is not there, about 16 MB.
-            split_scheme: ``"vinyals"`` or ``"background"``.
+            split_scheme: one of the three above.
             way, shot, query_shots, rotations, dtype, device: those of the class.
 
         Raises:
-            FileNotFoundError: one of the two folders is not there.
+            FileNotFoundError: one of the two folders is not there, or cannot be fetched.
             ValueError: characters differ in their number of drawings; and whatever the class
                 raises.
         """
@@ -190,6 +193,41 @@ class Omniglot:
             dtype=dtype,
             device=device,
         )
+
+    @staticmethod
+    def one_shot_runs(
+        path: str | PathLike[str], /, *, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Batch]:
+        """The 20 official one-shot runs, the benchmark that ``"background"`` trains for.
+
+        Each is a 20-way 1-shot task within one of the alphabets to test on: one drawing of each
+        character to learn from, one by another person to classify. There is nothing random in it.
+
+        Args:
+            path: archive with ``images`` as in :meth:`from_npz`, and ``oneshot_train`` and
+                ``oneshot_test``, ``[runs, way, 2]``: numbers of the character and of the drawing.
+                The characters of a run may come in different orders in the two.
+            dtype: of the images.
+
+        Returns:
+            ``{"support": (x, y), "query": (x, y)}``: x ``[20, 20, 1, 28, 28]`` in [0, 1], y int64
+            ``[20, 20]`` in 0 … 19, equal for the two drawings of a character.
+
+        Raises:
+            FileNotFoundError: there is no file at ``path``.
+            TypeError: ``dtype`` is not a floating one, or ``images`` is not uint8.
+            ValueError: it is no .npz archive, or a member is missing, damaged, a pickled object or
+                not what is described above.
+
+        Source: Lake et al. 2015.
+        """
+        if not dtype.is_floating_point:
+            raise TypeError(f"expected a floating dtype, found {dtype}")
+        support, query = read_one_shot_runs(Path(path))
+        return {
+            part: (examples.images.unsqueeze(2).to(dtype).div_(255), examples.classes)
+            for part, examples in (("support", support), ("query", query))
+        }
 
     def sample(
         self, n_tasks: int, *, split: Split = "train", generator: torch.Generator
@@ -236,13 +274,7 @@ class Omniglot:
 
 def check_characters(images: Tensor, splits: Tensor, /) -> None:
     """Say in one sentence why these are not characters with their splits."""
-    if images.dtype != torch.uint8:
-        raise TypeError(f"expected images of dtype torch.uint8, found {images.dtype}")
-    if images.dim() != 4 or images.shape[2:] != (SIDE, SIDE):
-        raise ValueError(
-            f"expected images of shape [characters, drawings, {SIDE}, {SIDE}], "
-            f"found {list(images.shape)}"
-        )
+    check_images(images)
     if splits.shape != images.shape[:1]:
         raise ValueError(
             f"expected one split number for each of the {len(images)} characters, "

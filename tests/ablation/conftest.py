@@ -40,6 +40,8 @@ quick:
   tuning: {tasks: 5}
 """
 
+SHUFFLED = {"kind": "shuffled_labels", "fraction": [0, 0.2, 0.5]}
+
 WriteStudy = Callable[..., Path]
 
 
@@ -79,6 +81,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("finished")
     (folder / "tiny.yaml").write_text(TINY)
+    arguments = ["ablate", str(folder / "tiny.yaml"), "--out", str(folder / "out"), "--jobs", "1"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of the tiny study at three fractions of corrupted tasks, as above."""
+    from typer.testing import CliRunner
+
+    from gradagree_opt.cli import app
+
+    folder = tmp_path_factory.mktemp("swept")
+    study = yaml.safe_load(TINY) | {"corruption": SHUFFLED, "seeds": [3, 5, 6]}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     arguments = ["ablate", str(folder / "tiny.yaml"), "--out", str(folder / "out"), "--jobs", "1"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output

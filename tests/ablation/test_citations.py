@@ -3,12 +3,14 @@
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
+from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from gradagree_opt.ablation import citations
@@ -16,11 +18,17 @@ from gradagree_opt.ablation.citations import bibtex, entries, methods_text
 from gradagree_opt.ablation.loading import load, shipped
 from gradagree_opt.ablation.methods import Method
 from gradagree_opt.ablation.recorded import Config, read_config
-from gradagree_opt.ablation.study import MAMLForm, OmniglotTasks, SineTasks, Study
+from gradagree_opt.ablation.study import (
+    CorruptionSection,
+    MAMLForm,
+    MetaSGDForm,
+    OmniglotTasks,
+    SineTasks,
+)
 from gradagree_opt.cli import app
 
 ROOT = Path(__file__).parents[2]
-ALWAYS = {"gradagree_opt", "paszke2019pytorch", "virtanen2020scipy"}
+ALWAYS = {"gradagree_opt", "holm1979simple", "paszke2019pytorch", "virtanen2020scipy"}
 LATEX = next(filter(shutil.which, ("tectonic", "pdflatex")), None)
 
 
@@ -85,6 +93,7 @@ def test_every_reference_is_whole() -> None:
         ("eshratifar2018gradient", "eprint", "1810.08178"),
         ("nichol2018first", "eprint", "1803.02999"),
         ("li2017meta", "eprint", "1707.09835"),
+        ("quinton2024jacobian", "eprint", "2406.16232"),
         ("lake2015human", "doi", "10.1126/science.aab3050"),
     ],
 )
@@ -111,12 +120,34 @@ def test_a_maml_study_cites_maml_and_its_first_order_form_where_used(
     assert ("first-order MAML" in methods_text(changed)) == first_order
 
 
+@pytest.mark.parametrize("first_order", [False, True])
+def test_meta_sgd_and_anil_are_cited_where_used(config: Config, first_order: bool) -> None:
+    order = {"nichol2018first"} if first_order else set()
+    for form, key in (
+        (MetaSGDForm(kind="meta-sgd", first_order=first_order), "li2017meta"),
+        (MAMLForm(kind="anil", first_order=first_order), "raghu2020rapid"),
+    ):
+        assert cited(with_study(config, form=form)) == {"eshratifar2018gradient", key} | order
+
+
+def test_a_test_without_transduction_says_so(config: Config) -> None:
+    test = config.study.test.model_copy(update={"transductive": False})
+    text = methods_text(with_study(config, test=test))
+    assert "every query example in a batch with those and without the others" in text
+    assert "without the others" not in methods_text(config)
+
+
 def test_drawings_bring_omniglot_and_its_split(config: Config) -> None:
     tasks = OmniglotTasks(kind="omniglot", way=7, support_shots=1)
     changed = with_study(config, tasks=tasks)
     drawings = {"lake2015human", "vinyals2016matching"}
     assert cited(changed) == {"eshratifar2018gradient", "nichol2018first"} | drawings
     assert "7-way classification" in methods_text(changed)
+    assert "the characters split as in" in methods_text(changed)
+    background = tasks.model_copy(update={"split": "background", "rotations": True})
+    text = methods_text(with_study(config, tasks=background))
+    assert "its background alphabets" in text and "rotations by 90, 180 and 270" in text
+    assert cited(with_study(config, tasks=background)) == cited(changed)
 
 
 def test_real_groups_bring_the_source_of_their_data(config: Config) -> None:
@@ -127,17 +158,75 @@ def test_real_groups_bring_the_source_of_their_data(config: Config) -> None:
 
 
 def test_corrupted_tasks_are_owned_up_to(config: Config) -> None:
-    corruption = SimpleNamespace(kind="shuffled_labels", fraction=0.25)
+    corruption = CorruptionSection(kind="shuffled_labels", fraction=0.25)
     text = methods_text(with_study(config, corruption=corruption))
     assert "a share of 0.25 was corrupted (shuffled labels)." in text
+    corruption = CorruptionSection(kind="outlier_scale", fraction=[0, 0.1, 0.5], scale=10)
+    text = methods_text(with_study(config, corruption=corruption, seeds=[0, 1, 2]))
+    assert "0, 0.1 or 0.5 was corrupted (outlier scale, scale 10); all of the following" in text
+    assert "[@holm1979simple] for all shares together and" in text
     assert "corrupted" not in methods_text(config)
 
 
-def test_no_section_of_a_study_is_forgotten() -> None:
-    template = Path(citations.__file__).parent / "templates" / "methods.md.j2"
-    silent = {"name", "title", "quick", "compile"}  # the numbers do not depend on them
-    for section in Study.model_fields.keys() - silent:
-        assert f"study.{section}" in template.read_text(), section
+SILENT = {"name", "title", "quick", "compile"}  # the numbers do not depend on them
+
+
+def variants(section: BaseModel) -> Iterator[tuple[str, BaseModel]]:
+    """The section with one of its settings changed, and the setting's name, for each of them."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
+        changed: list[Any]
+        if name == "methods":
+            changed = [value[:-1]]
+        elif isinstance(value, BaseModel):
+            for inner, other in variants(value):
+                yield f"{name}.{inner}", section.model_copy(update={name: other})
+            continue
+        elif isinstance(value, bool):
+            changed = [not value]
+        elif isinstance(value, int | float):
+            changed = [value + 1]
+        elif isinstance(value, list):
+            changed = [[*value, value[-1] + 1]]
+        elif isinstance(value, str) and name != "kind":
+            changed = [next(choice for choice in [*choices, "other"] if choice != value)]
+        else:
+            changed = []  # a kind, which comes with settings of its own, or one that is not given
+        for other in changed:
+            yield name, section.model_copy(update={name: other})
+
+
+@pytest.mark.parametrize("name", ["tiny", *shipped()])
+def test_whatever_setting_is_changed_the_text_says_so(config: Config, name: str) -> None:
+    study = config.study if name == "tiny" else load(name)
+    silent = SILENT | ({"tasks.query_shots"} if study.form.kind == "reptile" else set())
+    packages = config.packages | {"torchjd": "0.18"}
+
+    def text(study: Any) -> str:
+        return methods_text(config.model_copy(update={"study": study, "packages": packages}))
+
+    same = {setting for setting, other in variants(study) if text(other) == text(study)}
+    assert same <= silent
+
+
+def test_foreign_tasks_are_named(config: Config) -> None:
+    for foreign in ("lines", "Milk"):
+        corruption = CorruptionSection(kind="foreign", fraction=0.5, foreign=foreign)
+        text = methods_text(with_study(config, corruption=corruption))
+        assert f"(foreign, by tasks of {foreign})" in text
+
+
+def test_the_text_claims_no_choice_and_no_interval_that_there_was_none_of(config: Config) -> None:
+    outer = config.study.outer.model_copy(update={"rates": [0.5]})
+    text = methods_text(with_study(config, outer=outer, seeds=[3]))
+    assert "The outer rate was 0.5 for every method, which was not tuned." in text
+    assert "from 1 seed," in text and "We report that seed's scores, and no intervals." in text
+    assert not {"chosen", "Student", "Holm", "Hedges"} & set(re.findall(r"\w+", text))
+    two = methods_text(config)  # seeds: p-values, but no correction for their small number
+    assert "holm1979simple" in two and "hedges1981distribution" not in two
+    three = methods_text(with_study(config, seeds=[3, 5, 6]))
+    assert "holm1979simple" in three and "hedges1981distribution" in three
 
 
 def test_adam_is_cited_where_it_is_used(config: Config) -> None:
@@ -167,6 +256,19 @@ def test_agreement_is_cited_where_a_method_uses_it(
     assert found == {"nichol2018first", "finn2017model"} | expected
 
 
+def test_an_aggregator_of_torchjd_brings_torchjd_and_its_own_paper(config: Config) -> None:
+    method = Method(name="bargained", aggregator="torchjd.NashMTL", options={"n_tasks": 3})
+    methods = [config.study.methods[0], method]
+    changed = with_study(config, methods=methods).model_copy(
+        update={"packages": config.packages | {"torchjd": "7.8.9"}}
+    )
+    assert cited(changed) >= {"quinton2024jacobian", "navon2022multi"}
+    text = methods_text(changed)
+    assert '"bargained" (NashMTL [@navon2022multi], n_tasks = 3).' in text
+    assert "TorchJD 7.8.9 [@quinton2024jacobian]" in text
+    assert "TorchJD" not in methods_text(config)
+
+
 def test_the_text_has_every_number_of_the_study(config: Config) -> None:
     text, study = methods_text(config), config.study
     assert text.count("\n") == 1 and "  " not in text and "{" not in text
@@ -180,15 +282,16 @@ def test_the_text_has_every_number_of_the_study(config: Config) -> None:
         "12 of them",
         "from 0.25, 0.5 by the loss after 1 gradient step on 10 validation tasks, with 1 of the",
         "from 2 seeds",
-        "12 unseen tasks after 0, 1, 2 gradient steps on 5 examples",
+        "12 unseen tasks after 0, 1, 2 gradient steps on 5 examples, scored on an even grid of 7",
         f"PyTorch {config.packages['torch']}",
     ):
         assert words in text, words
 
 
 def test_every_shipped_study_has_words_for_all_that_it_uses(config: Config) -> None:
+    packages = config.packages | {"torchjd": "0.18"}
     for name in shipped():
-        text = methods_text(config.model_copy(update={"study": load(name)}))
+        text = methods_text(config.model_copy(update={"study": load(name), "packages": packages}))
         assert "of the kind" not in text and "_" not in re.sub(r"@\w+|\w+ = ", "", text)
 
 
@@ -220,10 +323,13 @@ def test_a_study_that_is_not_finished_can_be_cited(copied: Path) -> None:
 
 
 @pytest.mark.skipif(LATEX is None, reason="no tectonic or pdflatex to compile table.tex with")
-def test_the_table_compiles_with_the_references(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("study", ["finished", "swept"])
+def test_the_table_compiles_with_the_references(
+    request: pytest.FixtureRequest, tmp_path: Path, study: str
+) -> None:
     assert LATEX is not None
     for name in ("table.tex", "references.bib"):
-        shutil.copy(finished / name, tmp_path)
+        shutil.copy(request.getfixturevalue(study) / name, tmp_path)
     (tmp_path / "paper.tex").write_text(
         "\\documentclass{article}\n\\usepackage[utf8]{inputenc}\n\\usepackage{booktabs}\n"
         "\\begin{document}\n\\input{table}\n\\nocite{*}\n\\bibliographystyle{plain}\n"

@@ -14,15 +14,17 @@ from gradagree_opt.ablation.loading import load
 from gradagree_opt.ablation.models import build_module
 from gradagree_opt.ablation.records import Run
 from gradagree_opt.ablation.study import Study, StudyError
+from gradagree_opt.ablation.sweep import Sweep
+
+METHODS = load("sine").methods
 
 
 @given(counts=st.lists(st.integers(1, 20), max_size=4), largest=st.integers(1, 9))
 def test_groups_are_of_one_method_of_even_size_and_leave_no_run_out(
     counts: list[int], largest: int
 ) -> None:
-    methods = load("sine").methods
     runs = [
-        Run(method=methods[index], rate=1.0, seed=seed)
+        Run(method=METHODS[index], rate=1.0, seed=seed)
         for seed in range(20)
         for index, count in enumerate(counts)
         if seed < count
@@ -30,7 +32,7 @@ def test_groups_are_of_one_method_of_even_size_and_leave_no_run_out(
     found = groups(runs, largest)
     assert sorted(run.label for group in found for run in group) == sorted(r.label for r in runs)
     for index, count in enumerate(counts):
-        sizes = [len(group) for group in found if group[0].method == methods[index]]
+        sizes = [len(group) for group in found if group[0].method == METHODS[index]]
         assert max(sizes) <= largest and max(sizes) - min(sizes) <= 1
         assert len(sizes) == -(-count // largest)
     assert all(run.method == group[0].method for group in found for run in group)
@@ -44,7 +46,9 @@ def test_the_methods_take_turns(study: Study) -> None:
     assert [len(group) for group in groups(runs, 3)] == [2, 3, 2, 3, 3, 3]
 
 
-@pytest.mark.parametrize(("name", "size"), [("sine", 6), ("sine-maml", 5), ("omniglot", 1)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("sine", 6), ("sine-maml", 5), ("omniglot-5way-1shot", 1)]
+)
 def test_small_networks_are_trained_together_and_convolutional_ones_alone(
     name: str, size: int
 ) -> None:
@@ -81,6 +85,19 @@ def test_without_a_compiler_a_study_does_not_compile_by_itself(study: Study) -> 
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
         assert not is_compiled(long)
         assert is_compiled(long.model_copy(update={"compile": True}))
+
+
+def test_without_a_compiler_a_study_that_wants_one_is_refused_before_anything_is_written(
+    write_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    study = load(str(write_study(compile=True)))
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(StudyError, match=r"needs a C\+\+ compiler, found none; install one"),
+    ):
+        Sweep(study, tmp_path / "out", None, print)
+    assert not (tmp_path / "out").exists()
+    Sweep(study, tmp_path / "out", None, print)
 
 
 def test_another_word_about_compilation_is_refused(write_study: Callable[..., Path]) -> None:

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from scipy import stats
 
 from gradagree_opt.ablation import figures
+from gradagree_opt.ablation.matrices import agreement_matrices
 from gradagree_opt.ablation.methods import Method
 from gradagree_opt.ablation.recorded import read_config, read_results
 from gradagree_opt.ablation.records import RunRecord
@@ -31,7 +32,8 @@ VISIONS = {
 
 @pytest.fixture(scope="module")
 def results(finished: Path) -> Results:
-    return read_results(finished, read_config(finished))
+    [results] = read_results(finished, read_config(finished))
+    return results
 
 
 def changed(results: Results, records: dict[Label, RunRecord]) -> Results:
@@ -126,6 +128,55 @@ def test_a_diagnostic_that_no_run_measured_has_no_panel(results: Results) -> Non
     assert [axes.get_ylabel() for axes in figure.axes] == [figures.AGREEMENT["cancellation"]]
 
 
+def with_matrices(results: Results, matrices: dict[str, list[list[float]] | None]) -> Results:
+    records = {}
+    for name, matrix in matrices.items():
+        for record in results.final(name):
+            records[record.run.label] = record.model_copy(update={"agreement": matrix})
+    return changed(results, records)
+
+
+def test_agreement_matrices_show_the_cosines_of_the_first_seed_on_a_fixed_scale(
+    results: Results,
+) -> None:
+    figure = agreement_matrices(results)
+    assert figure is not None
+    *panels, bar = figure.axes
+    for axes, name in zip(panels, NAMES, strict=True):
+        [cells] = axes.collections
+        first = results.records[name, results.rates[name], 3]
+        assert first.agreement is not None and axes.get_title().replace("\n", " ") == name
+        assert np.asarray(cells.get_array()).tolist() == first.agreement
+        assert cells.get_clim() == (-1, 1)
+        ends = [cells.to_rgba([value])[0, :3] for value in (-1, 0, 1)]
+        assert min(ends[1]) > 0.95  # nothing in common is near to white
+        assert np.linalg.norm(ends[0] - ends[2]) > 0.5
+        low, high = axes.get_ylim()
+        assert low > high  # the first task on top, as a matrix is written
+    assert bar.get_ylabel() == "cosine" and bar.get_ylim() == (-1, 1)
+
+
+def test_a_method_without_a_matrix_has_no_panel_and_without_any_there_is_no_figure(
+    results: Results,
+) -> None:
+    figure = agreement_matrices(with_matrices(results, {"agreement": None}))
+    assert figure is not None
+    assert [axes.get_title() for axes in figure.axes[:-1]] == ["mean", "random_weights &\nco"]
+    assert agreement_matrices(with_matrices(results, dict.fromkeys(NAMES))) is None
+
+
+def test_panels_of_many_methods_stand_in_rows_that_need_not_be_full(results: Results) -> None:
+    names = [str(number) for number in range(7)]
+    methods = [Method(name=name, aggregator="mean") for name in names]
+    study = results.study.model_copy(update={"methods": methods, "baseline": "0"})
+    final = results.final("mean")
+    records = {(name, 0.5, record.run.seed): record for name in names for record in final}
+    figure = agreement_matrices(Results(study, records, dict.fromkeys(names, 0.5)))
+    assert figure is not None
+    assert [axes.get_title() for axes in figure.axes[:-1]] == names
+    assert save(figure, "png").startswith(b"\x89PNG")
+
+
 def test_a_method_looks_the_same_in_every_figure(results: Results) -> None:
     for figure in (
         figures.learning_curves(results),
@@ -167,7 +218,13 @@ def lab(rgb: np.ndarray) -> np.ndarray:
 
 def test_the_pdf_is_vectors_with_embedded_truetype_fonts_and_no_date(finished: Path) -> None:
     names = {path.stem for path in finished.glob("*.png")}
-    assert names == {"adaptation", "agreement", "learning-curves", "tuned-rates"}
+    assert names == {
+        "adaptation",
+        "agreement",
+        "agreement-matrix",
+        "learning-curves",
+        "tuned-rates",
+    }
     for name in names:
         content = (finished / f"{name}.pdf").read_bytes()
         assert content.startswith(b"%PDF-")

@@ -5,7 +5,13 @@ import torch
 from torch import nn
 
 from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.models import batch_loss, build_module, initial_params, predict
+from gradagree_opt.ablation.models import (
+    accuracy,
+    batch_loss,
+    build_module,
+    initial_params,
+    predict,
+)
 from gradagree_opt.ablation.study import GroupedTasks, Study
 
 
@@ -20,11 +26,20 @@ def test_the_papers_network_has_64_64_hidden_units() -> None:
 
 
 def test_conv4_has_the_size_and_the_output_of_finns_network() -> None:
-    module = build_module(load("omniglot"))
+    module = build_module(load("omniglot-5way-1shot"))
     first, others, norms = 32 * (9 + 1), 3 * 32 * (9 * 32 + 1), 4 * 2 * 32
     assert size(module) == first + others + norms + (32 * 4 + 1) * 5
     assert module(torch.zeros(3, 1, 28, 28)).shape == (3, 5)
     assert not list(module.buffers())  # BatchNorm without running statistics
+
+
+def test_accuracy_is_the_share_of_right_classes_and_none_of_an_overflow() -> None:
+    outputs = torch.tensor([[2.0, 1.0], [0.0, 3.0], [5.0, 4.0], [0.5, 0.0]])
+    y = torch.tensor([0, 1, 1, 0])
+    assert accuracy(outputs, y) == 0.75
+    for bad in (torch.nan, torch.inf):
+        outputs[2, 1] = bad
+        assert accuracy(outputs, y).isnan()
 
 
 def test_the_hidden_activation_is_the_one_asked_for(study: Study) -> None:
@@ -65,7 +80,7 @@ def test_a_study_of_groups_predicts_one_number_from_their_inputs(study: Study) -
 
 
 def test_mini_imagenet_has_finns_network_with_pooling() -> None:
-    module = build_module(load("mini-imagenet"))
+    module = build_module(load("mini-imagenet-5way-1shot"))
     convolutions = [3 * 32 * 9 + 32, *[32 * 32 * 9 + 32] * 3]
     assert size(module) == sum(convolutions) + 4 * 2 * 32 + (5 * 5 * 32 + 1) * 5
     assert module(torch.rand(4, 3, 84, 84)).shape == (4, 5)

@@ -53,7 +53,7 @@ def test_the_results_are_those_of_the_sweep(
     finished: Path, study: Study, no_training: None
 ) -> None:
     expected = Sweep(study, finished, None, lambda _: None).run(1, lambda _: None)
-    assert read_results(finished, read_config(finished)) == expected
+    assert read_results(finished, read_config(finished)) == [expected]
 
 
 def test_records_suffice_for_all_but_the_figure_of_trained_parameters_which_stays(
@@ -65,12 +65,12 @@ def test_records_suffice_for_all_but_the_figure_of_trained_parameters_which_stay
     assert gradagree("report", copied).exit_code == 0
     after = artefacts(copied)
     pages = [files.pop("report.html").count(b"<figure id=") for files in (before, after)]
-    assert after == before and pages == [4, 3]
+    assert after == before and pages == [5, 4]
 
 
 def test_a_changed_record_changes_the_table(copied: Path, study: Study) -> None:
     # mean at its chosen rate, after one step: 4 and 2 in place of what was found
-    results = read_results(copied, read_config(copied))
+    [results] = read_results(copied, read_config(copied))
     for record, score in zip(results.final("mean"), (4.0, 2.0), strict=True):
         path = copied / "runs" / f"{record.run.key(study, None)}.json"
         content = json.loads(path.read_text())
@@ -89,7 +89,7 @@ def test_a_changed_record_changes_the_table(copied: Path, study: Study) -> None:
 def test_missing_runs_are_counted_and_the_command_named_does_them(
     copied: Path, study: Study, whole: bool
 ) -> None:
-    results = read_results(copied, read_config(copied))
+    [results] = read_results(copied, read_config(copied))
     record = results.final("agreement")[1]  # of the second seed, which is not a tuning run
     path = copied / "runs" / f"{record.run.key(study, None)}.json"
     path.unlink() if whole else path.write_bytes(path.read_bytes()[:50])
@@ -115,9 +115,8 @@ def test_a_method_without_all_its_tuning_runs_lacks_its_final_runs_too(
 
 def test_a_study_on_data_goes_on_with_its_data(finished: Path) -> None:
     config = read_config(finished)
-    made_up = config.model_copy(update={"data": "ignored"})
-    drawings = config.model_copy(update={"data": "my data.npz", "data_sha256": "0" * 64})
-    assert "--data" not in resume(finished, made_up)
+    drawings = config.model_copy(update={"data": "my data.npz"})
+    assert "--data" not in resume(finished, config)
     assert resume(finished, drawings).endswith(" --data 'my data.npz'")
 
 
@@ -145,6 +144,18 @@ def test_a_folder_of_another_kind_or_version_is_one_sentence(
     refused(copied, "'packages'", "another version")
     change_config(copied, packages={}, study=json.loads(config)["study"] | {"later": 1})
     refused(copied, "unknown key 'later'")
+
+
+def test_runs_of_another_torch_are_kept_and_that_is_said(copied: Path, study_file: Path) -> None:
+    packages = json.loads((copied / "config.json").read_text())["packages"]
+    change_config(copied, packages=packages | {"torch": "1.2.3", "matplotlib": "0.1"})
+    before = {path.name: path.read_bytes() for path in copied.glob("runs/*")}
+    said = f"are those of torch 1.2.3 (now {packages['torch']}), which the methods text will not"
+    for expected in (said, ""):
+        result = gradagree("ablate", study_file, "--out", copied)
+        assert result.exit_code == 0 and expected in result.stderr
+        assert bool(expected) == ("finished runs" in result.stderr) and "0.1 (" not in result.stderr
+    assert before == {path.name: path.read_bytes() for path in copied.glob("runs/*")}
 
 
 def test_ablate_leaves_a_folder_of_another_version_alone(copied: Path, study_file: Path) -> None:

@@ -8,7 +8,20 @@ import pytest
 from gradagree_opt.ablation.loading import load, merge, shipped
 from gradagree_opt.ablation.study import Study, StudyError
 
-SHIPPED = ["grouped", "mini-imagenet", "omniglot", "sine", "sine-corrupted", "sine-maml"]
+SHIPPED = [
+    "grouped",
+    "mini-imagenet-5way-1shot",
+    "mini-imagenet-5way-5shot",
+    "omniglot-20way-1shot",
+    "omniglot-20way-5shot",
+    "omniglot-5way-1shot",
+    "omniglot-5way-5shot",
+    "sine",
+    "sine-aggregators",
+    "sine-corrupted",
+    "sine-maml",
+    "sine-outliers",
+]
 
 
 def corruption(keys: str) -> tuple[str, str]:
@@ -80,6 +93,13 @@ def test_a_number_in_exponent_form_is_a_number(study_file: Path) -> None:
         ("kind: sine,", "kind: grouped, dataset: Loblolly,", 3, "'Spruce'"),
         (*corruption("kind: noise, fraction: 0.3"), 6, "'shuffled_labels'"),
         (*corruption("kind: shuffled_labels, fraction: 0"), 6, "greater than 0, found 0"),
+        (*corruption("kind: shuffled_labels, fraction: []"), 6, "at least 1 item"),
+        (
+            *corruption("kind: shuffled_labels, fraction: [0, 2]"),
+            6,
+            "less than or equal to 1, found 2",
+        ),
+        (*corruption("kind: shuffled_labels, fraction: [0.5, 0]"), 6, "[0.5, 0.0] do not rise"),
         (*corruption("kind: shuffled_labels, fraction: 0.3, scale: 2"), 6, "'scale' goes with"),
         (*corruption("kind: foreign, fraction: 0.3"), 6, "'foreign' goes with kind 'foreign'"),
         (*corruption("kind: foreign, fraction: 0.3, foreign: circles"), 6, "'lines'"),
@@ -92,6 +112,18 @@ def test_a_number_in_exponent_form_is_a_number(study_file: Path) -> None:
         ("{name: mean, aggregator: mean}", "{name: agreement, aggregator: mean}", 16, "once"),
         ("baseline: mean", "baseline: median", 23, "'median'"),
         ("seeds: [3, 5]", "seeds: [3, 3]", 13, "3 is given more than once"),
+        ("rates: [0.25, 0.5]", "rates: [0.25, 25e-2]", 10, "0.25 is given more than once"),
+        ("rates: [0.25, 0.5]", "rates: [0.25, .inf]", 10, "a finite number"),
+        ("meta_batch: 3", "meta_batch: 3\nmeta_batch: 4", 12, "'meta_batch' is given more than"),
+        ("      negative: clip", "      nonfinite: raise", 21, "'raise' would end the study"),
+        ("title: Tiny sine", "title: |\n  Tiny\n  sine", 2, "pattern"),
+        (
+            "kind: sine, support_shots: 10}",
+            "kind: grouped, dataset: Milk, support_shots: 10}\n"
+            + corruption("kind: foreign, fraction: 0.3, foreign: Milk")[1].partition("\n")[2],
+            4,
+            "not foreign",
+        ),
         ("tuning: {seeds: 1,", "tuning: {seeds: 3,", 14, "more than the study's 2 seeds"),
         ("steps: [0, 1, 2]}", "steps: [0, 2, 1]}", 15, "do not rise"),
         ("steps: [0, 1, 2]}", "steps: [0, 2]}", 14, "not among"),
@@ -126,6 +158,7 @@ def test_a_mistake_is_one_sentence_naming_file_and_line(
         (b"- a\n- b\n", "expected the keys of a study"),
         (b"\xff\xfe\x00", "cannot be read"),
         (b"name: \x00", "not YAML"),
+        (b"title: 2024-02-30", "not YAML"),
         (b"a: !!python/object/apply:os.getcwd []", "not YAML"),
     ],
 )

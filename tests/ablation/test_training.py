@@ -14,6 +14,7 @@ from gradagree_opt.ablation.problem import (
     Problem,
     Tasks,
     TrainingTasks,
+    agreement_matrix,
     build_problem,
     data_digest,
     evaluation_tasks,
@@ -90,7 +91,7 @@ def test_every_method_and_rate_of_a_seed_sees_the_same_tasks_in_the_same_order(
 
     first = seen(run_of(study))
     for other in (seen(run_of(study, 1, rate=0.25)), seen(run_of(study, 2))):
-        assert len(first) == len(other) == 3  # train, validation, test
+        assert len(first) == len(other) == 4  # train, validation, test, agreement matrix
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     assert not torch.equal(first[0], seen(run_of(study, seed=5))[0])
 
@@ -146,6 +147,38 @@ def test_scores_are_those_of_a_plain_loop_over_tasks_and_steps(
             }
 
 
+def test_the_agreement_matrix_has_the_cosines_of_plain_inner_loops(
+    study: Study, problem: Problem
+) -> None:
+    record, params = train_run(study, problem, run_of(study), ignore)
+    x, y = TrainingTasks(study, problem, 3)(0)["support"]
+    rows = []
+    for task in range(study.meta_batch):
+        adapted = {name: leaf.double().requires_grad_() for name, leaf in params.items()}
+        for step in range(study.inner.steps):
+            part = slice(step * 5, step * 5 + 5)
+            error = predict(problem.module, adapted, x[task, part].double()) - y[task, part]
+            gradients = torch.autograd.grad(error.square().mean(), list(adapted.values()))
+            adapted = {
+                name: (leaf - study.inner.lr * gradient).detach().requires_grad_()
+                for (name, leaf), gradient in zip(adapted.items(), gradients, strict=True)
+            }
+        rows.append(torch.cat([(params[name] - leaf).flatten() for name, leaf in adapted.items()]))
+    cosines = [[torch.cosine_similarity(a, b, dim=0).item() for b in rows] for a in rows]
+    assert record.agreement is not None
+    torch.testing.assert_close(
+        torch.tensor(record.agreement), torch.tensor(cosines), atol=1e-5, rtol=0
+    )
+
+
+def test_a_task_that_does_not_move_agrees_with_none(study: Study, problem: Problem) -> None:
+    zeros = {name: torch.zeros_like(leaf) for name, leaf in initial_params(study, 0).items()}
+    x, y = TrainingTasks(study, problem, 3)(0)["support"]  # to zeros, only the output's bias moves
+    signs = torch.tensor([0.0, 1.0, -1.0])
+    matrix = agreement_matrix(problem, zeros, (x, y.abs() * signs[:, None, None]))
+    torch.testing.assert_close(matrix, signs.outer(signs))
+
+
 def test_the_mean_run_is_a_plain_reptile_loop(study: Study, problem: Problem) -> None:
     record, trained = train_run(study, problem, run_of(study), ignore)
     params, source = initial_params(study, 3), TrainingTasks(study, problem, 3)
@@ -179,6 +212,16 @@ def test_a_run_that_diverges_is_recorded_as_infinite_and_reported_to_its_end(
     assert set(record.test.values()) == {float("inf")}
     assert record.curve[-1].iteration < study.iterations
     assert sum(steps) == study.iterations
+
+
+def test_a_run_that_overflows_on_test_tasks_alone_is_infinite_there(
+    study: Study, problem: Problem
+) -> None:
+    def overflow(outputs: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return torch.where(outputs.abs().amax() > 0, torch.nan, 0.0)
+
+    record, _ = train_run(study, replace(problem, score=overflow), run_of(study), ignore)
+    assert set(record.test.values()) == {float("inf")} and record.validation < float("inf")
 
 
 def test_the_threads_are_as_before_after_a_run(study: Study, problem: Problem) -> None:
@@ -248,7 +291,7 @@ def test_photographs_are_drawn_one_step_at_a_time(study: Study, problem: Problem
         drawn.append(len(tasks["support"][0]))
         return tasks
 
-    shipped = load("mini-imagenet")
+    shipped = load("mini-imagenet-5way-1shot")
     source = TrainingTasks(shipped, replace(problem, training=Altered(problem.training, spy)), 0)
     batches = [source(iteration)["support"][0] for iteration in range(4)]
     assert drawn == [shipped.meta_batch] * 4

@@ -101,7 +101,12 @@ def test_images_are_the_bytes_divided_by_255_in_the_dtype_asked_for(seeded, dtyp
 
 @pytest.mark.parametrize("rotations", [False, True])
 @pytest.mark.parametrize(
-    ("split_scheme", "counts"), [("vinyals", [1028, 172, 423]), ("background", [964, 0, 659])]
+    ("split_scheme", "counts"),
+    [
+        ("vinyals", [1028, 172, 423]),
+        ("background", [964, 0, 659]),
+        ("background_validation", [792, 172, 659]),
+    ],
 )
 def test_real_splits_are_disjoint_and_of_the_known_sizes(
     omniglot_npz, split_scheme, counts, rotations

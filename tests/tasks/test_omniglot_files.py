@@ -60,12 +60,16 @@ def lanczos_28(image):
     return (weights @ rows).clip(0, 255)
 
 
-@pytest.mark.parametrize("split_scheme", ["vinyals", "background"])
+@pytest.mark.parametrize("split_scheme", ["vinyals", "background", "background_validation"])
 def test_an_archive_gives_its_images_and_splits(tmp_path, arrays, split_scheme):
     np.savez_compressed(tmp_path / "omniglot.npz", **arrays)
     images, splits = read_npz(tmp_path / "omniglot.npz", split_scheme)
     np.testing.assert_array_equal(images, arrays["images"])
-    expected = {"vinyals": [0, 1, 2] * 10, "background": [0] * 20 + [2] * 10}
+    expected = {
+        "vinyals": [0, 1, 2] * 10,
+        "background": [0] * 20 + [2] * 10,
+        "background_validation": [0, 1, 0] * 6 + [0, 1] + [2] * 10,
+    }
     assert splits.tolist() == expected[split_scheme]
 
 
@@ -159,6 +163,9 @@ def test_a_folder_is_read_alphabet_by_alphabet(folder):
     assert images.shape == (9, 3, 28, 28)
     assert splits.tolist() == [0, 0, 0, 1, 1, 0, 2, 2, 2]
     assert read_folder(folder, "background").splits.tolist() == [0] * 5 + [2] * 4
+    assert (
+        read_folder(folder, "background_validation").splits.tolist() == [0] * 3 + [1] * 2 + [2] * 4
+    )
     last = read_drawing(folder / "images_evaluation/ULOG/character02/0001_03.png")
     assert torch.equal(images[8, 2], last)
 
@@ -190,16 +197,17 @@ def test_folder_and_archive_of_the_same_characters_give_the_same_tasks(tmp_path,
         assert all(torch.equal(a, b) for a, b in zip(ours[part], theirs[part], strict=True))
 
 
-def test_the_alphabets_of_the_vinyals_split_are_those_of_the_real_archive(omniglot_npz):
+@pytest.mark.parametrize("split_scheme", ["vinyals", "background", "background_validation"])
+def test_the_alphabets_of_a_split_are_those_of_the_real_archive(omniglot_npz, split_scheme):
     with np.load(omniglot_npz) as archive:
         alphabets = archive["alphabets"][archive["alphabet"]]
         part = np.where(archive["background"], "images_background", "images_evaluation")
         splits = [
-            folder_split(Path(part, alphabet, f"character{number:02}"), "vinyals")
+            folder_split(Path(part, alphabet, f"character{number:02}"), split_scheme)
             for part, alphabet, number in zip(part, alphabets, archive["character"], strict=True)
         ]
-        expected = np.array(["train", "validation", "test"])[archive["vinyals_split"]]
-    assert splits == expected.tolist()
+    expected = read_npz(omniglot_npz, split_scheme).splits
+    assert splits == [("train", "validation", "test")[number] for number in expected]
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -249,6 +257,19 @@ def test_characters_with_unequal_numbers_of_drawings_are_named(tmp_path, folder)
     (tmp_path / "omniglot-py/images_background/Greek/character01/0001_01.png").unlink()
     with pytest.raises(ValueError, match=r"same number of drawings .* found numbers \[2, 3\]"):
         Omniglot.from_torchvision(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", "cut off", "flipped"])
+def test_a_damaged_drawing_is_named(tmp_path, folder, content):
+    path = tmp_path / "omniglot-py/images_background/Greek/character01/0001_01.png"
+    shutil.copytree(folder, tmp_path / "omniglot-py")
+    whole = path.read_bytes()
+    half = len(whole) // 2
+    damaged = {"cut off": whole[:half], "flipped": whole[:half] + b"\0\0" + whole[half + 2 :]}
+    path.write_bytes(damaged.get(content, content))
+    with pytest.raises(ValueError, match=f"expected a PNG at {path}, found a damaged") as caught:
+        Omniglot.from_torchvision(tmp_path, way=2, query_shots=1)
+    assert "\n" not in str(caught.value)
 
 
 def test_empty_folders_are_named(tmp_path):

@@ -1,0 +1,79 @@
+"""The forms of a study: which meta-learner trains, and how a new task is adapted to."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+import gradagree_opt as ga
+from gradagree_opt.ablation.study import MetaSGDForm, ReptileForm, Study
+
+Learner: TypeAlias = ga.Reptile | ga.MAML
+LossFn: TypeAlias = Callable[[Any, Any], Tensor]
+
+
+def learner(study: Study, loss: LossFn, module: nn.Module) -> Learner:
+    """What trains the network."""
+    inner = ga.InnerSGD(study.inner.lr, study.inner.steps, batch_size=study.inner.batch_size)
+    form = study.form
+    if isinstance(form, ReptileForm):
+        return ga.Reptile(loss, inner)
+    if isinstance(form, MetaSGDForm):
+        return ga.MetaSGD(loss, study.inner.steps, first_order=form.first_order)
+    loop = HeadOnly(inner, head(module)) if form.kind == "anil" else inner
+    return ga.MAML(loss, loop, first_order=form.first_order, signal=form.signal)
+
+
+def evaluator(study: Study, loss: LossFn, module: nn.Module) -> Learner:
+    """What adapts to the tasks of the test protocol: each step on the whole support set."""
+    whole = study.inner.model_copy(update={"batch_size": None})
+    return learner(study.model_copy(update={"inner": whole}), loss, module)
+
+
+def head(module: nn.Module) -> frozenset[str]:
+    """The parameters of the last layer, by name."""
+    names = [name for name, _ in module.named_parameters()]
+    layer = names[-1].rpartition(".")[0]
+    return frozenset(name for name in names if name.rpartition(".")[0] == layer)
+
+
+@dataclass(frozen=True)
+class HeadOnly:
+    """An inner loop in which the head alone adapts: no gradient of the body is taken in it.
+
+    Source: Raghu et al. 2020 (arXiv:1909.09157), ANIL ("almost no inner loop").
+
+    >>> import torch
+    >>> loss_fn = lambda params, x: ((params["head"] * params["body"] * x - 1) ** 2).mean()
+    >>> params = {"body": torch.tensor(1.0), "head": torch.tensor(0.0)}
+    >>> loop = HeadOnly(ga.InnerSGD(lr=0.25, steps=1), frozenset({"head"}))
+    >>> loop(loss_fn, params, torch.tensor([1.0]))
+    {'body': tensor(1.), 'head': tensor(0.5000)}
+    """
+
+    inner: ga.InnerSGD
+    head: frozenset[str]
+
+    def __call__(
+        self,
+        loss_fn: LossFn,
+        params: Any,
+        support: Any,
+        /,
+        *,
+        first_order: bool = False,
+        steps: int | None = None,
+    ) -> Any:
+        """The parameters of one task, differentiable in all of them: the head depends on the body.
+
+        With first_order, as if ∂θ_i/∂θ were the identity.
+        """
+        body = {name: leaf.detach() if first_order else leaf for name, leaf in params.items()}
+        adapting = {name: leaf for name, leaf in params.items() if name in self.head}
+
+        def head_loss(head: Any, batch: Any) -> Tensor:
+            return loss_fn({**body, **head}, batch)
+
+        adapted = self.inner(head_loss, adapting, support, first_order=first_order, steps=steps)
+        return {**params, **adapted}

