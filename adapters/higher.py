@@ -15,6 +15,7 @@ from gradagree_opt.aggregation import Aggregator
 from gradagree_opt.collect import TaskBatch
 from gradagree_opt.engines.losses import scalar_loss
 from gradagree_opt.frameworks import require
+from gradagree_opt.graphs import check_depends
 from gradagree_opt.meta.steps import MetaStep, check_tasks
 from gradagree_opt.meta.steps import meta_step as with_losses
 from gradagree_opt.stacks import PyTree
@@ -57,9 +58,11 @@ def meta_step(
         The update by name of the parameter, the losses after adaptation and the weights.
 
     Raises:
+        TypeError: the model is no module, or the inner optimizer none of torch.optim.
         ValueError: the tasks are not task-stacked, there is no inner step, the loss is not a
-            scalar, the inner optimizer holds parameters of another model or, in first order, a
-            frozen one, or the aggregator refuses the tasks. Nothing is changed then.
+            scalar or does not depend on the learner, the inner optimizer holds parameters of
+            another model or, in first order, a frozen one, or the aggregator refuses the tasks.
+            Nothing is changed then.
 
     Source: Eshratifar et al. 2018, algorithm 1, the MAML form.
 
@@ -86,7 +89,9 @@ def meta_step(
             model, optimizer, copy_initial_weights=False, track_higher_grads=not first_order
         ) as (learner, inner):
             for _ in range(steps):
-                inner.step(loss_fn(learner, task["support"]))
+                loss = loss_fn(learner, task["support"])
+                check_depends(loss, learner.parameters(), i, advice="compute it by the learner")
+                inner.step(loss)
             loss = loss_fn(learner, task["query"])
         batch.add(loss, adapted=learner)
         losses.append(loss.detach())
@@ -96,6 +101,11 @@ def meta_step(
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, first_order: bool) -> None:
     """One sentence where higher would show a tensor, or adapt a frozen parameter in silence."""
+    if not (isinstance(model, nn.Module) and isinstance(optimizer, torch.optim.Optimizer)):
+        raise TypeError(
+            f"expected a module and an optimizer of torch.optim, found {type(model).__name__} and "
+            f"{type(optimizer).__name__}; call meta_step(model, optimizer, …)"
+        )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not held <= {id(parameter) for parameter in model.parameters()}:
         raise ValueError(

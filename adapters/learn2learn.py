@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from gradagree_opt.adapted import displacement, match
+from gradagree_opt.adapted import displacement, match, trained
 from gradagree_opt.aggregation import Aggregator
 from gradagree_opt.aggregators import check_aggregator
 from gradagree_opt.batchnorm import RunningStatistics
@@ -21,7 +21,7 @@ from gradagree_opt.collect import add_to_grad
 from gradagree_opt.engines.losses import scalar_loss
 from gradagree_opt.frameworks import require
 from gradagree_opt.functional import call_with
-from gradagree_opt.graphs import dependencies
+from gradagree_opt.graphs import check_depends, dependencies
 from gradagree_opt.meta.steps import MetaStep, check_tasks
 from gradagree_opt.meta.steps import meta_step as with_losses
 from gradagree_opt.stacks import PyTree
@@ -70,8 +70,8 @@ def meta_step(
     Raises:
         TypeError: the algorithm or the aggregator is none.
         ValueError: the tasks are not task-stacked; a parameter is frozen or unused and the
-            algorithm does not allow it; a module is recurrent; the loss has parameters that the
-            algorithm has not; or the aggregator refuses the tasks. Nothing is changed then.
+            algorithm does not allow it; a module is recurrent; the loss has parameters that are not
+            the learner's, or none; or the aggregator refuses the tasks. Nothing is changed then.
 
     Source: Eshratifar et al. 2018, algorithm 1, the MAML form.
 
@@ -87,8 +87,8 @@ def meta_step(
     """
     check_aggregator(aggregator)
     _check_algorithm(algorithm, steps)
-    trained = {name: p for name, p in algorithm.named_parameters() if p.requires_grad}
-    n = check_tasks(trained, tasks, "support", "query")
+    parameters = trained(dict(algorithm.named_parameters()))
+    n = check_tasks(parameters, tasks, "support", "query")
     statistics = RunningStatistics(algorithm)
     run = _Task(algorithm, scalar_loss(loss_fn), steps)
 
@@ -103,7 +103,7 @@ def meta_step(
         randomness="different",
         chunk_size=chunk_size,
     )
-    params = tree_map(torch.Tensor.detach, trained)
+    params = tree_map(torch.Tensor.detach, parameters)
     directions, (signal, losses, buffers) = gradient(params, statistics.for_tasks(n), tasks)
     if losses.requires_grad:
         raise ValueError(
@@ -113,7 +113,7 @@ def meta_step(
         )
     aggregation = aggregator.aggregate(directions, signal)
     statistics.follow(buffers)
-    add_to_grad(trained, aggregation.update)
+    add_to_grad(parameters, aggregation.update)
     return with_losses(aggregation, losses, "stacked")
 
 
@@ -134,9 +134,10 @@ class _Task(nn.Module):
             loss = self.loss_fn(learner, task["support"])
             _check_adaptable(learner, loss)
             learner.adapt(loss)
-        trained = {name: p for name, p in before.items() if p.requires_grad}
-        moved = displacement(trained, match(before, learner))
-        return self.loss_fn(learner, task["query"]), moved
+        start = {name: p for name, p in before.items() if p.requires_grad}
+        loss = self.loss_fn(learner, task["query"])
+        check_depends(loss, learner.parameters(), None, advice="compute it by the learner")
+        return loss, displacement(start, match(before, learner))
 
 
 def _check_algorithm(algorithm: object, steps: int) -> None:
@@ -255,11 +256,9 @@ class Tasksets:
             )
         taskset = self.tasksets[split]
         number = taskset.num_tasks if taskset.num_tasks > 0 else 2**31
-        draws = torch.randint(
-            number, (n_tasks,), generator=generator, device=generator.device
-        ).tolist()
+        draws = torch.randint(number, (n_tasks,), generator=generator, device=generator.device)
         tasks = []
-        for draw in draws:
+        for draw in draws.tolist():
             with _seeded(draw):
                 tasks.append(self._halves(*taskset[draw]))
         stacked: dict[str, Batch] = tree_map(_stack, *tasks)

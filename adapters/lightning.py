@@ -13,6 +13,7 @@ from gradagree_opt.annotations import Float
 from gradagree_opt.collect import TaskBatch
 from gradagree_opt.diagnostics import Diagnostics
 from gradagree_opt.frameworks import require
+from gradagree_opt.graphs import check_depends
 
 require("lightning")
 
@@ -40,8 +41,8 @@ class AgreementCallback(pl.Callback):
     Raises:
         TypeError: ``aggregator`` is no aggregator.
         ValueError: when ``Trainer.fit`` starts, for ``accumulate_grad_batches=1``, manual
-            optimization, more than one device, or a GradScaler with an aggregator that stops at
-            its overflows.
+            optimization, more than one device, another such callback, or a GradScaler with an
+            aggregator that stops at its overflows; at a loss that depends on no parameter.
 
     Source: Eshratifar et al. 2018, algorithm 1, without an inner loop.
 
@@ -74,6 +75,12 @@ class AgreementCallback(pl.Callback):
                 "pass Trainer(accumulate_grad_batches=N)"
             )
         _check_trainer(trainer, self.aggregator)
+        n = sum(isinstance(each, AgreementCallback) for each in trainer.callbacks)  # type: ignore[attr-defined]
+        if n > 1:
+            raise ValueError(
+                f"expected one AgreementCallback, found {n}, of which one would aggregate what the "
+                "other has; give the Trainer one"
+            )
         self._forget()
 
     def on_before_zero_grad(
@@ -88,8 +95,9 @@ class AgreementCallback(pl.Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,  # noqa: ARG002
-        loss: Tensor,  # noqa: ARG002
+        loss: Tensor,
     ) -> None:
+        check_depends(loss, _trained(trainer), len(self._tasks), advice="compute it by the module")
         for parameter in _trained(trainer):
             parameter.grad = None
 
@@ -162,6 +170,7 @@ class ManualTaskBatch(TaskBatch):
         name: under which the diagnostics are logged, as in ``agreement/weight_sum``.
 
     Raises:
+        TypeError: it is no LightningModule.
         ValueError: automatic optimization, more than one device, or a GradScaler with an aggregator
             that stops at its overflows.
     """
@@ -176,6 +185,11 @@ class ManualTaskBatch(TaskBatch):
         memory: Literal["graph", "stream"] = "graph",
         name: str = "agreement",
     ) -> None:
+        if not isinstance(module, pl.LightningModule):
+            raise TypeError(
+                f"expected a module of lightning.pytorch, found {type(module).__module__}."
+                f"{type(module).__name__}; give self, and a part of it as parameters="
+            )
         if module.automatic_optimization:
             raise ValueError(
                 "expected manual optimization, found automatic_optimization=True; set it to False "

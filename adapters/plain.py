@@ -8,7 +8,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.aggregation import Aggregator
 from gradagree_opt.meta import MetaStep
-from gradagree_opt.stacks import PyTree, leaf_paths
+from gradagree_opt.optim import check_optimizer
+from gradagree_opt.stacks import PyTree, check_floating, leaf_paths
 
 TaskSource = Callable[[int], PyTree]
 """From the number of the iteration to its task-stacked tasks."""
@@ -53,6 +54,8 @@ def train(
         The same parameters, trained.
 
     Raises:
+        TypeError: the parameters are no tensors, the task source is no function, or the optimizer
+            is none that steps on ``.grad``.
         ValueError: a parameter is frozen, the optimizer does not hold them all, or a batch is
             refused; the parameters are as the last good step left them.
 
@@ -64,6 +67,13 @@ def train(
     ...       ga.Mean(), iterations=20)
     tensor(2.0000, requires_grad=True)
     """
+    check_floating(params, "parameters")
+    check_optimizer(optimizer)
+    if not callable(task_source):
+        raise TypeError(
+            f"expected a function from the iteration to its tasks, found "
+            f"{type(task_source).__name__}; give lambda iteration: tasks"
+        )
     leaves = tree_leaves(params)
     for path, leaf in zip(leaf_paths(params), leaves, strict=True):
         if not leaf.requires_grad:

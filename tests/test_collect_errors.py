@@ -127,8 +127,17 @@ def test_one_loss_of_another_model_among_right_ones(model, memory, maml):
     assert len(batch) == 1
 
 
-def test_the_parameters_themselves_in_place_of_a_learner(batch, model):
-    refuses(lambda: batch.add(adapted=model), "found the parameters of the batch themselves")
+@pytest.mark.parametrize(
+    "itself",
+    [lambda m: m, lambda m: m.state_dict(), lambda m: [p.data for p in m.parameters()]],
+    ids=["module", "state_dict", "data"],
+)
+def test_the_parameters_themselves_in_place_of_a_learner(batch, model, itself):
+    message = "found the parameters of the batch themselves"
+    refuses(lambda: batch.add(adapted=itself(model)), message)
+    copied = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batch.add(adapted=copied)
+    assert len(batch) == 1
 
 
 @each_memory
@@ -185,6 +194,18 @@ def test_parameters_of_which_none_is_trained(model):
     message = "at least one requires a gradient, found 2 that do not"
     refuses(lambda: ga.TaskBatch(model, ga.Mean()), message)
     refuses(lambda: ga.TaskBatch([], ga.Mean()), "found 0 that do not")
+
+
+def test_parameters_that_were_computed_from_others(model):
+    """A clone in the place of the model: an optimizer steps on none of them."""
+    message = "the parameters to train, found 'weight' computed from other tensors; give the model"
+    refuses(lambda: ga.TaskBatch(adapted_from(model), ga.Mean()), message)
+
+
+def test_a_parameter_that_is_given_twice(model):
+    twice = [model.weight, model.bias, model.weight]
+    message = "every parameter once, found '0' again as '2'; leave it out there"
+    refuses(lambda: ga.TaskBatch(twice, ga.Mean()), message)
 
 
 @pytest.mark.parametrize(

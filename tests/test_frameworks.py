@@ -34,7 +34,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_supported_versions_are_those_of_the_extras() -> None:
-    names = ["ablation", "higher", "lightning", "ray", "torchjd", "torchopt"]
+    names = ["ablation", "higher", "lightning", "ray", "tensorboard", "torchjd", "torchopt"]
     declared = sum((EXTRAS[name] for name in names), PROJECT["dependencies"])
     table = {f.distribution + f.supported for f in FRAMEWORKS.values()} - {"learn2learn==0.2.0"}
     assert table == set(declared)
@@ -84,18 +84,24 @@ def test_an_unsupported_version_is_named_without_an_import(fake) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "reason"),
+    ("source", "reason", "options"),
     [
-        ("import module_that_is_not_there", "No module named 'module_that_is_not_there'"),
-        ("raise RuntimeError('operator missing')", "RuntimeError: operator missing"),
+        ("import module_that_is_not_there", "No module named 'module_that_is_not_there'", ""),
+        (
+            "raise RuntimeError('operator missing')",
+            "RuntimeError: operator missing",
+            "--force-reinstall --no-cache-dir --no-deps ",  # what is there already pip lets be
+        ),
     ],
 )
-def test_a_broken_import_is_told_from_a_missing_framework(fake, source: str, reason: str) -> None:
+def test_a_broken_import_is_told_from_a_missing_framework(
+    fake, source: str, reason: str, options: str
+) -> None:
     fake("2.1", source)
     with pytest.raises(ImportError, match=re.escape(reason)) as raised:
         require("fake-package")
     assert "found one whose import fails" in str(raised.value)
-    assert str(raised.value).endswith('install it with: pip install "fake-package>=2.1"')
+    assert str(raised.value).endswith(f'mend it with: pip install {options}"fake-package>=2.1"')
 
 
 def test_an_adapter_without_its_framework_names_the_command(
@@ -108,8 +114,9 @@ def test_an_adapter_without_its_framework_names_the_command(
 
 
 def test_a_reinstallation_leaves_the_dependencies_alone() -> None:
-    assert FRAMEWORKS["learn2learn"].reinstall_command() == (
+    reason = "ImportError: undefined symbol"
+    assert FRAMEWORKS["learn2learn"].mend_command(reason) == (
         "pip install --force-reinstall --no-cache-dir --no-deps "
         "-C--build-option=build_ext learn2learn==0.2.0"
     )
-    assert all("--no-deps" in f.reinstall_command() for f in frameworks.FRAMEWORKS.values())
+    assert all("--no-deps" in f.mend_command(reason) for f in frameworks.FRAMEWORKS.values())

@@ -262,5 +262,18 @@ def test_refused_losses_leave_parameters_grads_and_state_untouched(
 @pytest.mark.parametrize("optimizer", [nn.Linear(2, 2), None, 0.1], ids=["module", "none", "rate"])
 def test_something_else_than_an_optimizer_is_refused(optimizer):
     found = type(optimizer).__name__
-    with pytest.raises(TypeError, match=f"expected an optimizer .* found {found}; wrap one as"):
+    with pytest.raises(TypeError, match=f"expected an optimizer .* found {found}; give one as"):
         ga.TaskOptimizer(optimizer, ga.Mean())
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused(model):
+    lbfgs = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(TypeError, match=r"found LBFGS, whose step\(\) needs its closure; give"):
+        ga.TaskOptimizer(lbfgs, ga.Mean())
+
+
+def test_a_closure_in_the_place_of_losses_is_refused(model, without_type_checks):
+    tasks = ga.TaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), ga.Mean())
+    with pytest.raises(TypeError, match="found function; compute them before the step"):
+        tasks.step(lambda: losses_of(model, draw(0)))
+    assert all(p.grad is None for p in model.parameters())

@@ -243,6 +243,20 @@ def test_no_inner_step_and_a_loss_that_is_no_scalar(net):
     refuses(lambda: meta_step(net, inner, vectors, draw(), ga.Mean()), "return a scalar tensor")
 
 
+def test_a_loss_that_does_not_depend_on_the_learner(net):
+    inner = INNER["sgd"](net.parameters())
+    constant = lambda learner, batch: batch[0].square().mean()  # noqa: E731
+    call = lambda: meta_step(net, inner, constant, draw(), ga.Mean())  # noqa: E731
+    refuses(call, "found one for task 0 that depends on none of them; compute it by the learner")
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_the_model_and_the_optimizer_in_each_others_place(net, without_type_checks):
+    inner = INNER["sgd"](net.parameters())
+    with pytest.raises(TypeError, match=r"found SGD and Sequential; call meta_step\(model, opt"):
+        meta_step(inner, net, mse, draw(), ga.Mean())
+
+
 @each_memory
 def test_copied_initial_weights(net, memory):
     batch, task = ga.TaskBatch(net, ga.GradientAgreement(), memory=memory), each(draw())[0]

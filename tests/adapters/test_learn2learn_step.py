@@ -222,6 +222,25 @@ def test_a_loss_with_parameters_outside_the_algorithm():
     assert meta_step(maml, outside, draw(), ga.Mean()).losses.shape == (4,)
 
 
+def test_a_query_loss_that_does_not_depend_on_the_learner():
+    def loss_fn(learner, batch):
+        return mse(learner, batch["pair"]) if "pair" in batch else batch["x"].square().mean()
+
+    tasks = draw()
+    tasks = {"support": {"pair": tasks["support"]}, "query": {"x": tasks["query"][0]}}
+    maml = l2l.algorithms.MAML(network(), lr=RATE)
+    refuses(
+        "found one that depends on none of them; compute it by", maml, loss_fn, tasks, ga.Mean()
+    )
+    assert all(p.grad is None for p in maml.parameters())
+
+
+def test_a_clone_in_place_of_the_algorithm():
+    clone = l2l.algorithms.MAML(network(), lr=RATE).clone()
+    message = "found 'module.0.weight' computed from other tensors; give the model itself"
+    refuses(message, clone, mse, draw(), ga.Mean())
+
+
 def test_what_is_no_algorithm():
     message = r"an algorithm with clone\(\) and adapt\(\), found Sequential; wrap the model"
     refuses(message, network(), mse, draw(), ga.Mean(), error=TypeError)

@@ -216,6 +216,20 @@ def test_the_callback_refuses_manual_optimization() -> None:
     refused("use ManualTaskBatch", Manual(ga.Mean()), accumulate_grad_batches=1)
 
 
+def test_two_callbacks_are_refused() -> None:
+    callbacks = [AgreementCallback(ga.Mean()), AgreementCallback(ga.Mean())]
+    refused("expected one AgreementCallback, found 2", Automatic(), callbacks=callbacks)
+
+
+def test_a_loss_that_does_not_depend_on_the_parameters_is_refused_by_its_task() -> None:
+    class Constant(Automatic):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return torch.ones((), requires_grad=True) * 2 if batch_idx == 1 else loss
+
+    refused("found one for task 1 that depends on none of them", Constant())
+
+
 def test_ddp_is_refused() -> None:
     with no_process_group_left():
         refused("found DDPStrategy", Automatic(), strategy="ddp", devices=1)

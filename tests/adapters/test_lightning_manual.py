@@ -199,6 +199,12 @@ def test_a_manual_batch_refuses_automatic_optimization() -> None:
         ManualTaskBatch(Automatic(), ga.Mean())
 
 
+@pytest.mark.usefixtures("without_type_checks")
+def test_a_manual_batch_takes_the_module_not_a_part_of_it() -> None:
+    with pytest.raises(TypeError, match=r"found torch\.nn.*Linear; give self, and a part of it as"):
+        ManualTaskBatch(nn.Linear(2, 2), ga.Mean())
+
+
 def test_a_manual_batch_refuses_ddp() -> None:
     with no_process_group_left(), pytest.raises(ValueError, match="found DDPStrategy"):
         manual(Manual(ga.Mean()), strategy="ddp", devices=1)

@@ -245,6 +245,31 @@ def test_running_statistics_are_refused_with_what_to_do(make, chunk_size):
     assert not torch.equal(net[2].weight, before)
 
 
+@pytest.mark.parametrize(
+    ("place", "wrong", "found"),
+    [
+        (1, torch.nn.Linear(1, 1), r"found Linear; give dict\(module\.named_parameters\(\)\)"),
+        (2, {"support": (), "query": ()}, "to its tasks, found dict; give lambda iteration: tasks"),
+        (3, torch.optim.LBFGS([torch.ones(1)]), r"found LBFGS, whose step\(\) needs its closure"),
+        (
+            3,
+            ga.TaskOptimizer(torch.optim.SGD([torch.ones(1)]), ga.Mean()),
+            r"found TaskOptimizer, whose step\(\) needs its losses",
+        ),
+    ],
+    ids=["module", "tasks", "LBFGS", "TaskOptimizer"],
+)
+def test_what_is_of_another_kind_is_refused(place, wrong, found, without_type_checks):
+    w = torch.ones(1, requires_grad=True)
+    maml = ga.MAML(lambda w, x: ((w - x) ** 2).mean(), ga.InnerSGD(lr=0.1, steps=1))
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    arguments = [maml, w, lambda _: {"support": w[None], "query": w[None]}, optimizer, ga.Mean()]
+    arguments[place] = wrong
+    with pytest.raises(TypeError, match=found):
+        plain.train(*arguments, iterations=1)
+    assert w.item() == 1
+
+
 def test_an_optimizer_over_other_tensors_is_refused():
     params = network(0)
     copies = [p.detach().clone().requires_grad_() for p in params.values()]

@@ -55,10 +55,11 @@ def test_maml_weights_the_meta_gradients_by_the_gramian_of_the_signal(name, sign
     measured = displacements if signal == "displacement" else gradients
     theirs = make(name)
     weighting = getattr(theirs, "gramian_weighting", None)
-    unit = 1.0 if name == "NashMTL" else measured.abs().max()
+    unit = 1.0 if name == "NashMTL" else measured.norm(dim=1).max()
     scaled = measured / unit
     weights = seeded(weighting, scaled @ scaled.T) if weighting else theirs.weighting(scaled)
-    assert_same(result.update, weights @ gradients, 1e-6)
+    # NashMTL's solver stops at a tolerance of its own.
+    assert_same(result.update, weights @ gradients, 1e-9 if name == "NashMTL" else 1e-12)
 
 
 @pytest.mark.parametrize("name", ["UPGrad", "ConFIG"])
@@ -66,8 +67,8 @@ def test_reptile_aggregates_displacements(name):
     reptile = ga.Reptile(loss_fn, ga.InnerSGD(lr=0.1, steps=2))
     result = reptile.step(PARAMS, tasks(), from_torchjd(make(name), nonfinite="raise"))
     displacements, _ = displacements_and_gradients(reptile)
-    unit = displacements.abs().max()
-    assert_same(result.update, unit * make(name)(displacements / unit), 1e-6)
+    unit = displacements.norm(dim=1).max()
+    assert_same(result.update, unit * make(name)(displacements / unit), 1e-12)
 
 
 @pytest.mark.parametrize("name", ["UPGrad", "TrimmedMean"])
@@ -76,7 +77,7 @@ def test_multi_task_engine_aggregates_gradients(name):
     result = ga.aggregate_gradients(loss_fn, PARAMS, batch, from_torchjd(make(name)))
     gradients = ga.task_gradients(loss_fn, PARAMS, batch).gradients
     rows = torch.cat([leaf.flatten(1) for leaf in gradients.values()], 1)
-    assert_same(result.update, make(name)(rows), 1e-6)
+    assert_same(result.update, make(name)(rows), 1e-12)
 
 
 def multi_task(aggregator, engine):
@@ -151,7 +152,7 @@ def test_what_is_no_weighted_sum_sees_the_meta_gradients(name):
     maml = ga.MAML(loss_fn, ga.InnerSGD(lr=0.1, steps=2))
     result = seeded(maml.step, PARAMS, tasks(), from_torchjd(make(name)))
     _, gradients = displacements_and_gradients(maml)
-    assert_same(result.update, seeded(make(name), gradients), 1e-6)
+    assert_same(result.update, seeded(make(name), gradients), 1e-12)
     assert result.weights.isnan().all()
     logged = result.diagnostics.log()
     assert "update_norm" in logged and "cancellation" in logged

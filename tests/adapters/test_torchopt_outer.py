@@ -133,6 +133,19 @@ def test_one_loss_cannot_hold_weights_by_parameter():
         ga.TaskOptimizer(functional(), ga.GradientAgreement(scope="leaf"))
 
 
+def test_a_frozen_parameter_that_torchopt_would_differentiate_by_is_named():
+    message = r"found number 1, of shape \[3\], frozen, by which TorchOpt would differentiate"
+    w, frozen = start(), torch.ones(3)
+    with pytest.raises(ValueError, match=message):
+        ga.TaskOptimizer(functional(), ga.Mean()).functional_step(task_losses(w), (w, frozen))
+    net = Weight()
+    net.register_parameter("frozen", nn.Parameter(frozen, requires_grad=False))
+    before = net.w
+    with pytest.raises(ValueError, match=message):
+        ga.TaskOptimizer(torchopt.MetaSGD(net, lr=0.1), ga.Mean()).step(task_losses(net.w))
+    assert net.w is before
+
+
 def test_loss_of_other_parameters_is_named_by_its_task():
     w = start()
     optimizer = ga.TaskOptimizer(functional(), ga.Mean())
