@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 
 # Frameworks whose adapters are tested; learn2learn is built below, and Ray has no test yet.
-EXTRAS := ablation,higher,learn2learn,lightning,torchjd,torchopt
+EXTRAS := ablation,higher,learn2learn,lightning,tensorboard,torchjd,torchopt
 
 # One process per core, one thread per process.
 export OMP_NUM_THREADS := 1
@@ -20,8 +20,8 @@ demo: $(VENV)/.study
 	$(BIN)/gradagree ablate sine --quick --out runs/sine-quick
 
 test: lint
-	$(BIN)/pytest -n 2
-	$(BIN)/pytest -m compiled
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder  # what a file shares is made once
+	$(BIN)/pytest -n 2 -m compiled
 
 bench: $(VENV)/.bench
 	cd tests && env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks --out ../docs

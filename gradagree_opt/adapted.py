@@ -35,6 +35,34 @@ def named(parameters: Parameters, /) -> dict[str, Tensor]:
     return dict(parameters)
 
 
+def trained(parameters: Mapping[str, Tensor], /) -> dict[str, Tensor]:
+    """Those of the parameters whose ``.grad`` is to be filled: they require a gradient.
+
+    Raises:
+        ValueError: there is none, one was computed from other tensors, or one occurs twice.
+    """
+    found = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
+    if not found:
+        raise ValueError(
+            f"expected parameters of which at least one requires a gradient, found "
+            f"{len(parameters)} that do not; call requires_grad_() on those to train"
+        )
+    names: dict[int, str] = {}
+    for name, tensor in found.items():
+        if not tensor.is_leaf:
+            raise ValueError(
+                f"expected the parameters to train, found {name!r} computed from other tensors; "
+                "give the model itself, before it adapts, and no clone of it"
+            )
+        first = names.setdefault(id(tensor), name)
+        if first != name:
+            raise ValueError(
+                f"expected every parameter once, found {first!r} again as {name!r}; leave it out "
+                "there, and in the adapted parameters too"
+            )
+    return found
+
+
 def match(parameters: Mapping[str, Tensor], adapted: Parameters, /) -> dict[str, Tensor]:
     """Adapted parameters under the names of the parameters that they were adapted from.
 
@@ -72,7 +100,7 @@ def match(parameters: Mapping[str, Tensor], adapted: Parameters, /) -> dict[str,
                 f"{name!r} of shape {list(parameters[name].shape)}; add the learner adapted from "
                 "the same model, its parameters in the same order"
             )
-    if all(tensor is parameters[name] for name, tensor in after.items()):
+    if all(_is_same(tensor, parameters[name]) for name, tensor in after.items()):
         raise ValueError(
             "expected adapted parameters, found the parameters of the batch themselves; add the "
             "learner, before its original parameters are recovered"
@@ -92,6 +120,14 @@ def displacement(
         name: (before - adapted[name]).detach() if name in adapted else torch.zeros_like(before)
         for name, before in parameters.items()
     }
+
+
+def _is_same(tensor: Tensor, parameter: Tensor) -> bool:
+    """Whether it is the parameter itself, or its ``data``, as ``state_dict`` gives it."""
+    try:
+        return tensor.is_set_to(parameter)
+    except RuntimeError:  # under vmap, or on two devices
+        return tensor is parameter
 
 
 def _inner_names(names: Iterable[str]) -> list[list[str]]:

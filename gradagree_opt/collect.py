@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gradagree_opt.adapted import Parameters, displacement, match, named
+from gradagree_opt.adapted import Parameters, displacement, match, named, trained
 from gradagree_opt.aggregation import Aggregation, Aggregator
 from gradagree_opt.aggregators import check_aggregator
 from gradagree_opt.graphs import check_depends, check_loss, depends, gradients
@@ -45,7 +45,8 @@ class TaskBatch:
 
     Raises:
         TypeError: these are no parameters, or no aggregator.
-        ValueError: no parameter requires a gradient, or memory is neither "graph" nor "stream".
+        ValueError: no parameter requires a gradient, one is no leaf or occurs twice, or memory is
+            neither "graph" nor "stream".
 
     Source: Eshratifar et al. 2018, algorithm 1, both forms.
 
@@ -69,12 +70,7 @@ class TaskBatch:
         check_aggregator(aggregator)
         check_choice("memory", memory, ("graph", "stream"))
         self._all = named(parameters)
-        self._trained = {name: p for name, p in self._all.items() if p.requires_grad}
-        if not self._trained:
-            raise ValueError(
-                f"expected parameters of which at least one requires a gradient, found "
-                f"{len(self._all)} that do not; call requires_grad_() on those to train"
-            )
+        self._trained = trained(self._all)
         self.aggregator = aggregator
         self.memory = memory
         self._losses: list[Tensor] = []

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Bool, Float
-from gradagree_opt.stacks import or_one
+from gradagree_opt.blocks import or_one
 from gradagree_opt.statistics import Statistics
 from gradagree_opt.weightings import Decision
 

@@ -46,12 +46,19 @@ class Framework(NamedTuple):
         """The commands as one line of a shell."""
         return " && ".join(self.install)
 
-    def reinstall_command(self) -> str:
-        """The last command, for an installation that is complete but broken.
+    def mend_command(self, reason: str, /) -> str:
+        """The commands for an installation whose import fails: for what it lacks, or it anew.
 
-        >>> FRAMEWORKS["torchopt"].reinstall_command()
+        Args:
+            reason: the error of the import.
+
+        >>> FRAMEWORKS["torchopt"].mend_command("ModuleNotFoundError: No module named 'optree'")
+        'pip install "torchopt>=0.7.3"'
+        >>> FRAMEWORKS["torchopt"].mend_command("ImportError: undefined symbol")
         'pip install --force-reinstall --no-cache-dir --no-deps "torchopt>=0.7.3"'
         """
+        if "No module named" in reason:
+            return self.install_command()
         command = self.install[-1].replace(" --no-deps", "")
         options = "--force-reinstall --no-cache-dir --no-deps"
         return command.replace("pip install", f"pip install {options}")
@@ -68,22 +75,26 @@ def require(name: str, /) -> ModuleType:
 
     Raises:
         ImportError: it is missing, of an unsupported version or broken; one sentence that ends in
-            the command that installs it on this Python.
+            the command that installs or mends it on this Python.
 
     >>> require("torch").__name__
     'torch'
     """
     framework = FRAMEWORKS[name]
     expected = f"expected {name}{framework.supported}"
-    fix = f"install it with: {framework.install_command()}"
+    install = f"install it with: {framework.install_command()}"
     version = framework.installed_version()
     if version is not None and not framework.supports(version):
-        raise ImportError(f"{expected}, found {version}; {fix}", name=framework.module)
+        raise ImportError(f"{expected}, found {version}; {install}", name=framework.module)
     try:
         return importlib.import_module(framework.module)
     except Exception as error:  # a broken installation can raise anything while it is imported
-        missing = isinstance(error, ModuleNotFoundError) and error.name == framework.module
-        found = "none" if missing else f"one whose import fails ({type(error).__name__}: {error})"
+        if isinstance(error, ModuleNotFoundError) and error.name == framework.module:
+            found, fix = "none", install
+        else:
+            reason = f"{type(error).__name__}: {error}"
+            found = f"one whose import fails ({reason})"
+            fix = f"mend it with: {framework.mend_command(reason)}"
         raise ImportError(f"{expected}, found {found}; {fix}", name=framework.module) from error
 
 
@@ -141,6 +152,7 @@ FRAMEWORKS: dict[str, Framework] = {
         _from_index("yaml", ">=6.0.1", "gradagree ablate", distribution="pyyaml"),
         _from_index("rich", ">=13.0", "gradagree ablate"),
         _from_index("scipy", ">=1.13", "gradagree ablate"),
+        _from_index("tensorboard", ">=2.21", "gradagree ablate --tensorboard"),
         _from_index("typer", ">=0.16", "gradagree ablate"),
     )
 }

@@ -59,12 +59,22 @@ def check_loss(loss: object, task: int, /) -> None:
         )
 
 
-def check_depends(loss: Tensor, tensors: Iterable[Tensor], task: int, /, *, advice: str) -> None:
-    """Raises a ValueError, which ends in the advice, unless the loss depends on the tensors."""
+def check_depends(
+    loss: Tensor, tensors: Iterable[Tensor], task: int | None, /, *, advice: str
+) -> None:
+    """Raises a ValueError, which ends in the advice, unless the loss depends on the tensors.
+
+    Args:
+        loss: of one task.
+        tensors: of which it has to depend on one.
+        task: which one it is; None where all are computed at once.
+        advice: what to do instead.
+    """
     if not depends(loss, tensors):
+        which = "one" if task is None else f"one for task {task}"
         raise ValueError(
-            f"expected a loss that depends on the parameters, found one for task {task} that "
-            f"depends on none of them; {advice}"
+            f"expected a loss that depends on the parameters, found {which} that depends on none "
+            f"of them; {advice}"
         )
 
 

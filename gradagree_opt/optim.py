@@ -1,6 +1,7 @@
 """TaskOptimizer: an optimizer that steps on a vector of task losses."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ class TaskOptimizer:
     """Wraps an optimizer: ``step(losses)`` aggregates the gradients of n task losses, then steps.
 
     Everything else (``zero_grad``, ``state_dict``, ``param_groups``) is the wrapped optimizer's;
-    a learning-rate scheduler is given that one. What it steps on is what it always does:
+    a learning-rate scheduler is given that one. A GradScaler could not undo its scale before the
+    step: take a :class:`gradagree_opt.TaskBatch` there. What it steps on is what it always does:
 
     - ``torch.optim.Optimizer`` and ``torchopt.Optimizer`` on ``.grad``; as with ``backward``, the
       update is added to a ``.grad`` that is already there.
@@ -41,7 +43,7 @@ class TaskOptimizer:
         aggregator: what weights the tasks; signal and direction are both the loss gradient.
 
     Raises:
-        TypeError: the optimizer is none of these, or the aggregator is none.
+        TypeError: the optimizer is none of these, or needs a closure; or the aggregator is none.
         ValueError: the optimizer steps on a loss, and the aggregator's scope is not "global", or it
             gives no weights.
 
@@ -60,11 +62,8 @@ class TaskOptimizer:
         self._functional = hasattr(optimizer, "optim_state")
         self._differentiable = hasattr(optimizer, "param_containers_groups")
         on_loss = self._functional or self._differentiable
-        if not hasattr(optimizer, "step") or not (on_loss or hasattr(optimizer, "param_groups")):
-            raise TypeError(
-                f"expected an optimizer with param_groups and step(), found "
-                f"{type(optimizer).__name__}; wrap one as torch.optim.SGD(model.parameters(), …)"
-            )
+        if not on_loss:
+            check_optimizer(optimizer)
         if on_loss and aggregator.scope != "global":
             raise ValueError(
                 f"expected an aggregator of scope 'global' for {type(optimizer).__name__}, found "
@@ -91,7 +90,7 @@ class TaskOptimizer:
             The aggregation, its update by parameter position.
 
         Raises:
-            TypeError: the wrapped optimizer holds no parameters.
+            TypeError: the wrapped optimizer holds no parameters, or ``losses`` is a closure.
             ValueError: ``losses`` is not a vector or is empty, or the aggregator refuses the
                 gradients. No parameter, ``.grad`` or optimizer state is touched then.
         """
@@ -160,6 +159,24 @@ class TaskOptimizer:
         return [leaf for leaf in tree_leaves(groups) if leaf is not None]
 
 
+def check_optimizer(optimizer: Any, /) -> None:
+    """Raises a TypeError unless it is an optimizer that steps on ``.grad`` without a closure."""
+    if not (hasattr(optimizer, "step") and hasattr(optimizer, "param_groups")):
+        raise TypeError(
+            f"expected an optimizer with param_groups and step(), found "
+            f"{type(optimizer).__name__}; give one as torch.optim.SGD(model.parameters(), …)"
+        )
+    for name, parameter in inspect.signature(optimizer.step).parameters.items():
+        optional = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        # Where a scheduler has wrapped step, self is among its parameters.
+        if parameter.default is parameter.empty and not optional and name != "self":
+            raise TypeError(
+                f"expected an optimizer that steps on .grad alone, found "
+                f"{type(optimizer).__name__}, whose step() needs its {name}; give one as "
+                "torch.optim.SGD(model.parameters(), …)"
+            )
+
+
 def weighted_loss(
     losses: Losses, parameters: Sequence[Tensor], aggregator: Aggregator, /
 ) -> tuple[Float[Tensor, ""], Aggregation]:
@@ -169,12 +186,18 @@ def weighted_loss(
     left out.
 
     Raises:
-        ValueError: a loss does not depend on the parameters, no task is left, or the aggregator
-            refuses the gradients.
+        ValueError: a parameter is frozen, a loss does not depend on the parameters, no task is
+            left, or the aggregator refuses the gradients.
     """
     losses = _vector(losses)
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    tasks = [_gradients(loss, trained, task) for task, loss in enumerate(losses)]
+    for position, parameter in enumerate(parameters):
+        if not parameter.requires_grad:
+            raise ValueError(
+                f"expected parameters that require a gradient, found number {position}, of shape "
+                f"{list(parameter.shape)}, frozen, by which TorchOpt would differentiate; leave it "
+                "out of what the optimizer is given"
+            )
+    tasks = [_gradients(loss, parameters, task) for task, loss in enumerate(losses)]
     result = aggregator.aggregate([torch.stack(leaves) for leaves in zip(*tasks, strict=True)])
     terms = [weight * loss for weight, loss in zip(result.weights, losses, strict=True)]
     if aggregator.nonfinite == "drop":
@@ -186,7 +209,7 @@ def weighted_loss(
     return torch.stack(terms).sum(), result
 
 
-def _gradients(loss: Tensor, parameters: list[Tensor], task: int) -> list[Tensor]:
+def _gradients(loss: Tensor, parameters: Sequence[Tensor], task: int) -> list[Tensor]:
     check_loss(loss, task)
     check_depends(loss, parameters, task, advice="compute it from those of the optimizer")
     grads = gradients(loss, parameters, retain_graph=True)
@@ -201,6 +224,11 @@ def _vector(losses: Losses) -> list[Tensor]:
         raise ValueError(
             f"expected a vector of task losses [n], found shape {list(losses.shape)}; "
             "give one loss a task, not their mean"
+        )
+    if not isinstance(losses, Iterable):
+        raise TypeError(
+            f"expected the task losses [n], found {type(losses).__name__}; compute them before the "
+            "step, and give them in place of a closure"
         )
     each = list(losses.unbind()) if isinstance(losses, Tensor) else list(losses)
     if not each:

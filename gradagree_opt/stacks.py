@@ -3,12 +3,12 @@
 Leaves are never concatenated: each function visits them one by one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import (
     tree_flatten_with_path,
     tree_leaves,
@@ -18,12 +18,10 @@ from torch.utils._pytree import (
 )
 
 from gradagree_opt.annotations import Bool, Float
+from gradagree_opt.blocks import absolute_maxima, column_blocks, or_one, rows, unit_parts
 
 PyTree = Any
 """A tensor, or any nesting of dicts, lists, tuples and named tuples of tensors."""
-
-BLOCK_ENTRIES = 2**20
-"""Entries of a block that a CPU reads several times: 4 MiB of float32, half or less of a cache."""
 
 
 def leaf_paths(tree: PyTree, /) -> list[str]:
@@ -116,9 +114,11 @@ def check_floating(tree: PyTree, /, name: str) -> None:
     for index, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+            fix = "leave out what has no gradient"
+            if isinstance(leaf, nn.Module):
+                fix = "give dict(module.named_parameters())"
             raise TypeError(
-                f"expected floating-point {name}, found {found}{_place(tree, index)}; "
-                "leave out what has no gradient"
+                f"expected floating-point {name}, found {found}{_place(tree, index)}; {fix}"
             )
 
 
@@ -143,50 +143,15 @@ def full_precision(device: torch.device, /) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def column_blocks(
-    leaf: Float[Tensor, "n ..."], dtype: torch.dtype, /
-) -> Iterator[Float[Tensor, "n columns"]]:
-    """The leaf as matrices ``[n, columns]`` of the dtype that fit a processor's cache together.
-
-    What is done to one block before the next is asked for costs one read of the leaf, however
-    often it looks at the block. One block where a compiler or a GPU does better with the whole.
-    """
-    matrix = rows(leaf)
-    whole = leaf.device.type != "cpu" or torch.compiler.is_compiling()
-    if whole or matrix.numel() <= BLOCK_ENTRIES:
-        blocks: Sequence[Tensor] = [matrix] if matrix.numel() else []
-    else:
-        width = max(1, BLOCK_ENTRIES // matrix.shape[0])
-        blocks = [matrix[:, at : at + width] for at in range(0, matrix.shape[1], width)]
-    return (block.to(dtype) for block in blocks)
-
-
-def unit_scaled(
-    matrix: Float[Tensor, "n columns"], /
-) -> tuple[Float[Tensor, "n columns"], Float[Tensor, ""]]:
-    """The matrix in units of its scale, and the scale (0 where all entries are zero).
-
-    That is the power of two below the largest finite entry, so that nothing is rounded.
-    """
-    size = _absolute_maxima(matrix).nan_to_num(0.0, 0.0, 0.0).amax()
-    scale = size / (2 * or_one(torch.frexp(size).mantissa))
-    return matrix / or_one(scale), scale
-
-
 def row_magnitudes(leaves: Sequence[Tensor], /) -> Float[Tensor, " n"]:
     """Largest absolute entry of every task over all leaves; NaN or inf where a task has one."""
     dtype = accumulation_dtype(leaves)
     magnitudes = [
-        _absolute_maxima(block) for leaf in leaves for block in column_blocks(leaf, leaf.dtype)
+        absolute_maxima(block) for leaf in leaves for block in column_blocks(leaf, leaf.dtype)
     ]
     if not magnitudes:
         return leaves[0].new_zeros(leaves[0].shape[0], dtype=dtype)
     return torch.stack([magnitude.to(dtype) for magnitude in magnitudes]).amax(0)
-
-
-def _absolute_maxima(matrix: Float[Tensor, "n columns"]) -> Float[Tensor, " n"]:
-    # vector_norm of order inf says the same in ten times the time on a CPU (torch 2.14).
-    return torch.maximum(matrix.amax(1), matrix.amin(1).neg())
 
 
 def tree_norm(tree: PyTree, /, *, scaled: bool = True) -> Float[Tensor, ""]:
@@ -197,11 +162,10 @@ def tree_norm(tree: PyTree, /, *, scaled: bool = True) -> Float[Tensor, ""]:
     leaves = [leaf.detach() for leaf in tree_leaves(tree)]
     dtype = accumulation_dtype(leaves)
     parts = [torch.zeros(2, dtype=dtype, device=leaves[0].device)]
-    for leaf in leaves:
-        for block in column_blocks(leaf.unsqueeze(0), dtype):
-            matrix, size = unit_scaled(block) if scaled else (block, block.new_ones(()))
-            # Under vmap, a norm without dim is one over all problems (torch 2.14).
-            parts.append(torch.stack([size, torch.linalg.vector_norm(matrix, dim=1).squeeze(0)]))
+    for size, blocks in unit_parts([leaf.unsqueeze(0) for leaf in leaves], dtype, scaled=scaled):
+        # Under vmap, a norm without dim is one over all problems (torch 2.14).
+        norms = torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks])
+        parts.append(torch.stack([size, torch.linalg.vector_norm(norms, dim=0)]))
     sizes, norms = torch.stack(parts).unbind(1)
     largest = sizes.amax()
     norm: Tensor = largest * torch.linalg.vector_norm(norms * (sizes / or_one(largest)), dim=0)
@@ -227,11 +191,6 @@ def scaled_square_sums(
         for block in column_blocks(leaf, divisors.dtype)
     ]
     return torch.stack(norms).square().sum(0) if norms else torch.zeros_like(divisors)
-
-
-def or_one(values: Tensor, /) -> Tensor:
-    """The values, with 1 in place of zeros: safe to divide by."""
-    return torch.where(values == 0, torch.ones_like(values), values)
 
 
 def mask_rows(stack: PyTree, keep: Bool[Tensor, " n"], /) -> PyTree:
@@ -263,16 +222,11 @@ def combine(
     return tree_unflatten(sums, tree_structure(stack))
 
 
-def rows(leaf: Float[Tensor, "n ..."], /) -> Float[Tensor, "n d"]:
-    """The leaf as a matrix with one row a task, also where a task's entry has no axes."""
-    return leaf.flatten(1) if leaf.ndim > 1 else leaf.unsqueeze(1)
-
-
 def _weighted_sum(leaf: Tensor, weights: Tensor) -> Tensor:
     dtype = torch.promote_types(leaf.dtype, torch.float32)
     weights = weights.to(dtype)
     if leaf.dtype == dtype or not leaf.numel():
-        total = weights @ rows(leaf).to(dtype)
+        total = torch.mv(rows(leaf).to(dtype).T, weights)
     else:  # by blocks: no copy of the whole leaf in the larger dtype
-        total = torch.cat([weights @ block for block in column_blocks(leaf, dtype)])
+        total = torch.cat([torch.mv(block.T, weights) for block in column_blocks(leaf, dtype)])
     return total.reshape(leaf.shape[1:]).to(leaf.dtype)

@@ -5,22 +5,20 @@ Every sum is kept in float32 or better and in units of the largest entry, so tha
 ask for it and no others: s = J (Jᵀ 1).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Bool, Float
+from gradagree_opt.blocks import column_blocks, or_one, unit_parts
 from gradagree_opt.stacks import (
     accumulation_dtype,
-    column_blocks,
     full_precision,
     in_range,
-    or_one,
     row_magnitudes,
     scaled_square_sums,
-    unit_scaled,
 )
 
 
@@ -74,12 +72,14 @@ def measure(
     """
     dtype = accumulation_dtype(leaves)
     with full_precision(leaves[0].device):
-        blocks = [
-            _measure_block(block, scaled) for leaf in leaves for block in column_blocks(leaf, dtype)
+        parts = [
+            (size, *_measure_part(blocks))
+            for size, blocks in unit_parts(leaves, dtype, scaled=scaled)
         ]
-        if not blocks:
-            blocks = [_measure_block(active.new_zeros((active.shape[0], 1), dtype=dtype), scaled)]
-        sizes, norms, dots = (torch.stack(parts) for parts in zip(*blocks, strict=True))
+        if not parts:
+            zeros = active.new_zeros(active.shape, dtype=dtype)
+            parts = [(zeros.new_zeros(()), zeros, zeros)]
+        sizes, norms, dots = (torch.stack(column) for column in zip(*parts, strict=True))
         scale = or_one(sizes.amax())
         shares = (sizes / scale).unsqueeze(1)
         squared_norms = (shares * norms).square().sum(0)
@@ -142,10 +142,16 @@ def from_gramian(gramian: Float[Tensor, "n n"], /) -> Statistics:
         )
 
 
-def _measure_block(matrix: Tensor, scaled: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale of a block, and ‖x_i‖ and x_i · Σ_j x_j of its rows in units of the scale."""
-    matrix, size = unit_scaled(matrix) if scaled else (matrix, matrix.new_ones(()))
-    return size, torch.linalg.vector_norm(matrix, dim=1), matrix @ matrix.sum(0)
+def _measure_part(blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """‖x_i‖ and x_i · Σ_j x_j of the rows of blocks side by side."""
+    norms, dots = zip(
+        *[
+            (torch.linalg.vector_norm(block, dim=1), torch.mv(block, block.sum(0)))
+            for block in blocks
+        ],
+        strict=True,
+    )
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0), torch.stack(dots).sum(0)
 
 
 def _cosine_row_sums(leaves: Sequence[Tensor]) -> Tensor:

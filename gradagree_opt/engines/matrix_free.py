@@ -8,10 +8,11 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from gradagree_opt.aggregation import Aggregation, Aggregator, Measured
 from gradagree_opt.annotations import Float
+from gradagree_opt.blocks import or_one
 from gradagree_opt.engines.losses import TaskLoss
 from gradagree_opt.engines.random_state import RandomState
 from gradagree_opt.engines.rows import Rows
-from gradagree_opt.stacks import PyTree, or_one, task_count, tree_norm
+from gradagree_opt.stacks import PyTree, task_count, tree_norm
 from gradagree_opt.statistics import Statistics
 
 Losses = Callable[[PyTree], Tensor]

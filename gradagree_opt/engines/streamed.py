@@ -9,11 +9,12 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unfl
 
 from gradagree_opt.aggregation import Aggregation, Aggregator, Measured
 from gradagree_opt.annotations import Bool, Float
+from gradagree_opt.blocks import or_one
 from gradagree_opt.engines.losses import TaskLoss
 from gradagree_opt.engines.random_state import RandomState
 from gradagree_opt.engines.rows import Rows
 from gradagree_opt.scopes import group_indices, measure_by_group
-from gradagree_opt.stacks import PyTree, accumulation_dtype, or_one, task_count
+from gradagree_opt.stacks import PyTree, accumulation_dtype, task_count
 from gradagree_opt.statistics import Statistics
 
 

@@ -1,6 +1,7 @@
 """Runs the benchmarks: ``python -m benchmarks [CASE …] [--out FOLDER]`` in ``tests/``.
 
-Every case has a process of its own, and so has every peak of memory.
+Every case has a process of its own, and so has every peak of memory. Cases that are not run are
+left in the folder as they are, with the machine that they ran on.
 """
 
 import argparse
@@ -37,11 +38,14 @@ def main() -> None:
         results[name] = child(name, "case")
         for contestant in results[name].get("memory", {}):
             results[name]["memory"][contestant] = child(name, contestant)
+        results[name]["machine"] = report.machine()
         print(report.section(name, results[name]), flush=True)
     if options.out:
-        found = {"machine": report.machine(), "cases": results}
-        (options.out / "benchmarks.json").write_text(json.dumps(found, indent=1) + "\n")
-        (options.out / "benchmarks.md").write_text(report.page(found))
+        path = options.out / "benchmarks.json"
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        cases = {name: (kept | results)[name] for name in CASES if name in kept | results}
+        path.write_text(json.dumps(cases, indent=1) + "\n")
+        (options.out / "benchmarks.md").write_text(report.page(cases))
 
 
 def child(name: str, only: str) -> Any:
@@ -72,7 +76,7 @@ def timed(case: Case) -> dict[str, Any]:
     return {
         "title": case.title,
         "seconds": {name: asdict(timing(each)) for name, each in times.items()},
-        "memory": dict.fromkeys(steps) if case.measures_memory else {},
+        "memory": dict.fromkeys(steps),
         "bars": [
             asdict(bar)
             | {"text": str(bar)}

@@ -25,7 +25,6 @@ def case() -> Case:
             Contestant(TRAFFIC, partial(traffic, stack), comparable=False),
         ],
         [Bar(OURS, TRAFFIC, 1.3)],
-        measures_memory=True,
     )
 
 

@@ -64,7 +64,6 @@ def case() -> Case:
             Bar(OURS, PLAIN, 1.4, True),
         ],
         rounds=11,
-        measures_memory=True,
     )
 
 

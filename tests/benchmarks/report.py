@@ -17,35 +17,32 @@ INTRODUCTION = """# Benchmarks
 Written by `make bench`. In every case the contestants take turns in one process, after their
 updates have been checked against each other: medians over the rounds, quartiles in brackets. Ratios
 are medians of the rounds' own ratios. A peak of memory is what a step adds to its process, each in
-a fresh one. What does not reach its bar is in **bold**.
+a fresh one. What does not reach its bar is in **bold**; [performance.md](performance.md) says where
+the time goes.
 """
 
 
-def page(found: dict[str, Any]) -> str:
-    sections = [section(name, result) for name, result in found["cases"].items()]
-    facts = "".join(f"- {name}: {value}\n" for name, value in found["machine"].items())
-    return "\n".join([INTRODUCTION, facts, *sections])
+def page(cases: dict[str, Any]) -> str:
+    return "\n".join([INTRODUCTION, *(section(name, result) for name, result in cases.items())])
 
 
-def machine() -> dict[str, str]:
-    """Processor, memory, and the versions of what was run."""
+def machine() -> str:
+    """Processor, threads, and the versions of what was run."""
     cpu = Path("/proc/cpuinfo")
     models = [
         line.partition(":")[2].strip()
         for line in (cpu.read_text().splitlines() if cpu.exists() else [])
         if line.startswith("model name")
     ]
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {
-        "processor": f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores",
-        "threads of torch": str(torch.get_num_threads()),
-        "Python": platform.python_version(),
-        **versions,
-    }
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
+    processor = f"{os.cpu_count()} cores of {models[0] if models else platform.machine()}"
+    threads = f"{torch.get_num_threads()} threads of torch"
+    return ", ".join([processor, threads, f"Python {platform.python_version()}", *versions])
 
 
 def section(name: str, result: dict[str, Any]) -> str:
-    lines = [f"## {name.replace('_', ' ')}", "", result["title"] + ".", ""]
+    lines = [f"## {name.replace('_', ' ')}", "", f"{result['title']}.", ""]
+    lines += [f"On {result['machine']}.", ""]
     if "growth" in result:
         lines += growth(result["growth"])
     elif "study" in result:
@@ -58,10 +55,9 @@ def section(name: str, result: dict[str, Any]) -> str:
 def contestants(result: dict[str, Any]) -> list[str]:
     lines = ["| | time (ms) | peak of memory (MiB) |", "|---|---|---|"]
     for name, time in result["seconds"].items():
-        peak = result["memory"].get(name)
+        peak = result["memory"][name]
         spread = f"[{1e3 * time['lower']:.3g}, {1e3 * time['upper']:.3g}]"
-        memory = "" if peak is None else f"{peak / 2**20:.0f}"
-        lines.append(f"| {name} | {1e3 * time['median']:.3g} {spread} | {memory} |")
+        lines.append(f"| {name} | {1e3 * time['median']:.3g} {spread} | {peak / 2**20:.1f} |")
     lines += ["", "| bar | at most | found |", "|---|---|---|"]
     return lines + [bar_line(bar, result["memory"]) for bar in result["bars"]]
 
@@ -76,8 +72,9 @@ def bar_line(bar: dict[str, Any], memory: dict[str, int]) -> str:
     return f"| {bar['text']} | {bar['at_most']:.3g} | {shown} |"
 
 
-def marked(found: float, at_most: float) -> str:
-    return f"{found:.3g}" if found <= at_most else f"**{found:.3g}**"
+def marked(found: float, at_most: float, digits: int = 3) -> str:
+    shown = f"{found:.{digits}g}"
+    return shown if found <= at_most else f"**{shown}**"
 
 
 def study(found: dict[str, Any]) -> list[str]:
@@ -97,8 +94,5 @@ def growth(found: dict[str, Any]) -> list[str]:
             f"{size:g}: {1e3 * seconds:.3g}"
             for size, seconds in zip(each["sizes"], each["seconds"], strict=True)
         )
-        exponent = f"{each['exponent']:.2f}"
-        lines.append(
-            f"| {name} | {times} | {exponent if each['exponent'] <= BAR else f'**{exponent}**'} |"
-        )
+        lines.append(f"| {name} | {times} | {marked(each['exponent'], BAR, 4)} |")
     return lines

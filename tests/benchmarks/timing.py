@@ -55,7 +55,6 @@ class Case:
     bars: Sequence[Bar] = ()
     tolerance: float = 1e-3
     rounds: int = 15
-    measures_memory: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gradagree_opt as ga
-from gradagree_opt import stacks
+from gradagree_opt.blocks import column_blocks, unit_parts
 from gradagree_testing import reference
 from gradagree_testing.configurations import CONFIGURATIONS
 
@@ -15,7 +15,7 @@ WEIGHTED = [c for c in CONFIGURATIONS if c.weights is not None]
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """Seven columns of five tasks: a leaf is read in several parts, the last one shorter."""
-    monkeypatch.setattr(stacks, "BLOCK_ENTRIES", 35)
+    monkeypatch.setattr("gradagree_opt.blocks.BLOCK_ENTRIES", 35)
 
 
 def stack(scale=1.0, dtype=torch.float32):
@@ -74,6 +74,19 @@ def test_a_bad_entry_of_the_last_block_is_found(name, bad):
 
 def test_blocks_are_of_one_leaf_and_cover_it():
     leaf = stack()["matrix"]
-    blocks = list(stacks.column_blocks(leaf, torch.float64))
+    blocks = list(column_blocks(leaf, torch.float64))
     assert [block.shape for block in blocks] == [(5, 7)] * 4 + [(5, 2)]
     assert torch.equal(torch.cat(blocks, 1), leaf.flatten(1).double())
+
+
+def test_parts_fit_a_cache_and_cover_the_leaves_in_units_of_their_largest_entry():
+    leaves = list(stack(1e10).values())
+    parts = [
+        (scale, list(blocks)) for scale, blocks in unit_parts(leaves, torch.float64, scaled=True)
+    ]
+    assert len(parts) < sum(len(blocks) for _, blocks in parts)
+    for _, blocks in parts:
+        assert sum(block.numel() for block in blocks) <= 35
+        assert 1 <= max(block.abs().max() for block in blocks) < 2
+    found = torch.cat([block * scale for scale, blocks in parts for block in blocks], 1)
+    assert torch.equal(found, torch.cat([leaf.reshape(5, -1).double() for leaf in leaves], 1))

@@ -59,7 +59,6 @@ def random_weights():
         ("Reptile", random_weights),
         ("Reptile", partial(ga.Mean, match_norm="agreement")),
     ],
-    ids=str,
 )
 def test_captured_graph_equals_eager(name, aggregator, without_code_generation):
     assert_equals_eager(name, aggregator)

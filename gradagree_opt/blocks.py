@@ -1,0 +1,85 @@
+"""Stacked leaves in blocks that fit a processor's cache: read once, looked at several times."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from gradagree_opt.annotations import Float
+
+BLOCK_ENTRIES = 2**20
+"""Entries of a block that a CPU reads several times: 4 MiB of float32, half or less of a cache."""
+
+
+def rows(leaf: Float[Tensor, "n ..."], /) -> Float[Tensor, "n d"]:
+    """The leaf as a matrix with one row a task, also where a task's entry has no axes."""
+    return leaf.flatten(1) if leaf.ndim > 1 else leaf.unsqueeze(1)
+
+
+def column_blocks(
+    leaf: Float[Tensor, "n ..."], dtype: torch.dtype, /
+) -> Iterator[Float[Tensor, "n columns"]]:
+    """The leaf as matrices ``[n, columns]`` of the dtype that fit a processor's cache together.
+
+    What is done to one block before the next is asked for costs one read of the leaf, however
+    often it looks at the block. One block where a compiler or a GPU does better with the whole.
+    """
+    matrix = rows(leaf)
+    if _whole(leaf) or matrix.numel() <= BLOCK_ENTRIES:
+        blocks: Sequence[Tensor] = [matrix] if matrix.numel() else []
+    else:
+        width = max(1, BLOCK_ENTRIES // matrix.shape[0])
+        blocks = [matrix[:, at : at + width] for at in range(0, matrix.shape[1], width)]
+    return (block.to(dtype) for block in blocks)
+
+
+def _whole(leaf: Tensor) -> bool:
+    return leaf.device.type != "cpu" or torch.compiler.is_compiling()
+
+
+def unit_parts(
+    leaves: Sequence[Tensor], dtype: torch.dtype, /, *, scaled: bool
+) -> Iterator[tuple[Float[Tensor, ""], Iterator[Float[Tensor, "n columns"]]]]:
+    """The blocks of all leaves, as many at a time as fit a cache together, in units of a scale.
+
+    The scale comes with them: the power of two below their largest finite entry, so that nothing
+    is rounded, 0 where all entries are zero, and 1 without scaling.
+    """
+    for part in _cached_parts(leaves):
+        if scaled:
+            scale = _scale(part, dtype)
+            unit = or_one(scale)
+            yield scale, (block.to(dtype) / unit for block in part)
+        else:
+            yield part[0].new_ones((), dtype=dtype), (block.to(dtype) for block in part)
+
+
+def _cached_parts(leaves: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    part: list[Tensor] = []
+    entries = 0
+    for leaf in leaves:
+        for block in column_blocks(leaf, leaf.dtype):
+            entries += block.numel()
+            if part and entries > BLOCK_ENTRIES and not _whole(leaf):
+                yield part
+                part, entries = [], block.numel()
+            part.append(block)
+    if part:
+        yield part
+
+
+def _scale(blocks: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, ""]:
+    maxima = torch.stack([absolute_maxima(block).to(dtype) for block in blocks])
+    size = maxima.nan_to_num(0.0, 0.0, 0.0).amax()
+    return size / (2 * or_one(torch.frexp(size).mantissa))
+
+
+def absolute_maxima(matrix: Float[Tensor, "n columns"]) -> Float[Tensor, " n"]:
+    """Largest absolute entry of every row."""
+    # vector_norm of order inf says the same in ten times the time on a CPU (torch 2.14).
+    return torch.maximum(matrix.amax(1), matrix.amin(1).neg())
+
+
+def or_one(values: Tensor, /) -> Tensor:
+    """The values, with 1 in place of zeros: safe to divide by."""
+    return torch.where(values == 0, torch.ones_like(values), values)
