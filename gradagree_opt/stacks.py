@@ -3,7 +3,7 @@
 Leaves are never concatenated: each function visits them one by one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -133,6 +133,11 @@ def accumulation_dtype(leaves: Sequence[Tensor], /) -> torch.dtype:
     if any(leaf.dtype == torch.float64 for leaf in leaves):
         return torch.float64
     return torch.float32
+
+
+def is_coarse(tensors: Iterable[Tensor], /) -> bool:
+    """Whether one of them has less than the precision of float32."""
+    return any(tensor.dtype.itemsize < torch.float32.itemsize for tensor in tensors)
 
 
 def full_precision(device: torch.device, /) -> AbstractContextManager[Any]:

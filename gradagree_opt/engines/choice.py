@@ -54,7 +54,8 @@ mode or a second derivative |
             it is not, and the next in turn where the model or the aggregator does not allow it.
         chunk_size: tasks per vmap; None for all at once, 1 for no vmap.
         randomness: of dropout and the like under vmap, as in ``torch.func.vmap``.
-        compile: torch.compile the engine, once for each loss function.
+        compile: torch.compile the engine, once for each loss function: give the same function
+            object at every step, not a lambda made anew. "auto" then leaves out "streamed".
 
     Returns:
         The aggregation with ``losses`` ``[n]`` and the name of the ``engine`` that ran.

@@ -67,27 +67,39 @@ class TaskMap:
 
     def __call__(
         self,
-        function: Callable[[PyTree], PyTree],
+        function: Callable[[PyTree, PyTree], PyTree],
+        params: PyTree,
         tasks: PyTree,
         n: int,
         /,
         *,
         differentiated: bool = False,
     ) -> PyTree:
-        """``function(task)`` of all n tasks, every leaf of the results stacked.
+        """``function(params, task)`` of all n tasks, every leaf of the results stacked.
 
         Args:
-            function: of one task, without its task axis.
+            function: of the parameters and one task, without its task axis.
+            params: shared by the tasks.
             tasks: task-stacked pytree.
             n: how many they are.
             differentiated: whether a derivative is taken of the result: see :class:`AffineApart`.
         """
         if self.chunk_size == 1:
-            each = [function(task) for task in self.one_by_one(tasks, n)]
+            each = [function(params, task) for task in self.one_by_one(params, tasks, n)]
             return tree_map(lambda *leaves: torch.stack(leaves), *each)
-        vmapped = torch.func.vmap(function, chunk_size=self.chunk_size, randomness=self.randomness)
+        # vmap gives its chunks the same random numbers on a CPU alone (torch 2.14).
+        state = self._state(params, tasks) if self.chunk_size is not None else None
+
+        def chunk(params: PyTree, task: PyTree) -> PyTree:
+            if state is not None:
+                state.restore()
+            return function(params, task)
+
+        vmapped = torch.func.vmap(
+            chunk, (None, 0), randomness=self.randomness, chunk_size=self.chunk_size
+        )
         with AffineApart() if differentiated else nullcontext():
-            return vmapped(tasks)
+            return vmapped(params, tasks)
 
     def split(self, tasks: PyTree, n: int, /) -> list[PyTree]:
         """The tasks in task-stacked chunks, one for each vmap."""
@@ -96,13 +108,17 @@ class TaskMap:
             tree_map(lambda leaf, at=at: leaf[at : at + size], tasks) for at in range(0, n, size)
         ]
 
-    def one_by_one(self, tasks: PyTree, n: int, /) -> Iterator[PyTree]:
+    def one_by_one(self, params: PyTree, tasks: PyTree, n: int, /) -> Iterator[PyTree]:
         """Every task without its task axis, under the random numbers that ``randomness`` says."""
-        state = RandomState(tasks) if self.randomness == "same" else None
+        state = self._state(params, tasks)
         for index in range(n):
             if state is not None:
                 state.restore()
             yield tree_map(lambda leaf, i=index: leaf[i], tasks)
+
+    def _state(self, params: PyTree, tasks: PyTree) -> RandomState | None:
+        """The random numbers that all tasks are to draw; None if each draws its own."""
+        return RandomState(params, tasks) if self.randomness == "same" else None
 
 
 @dataclass(frozen=True)

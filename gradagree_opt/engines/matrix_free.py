@@ -12,7 +12,7 @@ from gradagree_opt.blocks import or_one
 from gradagree_opt.engines.losses import TaskLoss
 from gradagree_opt.engines.random_state import RandomState
 from gradagree_opt.engines.rows import Rows
-from gradagree_opt.stacks import PyTree, task_count, tree_norm
+from gradagree_opt.stacks import PyTree, is_coarse, task_count, tree_norm
 from gradagree_opt.statistics import Statistics
 
 Losses = Callable[[PyTree], Tensor]
@@ -50,11 +50,16 @@ def matrix_free(
     that need them are NaN. Where Σ g_j is made of rounding, the update is zero. Chunks of the tasks
     hold their graphs one after the other, for one more forward pass.
 
+    Raises:
+        RuntimeError: a parameter or the losses have less than the precision of float32.
+
     Source: PAPER, "the row sums without the N×d matrix".
     """
     n = task_count(tasks, "tasks")
-    chunks = _chunks(task_loss, tasks, n)
+    chunks = _chunks(task_loss, params, tasks, n)
     losses, leaves, structure = _losses_and_sum(chunks, params, n)
+    if is_coarse([losses, *leaves]):
+        raise RuntimeError("parameters or losses of less than float32, which round the row sums")
     norm = tree_norm(leaves)
     scale = or_one(norm)
     _replace_each(leaves, lambda leaf: leaf / scale.to(leaf.dtype))
@@ -138,9 +143,10 @@ class _Chunk:
         if self._state is not None:
             self._state.restore()
         elif self._task_loss.map.may_draw:
-            self._state = RandomState(self._tasks)
+            self._state = RandomState(params, self._tasks)
         losses: Tensor = self._task_loss.map(
-            lambda task: self._task_loss.function(params, task)[0],
+            lambda params, task: self._task_loss.function(params, task)[0],
+            params,
             self._tasks,
             self.n,
             differentiated=True,
@@ -177,9 +183,9 @@ class _Chunk:
         return backward(weights)[0]
 
 
-def _chunks(task_loss: TaskLoss, tasks: PyTree, n: int) -> list[_Chunk]:
+def _chunks(task_loss: TaskLoss, params: PyTree, tasks: PyTree, n: int) -> list[_Chunk]:
     parts = task_loss.map.split(tasks, n)
-    state = RandomState(tasks) if task_loss.map.randomness == "same" else None
+    state = RandomState(params, tasks) if task_loss.map.randomness == "same" else None
     return [_Chunk(task_loss, part, keep=len(parts) == 1, state=state) for part in parts]
 
 

@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from gradagree_opt.aggregation import Aggregation, Aggregator
 from gradagree_opt.annotations import Float
 from gradagree_opt.engines.losses import TaskLoss
-from gradagree_opt.stacks import PyTree, combine, task_count
+from gradagree_opt.stacks import PyTree, task_count
 
 
 def one_backward_refusal(aggregator: Aggregator, task_loss: TaskLoss, /) -> str | None:
@@ -39,7 +39,7 @@ def one_backward(
 
     def losses_of(params: PyTree) -> tuple[Tensor, PyTree]:
         losses, (signal, _) = task_loss.map(
-            lambda task: task_loss.function(params, task), tasks, n, differentiated=True
+            task_loss.function, params, tasks, n, differentiated=True
         )
         return losses, signal
 
@@ -48,9 +48,9 @@ def one_backward(
     def weighted(weights: Tensor, groups: list[int] | None) -> PyTree:
         if groups is None:
             return backward(weights.to(losses.dtype))[0]
-        each = [backward(row.to(losses.dtype))[0] for row in weights]
-        stack = tree_map(lambda *leaves: torch.stack(leaves), *each)
-        return combine(stack, torch.eye(len(each)).to(weights), groups)
+        each = [tree_leaves(backward(row.to(losses.dtype))[0]) for row in weights]
+        update = [each[group][index] for index, group in enumerate(groups)]
+        return tree_unflatten(update, tree_structure(params))
 
     measured = aggregator.measure(signal, nonfinite=~torch.isfinite(losses), draws=draws)
     return aggregator.apply(measured, weighted, signal_is_direction=False), losses

@@ -3,14 +3,16 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from gradagree_opt.stacks import PyTree
 
 
 class RandomState:
-    """State of the global generators of the devices that the tensors of a pytree are on.
+    """State of the global generators of the CPU and of the devices that some tensors are on.
+
+    Args:
+        trees: pytrees of tensors.
 
     >>> state = RandomState(torch.zeros(1))
     >>> first = torch.rand(1)
@@ -19,18 +21,18 @@ class RandomState:
     True
     """
 
-    def __init__(self, tree: PyTree, /) -> None:
-        types = {leaf.device.type for leaf in tree_leaves(tree)} | {"cpu"}
-        self._states: list[tuple[Any, Tensor]] = [
-            (generator, generator.get_rng_state()) for generator in map(_generator_of, types)
-        ]
+    def __init__(self, *trees: PyTree) -> None:
+        devices = {leaf.device for leaf in tree_leaves(trees) if leaf.device.type != "cpu"}
+        self._cpu = torch.get_rng_state()
+        self._others = [(device, _module_of(device).get_rng_state(device)) for device in devices]
 
     def restore(self) -> None:
         """Sets the generators back to it."""
-        for generator, state in self._states:
-            generator.set_rng_state(state)
+        torch.set_rng_state(self._cpu)
+        for device, state in self._others:
+            _module_of(device).set_rng_state(state, device)
 
 
-def _generator_of(device_type: str) -> Any:
-    """The module that holds the random state of the current device of a type."""
-    return torch if device_type == "cpu" else torch.get_device_module(device_type)
+def _module_of(device: torch.device) -> Any:
+    """torch.cuda, torch.xpu, …: what holds the generators of the devices of a type."""
+    return torch.get_device_module(device)

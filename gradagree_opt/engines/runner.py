@@ -19,7 +19,7 @@ from gradagree_opt.engines.matrix_free import matrix_free, matrix_free_refusal
 from gradagree_opt.engines.one_backward import one_backward, one_backward_refusal
 from gradagree_opt.engines.stacked import stacked
 from gradagree_opt.engines.streamed import streamed, streamed_refusal
-from gradagree_opt.stacks import PyTree, task_count
+from gradagree_opt.stacks import PyTree, is_coarse, task_count
 from gradagree_opt.weightings import check_choice
 
 EngineName = Literal["auto", "stacked", "streamed", "matrix_free", "one_backward"]
@@ -49,8 +49,8 @@ class Runner:
     Args:
         task_loss: loss and signal of one task.
         engine: "auto" takes the first engine that suits the aggregator and the size of the stack
-            of gradients, and the next one where the model cannot be run by it.
-        compile: torch.compile every engine but "streamed", which is a loop.
+            of gradients, and from then on the next one where the model cannot be run by it.
+        compile: torch.compile every engine but "streamed", which is a loop and not taken then.
 
     Raises:
         ValueError: the engine is none of its choices, or cannot be compiled.
@@ -65,6 +65,8 @@ class Runner:
             )
         self.task_loss = task_loss
         self.engine = engine
+        self._compile = compile
+        self._failed: set[str] = set()
         self._engines = {
             name: maybe_compiled(partial(function, task_loss), compile and name != "streamed")
             for name, function in ENGINES.items()
@@ -80,18 +82,25 @@ class Runner:
         check_aggregator(aggregator)
         n = task_count(tasks, "tasks")
         draws = aggregator.draw(n)
+        failed: set[str] = set()
         *others, last = self._candidates(params, n, aggregator)
         for name in others:
             try:
-                return self._run(name, params, tasks, aggregator, draws)
-            except RuntimeError:
-                continue
-        try:
-            return self._run(last, params, tasks, aggregator, draws)
-        except RuntimeError as error:
-            if last == "streamed":
-                raise
-            raise _explained(error, last, n) from error
+                run = self._run(name, params, tasks, aggregator, draws)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    failed.add(name)
+            else:
+                break
+        else:
+            try:
+                run = self._run(last, params, tasks, aggregator, draws)
+            except RuntimeError as error:
+                if last == "streamed":
+                    raise
+                raise _explained(error, last, n, compiled=self._compile) from error
+        self._failed |= failed
+        return run
 
     def unchecked(
         self, params: PyTree, tasks: PyTree, aggregator: Aggregator, draws: Tensor | None, /
@@ -128,22 +137,31 @@ class Runner:
                     f"{refusals[self.engine]}; take engine='stacked'"
                 )
             return [self.engine]
-        size = n * sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(params))
-        sparing = size > STACK_BYTES and not self.task_loss.adapts
-        order = ["one_backward", *["matrix_free"] * sparing, "stacked", "streamed"]
-        return [name for name in order if refusals[name] is None]
+        leaves = tree_leaves(params)
+        size = n * sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+        sparing = size > STACK_BYTES and not self.task_loss.adapts and not is_coarse(leaves)
+        by_group = ["one_backward", *["matrix_free"] * sparing]  # a backward pass for each group
+        order = [*by_group, "stacked"] if aggregator.scope == "global" else ["stacked", *by_group]
+        order += [] if self._compile else ["streamed"]
+        order = [name for name in order if refusals[name] is None]
+        return [name for name in order if name not in self._failed] or order
 
 
-def _explained(error: RuntimeError, engine: str, n: int) -> RuntimeError:
+def _explained(error: RuntimeError, engine: str, n: int, *, compiled: bool) -> RuntimeError:
     """The error of an engine as one sentence that says what to do."""
     found = re.split(r"\n|(?<=\.)\s", str(error), maxsplit=1)[0].rstrip(".")
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    without = "compile=False" if compiled else "engine='streamed'"
+    if _is_out_of_memory(error):
         return RuntimeError(
             f"expected {n} tasks at once to fit into memory under engine={engine!r}, found: "
-            f"{found}; give chunk_size={math.isqrt(n)}, or engine='streamed'"
+            f"{found}; give chunk_size={math.isqrt(n)}, or {without}"
         )
-    vmapped = "vmap" in found or "Batching rule" in found
-    advice = "chunk_size=1, which does without vmap" if vmapped else "engine='streamed'"
+    vmapped = not compiled and ("vmap" in found or "Batching rule" in found)
+    advice = "chunk_size=1, which does without vmap" if vmapped else without
     return RuntimeError(
         f"expected a model that engine={engine!r} can run, found: {found}; take {advice}"
     )
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -82,7 +82,5 @@ def _stacked_gradients(
     task_loss: TaskLoss, params: PyTree, tasks: PyTree, n: int
 ) -> tuple[PyTree, tuple[PyTree, Tensor]]:
     gradient = torch.func.grad(task_loss.function, has_aux=True)
-    stack: tuple[PyTree, tuple[PyTree, Tensor]] = task_loss.map(
-        lambda task: gradient(params, task), tasks, n
-    )
+    stack: tuple[PyTree, tuple[PyTree, Tensor]] = task_loss.map(gradient, params, tasks, n)
     return stack

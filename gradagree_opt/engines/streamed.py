@@ -130,7 +130,7 @@ class _Stream:
         self._task_loss = task_loss
         self._tasks = tasks
         self.n = task_count(tasks, "tasks")
-        self._random_state = RandomState(tasks)
+        self._random_state = RandomState(params, tasks)
         self._leaves = [leaf.detach().requires_grad_() for leaf in tree_leaves(params)]
         self._dtype = accumulation_dtype(self._leaves)
 
@@ -147,7 +147,9 @@ class _Stream:
         for task in self._each():
             with torch.enable_grad():
                 loss, _ = self._task_loss.function(at, task)
-                loss = loss + 0 * self._leaves[0].sum()  # a loss of no parameter has a gradient too
+            if not loss.requires_grad:  # of no parameter
+                yield loss, self.zeros()
+                continue
             found = torch.autograd.grad(loss, self._leaves, materialize_grads=True)
             yield loss.detach(), [gradient.to(self._dtype) for gradient in found]
 
@@ -162,7 +164,7 @@ class _Stream:
 
     def _each(self) -> Iterator[PyTree]:
         self._random_state.restore()
-        return self._task_loss.map.one_by_one(self._tasks, self.n)
+        return self._task_loss.map.one_by_one(self.params, self._tasks, self.n)
 
 
 class _One(NamedTuple):

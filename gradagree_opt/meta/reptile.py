@@ -90,12 +90,12 @@ class Reptile:
     def _displacements_of(self, params: PyTree, tasks: PyTree, n: int) -> tuple[PyTree, Tensor]:
         params = tree_map(lambda p: p.detach(), params)
 
-        def one_task(task: PyTree) -> tuple[PyTree, Tensor]:
+        def one_task(params: PyTree, task: PyTree) -> tuple[PyTree, Tensor]:
             adapted = self.adapt(params, task["support"])
             loss = self.loss_fn(adapted, task.get("query", task["support"]))
             return tree_map(torch.sub, params, adapted), loss
 
-        result: tuple[PyTree, Tensor] = self._map(one_task, tasks, n)
+        result: tuple[PyTree, Tensor] = self._map(one_task, params, tasks, n)
         return result
 
 

@@ -187,12 +187,6 @@ def test_a_run_that_diverges_ends_alone(study: Study, form: str) -> None:
         torch.testing.assert_close(leaf, remains[name], equal_nan=True)
 
 
-def test_a_method_that_is_to_raise_raises_in_a_group_too(study: Study) -> None:
-    method = Method(name="strict", aggregator="mean", options={"nonfinite": "raise"})
-    with pytest.raises(ValueError, match=r"found NaN or inf in tasks \[0, 1, 2\]"):
-        train_runs(study, problem_of(study), runs_of(method, (0.25, 1e30)), ignore)
-
-
 def test_the_seconds_are_shared_among_the_runs(study: Study) -> None:
     runs = runs_of(METHODS[0], RATES["sgd"])
     records = [r for r, _ in train_runs(study, problem_of(study), runs, ignore)]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import gradagree_opt as ga
+from gradagree_opt.engines import runner
 
 from .models import models
 
@@ -168,3 +169,52 @@ def test_matrix_free_raises_where_gradients_cancel_if_asked_to():
         ga.aggregate_gradients(
             lambda w, x: (w * x).sum(), torch.ones(1), tasks, aggregator, engine="matrix_free"
         )
+
+
+@each_engine
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_accumulated_in_float32(engine, dtype):
+    n = 400  # to add one after the other in bfloat16 ends at 256
+    tasks = torch.linspace(0.5, 1.5, n).unsqueeze(1).expand(n, 3).to(dtype)
+    params = torch.ones(3, dtype=dtype)
+    options = {"engine": engine}
+    if engine == "matrix_free":
+        with pytest.raises(RuntimeError, match="parameters or losses of less than float32"):
+            ga.aggregate_gradients(_product, params, tasks, ga.GradientAgreement(), **options)
+        return
+    result = ga.aggregate_gradients(_product, params, tasks, ga.GradientAgreement(), **options)
+    assert result.update.dtype == dtype
+    expected = ga.GradientAgreement().aggregate(tasks.double())
+    torch.testing.assert_close(result.weights, expected.weights.float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(result.update, expected.update.to(dtype))
+
+
+def _product(w, x):
+    return (w * x).sum()
+
+
+@pytest.mark.parametrize("coarse", ["parameters", "losses"])
+def test_auto_takes_no_row_sums_of_half_precision(coarse, monkeypatch):
+    monkeypatch.setattr(runner, "STACK_BYTES", 0)
+    dtype = torch.bfloat16 if coarse == "parameters" else torch.float32
+    tasks = torch.linspace(0.5, 1.5, 24).reshape(8, 3).to(dtype)
+    result = ga.aggregate_gradients(
+        lambda w, x: (w * x).sum().bfloat16(),
+        torch.ones(3, dtype=dtype),
+        tasks,
+        ga.GradientAgreement(),
+    )
+    assert result.engine == "stacked"
+    expected = ga.GradientAgreement().aggregate(tasks.double())
+    torch.testing.assert_close(result.update, expected.update.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_streamed_loss_of_no_parameter_has_a_gradient_of_zeros(dtype):
+    # The sum of these parameters is infinite in float16.
+    params, tasks = torch.full((4,), 6e4, dtype=dtype), torch.tensor([[0.0], [1.0]]).to(dtype)
+    result = ga.aggregate_gradients(
+        lambda w, x: x.sum(), params, tasks, ga.Mean(), engine="streamed"
+    )
+    assert torch.equal(result.update, torch.zeros_like(params))
+    assert result.losses.tolist() == [0.0, 1.0]

@@ -148,6 +148,29 @@ def test_maml_falls_back_too():
     torch.testing.assert_close(result.update, expected.update)
 
 
+def test_what_has_failed_is_not_tried_at_every_step():
+    case = model(Branch)
+    tasks = {"support": case.tasks, "query": case.tasks}
+    calls = []
+
+    def counted(params, batch):
+        calls[-1] += 1
+        return case.loss_fn(params, batch)
+
+    maml = ga.MAML(counted, ga.InnerSGD(0.1, 1))
+    for _ in range(3):
+        calls.append(0)
+        maml.step(case.params, tasks, ga.GradientAgreement())
+    assert calls[0] > calls[1] == calls[2]
+
+
+@pytest.mark.compiled
+def test_compiled_auto_says_that_the_model_cannot_be_compiled():
+    case = model(Branch)
+    with pytest.raises(RuntimeError, match=r"engine='stacked' can run, .*; take compile=False$"):
+        aggregate(case, compile=True)
+
+
 @pytest.mark.parametrize("engine", ["auto", "streamed", "stacked"])
 def test_an_error_of_the_model_itself_is_told(engine):
     case = model(lambda: nn.Linear(4, 2))

@@ -38,7 +38,7 @@ def test_different_draws_for_each_task(chunk_size):
     assert not any(torch.equal(found[i], found[j]) for i in range(4) for j in range(i))
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize("chunk_size", [None, 1, 3])
 def test_same_draws_once_for_all(chunk_size):
     found = masks("same", chunk_size)
     assert torch.equal(found, found[:1].expand_as(found))
