@@ -58,7 +58,8 @@ mode or a second derivative |
             object at every step, not a lambda made anew. "auto" then leaves out "streamed".
 
     Returns:
-        The aggregation with ``losses`` ``[n]`` and the name of the ``engine`` that ran.
+        The aggregation with ``losses`` ``[n]`` and the name of the ``engine`` that ran, all of it
+        constants of differentiation.
 
     Raises:
         ValueError, TypeError: as :func:`task_gradients` and :meth:`Aggregator.aggregate`; or the

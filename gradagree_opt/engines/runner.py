@@ -1,19 +1,18 @@
 """Which engine runs: the one that was asked for, or the first of those that suit that can."""
 
-import math
-import re
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.aggregation import Aggregation, Aggregator
 from gradagree_opt.aggregators import check_aggregator
 from gradagree_opt.annotations import Float
 from gradagree_opt.engines.compilation import maybe_compiled
+from gradagree_opt.engines.errors import explained, is_out_of_memory
 from gradagree_opt.engines.losses import TaskLoss
 from gradagree_opt.engines.matrix_free import matrix_free, matrix_free_refusal
 from gradagree_opt.engines.one_backward import one_backward, one_backward_refusal
@@ -24,7 +23,9 @@ from gradagree_opt.weightings import check_choice
 
 EngineName = Literal["auto", "stacked", "streamed", "matrix_free", "one_backward"]
 
-ENGINES: dict[str, Callable[..., tuple[Aggregation, Tensor]]] = {
+Engine = Callable[..., tuple[Aggregation, Tensor]]
+
+ENGINES: dict[str, Engine] = {
     "stacked": stacked,
     "streamed": streamed,
     "matrix_free": matrix_free,
@@ -68,7 +69,9 @@ class Runner:
         self._compile = compile
         self._failed: set[str] = set()
         self._engines = {
-            name: maybe_compiled(partial(function, task_loss), compile and name != "streamed")
+            name: maybe_compiled(
+                partial(_constants, function, task_loss), compile and name != "streamed"
+            )
             for name, function in ENGINES.items()
         }
 
@@ -88,7 +91,7 @@ class Runner:
             try:
                 run = self._run(name, params, tasks, aggregator, draws)
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     failed.add(name)
             else:
                 break
@@ -98,7 +101,8 @@ class Runner:
             except RuntimeError as error:
                 if last == "streamed":
                     raise
-                raise _explained(error, last, n, compiled=self._compile) from error
+                without = "compile=False" if self._compile else "engine='streamed'"
+                raise explained(error, f"engine={last!r}", n, without=without) from error
         self._failed |= failed
         return run
 
@@ -120,7 +124,7 @@ class Runner:
     ) -> Run:
         aggregation, losses = self._engines[name](params, tasks, aggregator, draws)
         aggregator.verify(aggregation)
-        return Run(aggregation, losses.detach(), name)
+        return Run(aggregation, losses, name)
 
     def _candidates(self, params: PyTree, n: int, aggregator: Aggregator) -> list[str]:
         """The engines to try, the best first."""
@@ -147,21 +151,10 @@ class Runner:
         return [name for name in order if name not in self._failed] or order
 
 
-def _explained(error: RuntimeError, engine: str, n: int, *, compiled: bool) -> RuntimeError:
-    """The error of an engine as one sentence that says what to do."""
-    found = re.split(r"\n|(?<=\.)\s", str(error), maxsplit=1)[0].rstrip(".")
-    without = "compile=False" if compiled else "engine='streamed'"
-    if _is_out_of_memory(error):
-        return RuntimeError(
-            f"expected {n} tasks at once to fit into memory under engine={engine!r}, found: "
-            f"{found}; give chunk_size={math.isqrt(n)}, or {without}"
-        )
-    vmapped = not compiled and ("vmap" in found or "Batching rule" in found)
-    advice = "chunk_size=1, which does without vmap" if vmapped else without
-    return RuntimeError(
-        f"expected a model that engine={engine!r} can run, found: {found}; take {advice}"
-    )
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _constants(
+    engine: Engine, task_loss: TaskLoss, params: PyTree, *others: Any
+) -> tuple[Aggregation, Tensor]:
+    """What an engine answers, without a graph, whatever requires a gradient."""
+    answer = engine(task_loss, tree_map(torch.Tensor.detach, params), *others)
+    result: tuple[Aggregation, Tensor] = tree_map(torch.Tensor.detach, answer)
+    return result

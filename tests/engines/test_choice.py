@@ -218,3 +218,20 @@ def test_streamed_loss_of_no_parameter_has_a_gradient_of_zeros(dtype):
     )
     assert torch.equal(result.update, torch.zeros_like(params))
     assert result.losses.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+@pytest.mark.parametrize("live", ["parameters", "a captured tensor", "tasks"])
+def test_the_answer_has_no_graph(engine, live):
+    params, captured, tasks = torch.ones(3), torch.ones(3), torch.rand(4, 3)
+    {"parameters": params, "a captured tensor": captured, "tasks": tasks}[live].requires_grad_()
+    result = ga.aggregate_gradients(
+        lambda w, x: (w * captured * x).square().sum(),
+        params,
+        tasks,
+        ga.GradientAgreement(),
+        engine=engine,
+    )
+    tensors = [result.update, result.weights, result.scores, result.losses, *result.diagnostics]
+    assert not any(tensor.requires_grad for tensor in tensors)
+    assert torch.isfinite(result.update).all()
