@@ -283,7 +283,7 @@ def _seeded(seed: int) -> Iterator[None]:
     state = random.getstate()
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds all devices
             random.seed(seed)
             yield
     finally:

@@ -108,10 +108,8 @@ class AgreementCallback(pl.Callback):
                 f"of a window; {type(trainer.optimizers[0]).__name__} calls its closure again, "
                 "take an optimizer that does not"
             )
-        # Lightning has divided the loss by N, and a GradScaler has multiplied it.
-        factor = trainer.accumulate_grad_batches / _loss_scale(trainer)
         gradients = {
-            name: parameter.grad * factor
+            name: parameter.grad.clone()
             for name, parameter in _named(trainer, pl_module).items()
             if parameter.grad is not None
         }
@@ -132,13 +130,15 @@ class AgreementCallback(pl.Callback):
 
     def _aggregate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         tasks, scale = self._tasks, _loss_scale(trainer)
+        # Lightning has divided the loss by N, and a GradScaler has multiplied it.
+        factor = trainer.accumulate_grad_batches / scale
         used = {
             name: parameter
             for name, parameter in _named(trainer, pl_module).items()
             if any(name in task for task in tasks)
         }
         stack = {
-            name: torch.stack([task.get(name, torch.zeros_like(p)) for task in tasks])
+            name: torch.stack([task.get(name, torch.zeros_like(p)) for task in tasks]).mul_(factor)
             for name, p in used.items()
         }
         result = self.aggregator.aggregate(stack)

@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from gradagree_opt.adapted import trained
 from gradagree_opt.aggregation import Aggregator
 from gradagree_opt.meta import MetaStep
 from gradagree_opt.optim import check_optimizer
@@ -56,8 +57,8 @@ def train(
     Raises:
         TypeError: the parameters are no tensors, the task source is no function, or the optimizer
             is none that steps on ``.grad``.
-        ValueError: a parameter is frozen, the optimizer does not hold them all, or a batch is
-            refused; the parameters are as the last good step left them.
+        ValueError: a parameter is frozen or occurs twice, the optimizer does not hold them all, or
+            a batch is refused; the parameters are as the last good step left them.
 
     >>> import gradagree_opt as ga
     >>> w = torch.tensor(0.0, requires_grad=True)
@@ -75,12 +76,14 @@ def train(
             f"{type(task_source).__name__}; give lambda iteration: tasks"
         )
     leaves = tree_leaves(params)
-    for path, leaf in zip(leaf_paths(params), leaves, strict=True):
+    by_path = dict(zip(leaf_paths(params), leaves, strict=True))
+    for path, leaf in by_path.items():
         if not leaf.requires_grad:
             raise ValueError(
                 f"expected params that require a gradient, found {path or 'one'!r} frozen; keep it "
                 "out of params and let loss_fn add it, or call requires_grad_() to train it"
             )
+    trained(by_path)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not all(id(leaf) in held for leaf in leaves):
         raise ValueError(

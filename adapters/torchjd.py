@@ -251,7 +251,8 @@ class OfMatrix(OurAggregator):
         self, measured: Measured, combine_directions: Combine, /, *, signal_is_direction: bool
     ) -> Aggregation:
         statistics = measured.statistics
-        tasks = torch.eye(len(statistics.active)).to(statistics.row_sums)
+        like = statistics.row_sums
+        tasks = torch.eye(len(statistics.active), dtype=like.dtype, device=like.device)
         # The direction of a task is the combination in which it alone has weight.
         directions = [combine_directions(task, None) for task in tasks[statistics.active]]
         if directions:

@@ -11,7 +11,7 @@ from gradagree_opt.adapted import Parameters, displacement, match, named, traine
 from gradagree_opt.aggregation import Aggregation, Aggregator
 from gradagree_opt.aggregators import check_aggregator
 from gradagree_opt.graphs import check_depends, check_loss, depends, gradients
-from gradagree_opt.stacks import PyTree
+from gradagree_opt.stacks import PyTree, is_coarse
 from gradagree_opt.weightings import check_choice
 
 _FROM_COPY = (
@@ -74,6 +74,7 @@ class TaskBatch:
         self.aggregator = aggregator
         self.memory = memory
         self._losses: list[Tensor] = []
+        self._nonfinite: list[Tensor] = []
         self._copies: list[dict[str, Tensor]] = []
         self._directions: list[dict[str, Tensor]] = []
         self._unused = set(self._trained)
@@ -86,9 +87,12 @@ class TaskBatch:
     @property
     def takes_one_backward(self) -> bool:
         """Whether the tasks of the MAML form share one backward pass, that of the weighted loss."""
-        # A dropped task must not reach it: 0 · NaN is NaN there.
-        drops = self.aggregator.nonfinite == "drop"
-        one_by_one = drops or "directions" in self.aggregator.weighting.needs
+        one_by_one = (
+            self.aggregator.nonfinite == "drop"  # 0 · NaN is NaN there
+            or "directions" in self.aggregator.weighting.needs
+            or self.aggregator.scope != "global"  # a pass for each group, where n tasks are few
+            or is_coarse([*self._trained.values(), *self._losses])  # it would add in their dtype
+        )
         return self.memory == "graph" and not one_by_one
 
     def add(self, loss: Tensor | None = None, /, *, adapted: Parameters | None = None) -> None:
@@ -147,6 +151,7 @@ class TaskBatch:
     def clear(self) -> None:
         """Forgets the tasks added so far, and their graphs."""
         self._losses.clear()
+        self._nonfinite.clear()
         self._copies.clear()
         self._directions.clear()
         self._unused = set(self._trained)
@@ -170,6 +175,7 @@ class TaskBatch:
             )
         start = [*self._trained.values(), *copies.values()]
         check_depends(loss, start, len(self), advice=_FROM_COPY if after else _FROM_OTHERS)
+        self._nonfinite.append(~torch.isfinite(loss.detach()))
         if self.memory == "stream":
             self._directions.append(self._gradient(loss, [copies], retain_graph=False))
         else:
@@ -178,32 +184,27 @@ class TaskBatch:
 
     def _aggregate(self) -> Aggregation:
         signal = _stack(self._displacements) if self._displacements else None
+        nonfinite = torch.stack(self._nonfinite) if self._nonfinite else None
         if self._losses and signal is not None and self.takes_one_backward:
-            return self._from_one_backward(signal)
+            return self._from_one_backward(signal, nonfinite)
         directions = self._directions or [
             self._gradient(loss, [copies], retain_graph=loss is not self._losses[-1])
             for loss, copies in zip(self._losses, self._copies, strict=True)
         ]
         if not directions:
             return self.aggregator.aggregate_unchecked(signal)
-        return self.aggregator.aggregate_unchecked(_stack(directions), signal)
+        return self.aggregator.aggregate_unchecked(_stack(directions), signal, nonfinite=nonfinite)
 
-    def _from_one_backward(self, signal: PyTree) -> Aggregation:
+    def _from_one_backward(self, signal: PyTree, nonfinite: Tensor | None) -> Aggregation:
         losses = torch.stack(self._losses)
         # What backward() frees is freed here too, unless there is another pass to come.
-        again = self.aggregator.scope != "global" or self.aggregator.match_norm is not None
+        again = self.aggregator.match_norm is not None
 
-        def gradient(weights: Tensor) -> dict[str, Tensor]:
+        def weighted(weights: Tensor, _: list[int] | None) -> PyTree:
             total = (losses * weights.to(losses)).sum()  # autocast would round a matrix product
             return self._gradient(total, self._copies, retain_graph=again)
 
-        def weighted(weights: Tensor, groups: list[int] | None) -> PyTree:
-            if groups is None:
-                return gradient(weights)
-            each = [gradient(row) for row in weights]
-            return {name: each[groups[at]][name] for at, name in enumerate(self._trained)}
-
-        measured = self.aggregator.measure(signal, nonfinite=~torch.isfinite(losses.detach()))
+        measured = self.aggregator.measure(signal, nonfinite=nonfinite)
         return self.aggregator.apply(measured, weighted, signal_is_direction=False)
 
     def _gradient(

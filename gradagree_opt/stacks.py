@@ -65,7 +65,7 @@ def task_count(
         if not isinstance(leaf, Tensor):
             raise TypeError(
                 f"expected every leaf of the {name} to be a tensor, found {type(leaf).__name__}"
-                f"{_place(stack, index)}; give zeros for a parameter that a task does not use"
+                f"{_place(stack, index)}; {_tensor_for(leaf)}"
             )
         if leaf.ndim == 0:
             raise ValueError(
@@ -120,6 +120,13 @@ def check_floating(tree: PyTree, /, name: str) -> None:
             raise TypeError(
                 f"expected floating-point {name}, found {found}{_place(tree, index)}; {fix}"
             )
+
+
+def _tensor_for(leaf: object) -> str:
+    """What to give instead of something that is no tensor."""
+    if leaf is None:
+        return "give zeros for a parameter that a task does not use"
+    return "give torch.as_tensor(…), with the task axis first"
 
 
 def _place(tree: PyTree, index: int) -> str:

@@ -122,17 +122,21 @@ def measure_groups(
 def from_gramian(gramian: Float[Tensor, "n n"], /) -> Statistics:
     """Statistics of n signals that are known by their inner products g_i · g_j alone.
 
-    The scale is the largest norm, since no entry is known.
+    The scale is the largest norm, since no entry is known. Row sums made of the rounding of
+    the dtype that was given, which may be half, are zero.
     """
     with full_precision(gramian.device):
+        eps = torch.finfo(gramian.dtype).eps
         gramian = gramian.detach().to(accumulation_dtype([gramian]))
         finite = torch.isfinite(gramian.diagonal())
         norms = gramian.diagonal().clamp(min=0).sqrt()
         scale = or_one(norms.nan_to_num(0.0, 0.0, 0.0).amax())
         units = or_one(norms)
         scaled = gramian / scale / scale
+        row_sums = scaled.sum(1)
+        rounding = 8 * eps * len(norms) ** 0.5 * scaled.trace()
         return Statistics(
-            row_sums=scaled.sum(1),
+            row_sums=torch.where(row_sums.abs().sum() <= rounding, 0.0, row_sums),
             squared_norms=scaled.diagonal(),
             cosine_row_sums=(gramian / units / units.unsqueeze(1)).sum(1),
             finite=finite,

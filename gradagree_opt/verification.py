@@ -37,7 +37,8 @@ def verify(diagnostics: Diagnostics, /, *, finite: bool, agreement: bool) -> Non
     if agreement and diagnostics.degenerate.any():
         raise ValueError(
             "expected tasks that agree or disagree, found scores that cancel to zero (all signals "
-            "zero, or Σ g_i = 0); give degenerate='uniform' or 'zero' for a fallback"
+            "zero, Σ g_i = 0, or no score left by negative='clip'); give degenerate='uniform' or "
+            "'zero' for a fallback"
         )
     raise ValueError(
         "expected a finite update, found NaN or inf although every signal is finite; look at the "

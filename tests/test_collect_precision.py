@@ -151,3 +151,38 @@ def test_task_gradients_run_under_bfloat16_autocast():
         result = ga.aggregate_gradients(loss_fn, params, draw(0), ga.GradientAgreement())
     assert 0 < relative_distance([*result.update.values()], [*expected.update.values()]) < 0.02
     torch.testing.assert_close(result.weights, expected.weights, rtol=0, atol=0.01)
+
+
+@each_memory
+@pytest.mark.parametrize("coarse", ["parameters", "losses"])
+def test_a_thousand_tasks_in_half_precision_do_not_stall(memory, coarse):
+    # One after the other, equal parts of less than 1/256 of their sum add nothing in bfloat16.
+    n, dtype = 1000, torch.bfloat16 if coarse == "parameters" else torch.float32
+    w = torch.tensor([1.0], dtype=dtype, requires_grad=True)
+    batch = ga.TaskBatch([w], ga.Mean(), memory=memory)
+    for _ in range(n):
+        adapted = w - 0.5
+        batch.add((0.9 * adapted).sum().bfloat16(), adapted=[adapted])
+    batch.backward()
+    torch.testing.assert_close(w.grad, torch.tensor([0.9], dtype=dtype), rtol=4e-3, atol=0)
+
+
+@each_memory
+@each_form
+def test_an_infinite_loss_of_a_finite_gradient_is_a_task_that_is_not_finite(memory, maml):
+    def batch_of(nonfinite):
+        w = torch.tensor([1.0], requires_grad=True)
+        batch = ga.TaskBatch([w], ga.Mean(nonfinite=nonfinite), memory=memory)
+        for offset in (0.0, float("inf"), 0.0):
+            adapted = w - 0.5
+            loss = ((adapted if maml else w) ** 2).sum() + offset
+            batch.add(loss, **({"adapted": [adapted]} if maml else {}))
+        return w, batch
+
+    w, batch = batch_of("raise")
+    with pytest.raises(ValueError, match=r"found NaN or inf in tasks \[1\]"):
+        batch.backward()
+    assert w.grad is None
+    w, batch = batch_of("drop")
+    assert batch.backward().weights.tolist() == [0.5, 0.0, 0.5]
+    assert w.grad.tolist() == [1.0 if maml else 2.0]

@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -29,3 +31,12 @@ def explained(error: RuntimeError, by: str, n: int, /, *, without: str) -> Runti
 def is_out_of_memory(error: RuntimeError, /) -> bool:
     """Whether it is for lack of memory, on any device."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def in_one_sentence(by: str, n: int, /, *, without: str) -> Iterator[None]:
+    """:func:`explained` for whatever torch raises inside the block."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise explained(error, by, n, without=without) from error

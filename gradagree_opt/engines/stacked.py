@@ -8,6 +8,8 @@ from torch.utils._pytree import tree_leaves
 
 from gradagree_opt.aggregation import Aggregation, Aggregator
 from gradagree_opt.annotations import Float
+from gradagree_opt.batchnorm import statistics_refused
+from gradagree_opt.engines.errors import in_one_sentence
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap
 from gradagree_opt.stacks import PyTree, check_floating, task_count
 
@@ -40,11 +42,14 @@ def task_gradients(
             draw for each task or once for all, as in ``torch.func.vmap``.
 
     Returns:
-        ``gradients`` (leaves ``[n, *shape]``) and ``losses`` ``[n]``.
+        ``gradients`` (leaves ``[n, *shape]``) and ``losses`` ``[n]``, differentiable in what
+        requires a gradient, as torch.func.grad is: ``detach()`` the parameters to save that graph.
 
     Raises:
-        ValueError: the task axes differ or are empty, or the loss is not a scalar.
+        ValueError: the task axes differ or are empty, the loss is not a scalar, or the model
+            changes its buffers.
         TypeError: a parameter is not a floating-point tensor.
+        RuntimeError: vmap(grad) cannot run the model, or memory does not suffice.
 
     >>> import gradagree_opt as ga
     >>> loss_fn = lambda w, x: ((w * x) ** 2).mean()
@@ -54,7 +59,9 @@ def task_gradients(
     check_floating(params, "parameters")
     n = task_count(tasks, "tasks")
     task_loss = TaskLoss.plain(loss_fn, TaskMap(chunk_size, randomness))
-    gradients, (_, losses) = _stacked_gradients(task_loss, params, tasks, n)
+    without = "ga.aggregate_gradients(…, engine='streamed')"
+    with in_one_sentence("vmap(grad)", n, without=without), statistics_refused():
+        gradients, (_, losses) = _stacked_gradients(task_loss, params, tasks, n)
     return TaskGradients(gradients, losses)
 
 

@@ -37,7 +37,7 @@ class InnerSGD:
             paper's "k sub-batches of its examples".
 
     Raises:
-        ValueError: steps is negative, or batch_size does not divide the support set.
+        ValueError: steps is no integer or negative, or batch_size does not divide the support set.
 
     >>> import gradagree_opt as ga
     >>> loss_fn = lambda w, x: ((w - x) ** 2).mean()
@@ -46,8 +46,8 @@ class InnerSGD:
     """
 
     def __init__(self, lr: float | PyTree, steps: int, *, batch_size: int | None = None) -> None:
-        if steps < 0:
-            raise ValueError(f"expected steps of 0 or more, found {steps}")
+        if not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"expected steps to be an integer of 0 or more, found {steps!r}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"expected a batch_size of at least 1, found {batch_size}")
         self.lr = lr

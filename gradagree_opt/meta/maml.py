@@ -163,11 +163,7 @@ class MetaSGD(MAML):
 
     def step(self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /) -> MetaStep:
         """One outer step on ``{"params": θ, "lr": α}``: see :meth:`MAML.step`."""
-        if not isinstance(params, dict) or set(params) != {"params", "lr"}:
-            raise ValueError(
-                "expected meta-parameters {'params': …, 'lr': …}, found "
-                f"{sorted(map(str, params)) if isinstance(params, dict) else type(params).__name__}"
-            )
+        _check_meta_parameters(params)
         check_aggregator(aggregator)
         if aggregator.scope != "global":
             raise ValueError(
@@ -177,6 +173,7 @@ class MetaSGD(MAML):
         return super().step(params, tasks, aggregator)
 
     def _adapt(self, params: PyTree, support: PyTree, steps: int | None = None) -> PyTree:
+        _check_meta_parameters(params)
         inner = InnerSGD(params["lr"], self._steps)
         return inner(
             self.loss_fn, params["params"], support, first_order=self.first_order, steps=steps
@@ -184,3 +181,12 @@ class MetaSGD(MAML):
 
     def _initial(self, params: PyTree) -> PyTree:
         return params["params"]
+
+
+def _check_meta_parameters(params: PyTree) -> None:
+    if not isinstance(params, dict) or set(params) != {"params", "lr"}:
+        found = sorted(map(str, params)) if isinstance(params, dict) else type(params).__name__
+        raise ValueError(
+            f"expected meta-parameters {{'params': …, 'lr': …}}, found {found}; give the inner "
+            "rates beside the parameters, as in {'params': params, 'lr': tree_map(…, params)}"
+        )

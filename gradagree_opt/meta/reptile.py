@@ -8,6 +8,7 @@ from gradagree_opt.aggregation import Aggregation, Aggregator
 from gradagree_opt.aggregators import check_aggregator
 from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.engines.compilation import maybe_compiled
+from gradagree_opt.engines.errors import in_one_sentence
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskMap, scalar_loss
 from gradagree_opt.meta.inner import InnerLoop
 from gradagree_opt.meta.steps import MetaStep, check_tasks, meta_step
@@ -45,6 +46,7 @@ class Reptile:
     ) -> None:
         self.loss_fn = scalar_loss(loss_fn)
         self.inner = inner
+        self._without = "compile=False" if compile else "a loop of TaskBatch.add(adapted=…)"
         self._map = TaskMap(chunk_size, randomness)
         # Two graphs: a new aggregator need not compile the inner loops again.
         self._displacements = maybe_compiled(self._displacements_of, compile)
@@ -62,10 +64,11 @@ class Reptile:
         Raises:
             ValueError, TypeError: the tasks are not task-stacked, the loss is not a scalar, the
                 model changes its buffers, or the aggregator refuses the displacements.
+            RuntimeError: vmap cannot run the model, or memory does not suffice.
         """
         check_aggregator(aggregator)
         n = check_tasks(params, tasks, "support")
-        with statistics_refused():
+        with in_one_sentence("vmap", n, without=self._without), statistics_refused():
             displacements, losses = self._displacements(params, tasks, n)
         aggregation = self._aggregate(aggregator, displacements, aggregator.draw(n))
         aggregator.verify(aggregation)

@@ -101,6 +101,11 @@ def test_the_generator_decides_on_random_augmentations_too():
     assert not torch.equal(values(drawn[0])["query"], values(drawn[2])["query"])
 
 
+def test_no_generator_of_another_device_is_seeded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("seeded"))
+    Tasksets(taskset()).sample(2, generator=seeded(0))
+
+
 def test_global_generators_are_left_as_they_were():
     states = random.getstate(), torch.get_rng_state()
     Tasksets(taskset()).sample(3, generator=seeded())

@@ -224,6 +224,16 @@ def test_a_frozen_parameter_is_named(meta):
     assert torch.equal(params["bias1"], network(0)["bias1"])
 
 
+@each_meta
+def test_a_tied_parameter_is_to_be_given_once(meta):
+    params = network(0)
+    optimizer = torch.optim.SGD(tree_leaves(params), lr=0.05)
+    params["tied"] = params["bias1"]
+    with pytest.raises(ValueError, match="every parameter once, found 'bias1' again as 'tied'"):
+        plain.train(meta, params, sines, optimizer, ga.GradientAgreement(), iterations=3)
+    assert torch.equal(params["bias1"], network(0)["bias1"])
+
+
 @pytest.mark.parametrize("chunk_size", [None, 1])
 @pytest.mark.parametrize("make", [ga.MAML, ga.Reptile])
 def test_running_statistics_are_refused_with_what_to_do(make, chunk_size):

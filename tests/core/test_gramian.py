@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from gradagree_opt.aggregators import GradientAgreement
 from gradagree_opt.statistics import from_gramian, measure, measure_groups
 from gradagree_testing import reference
 from gradagree_testing.configurations import AGREEMENTS, Configuration
@@ -71,6 +72,17 @@ def test_a_gramian_says_which_signals_are_not_finite():
     gram = signals(torch.float32) @ signals(torch.float32).T
     gram[1] = gram[:, 1] = torch.nan
     assert from_gramian(gram).finite.tolist() == [True, False, True, True, True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_signals_that_cancel_do_so_in_a_gramian_of_half_precision(dtype: torch.dtype):
+    matrix = torch.randn(8, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = matrix - matrix.mean(0)
+    gram = (matrix @ matrix.T).to(dtype)
+    assert gram.float().sum(1).abs().sum() > 1e-4  # by rounding
+    decision = GradientAgreement(degenerate="zero").weighting(from_gramian(gram))
+    assert decision.degenerate
+    assert decision.weights.tolist() == [0.0] * 8
 
 
 def test_a_gramian_of_zeros_has_scale_one():

@@ -176,3 +176,25 @@ def test_an_error_of_the_model_itself_is_told(engine):
     case = model(lambda: nn.Linear(4, 2))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         aggregate(case, engine=engine)
+
+
+@pytest.mark.parametrize("call", ["task_gradients", "Reptile"])
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        (Branch, RuntimeError, r"found: .*; take chunk_size=1, which does without vmap$"),
+        (RunningStatistics, ValueError, "expected a model that changes no buffer"),
+        (lambda: nn.Linear(4, 2), RuntimeError, r"shapes cannot be multiplied .*; take [^;]*$"),
+    ],
+    ids=["branch", "batch norm", "shapes"],
+)
+def test_without_a_choice_of_engines_it_is_one_sentence_too(call, kind, error, message):
+    case = model(kind)
+    reptile = ga.Reptile(case.loss_fn, ga.InnerSGD(0.1, 1))
+    calls = {
+        "Reptile": lambda: reptile.step(case.params, {"support": case.tasks}, ga.Mean()),
+        "task_gradients": lambda: ga.task_gradients(case.loss_fn, case.params, case.tasks),
+    }
+    with pytest.raises(error, match=message) as caught:
+        calls[call]()
+    assert "\n" not in str(caught.value)

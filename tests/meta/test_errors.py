@@ -53,6 +53,13 @@ def test_tasks_without_a_query_set(name):
 
 
 @each_algorithm
+def test_tasks_that_are_no_tensors(algorithm):
+    tasks = CASE.tasks | {"query": [leaf.numpy() for leaf in CASE.tasks["query"]]}
+    message = r"found ndarray in 'query.0'; give torch\.as_tensor\(…\), with the task axis first$"
+    refuses(algorithm, message, tasks=tasks, error=TypeError)
+
+
+@each_algorithm
 def test_a_list_of_tasks(algorithm):
     refuses(algorithm, "expected tasks as .* found list", tasks=CASE.each(), error=TypeError)
 
@@ -105,3 +112,9 @@ def test_an_aggregator_that_was_not_made(algorithm, without_type_checks):
     params = CASE.meta(algorithm.learns_rates)
     with pytest.raises(TypeError, match="found the class GradientAgreement; call it"):
         algorithm.build(loss_fn, 0.1, 1).step(params, CASE.tasks, ga.GradientAgreement)
+
+
+def test_meta_sgd_adapts_its_own_meta_parameters_only():
+    meta = ga.MetaSGD(loss_fn, 1)
+    with pytest.raises(ValueError, match=r"expected meta-parameters {'params': …, 'lr': …}, found"):
+        meta.adapt(CASE.params, CASE.each()[0]["support"])

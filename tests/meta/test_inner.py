@@ -128,10 +128,12 @@ def test_rates_of_another_structure_are_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": -1}, "expected steps of 0 or more, found -1"),
+        ({"steps": -1}, "expected steps to be an integer of 0 or more, found -1"),
+        ({"steps": 2.0}, r"expected steps to be an integer of 0 or more, found 2\.0"),
         ({"steps": 1, "batch_size": 0}, "expected a batch_size of at least 1, found 0"),
     ],
 )
+@pytest.mark.usefixtures("without_type_checks")
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ga.InnerSGD(0.1, **options)
