@@ -150,7 +150,9 @@ def is_coarse(tensors: Iterable[Tensor], /) -> bool:
 def full_precision(device: torch.device, /) -> AbstractContextManager[Any]:
     """Switches autocast off inside the block, where it is on."""
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    # Older torch.compile cannot ask (torch 2.11), and knows no device without autocast.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    if available and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
 
