@@ -58,7 +58,9 @@ def _batch_norm(
 ) -> Tensor:
     of_batch = training and running_mean is None and x.numel() > x.shape[1]
     if of_batch and torch.compiler.is_compiling():
-        normal = _normal(x, eps)
+        normal = _normal(x, None, None, eps)
+    elif not training and torch.compiler.is_compiling():
+        normal = _normal(x, _by_channel(running_mean, x), _by_channel(running_var, x), eps)
     else:
         normal = functional.batch_norm(
             x, running_mean, running_var, None, None, training, momentum, eps
@@ -66,12 +68,17 @@ def _batch_norm(
     return _affine(normal, _by_channel(weight, x), _by_channel(bias, x))
 
 
-def _normal(x: Tensor, eps: float) -> Tensor:
-    """By the statistics of the batch, in operations that torch.compile takes half the time for."""
+def _normal(x: Tensor, mean: Tensor | None, variance: Tensor | None, eps: float) -> Tensor:
+    """By the statistics given, or the batch's, in operations that torch.compile fuses.
+
+    Its own take twice the time; those of evaluation mode it runs one task after the other.
+    """
     dims = [dim for dim in range(x.ndim) if dim != 1]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    centred = wide - wide.mean(dims, keepdim=True)
-    return (centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)).to(x.dtype)
+    centred = wide - (wide.mean(dims, keepdim=True) if mean is None else mean)
+    if variance is None:
+        variance = centred.square().mean(dims, keepdim=True)
+    return (centred * torch.rsqrt(variance + eps)).to(x.dtype)
 
 
 def _instance_norm(
