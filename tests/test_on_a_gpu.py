@@ -215,9 +215,7 @@ def test_half_precision_is_weighted_as_in_float32(dtype, make):
     torch.testing.assert_close(
         result.weights.cpu().double(), expected.weights, rtol=1e-4, atol=1e-6
     )
-    torch.testing.assert_close(
-        result.update.cpu().double(), expected.update, rtol=1e-2, atol=1e-3
-    )
+    torch.testing.assert_close(result.update.cpu().double(), expected.update, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])

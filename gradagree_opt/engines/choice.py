@@ -10,7 +10,7 @@ from gradagree_opt.annotations import Float
 from gradagree_opt.diagnostics import Diagnostics
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap
 from gradagree_opt.engines.runner import EngineName, Runner
-from gradagree_opt.stacks import PyTree, check_floating
+from gradagree_opt.stacks import PyTree, check_floating, task_count
 
 
 class AggregatedGradients(NamedTuple):
@@ -76,7 +76,8 @@ mode or a second derivative |
     """
     check_floating(params, "parameters")
     make = _compiled_runner if compile else _runner
-    run = make(loss_fn, engine, chunk_size, randomness, compile)(params, tasks, aggregator)
+    n = task_count(tasks, "tasks")
+    run = make(loss_fn, engine, chunk_size, randomness, compile)(params, tasks, n, aggregator)
     return AggregatedGradients(*run.aggregation, losses=run.losses, engine=run.engine)
 
 

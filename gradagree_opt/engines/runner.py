@@ -75,15 +75,14 @@ class Runner:
             for name, function in ENGINES.items()
         }
 
-    def __call__(self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /) -> Run:
-        """The aggregation of one batch, looked at by :meth:`Aggregator.verify`.
+    def __call__(self, params: PyTree, tasks: PyTree, n: int, aggregator: Aggregator, /) -> Run:
+        """The aggregation of one batch of n tasks, looked at by :meth:`Aggregator.verify`.
 
         Raises:
             ValueError: the aggregator refuses the tasks, or the engine the aggregator.
             RuntimeError: the engine cannot run the model, or memory does not suffice.
         """
         check_aggregator(aggregator)
-        n = task_count(tasks, "tasks")
         draws = aggregator.draw(n)
         failed: set[str] = set()
         *others, last = self._candidates(params, n, aggregator)
@@ -141,14 +140,19 @@ class Runner:
                     f"{refusals[self.engine]}; take engine='stacked'"
                 )
             return [self.engine]
-        leaves = tree_leaves(params)
-        size = n * sum(leaf.numel() * leaf.element_size() for leaf in leaves)
-        sparing = size > STACK_BYTES and not self.task_loss.adapts and not is_coarse(leaves)
+        sparing = not self.task_loss.adapts and _is_better_not_held(params, n)
         by_group = ["one_backward", *["matrix_free"] * sparing]  # a backward pass for each group
         order = [*by_group, "stacked"] if aggregator.scope == "global" else ["stacked", *by_group]
         order += [] if self._compile else ["streamed"]
         order = [name for name in order if refusals[name] is None]
         return [name for name in order if name not in self._failed] or order
+
+
+def _is_better_not_held(params: PyTree, n: int) -> bool:
+    """Whether the gradients of n tasks are many, and their row sums as good without them."""
+    leaves = tree_leaves(params)
+    size = n * sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    return size > STACK_BYTES and not is_coarse(leaves)
 
 
 def _constants(

@@ -77,9 +77,9 @@ class MAML:
             ValueError, TypeError: the tasks are not task-stacked, the loss is not a scalar, the
                 model changes its buffers, or the aggregator refuses the signals.
         """
-        check_tasks(params, tasks, "support", "query")
+        n = check_tasks(params, tasks, "support", "query")
         with statistics_refused():
-            run = self._run(params, tasks, aggregator)
+            run = self._run(params, tasks, n, aggregator)
         return meta_step(run.aggregation, run.losses, run.engine)
 
     def aggregate_unchecked(

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 import gradagree_opt as ga
 
@@ -91,3 +92,47 @@ def test_one_instance_takes_more_aggregators_than_torch_recompiles_a_function(na
             result = compiled.step(CASE.params, CASE.tasks, aggregator)
             expected = eager.step(CASE.params, CASE.tasks, aggregator)
             assert_same(result.update, expected.update, tolerance=1e-12)
+
+
+FACTOR = 1.0
+
+
+class Scaled(nn.Module):
+    """What a step may find changed: an attribute, a class attribute, the mode."""
+
+    power = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.offset = 0.0
+
+    def forward(self, w, x):
+        slope = 2.0 if self.training else 3.0
+        return FACTOR * (slope * (w * x) ** self.power + self.offset)
+
+
+def test_a_compiled_step_sees_what_the_user_has_changed(monkeypatch, without_code_generation):
+    model = Scaled()
+
+    def loss(w, x):
+        return model(w, x).square().mean()
+
+    w, x = torch.tensor(2.0), torch.tensor([[1.0], [3.0]])
+    tasks = {"support": x, "query": x}
+    eager, compiled = (ga.MAML(loss, ga.InnerSGD(1e-4, 1), compile=on) for on in (False, True))
+    found = set()
+    for change in (
+        lambda: None,
+        model.eval,
+        lambda: setattr(model, "offset", 0.5),
+        lambda: monkeypatch.setattr(Scaled, "power", 2.0),
+        lambda: monkeypatch.setitem(globals(), "FACTOR", 0.5),
+        lambda: [setattr(meta.inner, "lr", 2e-4) for meta in (compiled, eager)],
+    ):
+        change()
+        result, expected = (
+            meta.step(w, tasks, ga.GradientAgreement()) for meta in (compiled, eager)
+        )
+        torch.testing.assert_close(result.update, expected.update)
+        found.add(round(result.update.item(), 4))
+    assert len(found) == 6
