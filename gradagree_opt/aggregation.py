@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
 from gradagree_opt.annotations import Bool, Float
+from gradagree_opt.blocks import or_one
 from gradagree_opt.diagnostics import Diagnostics, diagnose
 from gradagree_opt.scopes import Scope, group_indices, measure_by_group
 from gradagree_opt.stacks import (
@@ -293,4 +294,7 @@ def _reference(method: Literal["mean", "agreement"]) -> Weighting:
 def _mean_norm(statistics: Statistics) -> Float[Tensor, ""]:
     """‖Σ g_i / n‖ over all groups, from ‖Σ g_i‖² = Σ s_i."""
     norms = statistics.row_sums.sum(-1).clamp(min=0).sqrt() * statistics.scale
-    return tree_norm(norms) / statistics.active.sum()
+    if norms.ndim:  # of groups
+        largest = or_one(norms.amax())
+        norms = largest * torch.linalg.vector_norm(norms / largest)
+    return norms / statistics.active.sum()

@@ -1,5 +1,6 @@
-"""Stacked leaves in blocks that fit a processor's cache: read once, looked at several times."""
+"""Stacked leaves as few matrices: large ones in blocks that fit a cache, small ones side by side."""
 
+import sys
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -9,6 +10,8 @@ from gradagree_opt.annotations import Float
 
 BLOCK_ENTRIES = 2**20
 """Entries of a block that a CPU reads several times: 4 MiB of float32, half or less of a cache."""
+PART_ENTRIES = 2**24
+"""Entries that a GPU looks at together; a larger leaf it reads as it is."""
 
 
 def rows(leaf: Float[Tensor, "n ..."], /) -> Float[Tensor, "n d"]:
@@ -25,7 +28,8 @@ def column_blocks(
     often it looks at the block. One block where a compiler or a GPU does better with the whole.
     """
     matrix = rows(leaf)
-    if _whole(leaf) or matrix.numel() <= BLOCK_ENTRIES:
+    whole = leaf.device.type != "cpu" or torch.compiler.is_compiling()
+    if whole or matrix.numel() <= BLOCK_ENTRIES:
         blocks: Sequence[Tensor] = [matrix] if matrix.numel() else []
     else:
         width = max(1, BLOCK_ENTRIES // matrix.shape[0])
@@ -33,8 +37,11 @@ def column_blocks(
     return (block.to(dtype) for block in blocks)
 
 
-def _whole(leaf: Tensor) -> bool:
-    return leaf.device.type != "cpu" or torch.compiler.is_compiling()
+def blocks_of_all(
+    leaves: Sequence[Float[Tensor, "n ..."]], dtype: torch.dtype | None = None, /
+) -> Iterator[Float[Tensor, "n columns"]]:
+    """All leaves as matrices ``[n, columns]``, of the dtype or their own, in no certain order."""
+    return (block.to(dtype or block.dtype) for part in _parts(leaves) for block in part)
 
 
 def unit_parts(
@@ -45,7 +52,7 @@ def unit_parts(
     The scale comes with them: the power of two below their largest finite entry, so that nothing
     is rounded, 0 where all entries are zero, and 1 without scaling.
     """
-    for part in _cached_parts(leaves):
+    for part in _parts(leaves):
         if scaled:
             scale = _scale(part, dtype)
             unit = or_one(scale)
@@ -54,18 +61,40 @@ def unit_parts(
             yield part[0].new_ones((), dtype=dtype), (block.to(dtype) for block in part)
 
 
-def _cached_parts(leaves: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def _parts(leaves: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The blocks of all leaves in lists of limited size; one list where a compiler joins them."""
+    together, joined = _limits(leaves[0])
     part: list[Tensor] = []
     entries = 0
     for leaf in leaves:
         for block in column_blocks(leaf, leaf.dtype):
+            if block.numel() >= together:
+                yield [block]
+                continue
             entries += block.numel()
-            if part and entries > BLOCK_ENTRIES and not _whole(leaf):
-                yield part
+            if entries > together:
+                yield _side_by_side(part, joined)
                 part, entries = [], block.numel()
             part.append(block)
     if part:
-        yield part
+        yield _side_by_side(part, joined)
+
+
+def _limits(leaf: Tensor) -> tuple[int, int]:
+    """Entries of a part, and up to how many of them a block costs less to copy than to look at."""
+    if torch.compiler.is_compiling():
+        return sys.maxsize, 0
+    if leaf.device.type == "cpu":
+        return BLOCK_ENTRIES, BLOCK_ENTRIES // 32
+    return PART_ENTRIES, PART_ENTRIES // 4
+
+
+def _side_by_side(part: list[Tensor], joined: int) -> list[Tensor]:
+    """The blocks, those of up to so many entries as one."""
+    small = [block for block in part if block.numel() <= joined]
+    if len(small) < 2:
+        return part
+    return [torch.cat(small, 1), *(block for block in part if block.numel() > joined)]
 
 
 def _scale(blocks: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, ""]:

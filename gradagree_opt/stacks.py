@@ -18,7 +18,14 @@ from torch.utils._pytree import (
 )
 
 from gradagree_opt.annotations import Bool, Float
-from gradagree_opt.blocks import absolute_maxima, column_blocks, or_one, rows, unit_parts
+from gradagree_opt.blocks import (
+    absolute_maxima,
+    blocks_of_all,
+    column_blocks,
+    or_one,
+    rows,
+    unit_parts,
+)
 
 PyTree = Any
 """A tensor, or any nesting of dicts, lists, tuples and named tuples of tensors."""
@@ -160,9 +167,7 @@ def full_precision(device: torch.device, /) -> AbstractContextManager[Any]:
 def row_magnitudes(leaves: Sequence[Tensor], /) -> Float[Tensor, " n"]:
     """Largest absolute entry of every task over all leaves; NaN or inf where a task has one."""
     dtype = accumulation_dtype(leaves)
-    magnitudes = [
-        absolute_maxima(block) for leaf in leaves for block in column_blocks(leaf, leaf.dtype)
-    ]
+    magnitudes = [absolute_maxima(block) for block in blocks_of_all(leaves)]
     if not magnitudes:
         return leaves[0].new_zeros(leaves[0].shape[0], dtype=dtype)
     return torch.stack([magnitude.to(dtype) for magnitude in magnitudes]).amax(0)
@@ -201,8 +206,7 @@ def scaled_square_sums(
     column = divisors.unsqueeze(1)
     norms = [
         torch.linalg.vector_norm(block / column, dim=1)
-        for leaf in leaves
-        for block in column_blocks(leaf, divisors.dtype)
+        for block in blocks_of_all(leaves, divisors.dtype)
     ]
     return torch.stack(norms).square().sum(0) if norms else torch.zeros_like(divisors)
 

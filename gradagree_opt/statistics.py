@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Bool, Float
-from gradagree_opt.blocks import column_blocks, or_one, unit_parts
+from gradagree_opt.blocks import blocks_of_all, or_one, unit_parts
 from gradagree_opt.stacks import (
     accumulation_dtype,
     full_precision,
@@ -164,9 +164,7 @@ def _cosine_row_sums(leaves: Sequence[Tensor]) -> Tensor:
     lengths = or_one(scaled_square_sums(leaves, units)).rsqrt()
     coefficients = lengths / units
     dots = [torch.zeros_like(units)] + [
-        block @ (coefficients @ block)
-        for leaf in leaves
-        for block in column_blocks(leaf, units.dtype)
+        block @ (coefficients @ block) for block in blocks_of_all(leaves, units.dtype)
     ]
     return lengths * (torch.stack(dots).sum(0) / units)
 
@@ -175,10 +173,9 @@ def _gramian(leaves: Sequence[Tensor], scale: Tensor) -> Tensor:
     """G_ij = (g_i / scale) · (g_j / scale)."""
     n = leaves[0].shape[0]
     products = [scale.new_zeros((n, n))]
-    for leaf in leaves:
-        for block in column_blocks(leaf, scale.dtype):
-            matrix = block / scale
-            products.append(matrix @ matrix.T)
+    for block in blocks_of_all(leaves, scale.dtype):
+        matrix = block / scale
+        products.append(matrix @ matrix.T)
     return torch.stack(products).sum(0)
 
 

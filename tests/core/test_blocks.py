@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gradagree_opt as ga
-from gradagree_opt.blocks import column_blocks, unit_parts
+from gradagree_opt.blocks import blocks_of_all, column_blocks, unit_parts
 from gradagree_testing import reference
 from gradagree_testing.configurations import CONFIGURATIONS
 
@@ -89,4 +89,22 @@ def test_parts_fit_a_cache_and_cover_the_leaves_in_units_of_their_largest_entry(
         assert sum(block.numel() for block in blocks) <= 35
         assert 1 <= max(block.abs().max() for block in blocks) < 2
     found = torch.cat([block * scale for scale, blocks in parts for block in blocks], 1)
-    assert torch.equal(found, torch.cat([leaf.reshape(5, -1).double() for leaf in leaves], 1))
+    assert_same_columns(found, leaves)
+
+
+def assert_same_columns(matrix, leaves):
+    """In any order."""
+    expected = torch.cat([leaf.reshape(5, -1).double() for leaf in leaves], 1)
+    assert torch.equal(matrix[:, matrix[0].argsort()], expected[:, expected[0].argsort()])
+
+
+def test_small_leaves_lie_side_by_side_and_others_as_they_are(monkeypatch):
+    monkeypatch.setattr("gradagree_opt.blocks.BLOCK_ENTRIES", 32 * 40)
+    generator = torch.Generator().manual_seed(0)
+    sizes = [3, 8, 9, 100, 2, 200, 8, 300]  # of five tasks; up to 40 entries are joined
+    leaves = [torch.randn(5, size, generator=generator) for size in sizes]
+    leaves[4] = leaves[4].bfloat16()
+    blocks = list(blocks_of_all(leaves))
+    # A part is full after the fifth, 256 columns of the last leaf are one of their own.
+    assert [block.shape[1] for block in blocks] == [13, 9, 100, 256, 200, 8, 44]
+    assert_same_columns(torch.cat([block.double() for block in blocks], 1), leaves)
