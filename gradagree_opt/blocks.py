@@ -1,4 +1,4 @@
-"""Stacked leaves as few matrices: large ones in blocks that fit a cache, small ones side by side."""
+"""Stacked leaves as matrices: large ones in blocks that fit a cache, small ones side by side."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,14 +27,16 @@ def column_blocks(
     What is done to one block before the next is asked for costs one read of the leaf, however
     often it looks at the block. One block where a compiler or a GPU does better with the whole.
     """
+    return (block.to(dtype) for block in _columns(leaf))
+
+
+def _columns(leaf: Tensor) -> Sequence[Tensor]:
     matrix = rows(leaf)
     whole = leaf.device.type != "cpu" or torch.compiler.is_compiling()
     if whole or matrix.numel() <= BLOCK_ENTRIES:
-        blocks: Sequence[Tensor] = [matrix] if matrix.numel() else []
-    else:
-        width = max(1, BLOCK_ENTRIES // matrix.shape[0])
-        blocks = [matrix[:, at : at + width] for at in range(0, matrix.shape[1], width)]
-    return (block.to(dtype) for block in blocks)
+        return [matrix] if matrix.numel() else []
+    width = max(1, BLOCK_ENTRIES // matrix.shape[0])
+    return [matrix[:, at : at + width] for at in range(0, matrix.shape[1], width)]
 
 
 def blocks_of_all(
@@ -67,7 +69,7 @@ def _parts(leaves: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     part: list[Tensor] = []
     entries = 0
     for leaf in leaves:
-        for block in column_blocks(leaf, leaf.dtype):
+        for block in _columns(leaf):
             if block.numel() >= together:
                 yield [block]
                 continue

@@ -77,8 +77,6 @@ def diagnose(
     squares = weights.square().sum(-1)
     total = statistics.row_sums.sum(-1).clamp(min=0).sqrt()
     lengths = norms.sqrt().sum(-1)
-    centred, centred_norms = _centred(weights), _centred(norms)
-    spread = (centred.square().sum(-1) * centred_norms.square().sum(-1)).sqrt()
     return Diagnostics(
         weight_sum=weights.sum(-1),
         smallest_weight=weights.amin(-1),
@@ -87,14 +85,15 @@ def diagnose(
         cancellation=total / or_one(lengths),
         update_norm=update_norm,
         update_to_mean=torch.where(mean_norm > 0, update_norm / mean_norm, torch.nan),
-        norm_correlation=(centred * centred_norms).sum(-1) / spread,
+        norm_correlation=_correlation(torch.stack([weights, norms])),
         degenerate=decision.degenerate,
         nonfinite=nonfinite,
     )
 
 
-def _centred(values: Tensor) -> Tensor:
-    """Deviations from the mean, exactly zero where the values differ by rounding alone."""
-    deviations = values - values.mean(-1, keepdim=True)
-    rounding = 4 * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
-    return torch.where(deviations.abs() <= rounding, torch.zeros_like(deviations), deviations)
+def _correlation(pair: Float[Tensor, "2 *groups n"]) -> Float[Tensor, "*groups"]:
+    """Pearson's, of two rows; values that differ by rounding alone are constant."""
+    deviations = pair - pair.mean(-1, keepdim=True)
+    rounding = 4 * torch.finfo(pair.dtype).eps * pair.abs().amax(-1, keepdim=True)
+    deviations = deviations.masked_fill(deviations.abs() <= rounding, 0)
+    return deviations.prod(0).sum(-1) / deviations.square().sum(-1).prod(0).sqrt()

@@ -238,7 +238,7 @@ def test_too_many_tasks_for_the_memory_are_told_the_chunk_size():
 
 
 def test_auto_goes_on_where_the_memory_does_not_suffice(monkeypatch):
-    monkeypatch.setattr(runner, "STACK_BYTES", 2**62)
+    monkeypatch.setattr(runner, "GPU_STACK_BYTES", 2**62)
     params = torch.ones(2**28, device="cuda")
     tasks = torch.ones(600, 1, device="cuda")
     result = ga.aggregate_gradients(lambda w, x: (w * x).sum(), params, tasks, ga.Mean())

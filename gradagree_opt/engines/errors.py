@@ -17,7 +17,9 @@ def explained(error: RuntimeError, by: str, n: int, /, *, without: str) -> Runti
         n: tasks that it ran at once.
         without: what runs the model in another way.
     """
-    found = re.split(r"\n|(?<=\.)\s", str(error), maxsplit=1)[0].rstrip(".")
+    found = (
+        re.split(r"(?<!:)\n|(?<=\.)\s", str(error), maxsplit=1)[0].rstrip(".").replace("\n", " ")
+    )
     if is_out_of_memory(error):
         return RuntimeError(
             f"expected {n} tasks at once to fit into memory under {by}, found: {found}; give "

@@ -33,7 +33,11 @@ ENGINES: dict[str, Engine] = {
 }
 
 STACK_BYTES = 2**24
-"""Size of all gradients together from which on not to hold them is faster as well."""
+GPU_STACK_BYTES = 2**30
+"""Size of all gradients together from which on not to hold them is faster as well.
+
+On a GPU it takes more of them until arithmetic takes longer than to launch it.
+"""
 
 
 class Run(NamedTuple):
@@ -152,7 +156,8 @@ def _is_better_not_held(params: PyTree, n: int) -> bool:
     """Whether the gradients of n tasks are many, and their row sums as good without them."""
     leaves = tree_leaves(params)
     size = n * sum(leaf.numel() * leaf.element_size() for leaf in leaves)
-    return size > STACK_BYTES and not is_coarse(leaves)
+    limit = STACK_BYTES if leaves[0].device.type == "cpu" else GPU_STACK_BYTES
+    return size > limit and not is_coarse(leaves)
 
 
 def _constants(
