@@ -30,7 +30,7 @@ def case() -> Case:
 
 def gradients() -> dict[str, Tensor]:
     """Leaves whose sizes go up in one ratio, the largest 10 000 times the smallest."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     shares = torch.logspace(0, 4, LEAVES)
     sizes = (ENTRIES * shares / shares.sum()).int().tolist()
     return {

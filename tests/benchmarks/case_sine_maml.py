@@ -15,7 +15,7 @@ OURS = "gradagree, compiled"
 def case() -> Case:
     torch.manual_seed(0)
     tasks = Sine(support_shots=10, query_shots=10).sample(
-        25, split="train", generator=torch.Generator().manual_seed(0)
+        25, split="train", generator=torch.Generator(torch.get_default_device()).manual_seed(0)
     )
     problem = maml.Problem(mlp([1, 40, 40, 1], torch.nn.ReLU), mse_loss, tasks, 0.01, "gradient")
     return Case(

@@ -19,7 +19,7 @@ Network = Callable[[Params, Any], Any]
 
 
 def contestant(problem: Problem, network: Network, loss: Callable[[Any, Any], Any]) -> Contestant:
-    return Contestant("jax.jit", partial(jitted, problem, network, loss))
+    return Contestant("jax.jit", partial(jitted, problem, network, loss), of_torch=False)
 
 
 def jitted(problem: Problem, network: Network, loss: Callable[[Any, Any], Any]) -> Step:
@@ -60,7 +60,7 @@ def agreement(stack: Params) -> Any:
 
 
 def as_jax(tensor: Tensor) -> Any:
-    return jnp.asarray(np.asarray(tensor))
+    return jnp.asarray(np.asarray(tensor.cpu()))
 
 
 def mlp(params: Params, x: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 
 from .case_growth import BAR
 from .case_study import BAR_MINUTES, LONG, SHORT
+from .timing import device_module
 
 PACKAGES = ("torch", "jax", "learn2learn", "higher", "torchopt", "torchjd")
 INTRODUCTION = """# Benchmarks
@@ -17,8 +18,8 @@ INTRODUCTION = """# Benchmarks
 Written by `make bench`. In every case the contestants take turns in one process, after their
 updates have been checked against each other: medians over the rounds, quartiles in brackets. Ratios
 are medians of the rounds' own ratios. A peak of memory is what a step adds to its process, each in
-a fresh one. What does not reach its bar is in **bold**; [performance.md](performance.md) says where
-the time goes.
+a fresh one, or to what a GPU holds. The bars are those of a CPU. What does not reach its bar is in
+**bold**; [performance.md](performance.md) says where the time goes.
 """
 
 
@@ -35,9 +36,13 @@ def machine() -> str:
         if line.startswith("model name")
     ]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
+    module = device_module()
+    device = [] if module is None else [module.get_device_name()]
     processor = f"{os.cpu_count()} cores of {models[0] if models else platform.machine()}"
     threads = f"{torch.get_num_threads()} threads of torch"
-    return ", ".join([processor, threads, f"Python {platform.python_version()}", *versions])
+    return ", ".join(
+        [*device, processor, threads, f"Python {platform.python_version()}", *versions]
+    )
 
 
 def section(name: str, result: dict[str, Any]) -> str:
@@ -57,7 +62,8 @@ def contestants(result: dict[str, Any]) -> list[str]:
     for name, time in result["seconds"].items():
         peak = result["memory"][name]
         spread = f"[{1e3 * time['lower']:.3g}, {1e3 * time['upper']:.3g}]"
-        lines.append(f"| {name} | {1e3 * time['median']:.3g} {spread} | {peak / 2**20:.1f} |")
+        shown = "–" if peak != peak else f"{peak / 2**20:.1f}"
+        lines.append(f"| {name} | {1e3 * time['median']:.3g} {spread} | {shown} |")
     lines += ["", "| bar | at most | found |", "|---|---|---|"]
     return lines + [bar_line(bar, result["memory"]) for bar in result["bars"]]
 

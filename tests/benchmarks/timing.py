@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,11 +22,13 @@ class Contestant:
     """A name, and what makes the step that is timed.
 
     ``comparable``: its step returns the update of the case, as named tensors or one tensor.
+    ``of_torch``: torch knows the memory that it takes of a device.
     """
 
     name: str
     make: Callable[[], Step]
     comparable: bool = True
+    of_torch: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,9 @@ def flat(update: Any) -> Tensor:
 
 
 def as_tensor(leaf: Any) -> Tensor:
-    return leaf.detach() if isinstance(leaf, Tensor) else torch.from_numpy(np.array(leaf))
+    return (
+        leaf.detach() if isinstance(leaf, Tensor) else torch.tensor(np.array(leaf), device=_device)
+    )
 
 
 def take_turns(steps: dict[str, Step], rounds: int, slot: float = 0.05) -> dict[str, list[float]]:
@@ -113,10 +118,36 @@ def take_turns(steps: dict[str, Step], rounds: int, slot: float = 0.05) -> dict[
 
 
 def seconds_of(step: Step, repeats: int) -> float:
+    wait()
     start = time.perf_counter()
     for _ in range(repeats):
         step()
+    wait()
     return (time.perf_counter() - start) / repeats
+
+
+def wait() -> None:
+    """Until the device has done what it was told to."""
+    if device_module() is not None:
+        device_module().synchronize()
+
+
+_device = torch.device("cpu")
+
+
+def use_device(name: str) -> None:
+    """What the benchmarks of this process run on."""
+    global _device
+    _device = torch.device(name)
+
+
+def device() -> torch.device:
+    return _device
+
+
+def device_module() -> Any:
+    """torch.cuda and the like, of the device that the benchmarks run on; None for a CPU."""
+    return None if _device.type == "cpu" else torch.get_device_module(_device)
 
 
 def timing(times: list[float]) -> Timing:
@@ -128,6 +159,20 @@ def ratio(times: dict[str, list[float]], numerator: str, denominator: str) -> Ti
     """Of the two contestants' times, round by round."""
     pairs = zip(times[numerator], times[denominator], strict=True)
     return timing([a / b for a, b in pairs])
+
+
+def peak_on_device(contestant: Contestant, step: Step) -> float | None:
+    """Bytes of the device that a step needs; NaN where torch does not know, None on a CPU."""
+    module = device_module()
+    if module is None:
+        return None
+    if not contestant.of_torch:
+        return math.nan
+    module.reset_peak_memory_stats()
+    before = module.memory_allocated()
+    step()
+    peak: int = module.max_memory_allocated() - before
+    return peak
 
 
 def peak_memory(step: Step) -> int:
