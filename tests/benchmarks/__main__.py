@@ -56,13 +56,17 @@ def main() -> None:
             memory[contestant] = child(name, contestant, options.device)
         results[name]["machine"] = report.machine()
         print(report.section(name, results[name]), flush=True)
-    if options.out:
-        suffix = "" if options.device == "cpu" else f"-{options.device}"
-        path = options.out / f"benchmarks{suffix}.json"
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        cases = {name: (kept | results)[name] for name in CASES if name in kept | results}
-        path.write_text(json.dumps(cases, indent=1) + "\n")
-        path.with_suffix(".md").write_text(report.page(cases))
+        if options.out:
+            suffix = "" if options.device == "cpu" else f"-{options.device}"
+            keep(results, options.out / f"benchmarks{suffix}.json")
+
+
+def keep(results: dict[str, Any], path: Path) -> None:
+    """Writes the results beside those of other cases, and the page of all."""
+    known = (json.loads(path.read_text()) if path.exists() else {}) | results
+    cases = {name: known[name] for name in CASES if name in known}
+    path.write_text(json.dumps(cases, indent=1) + "\n")
+    path.with_suffix(".md").write_text(report.page(cases))
 
 
 def child(name: str, only: str, device: str) -> Any:

@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_map
 from .maml import Problem
 from .timing import Contestant, Step
 
+jax.config.update("jax_default_matmul_precision", "highest")  # as torch, on a GPU too
+
 Params = dict[str, Any]
 Network = Callable[[Params, Any], Any]
 

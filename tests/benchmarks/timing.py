@@ -139,6 +139,7 @@ def use_device(name: str) -> None:
     """What the benchmarks of this process run on."""
     global _device
     _device = torch.device(name)
+    torch.backends.cudnn.allow_tf32 = False  # its rounding, as large as what is compared
 
 
 def device() -> torch.device:
