@@ -2,10 +2,12 @@
 # make test   everything that has to pass: lint, tests, tests of compiled code
 # make lint   ruff and mypy alone
 # make bench  timings beside other libraries, on an idle machine; writes docs/benchmarks.md
+#             (DEVICE=cuda: of a GPU, docs/benchmarks-cuda.md)
 # make clean  removes the environment, the caches and the build
 
 PYTHON ?= python3
 VENV ?= .venv
+DEVICE ?= cpu
 BIN := $(abspath $(VENV))/bin
 
 # Frameworks whose adapters are tested; learn2learn is built below, and Ray has no test yet.
@@ -24,7 +26,8 @@ test: lint
 	$(BIN)/pytest -n 2 -m compiled
 
 bench: $(VENV)/.bench
-	cd tests && env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks --out ../docs
+	cd tests && env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks --out ../docs \
+		--device $(DEVICE)
 
 # adapters/ is installed as gradagree_opt.adapters by a hook that mypy does not run, so mypy is shown
 # a tree of links in which it already lies there.

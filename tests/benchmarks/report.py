@@ -15,11 +15,11 @@ from .timing import device_module
 PACKAGES = ("torch", "jax", "learn2learn", "higher", "torchopt", "torchjd")
 INTRODUCTION = """# Benchmarks
 
-Written by `make bench`. In every case the contestants take turns in one process, after their
-updates have been checked against each other: medians over the rounds, quartiles in brackets. Ratios
-are medians of the rounds' own ratios. A peak of memory is what a step adds to its process, each in
-a fresh one, or to what a GPU holds. The bars are those of a CPU. What does not reach its bar is in
-**bold**; [performance.md](performance.md) says where the time goes.
+Written by `make bench`, with DEVICE=cuda for a GPU. In every case the contestants take turns in one
+process, after their updates have been checked against each other: medians over the rounds,
+quartiles in brackets. Ratios are medians of the rounds' own ratios. A peak of memory is what a step
+adds to its process, each in a fresh one, or to what a GPU holds. The bars are those of a CPU. What
+does not reach its bar is in **bold**; [performance.md](performance.md) says where the time goes.
 """
 
 
