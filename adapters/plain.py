@@ -83,7 +83,7 @@ def train(
                 f"expected params that require a gradient, found {path or 'one'!r} frozen; keep it "
                 "out of params and let loss_fn add it, or call requires_grad_() to train it"
             )
-    trained(by_path)
+    trained(by_path)  # raises where one is tied to another
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not all(id(leaf) in held for leaf in leaves):
         raise ValueError(

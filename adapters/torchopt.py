@@ -19,6 +19,7 @@ from gradagree_opt.annotations import Float
 from gradagree_opt.diagnostics import Diagnostics
 from gradagree_opt.engines import LossFn
 from gradagree_opt.frameworks import require
+from gradagree_opt.meta.inner import check_steps
 from gradagree_opt.stacks import PyTree
 
 require("torchopt")
@@ -125,8 +126,7 @@ def inner(transformation: GradientTransformation, steps: int) -> "Inner":
             f"expected a functional optimizer, found {type(transformation).__name__}; give what "
             "torchopt.adam(lr=…) and its like return"
         )
-    if steps < 0:
-        raise ValueError(f"expected steps of 0 or more, found {steps}")
+    check_steps(steps)
     return Inner(transformation, steps)
 
 

@@ -175,12 +175,13 @@ class TaskBatch:
             )
         start = [*self._trained.values(), *copies.values()]
         check_depends(loss, start, len(self), advice=_FROM_COPY if after else _FROM_OTHERS)
-        self._nonfinite.append(~torch.isfinite(loss.detach()))
         if self.memory == "stream":
             self._directions.append(self._gradient(loss, [copies], retain_graph=False))
         else:
             self._losses.append(loss)
             self._copies.append(copies)
+        device = next(iter(self._trained.values())).device
+        self._nonfinite.append(~torch.isfinite(loss.detach()).to(device))
 
     def _aggregate(self) -> Aggregation:
         signal = _stack(self._displacements) if self._displacements else None

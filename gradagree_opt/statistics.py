@@ -123,7 +123,7 @@ def from_gramian(gramian: Float[Tensor, "n n"], /) -> Statistics:
     """Statistics of n signals that are known by their inner products g_i · g_j alone.
 
     The scale is the largest norm, since no entry is known. Row sums made of the rounding of
-    the dtype that was given, which may be half, are zero.
+    the dtype that was given, which may be half, are zero, those of the cosines too.
     """
     with full_precision(gramian.device):
         eps = torch.finfo(gramian.dtype).eps
@@ -133,17 +133,22 @@ def from_gramian(gramian: Float[Tensor, "n n"], /) -> Statistics:
         scale = or_one(norms.nan_to_num(0.0, 0.0, 0.0).amax())
         units = or_one(norms)
         scaled = gramian / scale / scale
-        row_sums = scaled.sum(1)
-        rounding = 8 * eps * len(norms) ** 0.5 * scaled.trace()
         return Statistics(
-            row_sums=torch.where(row_sums.abs().sum() <= rounding, 0.0, row_sums),
+            row_sums=_row_sums(scaled, eps),
             squared_norms=scaled.diagonal(),
-            cosine_row_sums=(gramian / units / units.unsqueeze(1)).sum(1),
+            cosine_row_sums=_row_sums(gramian / units / units.unsqueeze(1), eps),
             finite=finite,
             active=torch.ones_like(finite),
             scale=scale,
             gramian=scaled,
         )
+
+
+def _row_sums(matrix: Tensor, eps: float) -> Tensor:
+    """The sums of the rows, all zero where they may come of entries rounded to eps."""
+    sums = matrix.sum(1)
+    rounding = 8 * eps * torch.linalg.vector_norm(matrix, dim=1).sum()
+    return torch.where(sums.abs().sum() <= rounding, 0.0, sums)
 
 
 def _measure_part(blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

@@ -289,3 +289,18 @@ def test_scores_that_cancel_raise_where_asked_to():
     refuses(batch.backward, "found scores that cancel to zero")
     assert w.grad is None
     assert len(batch) == 0
+
+
+def test_a_task_that_is_refused_is_not_counted():
+    w = torch.tensor([1.0], requires_grad=True)
+    batch = ga.TaskBatch([w], ga.GradientAgreement(), memory="stream")
+    stale = (w**2).sum()
+    stale.backward()
+    with pytest.raises(ValueError, match="found one that a backward pass has freed"):
+        batch.add(stale)
+    w.grad = None
+    for target in (2.0, 3.0):
+        batch.add(((w - target) ** 2).sum())
+    batch.backward()
+    expected = ga.GradientAgreement()(torch.tensor([[-2.0], [-4.0]]))
+    torch.testing.assert_close(w.grad, expected)

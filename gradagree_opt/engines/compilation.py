@@ -26,8 +26,10 @@ def maybe_compiled(function: Function, compile: bool, /) -> Function:
     # Convolutions with weights of each task are grouped. Channels last, which is inductor's choice
     # for all on a CPU and for none that is grouped on a GPU, takes 1.3 times as long (torch 2.14).
     options: dict[str, Any] = {"layout_optimization": False}
-    if not torch.cuda.is_available():
-        options["cpp_wrapper"] = True  # small steps take 0.8 of the time without Python in between
+    # Small steps take 0.8 of the time without Python in between. Not tried on older torch, nor
+    # where there is an accelerator.
+    if torch.__version__ >= "2.14" and not torch.accelerator.is_available():
+        options["cpp_wrapper"] = True
     if hasattr(torch.compiler, "skip_guard_on_globals_unsafe"):  # older torch takes no filter
         options["guard_filter_fn"] = _guards_on_others
     # An ablation hands one step many aggregators, each a compilation; older torch stops at 8.

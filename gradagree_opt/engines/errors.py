@@ -17,16 +17,19 @@ def explained(error: RuntimeError, by: str, n: int, /, *, without: str) -> Runti
         n: tasks that it ran at once.
         without: what runs the model in another way.
     """
-    found = (
-        re.split(r"(?<!:)\n|(?<=\.)\s", str(error), maxsplit=1)[0].rstrip(".").replace("\n", " ")
-    )
+    found = _first_sentence(error)
     if is_out_of_memory(error):
-        return RuntimeError(
+        fewer = f"chunk_size={math.isqrt(n)}, or " if n > 1 else ""
+        kind = torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else RuntimeError
+        return kind(
             f"expected {n} tasks at once to fit into memory under {by}, found: {found}; give "
-            f"chunk_size={math.isqrt(n)}, or {without}"
+            f"{fewer}{without}"
         )
-    vmapped = "vmap" in found or "Batching rule" in found
-    advice = "chunk_size=1, which does without vmap" if vmapped else without
+    advice = without
+    if is_vmaps(error):
+        advice = "chunk_size=1, which does without vmap"
+        if "randomness" in found:
+            advice = "randomness='different', or 'same' for one draw for all tasks"
     return RuntimeError(f"expected a model that {by} can run, found: {found}; take {advice}")
 
 
@@ -35,10 +38,23 @@ def is_out_of_memory(error: RuntimeError, /) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
+def is_vmaps(error: RuntimeError, /) -> bool:
+    """Whether it is about vmap, and not about what the model does under it."""
+    found = _first_sentence(error)
+    return "vmap" in found or "Batching rule" in found
+
+
+def _first_sentence(error: RuntimeError) -> str:
+    first = re.split(r"(?<!:)\n|(?<=\.)\s", str(error), maxsplit=1)[0]
+    return first.rstrip(".").replace("\n", " ")
+
+
 @contextmanager
-def in_one_sentence(by: str, n: int, /, *, without: str) -> Iterator[None]:
-    """:func:`explained` for whatever torch raises inside the block."""
+def vmap_explained(by: str, n: int, /, *, without: str) -> Iterator[None]:
+    """:func:`explained` for what torch raises in the block about vmap or memory."""
     try:
         yield
     except RuntimeError as error:
-        raise explained(error, by, n, without=without) from error
+        if is_out_of_memory(error) or is_vmaps(error):
+            raise explained(error, by, n, without=without) from error
+        raise

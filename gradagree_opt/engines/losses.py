@@ -1,6 +1,6 @@
 """The loss of one task as the engines see it, and what is done to every task of a batch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from gradagree_opt.engines.normalization import AffineApart
 from gradagree_opt.engines.random_state import RandomState
-from gradagree_opt.stacks import PyTree
+from gradagree_opt.stacks import PyTree, is_coarse
 from gradagree_opt.weightings import check_choice
 
 LossFn = Callable[[PyTree, PyTree], Tensor]
@@ -40,6 +40,12 @@ def scalar_loss(loss_fn: LossFn, /) -> LossFn:
     return checked
 
 
+def refuse_coarse(tensors: Sequence[Tensor], /) -> None:
+    """RuntimeError where a sum over tasks in the tensors' own dtype would not be as in float32."""
+    if is_coarse(tensors):
+        raise RuntimeError("parameters or losses of less than float32, in which it would add")
+
+
 @dataclass(frozen=True)
 class TaskMap:
     """How a function is applied to every task of a batch.
@@ -64,6 +70,10 @@ class TaskMap:
     def may_draw(self) -> bool:
         """Whether tasks may draw random numbers: without a vmap nothing forbids it."""
         return self.randomness != "error" or self.chunk_size == 1
+
+    def at_once(self, n: int, /) -> int:
+        """How many of n tasks are in one vmap."""
+        return min(n, self.chunk_size or n)
 
     def __call__(
         self,

@@ -4,15 +4,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from gradagree_opt.aggregation import Aggregation, Aggregator, Measured
 from gradagree_opt.annotations import Float
 from gradagree_opt.blocks import or_one
-from gradagree_opt.engines.losses import TaskLoss
+from gradagree_opt.engines.losses import TaskLoss, refuse_coarse
 from gradagree_opt.engines.random_state import RandomState
 from gradagree_opt.engines.rows import Rows
-from gradagree_opt.stacks import PyTree, is_coarse, task_count, tree_norm
+from gradagree_opt.stacks import PyTree, task_count, tree_norm
 from gradagree_opt.statistics import Statistics
 
 Losses = Callable[[PyTree], Tensor]
@@ -51,15 +51,15 @@ def matrix_free(
     hold their graphs one after the other, for one more forward pass.
 
     Raises:
-        RuntimeError: a parameter or the losses have less than the precision of float32.
+        RuntimeError: the parameters or the losses have less than the precision of float32.
 
     Source: PAPER, "the row sums without the N×d matrix".
     """
     n = task_count(tasks, "tasks")
+    refuse_coarse(tree_leaves(params))
     chunks = _chunks(task_loss, params, tasks, n)
     losses, leaves, structure = _losses_and_sum(chunks, params, n)
-    if is_coarse([losses, *leaves]):
-        raise RuntimeError("parameters or losses of less than float32, which round the row sums")
+    refuse_coarse([losses])
     norm = tree_norm(leaves)
     scale = or_one(norm)
     _replace_each(leaves, lambda leaf: leaf / scale.to(leaf.dtype))

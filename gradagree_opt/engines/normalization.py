@@ -59,7 +59,7 @@ def _batch_norm(
     of_batch = training and running_mean is None and x.numel() > x.shape[1]
     if of_batch and torch.compiler.is_compiling():
         normal = _normal(x, None, None, eps)
-    elif not training and torch.compiler.is_compiling():
+    elif not training and running_mean is not None and torch.compiler.is_compiling():
         normal = _normal(x, _by_channel(running_mean, x), _by_channel(running_var, x), eps)
     else:
         normal = functional.batch_norm(

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from gradagree_opt.aggregation import Aggregation, Aggregator
 from gradagree_opt.annotations import Float
-from gradagree_opt.engines.losses import TaskLoss
+from gradagree_opt.engines.losses import TaskLoss, refuse_coarse
 from gradagree_opt.stacks import PyTree, task_count
 
 
@@ -34,8 +34,12 @@ def one_backward(
     """Aggregation of the gradients by their tasks' own signals, and the losses.
 
     Extra memory: the n signals and the graphs of n tasks, but no gradient of a task.
+
+    Raises:
+        RuntimeError: the parameters or the losses have less than the precision of float32.
     """
     n = task_count(tasks, "tasks")
+    refuse_coarse(tree_leaves(params))
 
     def losses_of(params: PyTree) -> tuple[Tensor, PyTree]:
         losses, (signal, _) = task_loss.map(
@@ -44,6 +48,7 @@ def one_backward(
         return losses, signal
 
     losses, backward, signal = _vjp(losses_of, params)
+    refuse_coarse([losses])
 
     def weighted(weights: Tensor, groups: list[int] | None) -> PyTree:
         if groups is None:

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from gradagree_opt.aggregation import Aggregation, Aggregator
 from gradagree_opt.annotations import Float
 from gradagree_opt.batchnorm import statistics_refused
-from gradagree_opt.engines.errors import in_one_sentence
+from gradagree_opt.engines.errors import vmap_explained
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap
 from gradagree_opt.stacks import PyTree, check_floating, task_count
 
@@ -60,7 +60,8 @@ def task_gradients(
     n = task_count(tasks, "tasks")
     task_loss = TaskLoss.plain(loss_fn, TaskMap(chunk_size, randomness))
     without = "ga.aggregate_gradients(…, engine='streamed')"
-    with in_one_sentence("vmap(grad)", n, without=without), statistics_refused():
+    at_once = task_loss.map.at_once(n)
+    with vmap_explained("vmap(grad)", at_once, without=without), statistics_refused():
         gradients, (_, losses) = _stacked_gradients(task_loss, params, tasks, n)
     return TaskGradients(gradients, losses)
 

@@ -1,5 +1,6 @@
 """Inner loops: how the parameters adapt to the support set of one task."""
 
+import operator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -46,8 +47,7 @@ class InnerSGD:
     """
 
     def __init__(self, lr: float | PyTree, steps: int, *, batch_size: int | None = None) -> None:
-        if not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"expected steps to be an integer of 0 or more, found {steps!r}")
+        check_steps(steps)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"expected a batch_size of at least 1, found {batch_size}")
         self.lr = lr
@@ -70,7 +70,7 @@ class InnerSGD:
         """Adapted parameters of one task; ``steps`` in place of the loop's own number."""
         rates = self._rates(params)
         gradient = torch.func.grad(loss_fn)
-        for step in range(self.steps if steps is None else steps):
+        for step in range(self.steps if steps is None else check_steps(steps)):
             at = tree_map(lambda p: p.detach(), params) if first_order else params
             grads = gradient(at, self._sub_batch(support, step))
             params = tree_map(lambda p, g, rate: p - rate * g, params, grads, rates)
@@ -97,3 +97,14 @@ class InnerSGD:
             )
         start = step * self.batch_size % sizes[0]
         return tree_map(lambda leaf: leaf[start : start + self.batch_size], support)
+
+
+def check_steps(steps: int, /) -> int:
+    """The number of inner steps, or a ValueError in one sentence."""
+    try:
+        number = operator.index(steps)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ValueError(f"expected steps to be an integer of 0 or more, found {steps!r}")
+    return number

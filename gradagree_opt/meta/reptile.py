@@ -8,7 +8,7 @@ from gradagree_opt.aggregation import Aggregation, Aggregator
 from gradagree_opt.aggregators import check_aggregator
 from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.engines.compilation import maybe_compiled
-from gradagree_opt.engines.errors import in_one_sentence
+from gradagree_opt.engines.errors import vmap_explained
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskMap, scalar_loss
 from gradagree_opt.meta.inner import InnerLoop
 from gradagree_opt.meta.steps import MetaStep, check_tasks, meta_step
@@ -46,7 +46,6 @@ class Reptile:
     ) -> None:
         self.loss_fn = scalar_loss(loss_fn)
         self.inner = inner
-        self._without = "compile=False" if compile else "a loop of TaskBatch.add(adapted=…)"
         self._map = TaskMap(chunk_size, randomness)
         # Two graphs: a new aggregator need not compile the inner loops again.
         self._displacements = maybe_compiled(self._displacements_of, compile)
@@ -68,7 +67,8 @@ class Reptile:
         """
         check_aggregator(aggregator)
         n = check_tasks(params, tasks, "support")
-        with in_one_sentence("vmap", n, without=self._without), statistics_refused():
+        without = "a loop of TaskBatch.add(adapted=…)"
+        with vmap_explained("vmap", self._map.at_once(n), without=without), statistics_refused():
             displacements, losses = self._displacements(params, tasks, n)
         aggregation = self._aggregate(aggregator, displacements, aggregator.draw(n))
         aggregator.verify(aggregation)

@@ -144,7 +144,7 @@ def test_optimizer_that_is_not_functional_is_refused(without_type_checks):
 
 
 def test_negative_steps_are_refused():
-    with pytest.raises(ValueError, match="steps of 0 or more, found -1"):
+    with pytest.raises(ValueError, match="steps to be an integer of 0 or more, found -1"):
         inner(torchopt.sgd(lr=0.1), steps=-1)
 
 

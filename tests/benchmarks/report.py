@@ -62,7 +62,7 @@ def contestants(result: dict[str, Any]) -> list[str]:
     for name, time in result["seconds"].items():
         peak = result["memory"][name]
         spread = f"[{1e3 * time['lower']:.3g}, {1e3 * time['upper']:.3g}]"
-        shown = "–" if peak != peak else f"{peak / 2**20:.1f}"
+        shown = "–" if peak is None else f"{peak / 2**20:.1f}"
         lines.append(f"| {name} | {1e3 * time['median']:.3g} {spread} | {shown} |")
     lines += ["", "| bar | at most | found |", "|---|---|---|"]
     return lines + [bar_line(bar, result["memory"]) for bar in result["bars"]]

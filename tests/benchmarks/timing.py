@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -162,13 +161,11 @@ def ratio(times: dict[str, list[float]], numerator: str, denominator: str) -> Ti
     return timing([a / b for a, b in pairs])
 
 
-def peak_on_device(contestant: Contestant, step: Step) -> float | None:
-    """Bytes of the device that a step needs; NaN where torch does not know, None on a CPU."""
+def peak_on_device(contestant: Contestant, step: Step) -> int | None:
+    """Bytes of the device that a step needs; None where torch does not know, and on a CPU."""
     module = device_module()
-    if module is None:
+    if module is None or not contestant.of_torch:
         return None
-    if not contestant.of_torch:
-        return math.nan
     module.reset_peak_memory_stats()
     before = module.memory_allocated()
     step()

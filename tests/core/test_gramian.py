@@ -85,6 +85,17 @@ def test_signals_that_cancel_do_so_in_a_gramian_of_half_precision(dtype: torch.d
     assert decision.weights.tolist() == [0.0] * 8
 
 
+@pytest.mark.parametrize("similarity", ["inner", "cosine"])
+def test_many_signals_that_do_not_cancel_keep_their_weights_in_half_precision(similarity: str):
+    sizes = torch.arange(1.0, 257.0)  # exact in bfloat16, and all at right angles
+    gram = torch.diag(sizes).bfloat16()
+    weighting = GradientAgreement(similarity=similarity, degenerate="raise").weighting
+    decision = weighting(from_gramian(gram))
+    expected = sizes / sizes.sum() if similarity == "inner" else torch.full((256,), 1 / 256)
+    assert not decision.degenerate
+    assert_close(decision.weights, expected)
+
+
 def test_a_gramian_of_zeros_has_scale_one():
     statistics = from_gramian(torch.zeros(3, 3))
     assert statistics.scale == 1

@@ -193,6 +193,21 @@ def _product(w, x):
     return (w * x).sum()
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize("coarse", ["parameters", "losses"])
+def test_maml_of_many_tasks_in_half_precision_does_not_stall(coarse, chunk_size):
+    n, dtype = 1000, torch.bfloat16 if coarse == "parameters" else torch.float32
+    maml = ga.MAML(
+        lambda w, x: ((0.9 * w).sum() + 0 * x.sum()).bfloat16(),
+        ga.InnerSGD(0.1, 1),
+        chunk_size=chunk_size,
+    )
+    x = torch.zeros(n, 1, dtype=dtype)
+    result = maml.step(torch.ones(1, dtype=dtype), {"support": x, "query": x}, ga.Mean())
+    assert result.engine == "stacked"
+    torch.testing.assert_close(result.update, torch.tensor([0.9], dtype=dtype), rtol=4e-3, atol=0)
+
+
 @pytest.mark.parametrize("coarse", ["parameters", "losses"])
 def test_auto_takes_no_row_sums_of_half_precision(coarse, monkeypatch):
     monkeypatch.setattr(runner, "STACK_BYTES", 0)
