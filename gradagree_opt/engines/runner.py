@@ -18,7 +18,7 @@ from gradagree_opt.engines.matrix_free import matrix_free, matrix_free_refusal
 from gradagree_opt.engines.one_backward import one_backward, one_backward_refusal
 from gradagree_opt.engines.stacked import stacked
 from gradagree_opt.engines.streamed import streamed, streamed_refusal
-from gradagree_opt.stacks import PyTree, task_count
+from gradagree_opt.stacks import PyTree, is_coarse, task_count
 from gradagree_opt.weightings import check_choice
 
 EngineName = Literal["auto", "stacked", "streamed", "matrix_free", "one_backward"]
@@ -106,7 +106,10 @@ class Runner:
         self, params: PyTree, tasks: PyTree, aggregator: Aggregator, draws: Tensor | None, /
     ) -> Aggregation:
         """The aggregation by the engine that suits best, not looked at and with no other tried."""
-        name = self._candidates(params, task_count(tasks, "tasks"), aggregator)[0]
+        names = self._candidates(params, task_count(tasks, "tasks"), aggregator)
+        coarse = is_coarse(tree_leaves(params))
+        sound = (name for name in names if not coarse or name in ("stacked", "streamed"))
+        name = next(sound, names[0])
         aggregation, _ = self._engines[name](params, tasks, aggregator, draws)
         return aggregation
 

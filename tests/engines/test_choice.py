@@ -203,9 +203,13 @@ def test_maml_of_many_tasks_in_half_precision_does_not_stall(coarse, chunk_size)
         chunk_size=chunk_size,
     )
     x = torch.zeros(n, 1, dtype=dtype)
-    result = maml.step(torch.ones(1, dtype=dtype), {"support": x, "query": x}, ga.Mean())
+    arguments = torch.ones(1, dtype=dtype), {"support": x, "query": x}, ga.Mean()
+    result = maml.step(*arguments)
     assert result.engine == "stacked"
     torch.testing.assert_close(result.update, torch.tensor([0.9], dtype=dtype), rtol=4e-3, atol=0)
+    if coarse == "parameters":
+        unchecked = maml.aggregate_unchecked(*arguments, draws=None)
+        assert torch.equal(unchecked.update, result.update)
 
 
 @pytest.mark.parametrize("coarse", ["parameters", "losses"])
