@@ -12,7 +12,7 @@ try:
     import typer
     from rich.console import Console
 
-    from gradagree_opt.ablation import tables
+    from gradagree_opt.ablation import layouts
     from gradagree_opt.ablation.artefacts import (
         other_versions,
         prepare_folder,
@@ -191,5 +191,5 @@ def warn(sentence: str) -> None:
 
 def show(results: list[Results], folder: Path) -> None:
     console = Console()
-    console.print(tables.terminal(results))
+    console.print(layouts.terminal(results))
     console.print(f"written to {folder}", markup=False, soft_wrap=True)

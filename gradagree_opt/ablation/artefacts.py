@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from gradagree_opt.ablation import figures, style, tables
+from gradagree_opt.ablation import figures, layouts, style, tables
 from gradagree_opt.ablation.adaptation import adaptation
 from gradagree_opt.ablation.citations import bibtex, methods_text
 from gradagree_opt.ablation.corruption import corruption
@@ -136,8 +136,8 @@ def write_artefacts(folder: Path, parts: Sequence[Results], config: Config) -> N
     """Tables, figures, the page and what to cite; the same runs give the same files."""
     write_atomically(folder / "results.csv", tables.all_runs(parts).to_csv(index=False).encode())
     write_atomically(folder / "table.csv", tables.numbers(parts).to_csv(index=False).encode())
-    write_atomically(folder / "table.md", tables.markdown(parts).encode())
-    write_atomically(folder / "table.tex", tables.latex(parts).encode())
+    write_atomically(folder / "table.md", layouts.markdown(parts).encode())
+    write_atomically(folder / "table.tex", layouts.latex(parts).encode())
     write_atomically(folder / "methods.md", methods_text(config).encode())
     write_atomically(folder / "references.bib", bibtex(config).encode())
     pictures = draw(folder, parts, config)

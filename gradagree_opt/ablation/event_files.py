@@ -10,8 +10,8 @@ from gradagree_opt.ablation.tables import MEASURES, counted
 from gradagree_opt.frameworks import require
 
 require("tensorboard")
-from torch.utils.tensorboard import SummaryWriter  # noqa: E402
-from torch.utils.tensorboard.summary import hparams  # noqa: E402
+from torch.utils.tensorboard import SummaryWriter  # noqa: E402 - after require, whose error names
+from torch.utils.tensorboard.summary import hparams  # noqa: E402   the install command
 
 
 def write_events(folder: Path, study: Study, record: RunRecord) -> None:
@@ -31,7 +31,7 @@ def write_events(folder: Path, study: Study, record: RunRecord) -> None:
     with SummaryWriter(str(folder)) as writer:
         settings = {"method": run.method.name, "rate": run.rate, "seed": run.seed}
         found = {"validation loss": record.validation} | tests
-        for summary in hparams(settings, found):  # type: ignore[no-untyped-call]
+        for summary in hparams(settings, found):  # type: ignore[no-untyped-call] # torch's has no types
             writer.file_writer.add_summary(summary)
         for point in record.curve:
             writer.add_scalar("validation loss", point.loss, point.iteration)

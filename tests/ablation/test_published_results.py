@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gradagree_opt.ablation import tables
+from gradagree_opt.ablation import layouts, tables
 from gradagree_opt.ablation.citations import bibtex, methods_text
 from gradagree_opt.ablation.recorded import read_config, read_results
 
@@ -21,8 +21,8 @@ def test_tables_and_citations_are_those_of_the_recorded_runs(folder: Path) -> No
     written = {
         "results.csv": tables.all_runs(parts).to_csv(index=False),
         "table.csv": tables.numbers(parts).to_csv(index=False),
-        "table.md": tables.markdown(parts),
-        "table.tex": tables.latex(parts),
+        "table.md": layouts.markdown(parts),
+        "table.tex": layouts.latex(parts),
         "methods.md": methods_text(config),
         "references.bib": bibtex(config),
     }

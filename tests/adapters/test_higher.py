@@ -246,9 +246,14 @@ def test_no_inner_step_and_a_loss_that_is_no_scalar(net):
 
 def test_a_loss_that_does_not_depend_on_the_learner(net):
     inner = INNER["sgd"](net.parameters())
-    constant = lambda learner, batch: batch[0].square().mean()  # noqa: E731
-    call = lambda: meta_step(net, inner, constant, draw(), ga.Mean())  # noqa: E731
-    refuses(call, "found one for task 0 that depends on none of them; compute it by the learner")
+
+    def constant(learner, batch):
+        return batch[0].square().mean()
+
+    refuses(
+        lambda: meta_step(net, inner, constant, draw(), ga.Mean()),
+        "found one for task 0 that depends on none of them; compute it by the learner",
+    )
     assert all(p.grad is None for p in net.parameters())
 
 
