@@ -17,7 +17,6 @@ from gradagree_opt.ablation.loading import load
 from gradagree_opt.ablation.models import Params, build_module, initial_params, predict
 from gradagree_opt.ablation.problem import (
     Problem,
-    Tasks,
     TrainingTasks,
     build_problem,
     evaluation_tasks,
@@ -28,9 +27,9 @@ from gradagree_opt.ablation.study import MAMLForm, MetaSGDForm, Study, StudyErro
 from gradagree_opt.ablation.sweep import Sweep
 from gradagree_opt.ablation.training import train_runs
 from gradagree_opt.cli import app
-from gradagree_opt.tasks import TaskDistribution
 
 from .conftest import WriteStudy
+from .doubled import Doubled
 
 FORMS: dict[str, dict[str, object]] = {
     "Reptile": {"kind": "reptile"},
@@ -44,17 +43,6 @@ FORMS: dict[str, dict[str, object]] = {
 NEW = [name for name in FORMS if "MAML" not in name and name != "Reptile"]
 INNER = {"lr": 0.02, "steps": 2}
 OUTER = {"optimizer": "sgd", "rates": [0.001, 0.002]}
-
-
-class Doubled:
-    """A distribution in float64."""
-
-    def __init__(self, base: TaskDistribution) -> None:
-        self.base = base
-
-    def sample(self, n_tasks: int, *, split: Any = "train", generator: torch.Generator) -> Tasks:
-        tasks = self.base.sample(n_tasks, split=split, generator=generator)
-        return {part: (x.double(), y.double()) for part, (x, y) in tasks.items()}
 
 
 @pytest.fixture

@@ -19,11 +19,12 @@ from gradagree_opt.ablation.models import (
     generator,
     initial_params,
 )
-from gradagree_opt.ablation.problem import Problem, Tasks, TrainingTasks, build_problem
+from gradagree_opt.ablation.problem import Problem, TrainingTasks, build_problem
 from gradagree_opt.ablation.records import Run
 from gradagree_opt.ablation.study import MAMLForm, ReptileForm, Study
 from gradagree_opt.ablation.training import train_runs
-from gradagree_opt.tasks import TaskDistribution
+
+from .doubled import Doubled
 
 METHODS = [
     *load("sine").methods,
@@ -38,17 +39,6 @@ FORMS = {
     "MAML on gradients": MAMLForm(kind="maml", signal="gradient"),
 }
 RATES = {"sgd": (0.02, 0.01, 0.005), "adam": (0.01, 0.002, 0.004)}
-
-
-class Doubled:
-    """A distribution in float64, in which two ways to compute one thing hardly part."""
-
-    def __init__(self, base: TaskDistribution) -> None:
-        self.base = base
-
-    def sample(self, n_tasks: int, *, split: Any = "train", generator: torch.Generator) -> Tasks:
-        tasks = self.base.sample(n_tasks, split=split, generator=generator)
-        return {part: (x.double(), y.double()) for part, (x, y) in tasks.items()}
 
 
 @pytest.fixture(autouse=True)
