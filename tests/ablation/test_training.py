@@ -19,6 +19,7 @@ from gradagree_opt.ablation.problem import (
     data_digest,
     evaluation_tasks,
     scores_after,
+    tasks_at_once,
 )
 from gradagree_opt.ablation.records import Run, RunRecord
 from gradagree_opt.ablation.study import CorruptionSection, Study
@@ -282,6 +283,16 @@ def test_adapting_some_tasks_at_a_time_gives_the_same_scores(
     found = scores_after(few, few.score, params, tasks, [0, 2])
     for step in expected:
         torch.testing.assert_close(found[step], expected[step])
+
+
+@pytest.mark.parametrize(
+    "name", ["omniglot-5way-1shot", "omniglot-5way-5shot", "omniglot-20way-5shot"]
+)
+def test_four_hundred_drawings_are_adapted_at_once(name: str) -> None:
+    study = load(name)
+    tasks = tasks_at_once(study)
+    assert tasks is not None
+    assert tasks * study.way * study.test.support_shots == 400
 
 
 def test_photographs_are_drawn_one_step_at_a_time(study: Study, problem: Problem) -> None:
