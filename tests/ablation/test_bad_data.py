@@ -57,6 +57,11 @@ def images(characters: int = 12) -> np.ndarray[Any, Any]:
     return np.random.default_rng(0).integers(0, 256, (characters, 20, 28, 28), dtype=np.uint8)
 
 
+def write_drawings(path: Path, **members: Any) -> Path:
+    np.savez(path, **{"images": images(), "vinyals_split": SPLITS} | members)
+    return path
+
+
 @pytest.mark.parametrize(
     ("members", "words"),
     [
@@ -74,52 +79,35 @@ def images(characters: int = 12) -> np.ndarray[Any, Any]:
 def test_an_archive_of_another_form_is_refused(
     write_study: WriteStudy, tmp_path: Path, members: dict[str, Any], words: str
 ) -> None:
-    data = tmp_path / "drawings.npz"
-    np.savez(data, **{"images": images(), "vinyals_split": SPLITS} | members)
+    data = write_drawings(tmp_path / "drawings.npz", **members)
     study = write_study(tasks=OMNIGLOT, **SETTINGS)
     assert words in refusal(study, tmp_path / "out", "--data", data)
 
 
 @pytest.mark.parametrize(
-    ("tasks", "test", "words"),
+    ("write", "tasks", "test", "words"),
     [
-        ({"way": 5}, {}, "expected way to be at most the 4 classes of split 'train', found 5"),
-        ({"support_shots": 20}, {}, "at most the 20 drawings of a character, found 20 + 1"),
-        ({}, {"support_shots": 19}, "at most the 20 drawings of a character, found 19 + 2"),
-        ({"split": "background"}, {}, "found none named ['background']"),
+        (write_drawings, {"way": 5}, {}, "at most the 4 classes of split 'train', found 5"),
+        (write_drawings, {"support_shots": 20}, {}, "20 drawings of a character, found 20 + 1"),
+        (write_drawings, {}, {"support_shots": 19}, "20 drawings of a character, found 19 + 2"),
+        (write_drawings, {"split": "background"}, {}, "found none named ['background']"),
+        (write_photographs, {"way": 3}, {}, "at most the 2 classes of split 'train', found 3"),
+        (write_photographs, {"support_shots": 4}, {}, "smallest class of split 'train', found 4"),
+        (write_photographs, {}, {"support_shots": 3}, "smallest class of split 'train', found 3"),
     ],
 )
-def test_ways_and_shots_that_the_drawings_do_not_have_are_refused(
+def test_ways_and_shots_that_the_images_do_not_have_are_refused(
     write_study: WriteStudy,
     tmp_path: Path,
+    write: Callable[[Path], Path],
     tasks: dict[str, Any],
     test: dict[str, Any],
     words: str,
 ) -> None:
-    data = tmp_path / "drawings.npz"
-    np.savez(data, images=images(), vinyals_split=SPLITS)
-    study = write_study(tasks=OMNIGLOT | tasks, **SETTINGS | {"test": TEST | test})
+    data = write(tmp_path / "data.npz")
+    kind = OMNIGLOT if write is write_drawings else PHOTOGRAPHS
+    study = write_study(tasks=kind | tasks, **SETTINGS | {"test": TEST | test})
     assert words in refusal(study, tmp_path / "out", "--data", data)
-
-
-@pytest.mark.parametrize(
-    ("tasks", "test", "words"),
-    [
-        ({"way": 3}, {}, "expected way to be at most the 2 classes of split 'train', found 3"),
-        ({"support_shots": 4}, {}, "the 4 images of the smallest class of split 'train', found 4"),
-        ({}, {"support_shots": 3}, "the 4 images of the smallest class of split 'train', found 3"),
-    ],
-)
-def test_ways_and_shots_that_the_photographs_do_not_have_are_refused(
-    write_study: WriteStudy,
-    tmp_path: Path,
-    tasks: dict[str, Any],
-    test: dict[str, Any],
-    words: str,
-) -> None:
-    root = write_photographs(tmp_path / "photographs")
-    study = write_study(tasks=PHOTOGRAPHS | tasks, **SETTINGS | {"test": TEST | test})
-    assert words in refusal(study, tmp_path / "out", "--data", root)
 
 
 @pytest.mark.parametrize(
@@ -235,8 +223,7 @@ def test_a_pickle_among_the_records_is_a_damaged_record_and_never_unpickled(
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
 def test_data_that_may_not_be_read_is_refused(write_study: WriteStudy, tmp_path: Path) -> None:
-    data = tmp_path / "drawings.npz"
-    np.savez(data, images=images(), vinyals_split=SPLITS)
+    data = write_drawings(tmp_path / "drawings.npz")
     data.chmod(0)
     study = write_study(tasks=OMNIGLOT, **SETTINGS)
     assert "Permission denied" in refusal(study, tmp_path / "out", "--data", data)
