@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -259,7 +260,7 @@ class Tasksets:
         draws = torch.randint(number, (n_tasks,), generator=generator, device=generator.device)
         tasks = []
         for draw in draws.tolist():
-            with _seeded(draw):
+            with seeded(draw):
                 tasks.append(self._halves(*taskset[draw]))
         stacked: dict[str, Batch] = tree_map(_stack, *tasks)
         return stacked
@@ -278,16 +279,18 @@ class Tasksets:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Python's and PyTorch's global generators seeded inside, as they were outside."""
-    state = random.getstate()
+def seeded(seed: int) -> Iterator[None]:
+    """Python's, NumPy's and PyTorch's global generators seeded inside, as they were outside."""
+    state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds all devices
             random.seed(seed)
+            np.random.seed(seed)
             yield
     finally:
         random.setstate(state)
+        np.random.set_state(numpy_state)
 
 
 def _stack(*leaves: Tensor) -> Tensor:

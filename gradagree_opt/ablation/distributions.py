@@ -4,8 +4,9 @@ import importlib
 import math
 import sys
 from functools import partial
+from itertools import combinations
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +34,12 @@ from gradagree_opt.tasks import (
     TaskDistribution,
 )
 from gradagree_opt.tasks.grouped import Dataset
+from gradagree_opt.tasks.omniglot_files import (
+    SplitScheme,
+    download_folder,
+    read_folder,
+    read_npz,
+)
 from gradagree_opt.tasks.protocol import Split
 
 SINE_PHASES = {"paper": 2 * math.pi, "finn": math.pi}
@@ -74,10 +81,7 @@ def made(study: Study, data: Path | None) -> tuple[TaskDistribution, TaskDistrib
     """The distributions that the section of tasks stands for."""
     tasks, test = study.tasks, study.test
     if isinstance(tasks, OmniglotTasks):
-        return (
-            drawings(data, tasks, tasks.support_shots, tasks.query_shots),
-            drawings(data, tasks, test.support_shots, test.query_shots),
-        )
+        return drawings(data, tasks, test)
     if isinstance(tasks, MiniImageNetTasks):
         return (
             photographs(data, tasks.way, tasks.support_shots, tasks.query_shots),
@@ -125,25 +129,63 @@ def photographs(data: Path | None, way: int, shot: int, query_shots: int) -> Min
 def tasksets(
     tasks: Learn2LearnTasks, test: Test, data: Path | None
 ) -> tuple[TaskDistribution, TaskDistribution]:
-    """What the function that the study names gives, as learn2learn's own benchmarks do."""
+    """What the function that the study names gives, as learn2learn's own benchmarks do.
+
+    It is called with Python's, NumPy's and PyTorch's global generators seeded: one that shuffles
+    its classes gives every process the same.
+    """
     module, name = tasks.tasksets.split(":")
     root = {} if data is None else {"root": str(data)}
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         adapter = importlib.import_module("gradagree_opt.adapters.learn2learn")
-        made = getattr(importlib.import_module(module), name)(
-            train_ways=tasks.way,
-            train_samples=tasks.support_shots + tasks.query_shots,
-            test_ways=tasks.way,
-            test_samples=test.support_shots + test.query_shots,
-            **root,
-            **tasks.options,
-        )
-        training = adapter.Tasksets(*made, shots=tasks.support_shots)
-        return training, adapter.Tasksets(*made, shots=test.support_shots)
-    except (ImportError, AttributeError, OSError, TypeError, ValueError) as error:
-        raise StudyError(f"the tasksets of {tasks.tasksets}: {error}") from None
+        with adapter.seeded(0):
+            parts = getattr(importlib.import_module(module), name)(
+                train_ways=tasks.way,
+                train_samples=tasks.support_shots + tasks.query_shots,
+                test_ways=tasks.way,
+                test_samples=test.support_shots + test.query_shots,
+                **root,
+                **tasks.options,
+            )
+        training = adapter.Tasksets(*parts, shots=tasks.support_shots)
+        check_apart(training.tasksets)
+        return training, adapter.Tasksets(*parts, shots=test.support_shots)
+    except Exception as error:  # the function is the user's: it may raise anything
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise StudyError(f"the tasksets of {tasks.tasksets}: {what}") from None
+
+
+def check_apart(tasksets: dict[str, Any]) -> None:
+    """Say in one sentence that two of learn2learn's tasksets draw from the same classes.
+
+    The omniglot of learn2learn 0.2.0 does: it filters the classes of each, and draws from all.
+    """
+    for one, other in combinations(tasksets, 2):
+        if shared := drawn_classes(tasksets[one]) & drawn_classes(tasksets[other]):
+            raise ValueError(
+                f"expected {one} and {other} tasks of different classes, found {len(shared)} that "
+                "both draw; give NWays, or FusedNWaysKShots, of each its own part of the data"
+            )
+
+
+def drawn_classes(taskset: Any) -> set[tuple[int, Any]]:
+    """The classes of a taskset's first choice of classes, each with its data set's identity."""
+    from learn2learn.data.transforms import FilterLabels, FusedNWaysKShots, NWays
+
+    for transform in taskset.task_transforms:
+        match transform:
+            case FilterLabels():
+                labels = transform.labels
+            case FusedNWaysKShots():
+                labels = transform.filter_labels
+            case NWays():
+                labels = transform.dataset.labels
+            case _:
+                continue
+        return {(id(transform.dataset), label) for label in labels}
+    return set()
 
 
 def corrupted(
@@ -183,21 +225,27 @@ def measurements(dataset: Dataset, support_shots: int, query_shots: int) -> Grou
         raise StudyError(f"the tasks of {dataset}: {error}") from None
 
 
-def drawings(data: Path | None, tasks: OmniglotTasks, shot: int, query_shots: int) -> Omniglot:
+def drawings(data: Path | None, tasks: OmniglotTasks, test: Test) -> tuple[Omniglot, Omniglot]:
     if data is None:
         raise StudyError(
             "this study needs --data: an Omniglot .npz file, or a folder that torchvision fills"
         )
-    folder = partial(Omniglot.from_torchvision, download=True)
-    read = folder if data.is_dir() else Omniglot.from_npz
+    if not data.exists():
+        raise StudyError(
+            f"--data {data}: found nothing there; give an Omniglot .npz file, or make the folder "
+            "that torchvision is to fill"
+        )
+    scheme: SplitScheme = "vinyals" if tasks.split == "vinyals" else "background_validation"
     try:
-        return read(
-            data,
-            way=tasks.way,
-            shot=shot,
-            query_shots=query_shots,
-            split_scheme="vinyals" if tasks.split == "vinyals" else "background_validation",
-            rotations=tasks.rotations,
+        if data.is_dir():
+            download_folder(data)
+            characters = read_folder(data / "omniglot-py", scheme)
+        else:
+            characters = read_npz(data, scheme)
+        tasks_with = partial(Omniglot, *characters, way=tasks.way, rotations=tasks.rotations)
+        return (
+            tasks_with(shot=tasks.support_shots, query_shots=tasks.query_shots),
+            tasks_with(shot=test.support_shots, query_shots=test.query_shots),
         )
     except (ImportError, OSError, TypeError, ValueError) as error:
         raise StudyError(f"--data {data}: {error}") from None

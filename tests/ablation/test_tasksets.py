@@ -4,19 +4,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from gradagree_opt.ablation.loading import load
 from gradagree_opt.ablation.problem import build_problem, data_digest
 from gradagree_opt.ablation.study import Learn2LearnTasks, StudyError
-from gradagree_opt.cli import app
+from gradagree_testing.command import gradagree
 
 from .conftest import WriteStudy
 
 pytest.importorskip("learn2learn", reason="learn2learn is not installed")
 
 MODULE = '''
+import functools
+import random
+
 import learn2learn as l2l
+import numpy as np
 import torch
 from learn2learn.data.transforms import FusedNWaysKShots, LoadData, RemapLabels
 
@@ -39,6 +42,34 @@ def make(train_ways, train_samples, test_ways, test_samples, shift=0.0, root=Non
         taskset(10, test_ways, test_samples),
         taskset(20, test_ways, test_samples),
     )
+
+def shuffled(shuffle, train_ways, train_samples, test_ways, test_samples, apart=True):
+    """Thirty classes, one a number, dealt to the parts anew in every call."""
+    labels = torch.arange(30).repeat_interleave(9)
+    x = labels.unsqueeze(1).expand(-1, 2).float()
+    data = l2l.data.MetaDataset(torch.utils.data.TensorDataset(x, labels))
+    classes = list(range(30))
+    shuffle(classes)
+    parts = []
+    for first, ways, samples in (
+        (0, train_ways, train_samples), (10, test_ways, test_samples), (20, test_ways, test_samples)
+    ):
+        part = l2l.data.FilteredMetaDataset(data, classes[first : first + 10])
+        drawn_from = part if apart else data
+        transforms = [FusedNWaysKShots(drawn_from, n=ways, k=samples), LoadData(part)]
+        parts.append(l2l.data.Taskset(part, [*transforms, RemapLabels(part)]))
+    return parts
+
+by_python = functools.partial(shuffled, random.shuffle)
+by_numpy = functools.partial(shuffled, np.random.shuffle)
+
+def by_torch(**ways_and_samples):
+    def shuffle(classes):
+        classes[:] = torch.randperm(len(classes)).tolist()
+    return shuffled(shuffle, **ways_and_samples)
+
+def refusing(**_):
+    raise RuntimeError("Dataset not found.\\nUse download=True")
 
 nothing = None
 '''
@@ -88,11 +119,43 @@ def test_options_reach_the_function_and_other_data_has_another_digest(
     assert digests[0] == digests[1] != digests[2]
 
 
+@pytest.mark.parametrize("function", ["by_python", "by_numpy", "by_torch"])
+def test_classes_that_are_shuffled_are_the_same_in_every_process_and_apart(
+    write_study: WriteStudy, function: str
+) -> None:
+    study = load(str(write_study(tasks=TASKS | {"tasksets": f"points:{function}"}, **CHANGES)))
+    problems = [build_problem(study, None) for _ in range(2)]
+    assert data_digest(problems[0]) == data_digest(problems[1])
+    classes = {
+        split: set(
+            distribution.sample(40, split=split, generator=torch.Generator().manual_seed(0))[
+                "query"
+            ][0]
+            .flatten()
+            .tolist()
+        )
+        for split, distribution in (
+            ("train", problems[0].training),
+            ("validation", problems[1].evaluation),
+            ("test", problems[1].evaluation),
+        )
+    }
+    assert [len(found) for found in classes.values()] == [10, 10, 10]
+    assert len(set.union(*classes.values())) == 30
+
+
+def test_parts_that_draw_from_all_classes_as_learn2learns_omniglot_does_are_refused(
+    write_study: WriteStudy,
+) -> None:
+    tasks = TASKS | {"tasksets": "points:by_python", "options": {"apart": False}}
+    with pytest.raises(StudyError, match="expected train and validation tasks of different cla"):
+        build_problem(load(str(write_study(tasks=tasks, **CHANGES))), None)
+
+
 def test_a_study_runs_from_the_command(write_study: WriteStudy, tmp_path: Path) -> None:
     path = write_study(tasks=TASKS, **CHANGES)
     out = tmp_path / "out"
-    arguments = ["ablate", str(path), "--out", str(out), "--jobs", "1"]
-    result = CliRunner().invoke(app, arguments)
+    result = gradagree("ablate", path, "--out", out, "--jobs", 1)
     assert result.exit_code == 0, result.output
     assert "accuracy in %" in (out / "table.md").read_text()
     assert "learn2learn" in (out / "methods.md").read_text()
@@ -106,6 +169,14 @@ def test_a_study_runs_from_the_command(write_study: WriteStudy, tmp_path: Path) 
         ({"tasksets": "points:absent"}, "has no attribute 'absent'"),
         ({"tasksets": "points:nothing"}, "not callable"),
         ({"options": {"colour": 1}}, "unexpected keyword argument 'colour'"),
+        ({"tasksets": "points:refusing"}, "RuntimeError: Dataset not found.$"),
+        (
+            {
+                "tasksets": "learn2learn.vision.benchmarks:get_tasksets",
+                "options": {"name": "omniglott"},
+            },
+            "KeyError: 'omniglott'",
+        ),
     ],
 )
 def test_what_is_wrong_with_the_function_is_told_in_one_sentence(
