@@ -120,7 +120,7 @@ def finished(
     records = {}
     for run in runs:
         try:
-            record = store.record(run.key(study, digest))
+            record = store.read(run.key(study, digest))
         except DamagedRecordError:
             continue  # missing, to all that read it
         if record is not None:

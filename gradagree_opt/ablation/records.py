@@ -107,19 +107,7 @@ class Store:
         self.folder = folder / "runs"
 
     def read(self, key: str) -> RunRecord | None:
-        """A finished run, or None if there is none.
-
-        Raises:
-            DamagedRecordError: The record cannot be read, or lacks its parameters.
-        """
-        record = self.record(key)
-        if record is not None and self.params(key) is None:
-            path = self.folder / f"{key}.npz"
-            raise DamagedRecordError(f"{path} is cut off or absent; redoing its run")
-        return record
-
-    def record(self, key: str) -> RunRecord | None:
-        """A finished run whose parameters may have been thrown away.
+        """A finished run, whose parameters may have been thrown away, or None if there is none.
 
         Raises:
             DamagedRecordError: The record cannot be read.
@@ -133,7 +121,7 @@ class Store:
             raise DamagedRecordError(f"{path} is cut off or no record; redoing its run") from None
 
     def write(self, key: str, record: RunRecord, params: Params) -> None:
-        """Parameters first: where there is a record, there are its parameters."""
+        """Parameters first: what has a record is finished."""
         buffer = io.BytesIO()
         arrays: Any = {name: leaf.detach().numpy() for name, leaf in flat(params).items()}
         np.savez(buffer, **arrays)

@@ -1,6 +1,7 @@
 """Records: what a run's key depends on, and what becomes of files that were cut off."""
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,15 @@ def store(tmp_path: Path) -> Store:
     return store
 
 
+def lengths(path: Path) -> Iterator[int]:
+    """Every seventh length that a file may be cut off at, while it is, and in the end the file."""
+    whole = path.read_bytes()
+    for length in range(0, len(whole) - 1, 7):
+        path.write_bytes(whole[:length])
+        yield length
+    path.write_bytes(whole)
+
+
 def test_a_record_and_its_parameters_are_read_as_they_were_written(store: Store) -> None:
     read = store.read("key")
     assert read is not None
@@ -55,19 +65,20 @@ def test_a_run_that_is_not_there_is_none(store: Store) -> None:
     assert store.read("other") is None
 
 
-@pytest.mark.parametrize("suffix", ["json", "npz"])
-def test_a_file_cut_off_anywhere_is_damaged_never_wrong(store: Store, suffix: str) -> None:
-    path = store.folder / f"key.{suffix}"
-    whole = path.read_bytes()
-    for length in range(0, len(whole) - 1, 7):
-        path.write_bytes(whole[:length])
-        with pytest.raises(DamagedRecordError, match=rf"key\.{suffix} is cut off"):
+def test_a_record_cut_off_anywhere_is_damaged_never_wrong(store: Store) -> None:
+    for _ in lengths(store.folder / "key.json"):
+        with pytest.raises(DamagedRecordError, match=r"key\.json is cut off"):
             store.read("key")
-    path.write_bytes(whole)
     assert store.read("key") is not None
 
 
-def test_parameters_with_a_flipped_byte_are_damaged_or_read_and_never_an_accident(
+def test_parameters_cut_off_anywhere_are_none_never_wrong(store: Store) -> None:
+    for _ in lengths(store.folder / "key.npz"):
+        assert store.params("key") is None
+    assert store.params("key") is not None
+
+
+def test_parameters_with_a_flipped_byte_are_none_or_read_and_never_an_accident(
     store: Store,
 ) -> None:
     path = store.folder / "key.npz"
@@ -75,17 +86,14 @@ def test_parameters_with_a_flipped_byte_are_damaged_or_read_and_never_an_acciden
     damaged = 0
     for place in range(len(whole)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
-        try:
-            store.read("key")
-        except DamagedRecordError:
-            damaged += 1
+        damaged += store.params("key") is None
     assert damaged > len(whole) / 2
 
 
-def test_a_record_without_its_parameters_is_damaged(store: Store) -> None:
+def test_a_record_stands_without_its_parameters(store: Store) -> None:
     (store.folder / "key.npz").unlink()
-    with pytest.raises(DamagedRecordError):
-        store.read("key")
+    assert repr(store.read("key")) == repr(RECORD)
+    assert store.params("key") is None
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
@@ -111,7 +119,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
         ("sine", True, "5fbb3a1726e65bb6b88f"),
         ("sine-maml", False, "9ab9d0764e55a858f0d5"),
         ("sine-maml", True, "fabeba9134edfbb2c72a"),
-        ("omniglot-5way-1shot", False, "e2cc0f9e3cc7f1b297a1"),
+        ("omniglot-5way-1shot", False, "cb1206b3c4cb6d19e6f6"),
         ("omniglot-5way-1shot", True, "021fd0a36747fffb6873"),
     ],
 )
