@@ -14,6 +14,7 @@ from gradagree_opt.ablation.distributions import corrupted, data_tensors, distri
 from gradagree_opt.ablation.forms import Learner, evaluator, learner
 from gradagree_opt.ablation.grouping import OuterStep, is_compiled
 from gradagree_opt.ablation.models import (
+    INPUTS_AT_ONCE,
     Criterion,
     Params,
     accuracy,
@@ -22,20 +23,19 @@ from gradagree_opt.ablation.models import (
     build_module,
     criterion,
     generator,
+    input_size,
     network_params,
     predict,
     predict_apart,
     with_network_params,
 )
-from gradagree_opt.ablation.study import MiniImageNetTasks, OmniglotTasks, ReptileForm, Study
+from gradagree_opt.ablation.study import DRAWING, ReptileForm, Study
 from gradagree_opt.blocks import or_one
 from gradagree_opt.statistics import measure
 from gradagree_opt.tasks import Batch, TaskDistribution
 from gradagree_opt.tasks.protocol import Split
 
 Tasks: TypeAlias = dict[str, Batch]
-PHOTOGRAPHS = 8  # tasks adapted at once: about a gigabyte for a convolutional network
-DRAWINGS = 400  # adapted at once: about twice as fast as all of a test's, by a processor's cache
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,10 @@ def build_problem(study: Study, data: Path | None) -> Problem:
     )
 
 
-def tasks_at_once(study: Study) -> int | None:
-    """The most tasks that are adapted at once, None for all."""
-    match study.tasks:
-        case MiniImageNetTasks():
-            return PHOTOGRAPHS
-        case OmniglotTasks():
-            return max(1, DRAWINGS // (study.tasks.way * study.test.support_shots))
-        case _:
-            return None
+def tasks_at_once(study: Study) -> int:
+    """The most tasks of the test protocol that are adapted at once."""
+    examples = study.test.support_shots * (study.way or 1)
+    return max(1, INPUTS_AT_ONCE // (input_size(study) * examples))
 
 
 def data_digest(problem: Problem) -> str | None:
@@ -121,7 +116,7 @@ class TrainingTasks:
         self.meta_batch = study.meta_batch
         self.parts = ("support",) if isinstance(study.form, ReptileForm) else ("support", "query")
         self.generator = generator(seed, "train")
-        self.steps = 1 if isinstance(study.tasks, MiniImageNetTasks) else self.BLOCK
+        self.steps = self.BLOCK if input_size(study) <= DRAWING else 1
         self.block: Tasks = {}
 
     def __call__(self, iteration: int) -> Tasks:
@@ -140,9 +135,9 @@ def evaluation_tasks(problem: Problem, n_tasks: int, split: Split, seed: int) ->
 
 
 def scores_after(
-    problem: Problem, measure: Criterion, params: Params, tasks: Tasks, steps: list[int]
+    problem: Problem, judge: Criterion, params: Params, tasks: Tasks, steps: list[int]
 ) -> dict[int, Tensor]:
-    """The measure on each task's query set after each number of gradient steps on its support set.
+    """What the judge says of each task's query set after gradient steps on its support set.
 
     Returns:
         For each number of steps, one value per task ``[n]``.
@@ -156,7 +151,7 @@ def scores_after(
         done = step
         with torch.no_grad():
             outputs = query_outputs(problem, adapted, tasks)
-            scores[step] = torch.vmap(measure)(outputs, tasks["query"][1])
+            scores[step] = torch.vmap(judge)(outputs, tasks["query"][1])
     return scores
 
 

@@ -44,11 +44,11 @@ def train_runs(
     start = time.perf_counter()
     with run_settings(runs[0].seed):
         trainings = fit(study, problem, runs, report)
-        scores = [training.test() for training in trainings]
+        found = [(training.test(), training.agreement()) for training in trainings]
     seconds = (time.perf_counter() - start) / len(runs)
     return [
-        (training.record(tested, seconds), training.params)
-        for training, tested in zip(trainings, scores, strict=True)
+        (training.record(*measured, seconds), training.params)
+        for training, measured in zip(trainings, found, strict=True)
     ]
 
 
@@ -91,13 +91,15 @@ class Training:
         matrix: list[list[float]] = agreement_matrix(self.problem, self.params, support).tolist()
         return matrix
 
-    def record(self, tested: dict[int, float], seconds: float) -> RunRecord:
+    def record(
+        self, tested: dict[int, float], agreement: list[list[float]] | None, seconds: float
+    ) -> RunRecord:
         return RunRecord(
             run=self.run,
             validation=math.inf if self.diverged else self.curve[-1].loss,
             test=tested,
             curve=self.curve,
-            agreement=self.agreement(),
+            agreement=agreement,
             seconds=seconds,
         )
 

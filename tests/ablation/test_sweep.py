@@ -160,7 +160,7 @@ def test_processes_give_what_one_process_gives(study: Study, tmp_path: Path) -> 
     alone = Sweep(study, tmp_path / "alone", None, ignore).run(1, ignore)
     sweep = Sweep(study, tmp_path / "two", None, ignore)
     assert without_seconds(sweep.run(2, steps.append)) == without_seconds(alone)
-    assert sum(steps) <= sweep.iterations
+    assert sweep.iterations / 2 < sum(steps) <= sweep.iterations  # the last may come too late
     assert multiprocessing.active_children() == []
 
 

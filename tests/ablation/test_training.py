@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from gradagree_opt.ablation import training as training_module
 from gradagree_opt.ablation.loading import load
 from gradagree_opt.ablation.methods import Method
 from gradagree_opt.ablation.models import Params, initial_params, predict
@@ -225,7 +226,20 @@ def test_a_run_that_overflows_on_test_tasks_alone_is_infinite_there(
     assert set(record.test.values()) == {float("inf")} and record.validation < float("inf")
 
 
-def test_the_threads_are_as_before_after_a_run(study: Study, problem: Problem) -> None:
+def test_a_run_is_on_one_thread_from_end_to_end_and_the_threads_are_as_before(
+    study: Study, problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+
+    def spied(function: Callable[..., Any]) -> Callable[..., Any]:
+        def spy(*arguments: Any) -> Any:
+            threads.append(torch.get_num_threads())
+            return function(*arguments)
+
+        return spy
+
+    for name in ("outer_steps", "scores_after", "agreement_matrix"):
+        monkeypatch.setattr(training_module, name, spied(getattr(training_module, name)))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -233,6 +247,7 @@ def test_the_threads_are_as_before_after_a_run(study: Study, problem: Problem) -
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+    assert len(threads) > 3 and set(threads) == {1}
 
 
 def test_a_maml_study_lowers_its_loss_with_adam(study: Study) -> None:
@@ -286,13 +301,19 @@ def test_adapting_some_tasks_at_a_time_gives_the_same_scores(
 
 
 @pytest.mark.parametrize(
-    "name", ["omniglot-5way-1shot", "omniglot-5way-5shot", "omniglot-20way-5shot"]
+    ("name", "expected"),
+    [
+        ("sine", 31_360),
+        ("omniglot-5way-1shot", 80),
+        ("omniglot-20way-5shot", 4),
+        ("mini-imagenet-5way-1shot", 2),
+        ("mini-imagenet-5way-5shot", 1),
+    ],
 )
-def test_four_hundred_drawings_are_adapted_at_once(name: str) -> None:
-    study = load(name)
-    tasks = tasks_at_once(study)
-    assert tasks is not None
-    assert tasks * study.way * study.test.support_shots == 400
+def test_as_many_tasks_are_adapted_at_once_as_have_four_hundred_drawings_of_inputs(
+    name: str, expected: int
+) -> None:
+    assert tasks_at_once(load(name)) == expected
 
 
 def test_photographs_are_drawn_one_step_at_a_time(study: Study, problem: Problem) -> None:
