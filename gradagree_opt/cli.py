@@ -21,7 +21,7 @@ try:
     )
     from gradagree_opt.ablation.citations import bibtex, methods_text
     from gradagree_opt.ablation.display import Display
-    from gradagree_opt.ablation.loading import load, shipped
+    from gradagree_opt.ablation.loading import load, read, shipped
     from gradagree_opt.ablation.recorded import read_config, read_results
     from gradagree_opt.ablation.records import RunRecord
     from gradagree_opt.ablation.study import Study, StudyError
@@ -38,6 +38,11 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
+def usable_cores() -> int:
+    """Those that this process may run on, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @app.callback()
 def main() -> None:
     """Gradient Agreement for meta-learning: ablation studies."""
@@ -48,7 +53,7 @@ def list_studies(wanted: bool) -> bool:
         studies = shipped()
         width = max(map(len, studies))
         for name in studies:
-            typer.echo(f"{name:{width}}  {load(name).title}")
+            typer.echo(f"{name:{width}}  {read(studies[name])[0]['title']}")
         raise typer.Exit
     return wanted
 
@@ -66,9 +71,12 @@ def ablate(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Omniglot: .npz, or a folder to download to. mini-ImageNet: its folder."),
+        typer.Option(
+            help="Omniglot: .npz, or a folder that is there, to download to. mini-ImageNet: its "
+            "folder."
+        ),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = usable_cores(),
     tensorboard: Annotated[
         bool,
         typer.Option(

@@ -161,7 +161,8 @@ def draw(folder: Path, parts: Sequence[Results], config: Config) -> dict[str, Fi
             pictures["agreement-matrix"] = matrices
         trained = trained_params(folder, results, config.digest(results.study))
         if results.study.tasks.kind == "sine" and trained:
-            problem = build_problem(results.study, None)
+            clean = results.study.model_copy(update={"corruption": None})
+            problem = build_problem(clean, None)
             pictures["adaptation"] = adaptation(results, problem, trained)
     return pictures
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from gradagree_opt.ablation.sweep import Results
 from gradagree_opt.ablation.tables import (
@@ -53,16 +54,16 @@ def terminal(parts: Sequence[Results]) -> Table:
     more = hidden if len(parts) > 1 else []
     table = summary(parts).drop(columns=[ADJUSTED_P, EFFECT_SIZE, *more])
     shown = Table(
-        caption="\n".join(notes(parts)),
+        caption=Text("\n".join(notes(parts))),
         caption_justify="left",
         box=SIMPLE_HEAD,
         show_edge=False,
         padding=0,
     )
     for column in table.columns:
-        shown.add_column(column, justify="left" if column == "method" else "right")
+        shown.add_column(Text(column), justify="left" if column == "method" else "right")
     for place, row in enumerate(table.to_numpy().tolist()):
         if place % len(study.methods) == 0:
             shown.add_section()
-        shown.add_row(*(cell.replace(" ± ", "\n± ") for cell in row))
+        shown.add_row(*(Text(cell.replace(" ± ", "\n± ")) for cell in row))
     return shown

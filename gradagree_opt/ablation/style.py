@@ -27,6 +27,7 @@ DASHES = ("-", "--", ":", "-.")
 MARKERS = "osD^vPX<>*hd"
 STYLE: Any = {
     "font.size": 9,
+    "text.parse_math": False,  # a name may have dollars
     "axes.labelsize": 9,
     "axes.titlesize": 9,
     "legend.fontsize": 8,
