@@ -10,7 +10,14 @@ from torch import Tensor
 from gradagree_opt.annotations import Float, Int
 from gradagree_opt.frameworks import FRAMEWORKS, require
 from gradagree_opt.tasks.draws import random_subsets
-from gradagree_opt.tasks.protocol import SPLITS, Batch, Split, check_sample_arguments
+from gradagree_opt.tasks.protocol import (
+    SPLITS,
+    Batch,
+    Split,
+    check_counts,
+    check_floating,
+    check_sample_arguments,
+)
 from gradagree_opt.weightings import check_choice
 
 Dataset = Literal["sleepstudy", "ChickWeight", "Spruce", "Milk", "Oxboys", "Ovary"]
@@ -94,11 +101,8 @@ class GroupedRegression:
         device: torch.device | str = "cpu",
     ) -> None:
         check_rows(x, y, groups, splits)
-        for name, count in (("support_shots", support_shots), ("query_shots", query_shots)):
-            if count < 1:
-                raise ValueError(f"expected {name} to be at least 1, found {count}")
-        if not dtype.is_floating_point:
-            raise TypeError(f"expected a floating dtype, found {dtype}")
+        check_counts(support_shots=support_shots, query_shots=query_shots)
+        check_floating(dtype)
         self.support_shots, self.query_shots = support_shots, query_shots
         self.device = torch.device(device)
         training = (splits == SPLITS.index("train"))[groups]

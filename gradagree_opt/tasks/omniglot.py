@@ -16,7 +16,14 @@ from gradagree_opt.tasks.omniglot_files import (
     read_npz,
     read_one_shot_runs,
 )
-from gradagree_opt.tasks.protocol import SPLITS, Batch, Split, check_sample_arguments
+from gradagree_opt.tasks.protocol import (
+    SPLITS,
+    Batch,
+    Split,
+    check_counts,
+    check_floating,
+    check_sample_arguments,
+)
 
 
 class Omniglot:
@@ -79,16 +86,13 @@ class Omniglot:
         device: torch.device | str = "cpu",
     ) -> None:
         check_characters(images, splits)
-        for name, count in (("way", way), ("shot", shot), ("query_shots", query_shots)):
-            if count < 1:
-                raise ValueError(f"expected {name} to be at least 1, found {count}")
+        check_counts(way=way, shot=shot, query_shots=query_shots)
         if shot + query_shots > images.shape[1]:
             raise ValueError(
                 f"expected shot + query_shots to be at most the {images.shape[1]} drawings of a "
                 f"character, found {shot} + {query_shots}"
             )
-        if not dtype.is_floating_point:
-            raise TypeError(f"expected a floating dtype, found {dtype}")
+        check_floating(dtype)
         if rotations:
             images = torch.cat([images.rot90(turns, (2, 3)) for turns in range(4)])
             splits = splits.repeat(4)
@@ -221,8 +225,7 @@ class Omniglot:
 
         Source: Lake et al. 2015.
         """
-        if not dtype.is_floating_point:
-            raise TypeError(f"expected a floating dtype, found {dtype}")
+        check_floating(dtype)
         support, query = read_one_shot_runs(Path(path))
         return {
             part: (examples.images.unsqueeze(2).to(dtype).div_(255), examples.classes)

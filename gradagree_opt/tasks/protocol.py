@@ -36,6 +36,19 @@ class TaskDistribution(Protocol):
         """
 
 
+def check_counts(**counts: int) -> None:
+    """Say in one sentence which of the counts is below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"expected {name} to be at least 1, found {count}")
+
+
+def check_floating(dtype: torch.dtype, /) -> None:
+    """Say in one sentence that the sampled tensors cannot be of this dtype."""
+    if not dtype.is_floating_point:
+        raise TypeError(f"expected a floating dtype, found {dtype}")
+
+
 def check_sample_arguments(n_tasks: object, split: object, generator: object, /) -> None:
     """Say in one sentence what is wrong with the arguments of ``sample``.
 
@@ -45,8 +58,7 @@ def check_sample_arguments(n_tasks: object, split: object, generator: object, /)
     """
     if not isinstance(n_tasks, int) or isinstance(n_tasks, bool):
         raise TypeError(f"expected n_tasks to be an int, found {n_tasks!r}")
-    if n_tasks < 1:
-        raise ValueError(f"expected n_tasks to be at least 1, found {n_tasks}")
+    check_counts(n_tasks=n_tasks)
     check_choice("split", split, SPLITS)
     if not isinstance(generator, torch.Generator):
         raise TypeError(

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from gradagree_opt.annotations import Float
 from gradagree_opt.tasks.draws import random_subsets
-from gradagree_opt.tasks.protocol import Batch, Split, check_sample_arguments
+from gradagree_opt.tasks.protocol import (
+    Batch,
+    Split,
+    check_counts,
+    check_floating,
+    check_sample_arguments,
+)
 from gradagree_opt.weightings import check_choice
 
 Support = Literal["uniform", "shuffled_grid"]
@@ -72,13 +78,10 @@ class Sine:
     def __post_init__(self) -> None:
         for name in ("amplitude", "phase", "x_range"):
             check_interval(name, getattr(self, name))
-        for name in ("support_shots", "query_shots"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} to be at least 1, found {getattr(self, name)}")
+        check_counts(support_shots=self.support_shots, query_shots=self.query_shots)
         check_choice("support", self.support, get_args(Support))
         check_choice("query", self.query, get_args(Query))
-        if not self.dtype.is_floating_point:
-            raise TypeError(f"expected a floating dtype, found {self.dtype}")
+        check_floating(self.dtype)
 
     def sample(
         self, n_tasks: int, *, split: Split = "train", generator: torch.Generator

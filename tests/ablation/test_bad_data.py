@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
-from gradagree_opt.cli import app
+from gradagree_testing.command import contents, gradagree
 from gradagree_testing.photographs import write_photographs
+from gradagree_testing.pickles import Trap
 
 from .conftest import WriteStudy
 
@@ -24,25 +24,10 @@ SETTINGS = {"inner": {"lr": 0.1, "steps": 1}, "test": TEST}
 SPLITS = np.arange(12) % 3
 
 
-class Trap:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable[..., None], tuple[Path]]:
-        return Path.touch, (self.path,)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def refusal(study: Path, out: Path, *arguments: object) -> str:
     """The one sentence with which a study is refused; ``out`` is not made, nothing else changed."""
     before = contents(study.parent)
-    command = ["ablate", str(study), "--out", str(out), "--jobs", "1", *map(str, arguments)]
-    result = CliRunner().invoke(app, command, terminal_width=100)
+    result = gradagree("ablate", study, "--out", out, "--jobs", 1, *arguments)
     assert result.exit_code == 2, result.output
     message = result.stderr.strip()
     assert message.startswith("gradagree: ") and "\n" not in message
@@ -211,13 +196,14 @@ def test_a_pickle_among_the_records_is_a_damaged_record_and_never_unpickled(
     expected = (copied / "table.md").read_bytes()
     records, arrays = (sorted(copied.glob(f"runs/*.{kind}")) for kind in ("json", "npz"))
     records[0].write_bytes(pickle.dumps(Trap(sprung)))
-    arrays[1].write_bytes(pickle.dumps(Trap(sprung)))
-    np.savez(arrays[2], weight=np.array([Trap(sprung)], object))
-    command = ["ablate", str(study_file), "--out", str(copied), "--jobs", "1"]
-    result = CliRunner().invoke(app, command)
+    for path in arrays[::2]:
+        path.write_bytes(pickle.dumps(Trap(sprung)))
+    for path in arrays[1::2]:
+        np.savez(path, weight=np.array([Trap(sprung)], object))
+    result = gradagree("ablate", study_file, "--out", copied, "--jobs", 1)
     assert not sprung.exists()
     assert result.exit_code == 0, result.output
-    assert result.stderr.count("redoing its run") == 3
+    assert result.stderr.count("redoing its run") == 1
     assert (copied / "table.md").read_bytes() == expected
 
 

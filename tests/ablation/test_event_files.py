@@ -6,19 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from gradagree_opt.ablation.recorded import read_config, read_results
-from gradagree_opt.cli import app
+from gradagree_testing.command import gradagree
 
 pytest.importorskip("tensorboard")
 
 if TYPE_CHECKING:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-
-def gradagree(*arguments: object) -> Result:
-    return CliRunner().invoke(app, list(map(str, arguments)), terminal_width=100)
 
 
 def events(folder: Path) -> "EventAccumulator":

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from scipy import stats
-from typer.testing import CliRunner, Result
 
 from gradagree_opt.ablation.corruption import corruption
 from gradagree_opt.ablation.methods import Method
@@ -20,14 +19,10 @@ from gradagree_opt.ablation.records import Run
 from gradagree_opt.ablation.study import CorruptionSection, Study
 from gradagree_opt.ablation.style import looks
 from gradagree_opt.ablation.sweep import Results
-from gradagree_opt.cli import app
+from gradagree_testing.command import gradagree
 
 FRACTIONS = [0.0, 0.2, 0.5]
 RUN = Run(method=Method(name="mean", aggregator="mean"), rate=0.5, seed=3)
-
-
-def gradagree(*arguments: object) -> Result:
-    return CliRunner().invoke(app, list(map(str, arguments)), terminal_width=80)
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from gradagree_opt.ablation.records import RunRecord
-from gradagree_opt.cli import app
 from gradagree_opt.tasks import MiniImageNet
+from gradagree_testing.command import gradagree
 from gradagree_testing.photographs import write_photographs
 
 PAGE = 4096
@@ -47,10 +47,6 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
         pytest.skip(f"no file system can be mounted here: {error}")
     yield disk
     disk.unmount()
-
-
-def gradagree(*arguments: object) -> Result:
-    return CliRunner().invoke(app, list(map(str, arguments)), terminal_width=100)
 
 
 def refused(result: Result) -> None:

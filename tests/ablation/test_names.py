@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pandas as pd
-from typer.testing import CliRunner
 
-from gradagree_opt.cli import app
+from gradagree_testing.command import gradagree
 
 from .conftest import WriteStudy
 
@@ -24,10 +23,20 @@ SWAPPED = {
 
 
 def results(study: Path, out: Path) -> pd.DataFrame:
-    arguments = ["ablate", str(study), "--out", str(out), "--jobs", "1"]
-    result = CliRunner().invoke(app, arguments)
+    result = gradagree("ablate", study, "--out", out, "--jobs", 1)
     assert result.exit_code == 0, result.output
     return pd.read_csv(out / "results.csv")
+
+
+def test_a_name_is_never_read_as_markup(write_study: WriteStudy, tmp_path: Path) -> None:
+    names = [r"$\foo$ mean [/b]", "agreement [bold]", "clipped $1", "[/link] | $2$"]
+    methods = [{"name": name, **keys} for name, keys in zip(names, METHODS.values(), strict=True)]
+    study = write_study(methods=methods, baseline=names[0], title=r"[red]Tiny $\foo$")
+    result = gradagree("ablate", study, "--out", tmp_path / "out", "--jobs", 1)
+    assert result.exit_code == 0, result.output
+    for name in names:
+        assert name in result.stdout
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_results_follow_the_aggregator_whatever_a_method_is_called(

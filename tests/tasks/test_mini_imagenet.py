@@ -1,7 +1,6 @@
 """mini-ImageNet's format: a small set made with Pillow, its cache, and everything wrong with it."""
 
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from PIL import Image
 
 from gradagree_opt.tasks import MiniImageNet
 from gradagree_opt.tasks import mini_imagenet_files as files_module
+from gradagree_testing.pickles import Trap
 
 CLASSES = {"train.csv": 4, "val.csv": 3, "test.csv": 3}
 IMAGES = 5
@@ -134,23 +134,13 @@ def test_a_cache_that_is_damaged_or_a_pickle_is_made_anew_and_never_unpickled(ro
     elif damage == "empty":
         path.write_bytes(b"")
     elif damage == "pickle":
-        path.write_bytes(pickle.dumps(Trap(str(root / "sprung"))))
+        path.write_bytes(pickle.dumps(Trap(root / "sprung")))
     else:
         np.save(path, np.zeros((3, 3), np.uint8))
     found = MiniImageNet(root, way=3, shot=1, query_shots=2).images["train"].pixels
     assert torch.equal(found, expected)
     assert path.read_bytes() == whole
     assert not (root / "sprung").exists()
-
-
-class Trap:
-    """Leaves a file behind where it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path(self.path).touch, ())
 
 
 def test_a_decoding_that_is_interrupted_leaves_no_cache(root, monkeypatch):

