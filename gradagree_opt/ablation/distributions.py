@@ -134,27 +134,38 @@ def tasksets(
     It is called with Python's, NumPy's and PyTorch's global generators seeded: one that shuffles
     its classes gives every process the same.
     """
+    try:
+        adapter = importlib.import_module("gradagree_opt.adapters.learn2learn")
+        with adapter.seeded(0):
+            parts = called(tasks, test, data)
+        training = adapter.Tasksets(*parts, shots=tasks.support_shots)
+        check_apart(training.tasksets)
+        return training, adapter.Tasksets(*parts, shots=test.support_shots)
+    except (ImportError, TypeError, ValueError) as error:
+        raise StudyError(f"the tasksets of {tasks.tasksets}: {error}") from None
+
+
+def called(tasks: Learn2LearnTasks, test: Test, data: Path | None) -> Any:
+    """What the function that the study names returns.
+
+    Raises:
+        ValueError: It raises anything, or cannot be called.
+    """
     module, name = tasks.tasksets.split(":")
     root = {} if data is None else {"root": str(data)}
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        adapter = importlib.import_module("gradagree_opt.adapters.learn2learn")
-        with adapter.seeded(0):
-            parts = getattr(importlib.import_module(module), name)(
-                train_ways=tasks.way,
-                train_samples=tasks.support_shots + tasks.query_shots,
-                test_ways=tasks.way,
-                test_samples=test.support_shots + test.query_shots,
-                **root,
-                **tasks.options,
-            )
-        training = adapter.Tasksets(*parts, shots=tasks.support_shots)
-        check_apart(training.tasksets)
-        return training, adapter.Tasksets(*parts, shots=test.support_shots)
-    except Exception as error:  # the function is the user's: it may raise anything
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise StudyError(f"the tasksets of {tasks.tasksets}: {what}") from None
+        return getattr(importlib.import_module(module), name)(
+            train_ways=tasks.way,
+            train_samples=tasks.support_shots + tasks.query_shots,
+            test_ways=tasks.way,
+            test_samples=test.support_shots + test.query_shots,
+            **root,
+            **tasks.options,
+        )
+    except Exception as error:  # it is the user's, and may raise anything
+        raise ValueError(f"{type(error).__name__}: {error}".splitlines()[0]) from None
 
 
 def check_apart(tasksets: dict[str, Any]) -> None:
