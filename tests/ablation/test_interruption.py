@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -162,9 +163,14 @@ def test_killed_at_any_moment_a_study_loses_the_runs_in_flight_and_nothing_else(
         os.killpg(process.pid, signal.SIGKILL)
 
     def kill_workers(process: Process) -> None:
-        for pid in members(process.pid):
-            if pid != process.pid:
-                os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while process.poll() is None:  # the next ones too, where these were at their end anyway
+            assert time.monotonic() < deadline
+            for pid in members(process.pid):
+                if pid != process.pid:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
 
     for kill, moment in (
         (kill_all, lambda: out.exists()),
