@@ -135,12 +135,13 @@ def tasksets(
     its classes gives every process the same.
     """
     try:
-        adapter = importlib.import_module("gradagree_opt.adapters.learn2learn")
-        with adapter.seeded(0):
+        from gradagree_opt.tasks.tasksets import Tasksets, seeded
+
+        with seeded(0):
             parts = called(tasks, test, data)
-        training = adapter.Tasksets(*parts, shots=tasks.support_shots)
+        training = Tasksets(*parts, shots=tasks.support_shots)
         check_apart(training.tasksets)
-        return training, adapter.Tasksets(*parts, shots=test.support_shots)
+        return training, Tasksets(*parts, shots=test.support_shots)
     except (ImportError, TypeError, ValueError) as error:
         raise StudyError(f"the tasksets of {tasks.tasksets}: {error}") from None
 
