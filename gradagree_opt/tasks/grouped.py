@@ -10,14 +10,7 @@ from torch import Tensor
 from gradagree_opt.annotations import Float, Int
 from gradagree_opt.frameworks import FRAMEWORKS, require
 from gradagree_opt.tasks.draws import random_subsets
-from gradagree_opt.tasks.protocol import (
-    SPLITS,
-    Batch,
-    Split,
-    check_counts,
-    check_floating,
-    check_sample_arguments,
-)
+from gradagree_opt.tasks.protocol import SPLITS, Batch, Split, check_options, check_sample_arguments
 from gradagree_opt.weightings import check_choice
 
 Dataset = Literal["sleepstudy", "ChickWeight", "Spruce", "Milk", "Oxboys", "Ovary"]
@@ -101,8 +94,7 @@ class GroupedRegression:
         device: torch.device | str = "cpu",
     ) -> None:
         check_rows(x, y, groups, splits)
-        check_counts(support_shots=support_shots, query_shots=query_shots)
-        check_floating(dtype)
+        check_options(dtype, support_shots=support_shots, query_shots=query_shots)
         self.support_shots, self.query_shots = support_shots, query_shots
         self.device = torch.device(device)
         training = (splits == SPLITS.index("train"))[groups]

@@ -9,13 +9,7 @@ from torch import Tensor
 from gradagree_opt.annotations import Int
 from gradagree_opt.tasks.draws import in_random_order, random_subsets
 from gradagree_opt.tasks.mini_imagenet_files import Images, read_splits
-from gradagree_opt.tasks.protocol import (
-    Batch,
-    Split,
-    check_counts,
-    check_floating,
-    check_sample_arguments,
-)
+from gradagree_opt.tasks.protocol import Batch, Split, check_options, check_sample_arguments
 
 
 class MiniImageNet:
@@ -62,8 +56,7 @@ class MiniImageNet:
         cache: str | PathLike[str] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        check_counts(way=way, shot=shot, query_shots=query_shots)
-        check_floating(dtype)
+        check_options(dtype, way=way, shot=shot, query_shots=query_shots)
         self.way, self.shot, self.query_shots, self.dtype = way, shot, query_shots, dtype
         folder = Path(root)
         self.images = read_splits(folder, folder / "cache" if cache is None else Path(cache))

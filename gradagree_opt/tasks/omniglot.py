@@ -16,14 +16,7 @@ from gradagree_opt.tasks.omniglot_files import (
     read_npz,
     read_one_shot_runs,
 )
-from gradagree_opt.tasks.protocol import (
-    SPLITS,
-    Batch,
-    Split,
-    check_counts,
-    check_floating,
-    check_sample_arguments,
-)
+from gradagree_opt.tasks.protocol import SPLITS, Batch, Split, check_options, check_sample_arguments
 
 
 class Omniglot:
@@ -86,13 +79,12 @@ class Omniglot:
         device: torch.device | str = "cpu",
     ) -> None:
         check_characters(images, splits)
-        check_counts(way=way, shot=shot, query_shots=query_shots)
+        check_options(dtype, way=way, shot=shot, query_shots=query_shots)
         if shot + query_shots > images.shape[1]:
             raise ValueError(
                 f"expected shot + query_shots to be at most the {images.shape[1]} drawings of a "
                 f"character, found {shot} + {query_shots}"
             )
-        check_floating(dtype)
         if rotations:
             images = torch.cat([images.rot90(turns, (2, 3)) for turns in range(4)])
             splits = splits.repeat(4)
@@ -225,7 +217,7 @@ class Omniglot:
 
         Source: Lake et al. 2015.
         """
-        check_floating(dtype)
+        check_options(dtype)
         support, query = read_one_shot_runs(Path(path))
         return {
             part: (examples.images.unsqueeze(2).to(dtype).div_(255), examples.classes)

@@ -36,15 +36,16 @@ class TaskDistribution(Protocol):
         """
 
 
-def check_counts(**counts: int) -> None:
-    """Say in one sentence which of the counts is below 1."""
+def check_options(dtype: torch.dtype, /, **counts: int) -> None:
+    """Say in one sentence that tensors of this dtype, or as few of them, cannot be sampled.
+
+    Raises:
+        TypeError: ``dtype`` is not a floating one.
+        ValueError: one of the counts is below 1.
+    """
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"expected {name} to be at least 1, found {count}")
-
-
-def check_floating(dtype: torch.dtype, /) -> None:
-    """Say in one sentence that the sampled tensors cannot be of this dtype."""
     if not dtype.is_floating_point:
         raise TypeError(f"expected a floating dtype, found {dtype}")
 
@@ -58,7 +59,8 @@ def check_sample_arguments(n_tasks: object, split: object, generator: object, /)
     """
     if not isinstance(n_tasks, int) or isinstance(n_tasks, bool):
         raise TypeError(f"expected n_tasks to be an int, found {n_tasks!r}")
-    check_counts(n_tasks=n_tasks)
+    if n_tasks < 1:
+        raise ValueError(f"expected n_tasks to be at least 1, found {n_tasks}")
     check_choice("split", split, SPLITS)
     if not isinstance(generator, torch.Generator):
         raise TypeError(

@@ -9,13 +9,7 @@ from torch import Tensor
 
 from gradagree_opt.annotations import Float
 from gradagree_opt.tasks.draws import random_subsets
-from gradagree_opt.tasks.protocol import (
-    Batch,
-    Split,
-    check_counts,
-    check_floating,
-    check_sample_arguments,
-)
+from gradagree_opt.tasks.protocol import Batch, Split, check_options, check_sample_arguments
 from gradagree_opt.weightings import check_choice
 
 Support = Literal["uniform", "shuffled_grid"]
@@ -78,10 +72,9 @@ class Sine:
     def __post_init__(self) -> None:
         for name in ("amplitude", "phase", "x_range"):
             check_interval(name, getattr(self, name))
-        check_counts(support_shots=self.support_shots, query_shots=self.query_shots)
         check_choice("support", self.support, get_args(Support))
         check_choice("query", self.query, get_args(Query))
-        check_floating(self.dtype)
+        check_options(self.dtype, support_shots=self.support_shots, query_shots=self.query_shots)
 
     def sample(
         self, n_tasks: int, *, split: Split = "train", generator: torch.Generator
