@@ -34,12 +34,7 @@ from gradagree_opt.tasks import (
     TaskDistribution,
 )
 from gradagree_opt.tasks.grouped import Dataset
-from gradagree_opt.tasks.omniglot_files import (
-    SplitScheme,
-    download_folder,
-    read_folder,
-    read_npz,
-)
+from gradagree_opt.tasks.omniglot_files import SplitScheme, read_folder, read_npz
 from gradagree_opt.tasks.protocol import Split
 
 SINE_PHASES = {"paper": 2 * math.pi, "finn": math.pi}
@@ -249,11 +244,8 @@ def drawings(data: Path | None, tasks: OmniglotTasks, test: Test) -> tuple[Omnig
         )
     scheme: SplitScheme = "vinyals" if tasks.split == "vinyals" else "background_validation"
     try:
-        if data.is_dir():
-            download_folder(data)
-            characters = read_folder(data / "omniglot-py", scheme)
-        else:
-            characters = read_npz(data, scheme)
+        read = partial(read_folder, download=True) if data.is_dir() else read_npz
+        characters = read(data, scheme)
         tasks_with = partial(Omniglot, *characters, way=tasks.way, rotations=tasks.rotations)
         return (
             tasks_with(shot=tasks.support_shots, query_shots=tasks.query_shots),

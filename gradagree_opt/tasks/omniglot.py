@@ -11,7 +11,6 @@ from gradagree_opt.tasks.draws import in_random_order, random_subsets
 from gradagree_opt.tasks.omniglot_files import (
     SplitScheme,
     check_images,
-    download_folder,
     read_folder,
     read_npz,
     read_one_shot_runs,
@@ -177,9 +176,7 @@ class Omniglot:
             ValueError: characters differ in their number of drawings; and whatever the class
                 raises.
         """
-        if download:
-            download_folder(Path(root))
-        characters = read_folder(Path(root) / "omniglot-py", split_scheme)
+        characters = read_folder(Path(root), split_scheme, download=download)
         return cls(
             *characters,
             way=way,

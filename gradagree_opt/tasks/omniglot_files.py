@@ -198,18 +198,21 @@ def download_folder(root: Path, /) -> None:
             ) from None
 
 
-def read_folder(folder: Path, split_scheme: SplitScheme, /) -> Characters:
-    """Characters of ``folder/images_*/<alphabet>/<character>/*.png``, resized to 28×28.
+def read_folder(root: Path, split_scheme: SplitScheme, /, *, download: bool) -> Characters:
+    """Characters of ``root/omniglot-py/images_*/<alphabet>/<character>/*.png``, resized to 28×28.
 
     Drawings become greyscale before they are resized with Lanczos' filter, as in learn2learn:
     Pillow would resize the two-level originals by nearest pixels, which breaks thin strokes.
 
     Raises:
-        FileNotFoundError: one of the two folders is not there.
+        FileNotFoundError: one of the two folders is not there, or cannot be fetched.
         ValueError: there are no characters, they differ in their number of drawings, or
             ``split_scheme`` is unknown.
     """
     check_choice("split_scheme", split_scheme, get_args(SplitScheme))
+    if download:
+        download_folder(root)
+    folder = root / "omniglot-py"
     for part in PARTS:
         if not (folder / part).is_dir():
             raise FileNotFoundError(

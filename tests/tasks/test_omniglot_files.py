@@ -150,12 +150,16 @@ def test_an_unknown_split_scheme_is_named(tmp_path, read):
 
 
 def test_a_folder_is_read_alphabet_by_alphabet(folder):
-    images, splits = read_folder(folder, "vinyals")
+    images, splits = read_folder(folder.parent, "vinyals", download=False)
     assert images.shape == (9, 3, 28, 28)
     assert splits.tolist() == [0, 0, 0, 1, 1, 0, 2, 2, 2]
-    assert read_folder(folder, "background").splits.tolist() == [0] * 5 + [2] * 4
     assert (
-        read_folder(folder, "background_validation").splits.tolist() == [0] * 3 + [1] * 2 + [2] * 4
+        read_folder(folder.parent, "background", download=False).splits.tolist()
+        == [0] * 5 + [2] * 4
+    )
+    assert (
+        read_folder(folder.parent, "background_validation", download=False).splits.tolist()
+        == [0] * 3 + [1] * 2 + [2] * 4
     )
     last = read_drawing(folder / "images_evaluation/ULOG/character02/0001_03.png")
     assert torch.equal(images[8, 2], last)
@@ -176,7 +180,7 @@ def test_paper_is_0_and_ink_255(tmp_path):
 
 
 def test_folder_and_archive_of_the_same_characters_give_the_same_tasks(tmp_path, folder, seeded):
-    images, splits = read_folder(folder, "vinyals")
+    images, splits = read_folder(folder.parent, "vinyals", download=False)
     np.savez(tmp_path / "omniglot.npz", images=images.numpy(), vinyals_split=splits.numpy())
     options = {"way": 2, "shot": 1, "query_shots": 2}
     sources = (
