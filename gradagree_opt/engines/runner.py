@@ -32,6 +32,8 @@ ENGINES: dict[str, Engine] = {
     "one_backward": one_backward,
 }
 
+IN_FLOAT32 = ("stacked", "streamed")
+"""Those that add over the tasks in float32 whatever the parameters are."""
 STACK_BYTES = 2**24
 """Size of all gradients together from which on not to hold them is faster as well."""
 GPU_STACK_BYTES = 2**30
@@ -106,10 +108,7 @@ class Runner:
         self, params: PyTree, tasks: PyTree, aggregator: Aggregator, draws: Tensor | None, /
     ) -> Aggregation:
         """The aggregation by the engine that suits best, not looked at and with no other tried."""
-        names = self._candidates(params, task_count(tasks, "tasks"), aggregator)
-        coarse = is_coarse(tree_leaves(params))
-        sound = (name for name in names if not coarse or name in ("stacked", "streamed"))
-        name = next(sound, names[0])
+        name = self._candidates(params, task_count(tasks, "tasks"), aggregator)[0]
         aggregation, _ = self._engines[name](params, tasks, aggregator, draws)
         return aggregation
 
@@ -145,6 +144,8 @@ class Runner:
         if aggregator.scope != "global":  # one backward pass for each group
             order.reverse()
         order = [*["matrix_free"] * sparing, *order, *["streamed"] * (not self._compile)]
+        if is_coarse(tree_leaves(params)):
+            order = [name for name in order if name in IN_FLOAT32]
         order = [name for name in order if refusals[name] is None]
         return sorted(order, key=self._failed.__contains__)
 
