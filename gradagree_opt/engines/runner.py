@@ -139,20 +139,20 @@ class Runner:
                     f"{refusals[self.engine]}; take engine='stacked'"
                 )
             return [self.engine]
-        sparing = not self.task_loss.adapts and _are_large(params, n)
+        leaves = tree_leaves(params)
+        sparing = not self.task_loss.adapts and _are_large(leaves, n)
         order = ["one_backward", "stacked"]
         if aggregator.scope != "global":  # one backward pass for each group
             order.reverse()
         order = [*["matrix_free"] * sparing, *order, *["streamed"] * (not self._compile)]
-        if is_coarse(tree_leaves(params)):
+        if is_coarse(leaves):
             order = [name for name in order if name in IN_FLOAT32]
         order = [name for name in order if refusals[name] is None]
         return sorted(order, key=self._failed.__contains__)
 
 
-def _are_large(params: PyTree, n: int) -> bool:
+def _are_large(leaves: list[Tensor], n: int) -> bool:
     """Whether not to hold the gradients of n tasks is faster."""
-    leaves = tree_leaves(params)
     size: int = n * sum(leaf.numel() * leaf.element_size() for leaf in leaves)
     limit = STACK_BYTES if leaves[0].device.type == "cpu" else GPU_STACK_BYTES
     return size > limit
