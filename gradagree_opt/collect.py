@@ -120,10 +120,10 @@ class TaskBatch:
                 f"add{_call(self._form)}; call backward() first"
             )
         after = match(self._all, adapted) if adapted is not None else {}
+        displacements = [displacement(self._trained, after)] if adapted is not None else []
         if loss is not None:
             self._add_loss(loss, after)
-        if adapted is not None:
-            self._displacements.append(displacement(self._trained, after))
+        self._displacements += displacements
 
     def backward(self) -> Aggregation:
         """Adds Σ_i w_i · direction_i to ``.grad`` of every parameter; ready for the next batch.
