@@ -35,6 +35,9 @@ class TaskBatch:
     the body of ANIL). A learner of detached tensors has its gradient taken where it stands, which
     is first-order MAML (higher's ``track_higher_grads=False``).
 
+    A parameter's hooks see the gradient of the weighted loss where one backward pass is shared, and
+    that of each task where there is one for each.
+
     Args:
         parameters: module, named tensors or tensors whose ``.grad`` is to be filled; those that do
             not require a gradient are left alone.

@@ -135,7 +135,7 @@ class TaskOptimizer:
         return FunctionalStep(self.optimizer.step(loss, params), result)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears ``.grad`` of the wrapped optimizer's parameters, unless it is one that uses none."""
+        """Clears ``.grad`` of the wrapped optimizer's parameters, unless it uses none."""
         if not (self._functional or self._differentiable):
             self.optimizer.zero_grad(set_to_none)
 
