@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from gradagree_opt.adapted import displacement, match, trained
 from gradagree_opt.aggregation import Aggregator
 from gradagree_opt.aggregators import check_aggregator
-from gradagree_opt.batchnorm import RunningStatistics
+from gradagree_opt.batchnorm import RunningStatistics, statistics_refused
 from gradagree_opt.collect import add_to_grad
 from gradagree_opt.engines.losses import scalar_loss
 from gradagree_opt.frameworks import require
@@ -101,7 +101,8 @@ def meta_step(
         chunk_size=chunk_size,
     )
     params = tree_map(torch.Tensor.detach, parameters)
-    directions, (signal, losses, buffers) = gradient(params, statistics.for_tasks(n), tasks)
+    with statistics_refused():
+        directions, (signal, losses, buffers) = gradient(params, statistics.for_tasks(n), tasks)
     if losses.requires_grad:
         raise ValueError(
             "expected a loss whose trained parameters are all the algorithm's, found one with "

@@ -269,6 +269,7 @@ class OfMatrix(OurAggregator):
         matrix = torch.stack(
             [torch.cat([leaf.flatten() for leaf in tree_leaves(tree)]) for tree in directions]
         )
+        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
         if matrix.isfinite().all():
             vector = self.torchjd(matrix)
         else:

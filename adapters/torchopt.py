@@ -150,7 +150,7 @@ class Inner:
         """Adapted parameters of one task; ``steps`` in place of the loop's own number."""
         state = _batched_like(support, self.transformation.init(params))
         gradient = torch.func.grad(loss_fn)
-        for _ in range(self.steps if steps is None else steps):
+        for _ in range(self.steps if steps is None else check_steps(steps)):
             at = tree_map(torch.Tensor.detach, params) if first_order else params
             updates, state = self._update(gradient(at, support), state, at)
             params = torchopt.apply_updates(params, updates, inplace=False)

@@ -79,15 +79,17 @@ def match(parameters: Mapping[str, Tensor], adapted: Parameters, /) -> dict[str,
         ValueError: these are no adapted parameters of the same model.
     """
     after = named(adapted)
-    by_name = isinstance(adapted, nn.Module | Mapping) and "0" not in parameters
-    if not (by_name and after and after.keys() <= parameters.keys()):
+    has_names = isinstance(adapted, nn.Module | Mapping)
+    listed = "0" in parameters  # names are positions, as those of an nn.ParameterList are
+    known = after.keys() == parameters.keys() if listed else after.keys() <= parameters.keys()
+    if not (has_names and after and known):
         if len(after) != len(parameters):
             raise ValueError(
                 f"expected adapted parameters for the {len(parameters)} of the batch, found "
                 f"{len(after)}; give TaskBatch the module itself and add its learner, or list the "
                 "parameters of both in the same order"
             )
-        if by_name and _inner_names(parameters) != _inner_names(after):
+        if has_names and not listed and _inner_names(parameters) != _inner_names(after):
             raise ValueError(
                 f"expected the learner of the same model, found parameters {[*after][:3]} where "
                 f"the batch has {[*parameters][:3]}; add the learner adapted from that model"

@@ -71,7 +71,8 @@ def statistics_refused() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "mutate a captured Tensor" in str(error) or "running_mean" in str(error):
+        message = str(error)
+        if "mutate a captured Tensor" in message or "will be updated in place" in message:
             raise ValueError(
                 "expected a model that changes no buffer, found one that does, as BatchNorm its "
                 "running statistics; call torch.func.replace_all_batch_norm_modules_(model), or "

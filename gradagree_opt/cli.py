@@ -31,7 +31,8 @@ except ModuleNotFoundError as missing:
     if missing.name and missing.name.startswith("gradagree_opt"):
         raise
     raise SystemExit(
-        f"the gradagree command needs {missing.name}: pip install 'gradagree-opt[ablation]'"
+        f"the gradagree command needs {missing.name}: pip install 'gradagree-opt[ablation]', "
+        "or pip install '.[ablation]' in a clone"
     ) from None
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)

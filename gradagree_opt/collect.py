@@ -35,6 +35,9 @@ class TaskBatch:
     the body of ANIL). A learner of detached tensors has its gradient taken where it stands, which
     is first-order MAML (higher's ``track_higher_grads=False``).
 
+    A parameter's hooks see the gradient of the weighted loss where one backward pass is shared, and
+    that of each task where there is one for each.
+
     Args:
         parameters: module, named tensors or tensors whose ``.grad`` is to be filled; those that do
             not require a gradient are left alone.
@@ -119,11 +122,14 @@ class TaskBatch:
                 f"expected every task of a batch in one form, found add{_call(form)} after "
                 f"add{_call(self._form)}; call backward() first"
             )
+        if not len(self):  # parameters may be frozen and unfrozen between batches
+            self._trained = trained(self._all)
+            self._unused = set(self._trained)
         after = match(self._all, adapted) if adapted is not None else {}
+        displacements = [displacement(self._trained, after)] if adapted is not None else []
         if loss is not None:
             self._add_loss(loss, after)
-        if adapted is not None:
-            self._displacements.append(displacement(self._trained, after))
+        self._displacements += displacements
 
     def backward(self) -> Aggregation:
         """Adds Σ_i w_i · direction_i to ``.grad`` of every parameter; ready for the next batch.
@@ -198,12 +204,14 @@ class TaskBatch:
 
     def _from_one_backward(self, signal: PyTree, nonfinite: Tensor | None) -> Aggregation:
         losses = torch.stack(self._losses)
-        # What backward() frees is freed here too, unless there is another pass to come.
-        again = self.aggregator.match_norm is not None
+        # What backward() frees is freed by the last pass.
+        passes = 1 if self.aggregator.match_norm is None else 2
 
         def weighted(weights: Tensor, _: list[int] | None) -> PyTree:
+            nonlocal passes
+            passes -= 1
             total = (losses * weights.to(losses)).sum()  # autocast would round a matrix product
-            return self._gradient(total, self._copies, retain_graph=again)
+            return self._gradient(total, self._copies, retain_graph=passes > 0)
 
         measured = self.aggregator.measure(signal, nonfinite=nonfinite)
         return self.aggregator.apply(measured, weighted, signal_is_direction=False)
@@ -223,14 +231,20 @@ class TaskBatch:
 
 
 def add_to_grad(parameters: Mapping[str, Tensor], update: Mapping[str, Tensor], /) -> None:
-    """Adds an update to ``.grad`` as ``backward`` would, in tensors of its own."""
+    """Adds an update to ``.grad`` as ``backward`` would: in place where there is one."""
     for name, parameter in parameters.items():
         grad = parameter.grad
-        parameter.grad = update[name].clone() if grad is None else grad + update[name]
+        if grad is None:
+            parameter.grad = update[name].clone()
+        elif grad.requires_grad or grad.layout != torch.strided:
+            parameter.grad = update[name] + grad
+        else:
+            grad.add_(update[name])
 
 
 def _stack(tasks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([task[name] for task in tasks]) for name in tasks[0]}
+    """The tensors of all tasks, which are taken out of them: each is held once."""
+    return {name: torch.stack([task.pop(name) for task in tasks]) for name in [*tasks[0]]}
 
 
 def _call(form: tuple[bool, bool]) -> str:

@@ -135,8 +135,9 @@ class TaskOptimizer:
         return FunctionalStep(self.optimizer.step(loss, params), result)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears ``.grad`` of the wrapped optimizer's parameters."""
-        self.optimizer.zero_grad(set_to_none)
+        """Clears ``.grad`` of the wrapped optimizer's parameters, unless it uses none."""
+        if not (self._functional or self._differentiable):
+            self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> Any:
         """State of the wrapped optimizer: a dict, or what TorchOpt has in its place."""

@@ -24,7 +24,9 @@ def group_indices(signal: PyTree, scope: Scope, /) -> list[int] | None:
     if scope == "global":
         return None
     paths = leaf_paths(signal)
-    names = paths if scope == "leaf" else [scope(path) for path in paths]
+    if scope == "leaf":
+        return list(range(len(paths)))
+    names = [scope(path) for path in paths]
     order = {name: index for index, name in enumerate(dict.fromkeys(names))}
     return [order[name] for name in names]
 
@@ -48,10 +50,9 @@ def measure_by_group(
         scaled: as in :func:`~gradagree_opt.statistics.measure`.
     """
     leaves = [leaf.detach() for leaf in tree_leaves(signal)]
-    cosine, gramian = "cosine_row_sums" in needs, "gramian" in needs
     if groups is None:
-        return measure(leaves, active, cosine=cosine, gramian=gramian, scaled=scaled)
+        return measure(leaves, active, needs, scaled=scaled)
     members: list[list[Tensor]] = [[] for _ in range(max(groups) + 1)]
     for leaf, group in zip(leaves, groups, strict=True):
         members[group].append(leaf)
-    return measure_groups(members, active, cosine=cosine, gramian=gramian, scaled=scaled)
+    return measure_groups(members, active, needs, scaled=scaled)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.blocks import blocks_of_all, or_one, unit_parts
@@ -29,8 +30,11 @@ class Statistics(NamedTuple):
         row_sums: s_i = g_i · Σ_j g_j, in units of scale² (PAPER: step 3 of the algorithm).
         squared_norms: ‖g_i‖², in units of scale²; None from an engine that forms no gradient of a
             single task, which no weighting that asked for them is given.
+        other_row_sums: Σ_{j≠i} g_i · g_j, in units of scale², or None where no weighting asked for
+            it: of one task far larger than the others, s_i − ‖g_i‖² would be rounding.
         cosine_row_sums: u_i · Σ_j u_j with u_i = g_i / ‖g_i‖ (0 for a zero signal), or None where
             no weighting asked for it.
+        nonzero: whether u_i is not 0; None likewise.
         finite: False for the tasks with a NaN or infinite entry.
         active: False for the tasks that get weight 0 whatever the weighting.
         scale: power of two at most as large as the largest absolute entry of the signals, or 1:
@@ -47,26 +51,26 @@ class Statistics(NamedTuple):
     scale: Float[Tensor, "*groups"]
     draws: Float[Tensor, " n"] | None = None
     gramian: Float[Tensor, "*groups n n"] | None = None
+    other_row_sums: Float[Tensor, "*groups n"] | None = None
+    nonzero: Bool[Tensor, "*groups n"] | None = None
 
 
 def measure(
     leaves: Sequence[Tensor],
     active: Bool[Tensor, " n"],
+    needs: frozenset[str] = frozenset(),
     /,
     *,
-    cosine: bool = False,
-    gramian: bool = False,
     scaled: bool = True,
 ) -> Statistics:
     """Statistics of one group of task-stacked leaves ``[n, *shape]``, in one read of them.
 
-    The cosine row sums take three more reads, the Gram matrix one.
+    The cosine row sums take three more reads, the Gram matrix and the other row sums one.
 
     Args:
         leaves: task-stacked tensors.
         active: the tasks that may get a weight.
-        cosine: measure ``cosine_row_sums``.
-        gramian: measure ``gramian``.
+        needs: names of the optional statistics to measure.
         scaled: False takes 1 for the scale, which is faster; where that overflows or vanishes, all
             tasks are marked as not finite.
     """
@@ -87,27 +91,26 @@ def measure(
         return Statistics(
             row_sums=(shares.square() * dots).sum(0),
             squared_norms=squared_norms,
-            cosine_row_sums=_cosine_row_sums(leaves) if cosine else None,
+            cosine_row_sums=_cosine_row_sums(leaves) if "cosine_row_sums" in needs else None,
             finite=finite if scaled else finite & in_range(squared_norms.amax()),
             active=active,
             scale=scale,
-            gramian=_gramian(leaves, scale) if gramian else None,
+            gramian=_gramian(leaves, scale) if "gramian" in needs else None,
+            other_row_sums=_other_row_sums(leaves, scale) if "other_row_sums" in needs else None,
+            nonzero=row_magnitudes(leaves) != 0 if "cosine_row_sums" in needs else None,
         )
 
 
 def measure_groups(
     groups: Sequence[Sequence[Tensor]],
     active: Bool[Tensor, " n"],
+    needs: frozenset[str] = frozenset(),
     /,
     *,
-    cosine: bool = False,
-    gramian: bool = False,
     scaled: bool = True,
 ) -> Statistics:
     """Statistics of several groups of leaves, one row each; the options are :func:`measure`'s."""
-    each = [
-        measure(leaves, active, cosine=cosine, gramian=gramian, scaled=scaled) for leaves in groups
-    ]
+    each = [measure(leaves, active, needs, scaled=scaled) for leaves in groups]
     return Statistics(
         row_sums=torch.stack([s.row_sums for s in each]),
         squared_norms=_stack([s.squared_norms for s in each]),
@@ -116,6 +119,8 @@ def measure_groups(
         active=active,
         scale=torch.stack([s.scale for s in each]),
         gramian=_stack([s.gramian for s in each]),
+        other_row_sums=_stack([s.other_row_sums for s in each]),
+        nonzero=_stack([s.nonzero for s in each]),
     )
 
 
@@ -141,6 +146,8 @@ def from_gramian(gramian: Float[Tensor, "n n"], /) -> Statistics:
             active=torch.ones_like(finite),
             scale=scale,
             gramian=scaled,
+            other_row_sums=_row_sums(scaled - scaled.diagonal().diag(), eps),
+            nonzero=norms != 0,
         )
 
 
@@ -167,11 +174,11 @@ def _cosine_row_sums(leaves: Sequence[Tensor]) -> Tensor:
     """u_i · Σ_j u_j for u_i = g_i / ‖g_i‖, each task in units of its own largest entry."""
     units = or_one(row_magnitudes(leaves))
     lengths = or_one(scaled_square_sums(leaves, units)).rsqrt()
-    coefficients = lengths / units
-    dots = [torch.zeros_like(units)] + [
-        block @ (coefficients @ block) for block in blocks_of_all(leaves, units.dtype)
-    ]
-    return lengths * (torch.stack(dots).sum(0) / units)
+    dots = [torch.zeros_like(units)]
+    for block in blocks_of_all(leaves, units.dtype):
+        matrix = block / units.unsqueeze(1)
+        dots.append(matrix @ (lengths @ matrix))
+    return lengths * torch.stack(dots).sum(0)
 
 
 def _gramian(leaves: Sequence[Tensor], scale: Tensor) -> Tensor:
@@ -182,6 +189,17 @@ def _gramian(leaves: Sequence[Tensor], scale: Tensor) -> Tensor:
         matrix = block / scale
         products.append(matrix @ matrix.T)
     return torch.stack(products).sum(0)
+
+
+def _other_row_sums(leaves: Sequence[Tensor], scale: Tensor) -> Tensor:
+    """Σ_{j≠i} (g_i / scale) · (g_j / scale), from the sums of the tasks before and after each."""
+    dots = [scale.new_zeros(leaves[0].shape[0])]
+    for block in blocks_of_all(leaves, scale.dtype):
+        matrix = block / scale
+        before = pad(matrix[:-1].cumsum(0), (0, 0, 1, 0))
+        after = pad(matrix[1:].flip(0).cumsum(0).flip(0), (0, 0, 0, 1))
+        dots.append((matrix * (before + after)).sum(1))
+    return torch.stack(dots).sum(0)
 
 
 def _stack(values: Sequence[Tensor | None]) -> Tensor | None:

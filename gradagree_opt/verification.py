@@ -41,6 +41,6 @@ def verify(diagnostics: Diagnostics, /, *, finite: bool, agreement: bool) -> Non
             "'zero' for a fallback"
         )
     raise ValueError(
-        "expected a finite update, found NaN or inf although every signal is finite; look at the "
-        "losses after adaptation, or give nonfinite='drop' to leave such tasks out"
+        "expected a finite update, found NaN or inf although every loss and signal looked at is "
+        "finite; nonfinite='drop' leaves a task of such a gradient out, engine='stacked' names it"
     )

@@ -30,7 +30,8 @@ class Weighting(Protocol):
     def needs(self) -> frozenset[str]:
         """Names of the optional statistics it reads.
 
-        They are "squared_norms", "cosine_row_sums", "draws" and "gramian"; and "directions" where
+        They are "squared_norms", "other_row_sums", "cosine_row_sums" (and with these "nonzero"),
+        "draws" and "gramian"; and "directions" where
         no weights tell the update, so that the aggregator reads the directions one by one.
         """
 
@@ -66,15 +67,15 @@ class AgreementWeighting:
     @property
     def needs(self) -> frozenset[str]:
         if self.similarity == "cosine":
-            return frozenset({"cosine_row_sums", "squared_norms"})
-        return frozenset(() if self.include_self else {"squared_norms"})
+            return frozenset({"cosine_row_sums"})
+        return frozenset(() if self.include_self else {"other_row_sums", "squared_norms"})
 
     def __call__(self, statistics: Statistics, /) -> Decision:
-        scores, own = self._scores(statistics)
+        scores, terms = self._scores(statistics)
         if self.negative == "clip":
             scores = scores.clamp(min=0)
         total = scores.abs().sum(-1, keepdim=True)
-        degenerate = (total <= _rounding(own)) & torch.isfinite(total)
+        degenerate = (total <= _rounding(terms)) & torch.isfinite(total)
         shares = scores / torch.where(degenerate, torch.ones_like(total), total)
         if self.normalization == "softmax":
             shares = self._softmax(shares, statistics.active)
@@ -87,16 +88,20 @@ class AgreementWeighting:
         return Decision(weights, scores, degenerate.squeeze(-1))
 
     def _scores(self, statistics: Statistics) -> tuple[Tensor, Tensor]:
-        """Σ_j g_i · g_j of every task, and the j = i term of each."""
+        """Σ_j g_i · g_j of every task, and the size of the terms, by which it is rounded."""
         norms = statistics.squared_norms
-        if self.similarity == "inner":
-            scores = statistics.row_sums
-            own = torch.zeros_like(scores) if norms is None else norms
-        else:
-            assert statistics.cosine_row_sums is not None and norms is not None
+        if self.similarity == "cosine":
             scores = statistics.cosine_row_sums
-            own = (norms > 0).to(scores.dtype)
-        return (scores if self.include_self else scores - own), own
+            assert scores is not None and statistics.nonzero is not None
+            own = statistics.nonzero.to(scores.dtype)
+            return (scores if self.include_self else scores - own), own
+        if self.include_self:
+            scores = statistics.row_sums
+            return scores, torch.zeros_like(scores) if norms is None else norms
+        assert statistics.other_row_sums is not None and norms is not None
+        lengths = norms.sqrt()
+        products = lengths.unsqueeze(-1) * lengths.unsqueeze(-2)
+        return statistics.other_row_sums, products.sum(-1) - products.diagonal(dim1=-2, dim2=-1)
 
     def _softmax(self, shares: Tensor, active: Tensor) -> Tensor:
         """Softmax of the scores in units of their mean absolute value, so of no scale."""
@@ -171,12 +176,13 @@ def plain_decision(weights: Tensor, statistics: Statistics) -> Decision:
     return Decision(weights, scores, torch.zeros_like(statistics.scale, dtype=torch.bool))
 
 
-def _rounding(own: Tensor) -> Tensor:
+def _rounding(terms: Tensor) -> Tensor:
     """What Σ|s_i| can be from rounding alone, as its terms cancel.
 
     Each entry of Σ g_j carries about √n roundings, so the scores of n tasks stay below a small
-    multiple of eps · √n · Σ‖g_i‖² when the exact sum is zero.
+    multiple of eps · √n · Σ‖g_i‖² when the exact sum is zero; of the other tasks alone, likewise
+    with Σ_{j≠i} ‖g_i‖ ‖g_j‖.
     """
-    eps = torch.finfo(own.dtype).eps
-    tolerance: float = 8 * eps * own.shape[-1] ** 0.5
-    return tolerance * own.sum(-1, keepdim=True)
+    eps = torch.finfo(terms.dtype).eps
+    tolerance: float = 8 * eps * terms.shape[-1] ** 0.5
+    return tolerance * terms.sum(-1, keepdim=True)

@@ -58,13 +58,14 @@ def test_parameters_come_as_a_module_by_name_or_in_order(memory, container):
     assert_filled(module, batch.backward(), expected)
 
 
-def test_names_decide_where_shapes_do_not():
-    params = {name: torch.zeros(2, requires_grad=True) for name in ("a", "b")}
+@pytest.mark.parametrize(("first", "second"), [("a", "b"), ("0", "1")])
+def test_names_decide_where_shapes_do_not(first, second):
+    params = {name: torch.zeros(2, requires_grad=True) for name in (first, second)}
     batch = ga.TaskBatch(params, ga.Mean())
-    batch.add(adapted={"b": torch.tensor([-1.0, 0.0]), "a": torch.tensor([0.0, -2.0])})
+    batch.add(adapted={second: torch.tensor([-1.0, 0.0]), first: torch.tensor([0.0, -2.0])})
     batch.backward()
-    assert params["a"].grad.tolist() == [0, 2]
-    assert params["b"].grad.tolist() == [1, 0]
+    assert params[first].grad.tolist() == [0, 2]
+    assert params[second].grad.tolist() == [1, 0]
 
 
 def test_learners_may_be_copies_that_an_optimizer_trains():

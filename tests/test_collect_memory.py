@@ -130,11 +130,14 @@ def test_peak_of_stream_does_not_grow_with_the_tasks(maml):
     assert peaks["graph", 10] == 10 * peaks["graph", 1]
 
 
+@pytest.mark.parametrize("match_norm", [None, "mean"])
 @pytest.mark.parametrize(("memory", "maml"), [("graph", True), ("stream", True), ("stream", False)])
-def test_a_loss_that_the_caller_holds_keeps_no_graph_after_backward(saved, memory, maml):
+def test_a_loss_that_the_caller_holds_keeps_no_graph_after_backward(
+    saved, memory, maml, match_norm
+):
     """As with loss.backward(), which frees what it has walked through."""
     w = weights()
-    batch = ga.TaskBatch([w], ga.GradientAgreement(), memory=memory)
+    batch = ga.TaskBatch([w], ga.GradientAgreement(match_norm=match_norm), memory=memory)
     held = []
     for task in range(TASKS):
         adapted = w - 0.1 * task * torch.ones_like(w)

@@ -182,7 +182,7 @@ def agreement_matrix(problem: Problem, params: Params, support: Batch) -> Tensor
     adapted = torch.vmap(inner_loop, chunk_size=problem.chunk_size)(support)
     displacements = tree_leaves(tree_map(torch.sub, network_params(params), adapted))
     active = torch.ones(len(support[0]), dtype=torch.bool)
-    gramian = measure(displacements, active, gramian=True).gramian
+    gramian = measure(displacements, active, frozenset({"gramian"})).gramian
     assert gramian is not None
     lengths = or_one(gramian.diagonal().sqrt())
     return gramian / lengths / lengths.unsqueeze(1)

@@ -43,7 +43,8 @@ def aggregate_gradients(
     | "stacked" | n · d | one vmapped backward pass | what vmap and grad of torch.func run |
     | "matrix_free" | d | two backward passes, one Jacobian-vector product | the same, and forward \
 mode or a second derivative |
-    | "streamed" | d | three backward passes a task, one task after the other | every |
+    | "streamed" | d | three backward passes a task, one task after the other | every; each pass \
+changes BatchNorm's running statistics |
 
     Args:
         loss_fn: ``loss_fn(params, batch) -> scalar`` of one task.
@@ -62,8 +63,8 @@ mode or a second derivative |
         constants of differentiation.
 
     Raises:
-        ValueError, TypeError: as :func:`task_gradients` and :meth:`Aggregator.aggregate`; or the
-            engine cannot serve the aggregator.
+        ValueError, TypeError: as :func:`task_gradients` (under "streamed" a model may change its
+            buffers) and :meth:`Aggregator.aggregate`; or the engine cannot serve the aggregator.
         RuntimeError: the engine cannot run the model, or memory does not suffice.
 
     >>> import torch

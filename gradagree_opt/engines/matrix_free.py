@@ -79,7 +79,8 @@ def matrix_free(
     aggregation = aggregator.apply(measured, weighted, signal_is_direction=True)
     # Σ g_j made of rounding gives scores of rounding, and an update of the gradients' own length.
     rounding = 8 * torch.finfo(losses.dtype).eps * n**1.5
-    cancelled = norm <= rounding * aggregation.diagnostics.update_norm
+    size = aggregation.weights.abs().sum()  # 1, unless the update has another one's length
+    cancelled = norm * size <= rounding * aggregation.diagnostics.update_norm
     nothing = measured.statistics._replace(row_sums=torch.zeros_like(row_sums))
     fallback = aggregator.apply(
         measured._replace(statistics=nothing),

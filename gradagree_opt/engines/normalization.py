@@ -1,8 +1,8 @@
 """Normalization layers where a derivative is taken of a vmap that has taken one already.
 
 There, torch (2.14) differentiates its fused batch, layer and instance normalization wrongly,
-without a word, if their weight differs from task to task: pytorch/functorch#534. With the weight
-and the bias apart, it is right.
+without a word, if their weight or its gradient differs from task to task: pytorch/functorch#534.
+With the weight and the bias apart, it is right.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -108,8 +108,64 @@ def _by_channel(values: Tensor | None, x: Tensor) -> Tensor | None:
     return None if values is None else values.reshape(-1, *[1] * (x.ndim - 2))
 
 
-INSTEAD: dict[Callable[..., Any], Callable[..., Tensor]] = {
+def _torch_layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,  # noqa: ARG001 - torch's signature, here and below
+) -> Tensor:
+    return _layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def _native_layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    normal, mean, rstd = torch.native_layer_norm(input, list(normalized_shape), None, None, eps)
+    return _affine(normal, weight, bias), mean, rstd
+
+
+def _torch_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,  # noqa: ARG001
+) -> Tensor:
+    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _torch_instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,  # noqa: ARG001
+) -> Tensor:
+    return _instance_norm(
+        input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+    )
+
+
+INSTEAD: dict[Callable[..., Any], Callable[..., Any]] = {
     functional.layer_norm: _layer_norm,
     functional.batch_norm: _batch_norm,
     functional.instance_norm: _instance_norm,
+    torch.layer_norm: _torch_layer_norm,
+    torch.native_layer_norm: _native_layer_norm,
+    torch.batch_norm: _torch_batch_norm,
+    torch.instance_norm: _torch_instance_norm,
 }

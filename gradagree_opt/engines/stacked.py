@@ -10,7 +10,7 @@ from gradagree_opt.aggregation import Aggregation, Aggregator
 from gradagree_opt.annotations import Float
 from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.engines.errors import vmap_explained
-from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap
+from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap, scalar_loss
 from gradagree_opt.stacks import PyTree, check_floating, task_count
 
 
@@ -58,12 +58,11 @@ def task_gradients(
     """
     check_floating(params, "parameters")
     n = task_count(tasks, "tasks")
-    task_loss = TaskLoss.plain(loss_fn, TaskMap(chunk_size, randomness))
+    gradient_and_loss = torch.func.grad_and_value(scalar_loss(loss_fn))
+    each = TaskMap(chunk_size, randomness)
     without = "ga.aggregate_gradients(…, engine='streamed')"
-    at_once = task_loss.map.at_once(n)
-    with vmap_explained("vmap(grad)", at_once, without=without), statistics_refused():
-        gradients, (_, losses) = _stacked_gradients(task_loss, params, tasks, n)
-    return TaskGradients(gradients, losses)
+    with vmap_explained("vmap(grad)", each.at_once(n), without=without), statistics_refused():
+        return TaskGradients(*each(gradient_and_loss, params, tasks, n, differentiated=True))
 
 
 def stacked(
@@ -76,7 +75,8 @@ def stacked(
 ) -> tuple[Aggregation, Float[Tensor, " n"]]:
     """Aggregation of n gradients that are held at once, and the losses: n · d extra memory."""
     n = task_count(tasks, "tasks")
-    gradients, (signal, losses) = _stacked_gradients(task_loss, params, tasks, n)
+    gradient = torch.func.grad(task_loss.function, has_aux=True)
+    gradients, (signal, losses) = task_loss.map(gradient, params, tasks, n)
     aggregation = aggregator.aggregate_unchecked(
         gradients,
         signal if tree_leaves(signal) else None,
@@ -84,11 +84,3 @@ def stacked(
         draws=draws,
     )
     return aggregation, losses
-
-
-def _stacked_gradients(
-    task_loss: TaskLoss, params: PyTree, tasks: PyTree, n: int
-) -> tuple[PyTree, tuple[PyTree, Tensor]]:
-    gradient = torch.func.grad(task_loss.function, has_aux=True)
-    stack: tuple[PyTree, tuple[PyTree, Tensor]] = task_loss.map(gradient, params, tasks, n)
-    return stack

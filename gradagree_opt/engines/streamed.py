@@ -20,7 +20,7 @@ from gradagree_opt.statistics import Statistics
 
 def streamed_refusal(aggregator: Aggregator, task_loss: TaskLoss, /) -> str | None:
     """Why the engine cannot serve an aggregator, in half a sentence; None where it can."""
-    known = {"draws", "squared_norms", "cosine_row_sums"}
+    known = {"draws", "squared_norms", "cosine_row_sums", "other_row_sums"}
     if not task_loss.signal_is_gradient:
         known.add("gramian")  # of a stack that is held
     missing = sorted(aggregator.weighting.needs - known)
@@ -45,6 +45,11 @@ def streamed(
     are known only when all scores are. Where the signal is known from the forward pass, its stack
     is held, and one backward pass a task does.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "expected a mode in which autograd can be switched on, found torch.inference_mode(); "
+            "take torch.no_grad(), or no such block"
+        )
     stream = _Stream(task_loss, params, tasks)
     measure = _measured_in_two_passes if task_loss.signal_is_gradient else _measured_forward
     measured, losses = measure(stream, aggregator, draws)
@@ -78,8 +83,10 @@ def _measured_in_two_passes(
     groups = group_indices(stream.params, aggregator.scope)
     drop = aggregator.nonfinite == "drop"
     cosine = "cosine_row_sums" in aggregator.weighting.needs
+    # Σ_j g_j − g_i of one task far larger than the others is rounding in float32.
+    others = "other_row_sums" in aggregator.weighting.needs
     losses, scales, squares, finite = (Rows(stream.n) for _ in range(4))
-    total, unit_total = stream.zeros(), stream.zeros()
+    total, unit_total = stream.zeros(torch.float64 if others else None), stream.zeros()
     for loss, gradient in stream.gradients():
         one = _measure_one(gradient, groups)
         sound = one.finite & torch.isfinite(loss)
@@ -96,28 +103,31 @@ def _measured_in_two_passes(
     says = active.reshape(-1, *[1] * (scales.stack.ndim - 1)) & (squares.stack != 0)
     sizes = torch.where(says, scales.stack, torch.zeros_like(scales.stack))
     scale = or_one(sizes.amax(0))
-    dots, cosines = Rows(stream.n), Rows(stream.n)
+    dots, other_dots, cosines = Rows(stream.n), Rows(stream.n), Rows(stream.n)
     ones = torch.ones_like(scale)
     for index, (_, gradient) in enumerate(stream.gradients()):
         kept = _kept(gradient, finite.stack[index]) if drop else gradient
         dots.append(_dot(kept, total, groups, scale).unsqueeze(0))
+        if others:
+            rest = [a - b for a, b in zip(total, kept, strict=True)]
+            other_dots.append(_dot(kept, rest, groups, scale).unsqueeze(0))
         if cosine:
             one = _One(finite.stack[index], scales.stack[index], squares.stack[index])
             units = _units(kept, one, groups)
             cosines.append(_dot(units, unit_total, groups, ones).unsqueeze(0))
     shares = sizes / scale
     draws = aggregator.draw(stream.n) if draws is None else draws
-    row_sums = dots.stack.movedim(0, -1)
+    squared_norms = torch.where(shares == 0, shares, shares.square() * squares.stack).movedim(0, -1)
     statistics = Statistics(
-        row_sums=row_sums,
-        squared_norms=torch.where(shares == 0, shares, shares.square() * squares.stack).movedim(
-            0, -1
-        ),
+        row_sums=dots.stack.movedim(0, -1).to(squared_norms),
+        squared_norms=squared_norms,
         cosine_row_sums=cosines.stack.movedim(0, -1) if cosine else None,
         finite=finite.stack,
         active=active,
         scale=scale,
-        draws=None if draws is None else draws.to(row_sums),
+        draws=None if draws is None else draws.to(squared_norms),
+        other_row_sums=other_dots.stack.movedim(0, -1).to(squared_norms) if others else None,
+        nonzero=(squares.stack != 0).movedim(0, -1) if cosine else None,
     )
     return Measured(statistics, ~finite.stack, groups), losses.stack
 
@@ -153,9 +163,10 @@ class _Stream:
             found = torch.autograd.grad(loss, self._leaves, materialize_grads=True)
             yield loss.detach(), [gradient.to(self._dtype) for gradient in found]
 
-    def zeros(self) -> list[Tensor]:
-        """Leaves of zeros, to add gradients to."""
-        return [torch.zeros_like(leaf, dtype=self._dtype).detach() for leaf in self._leaves]
+    def zeros(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Leaves of zeros, to add gradients to: of their own dtype if none is given."""
+        dtype = dtype or self._dtype
+        return [torch.zeros_like(leaf, dtype=dtype).detach() for leaf in self._leaves]
 
     def like_params(self, leaves: list[Tensor]) -> PyTree:
         """The leaves in the dtypes and the structure of the parameters."""

@@ -72,7 +72,7 @@ class Reptile:
             displacements, losses = self._displacements(params, tasks, n)
         aggregation = self._aggregate(aggregator, displacements, aggregator.draw(n))
         aggregator.verify(aggregation)
-        return meta_step(aggregation, losses.detach(), "stacked")
+        return meta_step(aggregation, losses, "stacked")
 
     def aggregate_unchecked(
         self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /, *, draws: Tensor | None
@@ -98,8 +98,9 @@ class Reptile:
             loss = self.loss_fn(adapted, task.get("query", task["support"]))
             return tree_map(torch.sub, params, adapted), loss
 
-        result: tuple[PyTree, Tensor] = self._map(one_task, params, tasks, n)
-        return result
+        result = self._map(one_task, params, tasks, n)
+        constants: tuple[PyTree, Tensor] = tree_map(torch.Tensor.detach, result)
+        return constants
 
 
 def _aggregate(aggregator: Aggregator, displacements: PyTree, draws: Tensor | None) -> Aggregation:

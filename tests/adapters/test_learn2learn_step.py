@@ -277,6 +277,20 @@ def test_a_recurrent_module():
     refuses("found LSTM in 'module.memory'; loop over clone", maml, mse, draw(), ga.Mean())
 
 
+def test_a_buffer_that_the_forward_pass_changes():
+    class Counts(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 1, dtype=torch.float64)
+            self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
+
+        def forward(self, x):
+            self.seen += 1
+            return super().forward(x)
+
+    maml = l2l.algorithms.MAML(Counts(), lr=RATE)
+    refuses("expected a model that changes no buffer", maml, mse, draw(), ga.Mean())
+
+
 def test_batch_norm_with_a_cumulative_average():
     maml = l2l.algorithms.MAML(nn.Sequential(nn.BatchNorm1d(3, momentum=None)), lr=RATE)
     refuses("found a cumulative average in 'module.0'", maml, mse, draw(), ga.Mean())

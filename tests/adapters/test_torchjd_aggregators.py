@@ -83,6 +83,13 @@ def test_torchjd_is_asked_once_about_a_batch_of_any_scale(name, scale):
     assert len(asked) == 1
 
 
+@pytest.mark.parametrize("name", ["ConFIG", "ExcessMTL", "TrimmedMean"])
+def test_matrices_of_half_precision_are_given_to_torchjd_in_float32(name):
+    coarse = matrix().bfloat16()
+    found, expected = from_torchjd(make(name))(coarse), make(name)(coarse.float())
+    assert torch.equal(found, expected.bfloat16())
+
+
 @pytest.mark.parametrize("name", ["CAGrad", "UPGrad"])
 def test_torchjds_own_norm_eps_is_met_where_the_scale_is_kept(name):
     small = 1e-6 * matrix()

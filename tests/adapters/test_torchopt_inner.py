@@ -146,6 +146,9 @@ def test_optimizer_that_is_not_functional_is_refused(without_type_checks):
 def test_negative_steps_are_refused():
     with pytest.raises(ValueError, match="steps to be an integer of 0 or more, found -1"):
         inner(torchopt.sgd(lr=0.1), steps=-1)
+    maml = ga.MAML(lambda w, x: ((w - x) ** 2).mean(), inner(torchopt.sgd(lr=0.1), steps=1))
+    with pytest.raises(ValueError, match="steps to be an integer of 0 or more, found -1"):
+        maml.adapt(torch.tensor(0.0), torch.ones(3), steps=-1)
 
 
 @pytest.mark.compiled

@@ -92,6 +92,12 @@ def test_step_of_a_meta_optimizer_is_differentiable_with_the_weights_constant():
     assert_same(found, expected, 1e-12)
 
 
+def test_zero_grad_leaves_optimizers_alone_that_use_no_grad():
+    net = Weight()
+    for optimizer in (torchopt.MetaSGD(net, lr=0.1), torchopt.FuncOptimizer(torchopt.sgd(0.1))):
+        ga.TaskOptimizer(optimizer, ga.Mean()).zero_grad()
+
+
 def test_dropped_task_stays_out_of_the_loss_that_is_stepped_on():
     def losses(w):
         return [*task_losses(w), (w[0] - w[0]).sqrt()]  # the last gradient is NaN

@@ -18,8 +18,9 @@ INTRODUCTION = """# Benchmarks
 Written by `make bench`, with DEVICE=cuda for a GPU. In every case the contestants take turns in one
 process, after their updates have been checked against each other: medians over the rounds,
 quartiles in brackets. Ratios are medians of the rounds' own ratios. A peak of memory is what a step
-adds to its process, each in a fresh one, or to what a GPU holds. The bars are those of a CPU. What
-does not reach its bar is in **bold**; [performance.md](performance.md) says where the time goes.
+adds to its process, each in a fresh one, or to what a GPU holds. A bar is what a CPU was to reach,
+set before the library was written. What does not is in **bold**; [performance.md](performance.md)
+says where the time goes.
 """
 
 

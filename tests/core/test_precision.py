@@ -32,6 +32,12 @@ def test_a_power_of_two_near_any_power_of_ten_leaves_the_weights_as_they_are(
     assert_close(scaled.update, result.update * scale, rtol=1e-5, atol=1e-6 * scale)
 
 
+@pytest.mark.parametrize("exponent", range(-36, 37, 3))
+def test_weights_at_every_scale_are_those_of_exact_arithmetic(exponent: int):
+    matrix = rows(6, 9) * 10.0**exponent
+    assert_close(ga.agreement_weights(matrix), expected_weights(matrix), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("similarity", ["inner", "cosine"])
 def test_tasks_sixty_decades_apart_are_weighted_as_in_exact_arithmetic(similarity: str):
     matrix = rows(4, 10) * torch.tensor([1e-30, 1e30, 1e30, 1.0])[:, None]

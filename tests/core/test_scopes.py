@@ -81,6 +81,13 @@ def test_a_callable_scope_weights_the_groups_that_it_names(configuration: Config
         assert_close(update, torch.einsum("n,n...->...", expected[group], leaf))
 
 
+def test_scope_leaf_tells_leaves_of_one_path_apart():
+    grads = {"a.b": torch.tensor([[1.0], [1.0]]), "a": {"b": torch.tensor([[1.0], [-3.0]])}}
+    weights = ga.agreement_weights(grads, scope="leaf")
+    expected = [[0.5, 0.5], [-0.25, 0.75]]
+    assert sorted(weights.tolist()) == sorted(expected)
+
+
 def test_one_group_of_all_leaves_is_the_global_scope():
     grads = stack(torch.float32)
     whole = ga.GradientAgreement().aggregate(grads)

@@ -162,13 +162,39 @@ def test_matrix_free_sees_that_gradients_cancel_by_rounding(chunk_size, degenera
     assert torch.equal(result.update, torch.zeros(50))
 
 
-def test_matrix_free_raises_where_gradients_cancel_if_asked_to():
-    tasks = torch.tensor([[1.0], [-1.0]])
-    aggregator = ga.GradientAgreement(degenerate="raise")
+@pytest.mark.parametrize("match_norm", [None, "mean"])
+def test_matrix_free_raises_where_gradients_cancel_if_asked_to(match_norm):
+    tasks = torch.randn(8, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tasks = (tasks - tasks.mean(0)).float()
+    aggregator = ga.GradientAgreement(degenerate="raise", match_norm=match_norm)
     with pytest.raises(ValueError, match="found scores that cancel to zero"):
         ga.aggregate_gradients(
-            lambda w, x: (w * x).sum(), torch.ones(1), tasks, aggregator, engine="matrix_free"
+            lambda w, x: (w * x).sum(), torch.ones(50), tasks, aggregator, engine="matrix_free"
         )
+
+
+@pytest.mark.parametrize("engine", ["stacked", "streamed"])
+@pytest.mark.parametrize("times", [1e4, 1e6])
+def test_without_themselves_one_large_task_does_not_round_the_others_away(engine, times):
+    x = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
+    x[3] *= times
+    gramian = x.double() @ x.double().T
+    scores = (gramian - gramian.diagonal().diag()).sum(1)
+    result = ga.aggregate_gradients(
+        lambda w, x: (w * x).sum(),
+        torch.ones(50),
+        x,
+        ga.GradientAgreement(include_self=False),
+        engine=engine,
+    )
+    assert result.weights.dtype == result.update.dtype == torch.float32
+    weights = (scores / scores.abs().sum()).float()
+    torch.testing.assert_close(result.weights, weights, rtol=0, atol=1e-6)
+
+
+def test_streamed_refuses_inference_mode():
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"found torch.inference_mode\(\)"):
+        aggregate(MODELS["mlp"], ga.Mean(), engine="streamed")
 
 
 @each_engine

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 import gradagree_opt as ga
@@ -33,6 +35,34 @@ def test_equals_backward_in_a_loop(name, dtype, chunk_size):
     expected, expected_losses = model.loop()
     assert_same_gradients(gradients, expected, TOLERANCES[dtype])
     torch.testing.assert_close(losses, expected_losses, rtol=TOLERANCES[dtype], atol=0)
+
+
+@pytest.mark.parametrize("layer", [nn.LayerNorm(4), nn.BatchNorm1d(4, track_running_stats=False)])
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+def test_gradients_and_losses_are_differentiable(layer, chunk_size):
+    module = nn.Sequential(nn.Linear(3, 4), layer, nn.Tanh(), nn.Linear(4, 2)).double()
+    draws = torch.Generator().manual_seed(0)
+    params = {
+        name: torch.randn(p.shape, generator=draws, dtype=p.dtype).requires_grad_()
+        for name, p in module.named_parameters()
+    }
+    tasks = torch.randn(5, 6, 3, generator=draws, dtype=torch.float64)
+
+    def loss_fn(params, x):
+        return functional_call(module, params, (x,)).square().mean()
+
+    found, losses = ga.task_gradients(loss_fn, params, tasks, chunk_size=chunk_size)
+    total = sum(gradient.square().sum() for gradient in found.values()) + losses.sin().sum()
+    alone = [loss_fn(params, x) for x in tasks]
+    expected = sum(loss.sin() for loss in alone)
+    for loss in alone:
+        gradients = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+        expected = expected + sum(gradient.square().sum() for gradient in gradients)
+    leaves = list(params.values())
+    for a, b in zip(
+        torch.autograd.grad(total, leaves), torch.autograd.grad(expected, leaves), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_parameters_that_a_task_does_not_use_have_zero_gradients():

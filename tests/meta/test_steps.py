@@ -130,6 +130,15 @@ def test_what_is_kept_to_be_logged_holds_no_graph(algorithm, aggregator):
     assert not any(leaf.requires_grad for leaf in kept)
 
 
+@pytest.mark.parametrize("kind", [ga.MAML, ga.Reptile])
+def test_the_update_holds_no_graph_of_inner_rates_that_are_trained(kind):
+    case = problem()
+    rates = tree_map(lambda rate: rate.clone().requires_grad_(), case.rates)
+    meta = kind(loss_fn, ga.InnerSGD(rates, 2))
+    result = meta.step(case.params, case.tasks, ga.GradientAgreement())
+    assert not any(leaf.requires_grad for leaf in tree_leaves(result.update))
+
+
 @each_algorithm
 def test_random_weights_of_equal_seeds_are_equal_and_those_of_the_next_step_are_not(algorithm):
     case = problem()
