@@ -132,7 +132,7 @@ def check_floating(tree: PyTree, /, name: str) -> None:
 def _tensor_for(leaf: object) -> str:
     """What to give instead of something that is no tensor."""
     if leaf is None:
-        return "give zeros for a parameter that a task does not use"
+        return "leave the entry out, or give zeros for a parameter that a task does not use"
     return "give torch.as_tensor(…), with the task axis first"
 
 

@@ -48,8 +48,8 @@ class InnerSGD:
 
     def __init__(self, lr: float | PyTree, steps: int, *, batch_size: int | None = None) -> None:
         check_steps(steps)
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"expected a batch_size of at least 1, found {batch_size}")
+        if batch_size is not None:
+            check_steps(batch_size, least=1, name="batch_size")
         self.lr = lr
         self.steps = steps
         self.batch_size = batch_size
@@ -82,7 +82,7 @@ class InnerSGD:
         if tree_structure(self.lr) != tree_structure(params):
             raise ValueError(
                 "expected lr to be a float or a pytree like the parameters, found another "
-                "structure; build it with tree_map over the parameters"
+                "structure, or a dict in another order; build it with tree_map over the parameters"
             )
         return self.lr
 
@@ -90,7 +90,7 @@ class InnerSGD:
         if self.batch_size is None:
             return support
         sizes: list[Any] = [leaf.shape[0] for leaf in tree_leaves(support)]
-        if any(size % self.batch_size for size in sizes):
+        if any(size == 0 or size % self.batch_size for size in sizes):
             raise ValueError(
                 f"expected a support set whose size is a multiple of batch_size "
                 f"{self.batch_size}, found {sizes}"
@@ -99,12 +99,12 @@ class InnerSGD:
         return tree_map(lambda leaf: leaf[start : start + self.batch_size], support)
 
 
-def check_steps(steps: int, /) -> int:
+def check_steps(steps: int, /, *, least: int = 0, name: str = "steps") -> int:
     """The number of inner steps, or a ValueError in one sentence."""
     try:
         number = operator.index(steps)
     except TypeError:
-        number = -1
-    if number < 0:
-        raise ValueError(f"expected steps to be an integer of 0 or more, found {steps!r}")
+        number = least - 1
+    if number < least:
+        raise ValueError(f"expected {name} to be an integer of {least} or more, found {steps!r}")
     return number

@@ -253,7 +253,14 @@ def test_what_is_no_aggregator(without_type_checks):
 
 def test_no_inner_step():
     maml = l2l.algorithms.MAML(network(), lr=RATE)
-    refuses("expected steps of at least 1, found 0", maml, mse, draw(), ga.Mean(), steps=0)
+    refuses(
+        "expected steps to be an integer of 1 or more, found 0",
+        maml,
+        mse,
+        draw(),
+        ga.Mean(),
+        steps=0,
+    )
 
 
 def test_tasks_without_a_query_set():

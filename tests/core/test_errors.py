@@ -59,7 +59,7 @@ BAD_STACKS = {
     "no gradient": (
         {"w": rows(4, 3), "unused": None},
         TypeError,
-        "found NoneType in 'unused'; give zeros for a parameter that a task does not use",
+        "found NoneType in 'unused'; leave the entry out, or give zeros for a parameter",
     ),
 }
 

@@ -119,6 +119,12 @@ def test_first_order_keeps_the_derivative_of_the_rates():
     assert_same(backward(tree_map(torch.ones_like, at))[0], total, tolerance=1e-12)
 
 
+def test_an_empty_support_set_is_refused_where_it_is_to_be_divided():
+    empty = tuple(part[:0] for part in SUPPORT)
+    with pytest.raises(ValueError, match=r"multiple of batch_size 2, found \[0, 0\]"):
+        ga.InnerSGD(0.1, 1, batch_size=2)(loss_fn, CASE.params, empty)
+
+
 def test_rates_of_another_structure_are_refused():
     rates = {name: rate for name, rate in CASE.rates.items() if name != "bias1"}
     with pytest.raises(ValueError, match="expected lr to be a float or a pytree like"):
@@ -130,7 +136,14 @@ def test_rates_of_another_structure_are_refused():
     [
         ({"steps": -1}, "expected steps to be an integer of 0 or more, found -1"),
         ({"steps": 2.0}, r"expected steps to be an integer of 0 or more, found 2\.0"),
-        ({"steps": 1, "batch_size": 0}, "expected a batch_size of at least 1, found 0"),
+        (
+            {"steps": 1, "batch_size": 0},
+            "expected batch_size to be an integer of 1 or more, found 0",
+        ),
+        (
+            {"steps": 1, "batch_size": 2.0},
+            r"expected batch_size to be an integer of 1 or more, found 2\.0",
+        ),
     ],
 )
 @pytest.mark.usefixtures("without_type_checks")
