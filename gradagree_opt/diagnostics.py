@@ -43,8 +43,9 @@ class Diagnostics(NamedTuple):
     def log(self) -> dict[str, float]:
         """A flat dict of floats for TensorBoard, W&B or MLflow; groups are averaged.
 
-        Reads the tensors on the host. The three that can be undefined are averaged over the groups
-        in which they are not, and left out where there is none.
+        Reads the tensors on the host. What is NaN because it is undefined or was not measured is
+        left out of the average, and of the dict; ``update_norm`` is not, which tells of NaN or inf
+        in the batch.
 
         >>> import gradagree_opt as ga
         >>> stack = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
@@ -52,17 +53,16 @@ class Diagnostics(NamedTuple):
         >>> logged["weight_sum"], logged["nonfinite_tasks"]
         (1.0, 0.0)
         """
-        undefined = {"cancellation", "update_to_mean", "norm_correlation"}
         dtype = torch.get_default_dtype()
         values = {
-            name: value.to(dtype).nanmean() if name in undefined else value.to(dtype).mean()
+            name: value.to(dtype).nanmean()
             for name, value in self._asdict().items()
             if name != "nonfinite"
         }
         values["nonfinite_tasks"] = self.nonfinite.sum().to(dtype)
         numbers = torch.stack(list(values.values())).tolist()
         logged = dict(zip(values, numbers, strict=True))
-        return {name: x for name, x in logged.items() if x == x or name not in undefined}
+        return {name: x for name, x in logged.items() if x == x or name == "update_norm"}
 
 
 def diagnose(
