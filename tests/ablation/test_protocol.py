@@ -31,6 +31,10 @@ SHOTS = {"support_shots": 3, "query_shots": 1}
 TEST = {"tasks": 4, "support_shots": 1, "query_shots": 2, "steps": [0, 1]}
 
 
+def tensors(tasks: Tasks) -> list[torch.Tensor]:
+    return [tensor for part in ("support", "query") for tensor in tasks[part]]
+
+
 def draw(distribution: Any, split: str, n: int = 2) -> Tasks:
     tasks: Tasks = distribution.sample(n, split=split, generator=torch.Generator().manual_seed(0))
     return tasks
@@ -102,6 +106,38 @@ def test_a_study_spoils_its_fraction_of_the_tasks_by_its_scale(
     changed = ratio[ratio != 1]
     torch.testing.assert_close(changed, torch.full_like(changed, 9.0))
     assert abs(len(changed) / 2000 - fraction) < 0.06
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"kind": "shuffled_labels", "fraction": 1.0},
+        {"kind": "outlier_scale", "fraction": 1.0, "scale": 9.0},
+        {"kind": "foreign", "fraction": 1.0, "foreign": "lines"},
+        {"kind": "foreign", "fraction": 1.0, "foreign": "Spruce"},
+    ],
+)
+def test_corruption_spoils_the_training_tasks_and_no_others(
+    study: Study, keys: dict[str, Any]
+) -> None:
+    section = CorruptionSection(**keys)
+    problem = build_problem(study, None)
+    corrupted = build_problem(study.model_copy(update={"corruption": section}), None)
+    clean, spoilt = (TrainingTasks(study, p, 3)(0)["support"] for p in (problem, corrupted))
+    assert (clean[1] != spoilt[1]).flatten(1).any(1).all()
+    for split in ("validation", "test"):
+        expected, found = (evaluation_tasks(p, 4, split, 3) for p in (problem, corrupted))
+        assert all(torch.equal(a, b) for a, b in zip(*map(tensors, (expected, found)), strict=True))
+
+
+def test_real_data_that_spoil_a_study_are_part_of_its_digest(study: Study) -> None:
+    def digest(**keys: Any) -> str | None:
+        section = CorruptionSection(kind="foreign", fraction=0.5, **keys)
+        return data_digest(build_problem(study.model_copy(update={"corruption": section}), None))
+
+    digests = digest(foreign="Spruce"), digest(foreign="Milk")
+    assert digest(foreign="lines") is None
+    assert None not in digests and digests[0] != digests[1]
 
 
 @pytest.mark.parametrize(("ranges", "end"), [("paper", 2 * math.pi), ("finn", math.pi)])

@@ -17,13 +17,12 @@ from gradagree_opt.ablation.problem import (
     TrainingTasks,
     agreement_matrix,
     build_problem,
-    data_digest,
     evaluation_tasks,
     scores_after,
     tasks_at_once,
 )
 from gradagree_opt.ablation.records import Run, RunRecord
-from gradagree_opt.ablation.study import CorruptionSection, Study
+from gradagree_opt.ablation.study import Study
 from gradagree_opt.ablation.training import train_runs
 from gradagree_opt.tasks import TaskDistribution
 
@@ -46,10 +45,6 @@ def train_run(
 
 def run_of(study: Study, index: int = 0, *, rate: float = 0.5, seed: int = 3) -> Run:
     return Run(method=study.methods[index], rate=rate, seed=seed)
-
-
-def tensors(tasks: Tasks) -> list[torch.Tensor]:
-    return [tensor for part in ("support", "query") for tensor in tasks[part]]
 
 
 def ignore(_: int) -> None:
@@ -262,37 +257,6 @@ def test_a_maml_study_lowers_its_loss_with_adam(study: Study) -> None:
     run = Run(method=Method(name="mean", aggregator="mean"), rate=0.01, seed=0)
     record, _ = train_run(small, build_problem(small, None), run, ignore)
     assert record.validation < 0.95 * record.curve[0].loss
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"kind": "shuffled_labels", "fraction": 1.0},
-        {"kind": "outlier_scale", "fraction": 1.0, "scale": 9.0},
-        {"kind": "foreign", "fraction": 1.0, "foreign": "lines"},
-        {"kind": "foreign", "fraction": 1.0, "foreign": "Spruce"},
-    ],
-)
-def test_corruption_spoils_the_training_tasks_and_no_others(
-    study: Study, problem: Problem, keys: dict[str, Any]
-) -> None:
-    section = CorruptionSection(**keys)
-    corrupted = build_problem(study.model_copy(update={"corruption": section}), None)
-    clean, spoilt = (TrainingTasks(study, p, 3)(0)["support"] for p in (problem, corrupted))
-    assert (clean[1] != spoilt[1]).flatten(1).any(1).all()
-    for split in ("validation", "test"):
-        expected, found = (evaluation_tasks(p, 4, split, 3) for p in (problem, corrupted))
-        assert all(torch.equal(a, b) for a, b in zip(*map(tensors, (expected, found)), strict=True))
-
-
-def test_real_data_that_spoil_a_study_are_part_of_its_digest(study: Study) -> None:
-    def digest(**keys: Any) -> str | None:
-        section = CorruptionSection(kind="foreign", fraction=0.5, **keys)
-        return data_digest(build_problem(study.model_copy(update={"corruption": section}), None))
-
-    digests = digest(foreign="Spruce"), digest(foreign="Milk")
-    assert digest(foreign="lines") is None
-    assert None not in digests and digests[0] != digests[1]
 
 
 def test_adapting_some_tasks_at_a_time_gives_the_same_scores(
