@@ -239,7 +239,7 @@ def refuses(call, message):
 
 def test_no_inner_step_and_a_loss_that_is_no_scalar(net):
     inner = INNER["sgd"](net.parameters())
-    refuses(lambda: meta_step(net, inner, mse, draw(), ga.Mean(), steps=0), "at least 1, found 0")
+    refuses(lambda: meta_step(net, inner, mse, draw(), ga.Mean(), steps=0), "1 or more, found 0")
     vectors = lambda learner, batch: (learner(batch[0]) - batch[1]).square()  # noqa: E731
     refuses(lambda: meta_step(net, inner, vectors, draw(), ga.Mean()), "return a scalar tensor")
 
