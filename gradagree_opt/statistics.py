@@ -88,16 +88,17 @@ def measure(
         shares = (sizes / scale).unsqueeze(1)
         squared_norms = (shares * norms).square().sum(0)
         finite = torch.isfinite(norms).all(0)
+        cosines, nonzero = _cosines(leaves) if "cosine_row_sums" in needs else (None, None)
         return Statistics(
             row_sums=(shares.square() * dots).sum(0),
             squared_norms=squared_norms,
-            cosine_row_sums=_cosine_row_sums(leaves) if "cosine_row_sums" in needs else None,
+            cosine_row_sums=cosines,
             finite=finite if scaled else finite & in_range(squared_norms.amax()),
             active=active,
             scale=scale,
             gramian=_gramian(leaves, scale) if "gramian" in needs else None,
             other_row_sums=_other_row_sums(leaves, scale) if "other_row_sums" in needs else None,
-            nonzero=row_magnitudes(leaves) != 0 if "cosine_row_sums" in needs else None,
+            nonzero=nonzero,
         )
 
 
@@ -170,15 +171,19 @@ def _measure_part(blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.linalg.vector_norm(torch.stack(norms), dim=0), torch.stack(dots).sum(0)
 
 
-def _cosine_row_sums(leaves: Sequence[Tensor]) -> Tensor:
-    """u_i · Σ_j u_j for u_i = g_i / ‖g_i‖, each task in units of its own largest entry."""
-    units = or_one(row_magnitudes(leaves))
+def _cosines(leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """u_i · Σ_j u_j for u_i = g_i / ‖g_i‖, and whether u_i is not 0.
+
+    Each task is taken in units of its own largest entry.
+    """
+    magnitudes = row_magnitudes(leaves)
+    units = or_one(magnitudes)
     lengths = or_one(scaled_square_sums(leaves, units)).rsqrt()
     dots = [torch.zeros_like(units)]
     for block in blocks_of_all(leaves, units.dtype):
         matrix = block / units.unsqueeze(1)
         dots.append(matrix @ (lengths @ matrix))
-    return lengths * torch.stack(dots).sum(0)
+    return lengths * torch.stack(dots).sum(0), magnitudes != 0
 
 
 def _gramian(leaves: Sequence[Tensor], scale: Tensor) -> Tensor:
