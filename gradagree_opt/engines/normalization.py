@@ -37,13 +37,14 @@ class AffineApart(TorchFunctionMode):
 
 
 def _layer_norm(
-    x: Tensor,
+    input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    cudnn_enable: bool = True,  # noqa: ARG001 - torch.layer_norm's; it and its like below do nothing
 ) -> Tensor:
-    return _affine(functional.layer_norm(x, list(normalized_shape), eps=eps), weight, bias)
+    return _affine(functional.layer_norm(input, list(normalized_shape), eps=eps), weight, bias)
 
 
 def _batch_norm(
@@ -108,17 +109,6 @@ def _by_channel(values: Tensor | None, x: Tensor) -> Tensor | None:
     return None if values is None else values.reshape(-1, *[1] * (x.ndim - 2))
 
 
-def _torch_layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,  # noqa: ARG001 - torch's signature, here and below
-) -> Tensor:
-    return _layer_norm(input, normalized_shape, weight, bias, eps)
-
-
 def _native_layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -139,7 +129,7 @@ def _torch_batch_norm(
     training: bool,
     momentum: float,
     eps: float,
-    cudnn_enabled: bool,  # noqa: ARG001
+    cudnn_enabled: bool,  # noqa: ARG001 - as above
 ) -> Tensor:
     return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
@@ -153,7 +143,7 @@ def _torch_instance_norm(
     use_input_stats: bool,
     momentum: float,
     eps: float,
-    cudnn_enabled: bool,  # noqa: ARG001
+    cudnn_enabled: bool,  # noqa: ARG001 - as above
 ) -> Tensor:
     return _instance_norm(
         input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
@@ -164,7 +154,7 @@ INSTEAD: dict[Callable[..., Any], Callable[..., Any]] = {
     functional.layer_norm: _layer_norm,
     functional.batch_norm: _batch_norm,
     functional.instance_norm: _instance_norm,
-    torch.layer_norm: _torch_layer_norm,
+    torch.layer_norm: _layer_norm,
     torch.native_layer_norm: _native_layer_norm,
     torch.batch_norm: _torch_batch_norm,
     torch.instance_norm: _torch_instance_norm,
