@@ -160,7 +160,6 @@ class TaskBatch:
         self._nonfinite.clear()
         self._copies.clear()
         self._directions.clear()
-        self._unused = set(self._trained)
         self._displacements.clear()
 
     @property
