@@ -16,7 +16,7 @@ from gradagree_opt.collect import TaskBatch
 from gradagree_opt.engines.losses import scalar_loss
 from gradagree_opt.frameworks import require
 from gradagree_opt.graphs import check_depends
-from gradagree_opt.meta.inner import check_steps
+from gradagree_opt.meta.inner import check_count
 from gradagree_opt.meta.steps import MetaStep, check_tasks
 from gradagree_opt.meta.steps import meta_step as with_losses
 from gradagree_opt.stacks import PyTree
@@ -78,7 +78,7 @@ def meta_step(
     >>> net.weight.grad.shape, result.losses.shape
     (torch.Size([1, 1]), torch.Size([4]))
     """
-    check_steps(steps, least=1)
+    check_count("steps", steps, least=1)
     _check_optimizer(model, optimizer, first_order)
     n = check_tasks(dict(model.named_parameters()), tasks, "support", "query")
     loss_fn = scalar_loss(loss_fn)

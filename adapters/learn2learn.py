@@ -20,7 +20,7 @@ from gradagree_opt.engines.losses import scalar_loss
 from gradagree_opt.frameworks import require
 from gradagree_opt.functional import call_with
 from gradagree_opt.graphs import check_depends, dependencies
-from gradagree_opt.meta.inner import check_steps
+from gradagree_opt.meta.inner import check_count
 from gradagree_opt.meta.steps import MetaStep, check_tasks
 from gradagree_opt.meta.steps import meta_step as with_losses
 from gradagree_opt.stacks import PyTree
@@ -147,7 +147,7 @@ def _check_algorithm(algorithm: object, steps: int) -> None:
             f"expected an algorithm with clone() and adapt(), found {type(algorithm).__name__}; "
             "wrap the model, as in learn2learn.algorithms.MAML(model, lr=…)"
         )
-    check_steps(steps, least=1)
+    check_count("steps", steps, least=1)
     if isinstance(algorithm, GBML) and algorithm.adapt_transform and algorithm.first_order:
         raise ValueError(
             "expected GBML with adapt_transform=True to be of second order, found "

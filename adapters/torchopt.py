@@ -19,7 +19,7 @@ from gradagree_opt.annotations import Float
 from gradagree_opt.diagnostics import Diagnostics
 from gradagree_opt.engines import LossFn
 from gradagree_opt.frameworks import require
-from gradagree_opt.meta.inner import check_steps
+from gradagree_opt.meta.inner import check_count
 from gradagree_opt.stacks import PyTree
 
 require("torchopt")
@@ -126,7 +126,7 @@ def inner(transformation: GradientTransformation, steps: int) -> "Inner":
             f"expected a functional optimizer, found {type(transformation).__name__}; give what "
             "torchopt.adam(lr=…) and its like return"
         )
-    check_steps(steps)
+    check_count("steps", steps)
     return Inner(transformation, steps)
 
 
@@ -150,7 +150,7 @@ class Inner:
         """Adapted parameters of one task; ``steps`` in place of the loop's own number."""
         state = _batched_like(support, self.transformation.init(params))
         gradient = torch.func.grad(loss_fn)
-        for _ in range(self.steps if steps is None else check_steps(steps)):
+        for _ in range(self.steps if steps is None else check_count("steps", steps)):
             at = tree_map(torch.Tensor.detach, params) if first_order else params
             updates, state = self._update(gradient(at, support), state, at)
             params = torchopt.apply_updates(params, updates, inplace=False)

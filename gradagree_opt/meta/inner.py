@@ -47,9 +47,9 @@ class InnerSGD:
     """
 
     def __init__(self, lr: float | PyTree, steps: int, *, batch_size: int | None = None) -> None:
-        check_steps(steps)
+        check_count("steps", steps)
         if batch_size is not None:
-            check_steps(batch_size, least=1, name="batch_size")
+            check_count("batch_size", batch_size, least=1)
         self.lr = lr
         self.steps = steps
         self.batch_size = batch_size
@@ -70,7 +70,7 @@ class InnerSGD:
         """Adapted parameters of one task; ``steps`` in place of the loop's own number."""
         rates = self._rates(params)
         gradient = torch.func.grad(loss_fn)
-        for step in range(self.steps if steps is None else check_steps(steps)):
+        for step in range(self.steps if steps is None else check_count("steps", steps)):
             at = tree_map(lambda p: p.detach(), params) if first_order else params
             grads = gradient(at, self._sub_batch(support, step))
             params = tree_map(lambda p, g, rate: p - rate * g, params, grads, rates)
@@ -99,12 +99,12 @@ class InnerSGD:
         return tree_map(lambda leaf: leaf[start : start + self.batch_size], support)
 
 
-def check_steps(steps: int, /, *, least: int = 0, name: str = "steps") -> int:
-    """The number of inner steps, or a ValueError in one sentence."""
+def check_count(name: str, count: int, /, *, least: int = 0) -> int:
+    """The number of inner steps or the like, or a ValueError in one sentence."""
     try:
-        number = operator.index(steps)
+        number = operator.index(count)
     except TypeError:
         number = least - 1
     if number < least:
-        raise ValueError(f"expected {name} to be an integer of {least} or more, found {steps!r}")
+        raise ValueError(f"expected {name} to be an integer of {least} or more, found {count!r}")
     return number
