@@ -116,12 +116,8 @@ def examine_all() -> list[Finding]:
 
 
 def healthy(findings: Sequence[Finding], /) -> bool:
-    """Whether everything that is installed works; only PyTorch must not be missing."""
-    return all(
-        finding.status == "works"
-        or (finding.status == "missing" and finding.framework.distribution != "torch")
-        for finding in findings
-    )
+    """Whether everything that is installed works."""
+    return all(finding.status in ("works", "missing") for finding in findings)
 
 
 def table(findings: Sequence[Finding], /) -> "Table":
