@@ -113,8 +113,8 @@ def ablate(
     try:
         display = Display(loaded.title, sum(sweep.iterations for sweep in sweeps), errors)
 
-        def ended(part: Study, record: RunRecord) -> None:
-            display.end(part, record)
+        def ended(part: Study, record: RunRecord, found: bool) -> None:
+            display.end(part, record, found=found)
             if write_events is not None:
                 share = f"corrupted-{part.fraction:g}" if len(sweeps) > 1 else ""
                 write_events(folder / "tensorboard" / share, part, record)

@@ -16,7 +16,8 @@ from gradagree_opt.ablation.study import Study, StudyError
 from gradagree_opt.ablation.training import train_runs
 
 Label: TypeAlias = tuple[str, float, int]
-Ended: TypeAlias = Callable[[Study, RunRecord], None]
+Ended: TypeAlias = Callable[[Study, RunRecord, bool], None]
+"""``ended(study, record, found)``: the record of a run, and whether it was found finished."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,8 @@ class Sweep:
         """Does what is missing, with that many processes.
 
         Args:
-            report: Called with numbers of outer steps, as they are done or found done.
-            ended: Called with the study and the record of each run, as it ends or is found done.
+            report: Called with numbers of outer steps, as they are done.
+            ended: Called for each run, as it ends or is found finished.
         """
         self.complete(tuning_runs(self.study), jobs, report, ended)
         rates = choose_rates(self.study, self.records)
@@ -147,14 +148,13 @@ class Sweep:
                 missing.append(run)
             else:
                 self.records[run.label] = record
-                report(self.study.iterations)
-                ended(self.study, record)
+                ended(self.study, record, True)
         job = Job(self.study, self.store, self.data, self.digest)
         largest = min(self.group_size, math.ceil(len(missing) / jobs))
         for records in execute(job, groups(missing, largest), jobs, report):
             for record in records:
                 self.records[record.run.label] = record
-                ended(self.study, record)
+                ended(self.study, record, False)
 
     def finished(self, run: Run) -> RunRecord | None:
         try:
