@@ -20,7 +20,6 @@ from gradagree_opt.ablation.statistics import interval
 from gradagree_opt.ablation.study import Study
 from gradagree_opt.ablation.sweep import number_of_runs
 
-
 LOGGED = 5
 """Per cent of a study after which a file or a pipe gets another line."""
 

@@ -160,9 +160,17 @@ def explain(problem: Any) -> str:
             return f"the key {problem['loc'][-1]!r} is missing"
         case "value_error":
             return str(problem["ctx"]["error"])
+        case "union_tag_not_found":
+            return "the key 'kind' is missing"
+        case "union_tag_invalid":
+            return f"expected {problem['ctx']['expected_tags']}, found {problem['ctx']['tag']!r}"
+        case "too_short":
+            return "expected at least one entry, found none"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            message = "expected keys with their values"
         case _:
             message = problem["msg"].replace("Input should be", "expected")
-            return f"{message}, found {json.dumps(problem['input'], default=str)}"
+    return f"{message}, found {json.dumps(problem['input'], default=str)}"
 
 
 def locate(path: Path, root: yaml.Node, location: Location) -> str:

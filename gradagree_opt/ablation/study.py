@@ -29,7 +29,7 @@ class StudyError(ValueError):
 class Section(BaseModel):
     """A part of the study file: no unknown keys, no changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 def unique(entries: list[Any]) -> list[Any]:
@@ -109,7 +109,7 @@ class CorruptionSection(Section):
         Discriminator(one_or_list),
     ]
     scale: float | None = None
-    foreign: Literal["lines"] | Dataset | None = None
+    foreign: Literal["lines", Dataset] | None = None
 
     @property
     def fractions(self) -> list[float]:
@@ -120,7 +120,10 @@ class CorruptionSection(Section):
         if self.fractions != sorted(set(self.fractions)):
             raise LocatedError(f"the fractions {self.fractions} do not rise", "fraction")
         for option, kind in (("scale", "outlier_scale"), ("foreign", "foreign")):
-            if (getattr(self, option) is not None) != (self.kind == kind):
+            there, wanted = getattr(self, option) is not None, self.kind == kind
+            if wanted and not there:
+                raise LocatedError(f"kind {kind!r} needs the key {option!r}", "kind")
+            if there and not wanted:
                 raise LocatedError(f"{option!r} goes with kind {kind!r}, and with no other", option)
         return self
 
@@ -224,11 +227,26 @@ class Study(Section):
             raise LocatedError(message, "model")
         if self.model.kind == "conv4" and getattr(self.tasks, "inputs", DRAWING) != DRAWING:
             raise LocatedError(f"a conv4 model needs drawings of {DRAWING} numbers", "model")
-        if self.way is not None and self.corruption and self.corruption.foreign:
+        return self
+
+    @model_validator(mode="after")
+    def corrupted(self) -> "Study":
+        if self.corruption is None:
+            return self
+        kind, foreign = self.corruption.kind, self.corruption.foreign
+        if self.way is not None and foreign:
             raise LocatedError("there are no foreign tasks for drawings", "corruption", "foreign")
-        if self.corruption and self.corruption.foreign == getattr(self.tasks, "dataset", ""):
-            message = f"the tasks of {self.corruption.foreign} are the study's own, not foreign"
+        if foreign == getattr(self.tasks, "dataset", ""):
+            message = f"the tasks of {foreign} are the study's own, not foreign"
             raise LocatedError(message, "corruption", "foreign")
+        if kind == "outlier_scale" and self.model.kind == "conv4":
+            message = "BatchNorm divides the scale of drawings out again; take shuffled_labels"
+            raise LocatedError(message, "corruption", "kind")
+        alone = self.form.kind == "reptile" and self.tasks.support_shots == 1
+        if kind == "shuffled_labels" and alone:
+            of_class = " of each class" if self.way else ""
+            message = f"labels of one example{of_class} are as good when shuffled; take more shots"
+            raise LocatedError(message, "corruption", "kind")
         return self
 
     @model_validator(mode="after")

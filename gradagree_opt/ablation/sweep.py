@@ -175,7 +175,18 @@ class Job:
     digest: str | None
 
     def prepare(self) -> Problem:
-        return build_problem(self.study, self.data)
+        """The problem, built anew.
+
+        Raises:
+            StudyError: Its data are not those that the records are filed under.
+        """
+        problem = build_problem(self.study, self.data)
+        if data_digest(problem) != self.digest:
+            raise StudyError(
+                "expected the data that the study began with, found others: they were replaced, or "
+                "a function of tasksets gives each process other classes (sort what comes of a set)"
+            )
+        return problem
 
     def perform(self, problem: Problem, runs: list[Run], report: Report) -> list[RunRecord]:
         trained = train_runs(self.study, problem, runs, report)

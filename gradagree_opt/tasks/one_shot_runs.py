@@ -1,4 +1,4 @@
-"""Reads the official one-shot runs of Omniglot: from an .npz archive, or as Lake et al. give them."""
+"""Reads the official one-shot runs of Omniglot, from an archive or as Lake et al. give them."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -66,8 +66,8 @@ def check_one_shot_runs(path: Path, images: Tensor, support: Tensor, query: Tens
 def read_one_shot_folder(folder: Path, /) -> tuple[Examples, Examples]:
     """Support and query examples of the unpacked ``all_runs.zip`` of Lake et al., resized to 28×28.
 
-    Every run is a folder; its ``class_labels.txt`` has a line for each drawing to classify, in which
-    the drawing to learn from of the same character comes second.
+    Every run is a folder; its ``class_labels.txt`` has a line for each drawing to classify, in
+    which the drawing to learn from of the same character comes second.
 
     Raises:
         FileNotFoundError: there are no runs in the folder.

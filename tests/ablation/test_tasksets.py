@@ -8,6 +8,7 @@ import torch
 from gradagree_opt.ablation.loading import load
 from gradagree_opt.ablation.problem import build_problem, data_digest
 from gradagree_opt.ablation.study import Learn2LearnTasks, StudyError
+from gradagree_opt.ablation.sweep import Sweep
 from gradagree_testing.command import gradagree
 
 from .conftest import WriteStudy
@@ -23,18 +24,25 @@ import numpy as np
 import torch
 from learn2learn.data.transforms import FusedNWaysKShots, LoadData, RemapLabels
 
-def make(train_ways, train_samples, test_ways, test_samples, shift=0.0, root=None):
+def make(
+    train_ways, train_samples, test_ways, test_samples,
+    shift=0.0, root=None, ways=None, samples=None, remap=True, side=None,
+):
     """Points around a place of each class; the classes of the parts are far from one another."""
+    only_ways, only_samples = ways, samples
     def taskset(first, ways, samples):
+        ways, samples = only_ways or ways, only_samples or samples
         labels = (first + torch.arange(6)).repeat_interleave(9)
         places = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
         noise = torch.randn(54, 2, generator=torch.Generator().manual_seed(first))
         x = 100 * first + shift + places[labels] + 0.01 * noise
+        if side:
+            x = x[:, :1, None].expand(-1, side, side)
         data = l2l.data.MetaDataset(torch.utils.data.TensorDataset(x, labels))
         transforms = [
             FusedNWaysKShots(data, n=ways, k=samples),
             LoadData(data),
-            RemapLabels(data, shuffle=False),
+            *([RemapLabels(data, shuffle=False)] if remap else []),
         ]
         return l2l.data.Taskset(data, transforms)
     return (
@@ -59,6 +67,12 @@ def shuffled(shuffle, train_ways, train_samples, test_ways, test_samples, apart=
         transforms = [FusedNWaysKShots(drawn_from, n=ways, k=samples), LoadData(part)]
         parts.append(l2l.data.Taskset(part, [*transforms, RemapLabels(part)]))
     return parts
+
+calls = []
+
+def never_the_same(**ways_and_samples):
+    calls.append(None)
+    return make(**ways_and_samples, shift=float(len(calls)))
 
 by_python = functools.partial(shuffled, random.shuffle)
 by_numpy = functools.partial(shuffled, np.random.shuffle)
@@ -86,6 +100,10 @@ CHANGES = {
     "inner": {"lr": 0.02, "steps": 2},
     "test": {"tasks": 12, "support_shots": 5, "query_shots": 4, "steps": [0, 1, 2]},
 }
+
+
+def ignore(_: object) -> None:
+    pass
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +168,39 @@ def test_parts_that_draw_from_all_classes_as_learn2learns_omniglot_does_are_refu
     tasks = TASKS | {"tasksets": "points:by_python", "options": {"apart": False}}
     with pytest.raises(StudyError, match="by_python: expected train and validation tasks of d"):
         build_problem(load(str(write_study(tasks=tasks, **CHANGES))), None)
+
+
+def test_processes_that_would_have_other_tasks_train_none(
+    write_study: WriteStudy, tmp_path: Path
+) -> None:
+    tasks = TASKS | {"tasksets": "points:never_the_same"}
+    sweep = Sweep(load(str(write_study(tasks=tasks, **CHANGES))), tmp_path / "out", None, ignore)
+    with pytest.raises(StudyError, match="expected the data that the study began with"):
+        sweep.run(1, ignore)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"options": {"ways": 2}}, r"support .* a train task: .* 0 to 2, found \[0, 1\]"),
+        ({"options": {"remap": False}}, r"a train task: expected classes 0 to 2, found \["),
+        (
+            {"options": {"samples": 9}},
+            r"the query examples of a train task: expected 3 of each class, found \[7, 7, 7\]",
+        ),
+        ({"options": {"side": 3}}, "train task: expected 2 numbers in each, found 9"),
+        ({"options": {"side": 28}, "inputs": 784}, r"\[1, 28, 28\] for conv4, found \[28, 28\]"),
+    ],
+)
+def test_tasks_that_are_not_those_of_the_study_are_refused(
+    write_study: WriteStudy, changes: dict[str, object], message: str
+) -> None:
+    model = {"kind": "conv4"} if "inputs" in changes else {"kind": "mlp", "hidden": [4]}
+    study = load(str(write_study(tasks=TASKS | changes, model=model, **CHANGES)))
+    with pytest.raises(StudyError, match=message) as caught:
+        build_problem(study, None)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_study_runs_from_the_command(write_study: WriteStudy, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_a_header_of_a_shape_that_cannot_be_is_refused(tmp_path, arrays, charact
         archive.open("images.npy", "w") as member,
     ):
         np.lib.format.write_array_header_1_0(member, header)
-    with pytest.raises(ValueError, match="expected 'images' in .* found a damaged member"):
+    with pytest.raises(ValueError, match=r"expected 'images' in .* found a damaged member"):
         Omniglot.from_npz(tmp_path / "omniglot.npz")
 
 
