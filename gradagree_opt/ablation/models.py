@@ -65,7 +65,7 @@ def mlp(sizes: list[int], activation: type[nn.Module], *, batch_norm: bool = Fal
     for before, after in pairwise(sizes[:-1]):
         norms = [nn.BatchNorm1d(after, track_running_stats=False)] if batch_norm else []
         layers += [nn.Linear(before, after), *norms, activation()]
-    return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
+    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
 
 def conv4(filters: int, ways: int, network: Network) -> nn.Module:
