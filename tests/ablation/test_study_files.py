@@ -2,12 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gradagree_opt.ablation.loading import load, merge, shipped
 from gradagree_opt.ablation.study import Study, StudyError
 
+from .conftest import WriteStudy
+
+WHOLE = {"lr": 0.02, "steps": 2}
+TEST = {"tasks": 12, "support_shots": 5, "query_shots": 7, "steps": [0, 1, 2]}
 SHIPPED = [
     "grouped",
     "mini-imagenet-5way-1shot",
@@ -147,6 +152,7 @@ def test_a_number_in_exponent_form_is_a_number(study_file: Path) -> None:
         ("steps: [0, 1, 2]}", "steps: [0, 2]}", 14, "not among"),
         ("  batch_size: 5", "  batch_size: 4", 9, "4 does not divide the 10"),
         ("kind: mlp, hidden: [8], activation: tanh", "kind: conv4", 4, "needs drawings"),
+        ("hidden: [8]", "hidden: [8], network: finn", 4, "unknown key 'network'"),
         ("  iterations: 6", "  iteration: 6", 25, "unknown key 'iteration'"),
         ("  tuning: {tasks: 5}", "  tuning: {tasks: many}", 26, "integer"),
         ("  tuning: {tasks: 5}", "  tuning: {seeds: 9}", 26, "more than the study's 2 seeds"),
@@ -167,6 +173,30 @@ def test_a_mistake_is_one_sentence_naming_file_and_line(
     assert f", line {line}" in message
     assert words in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("place", "changes"),
+    [
+        ("inner.batch_size", {"inner": {"lr": 0.02, "steps": 2, "batch_size": 1}}),
+        ("tasks.support_shots", {"tasks": {"kind": "sine", "support_shots": 1}, "inner": WHOLE}),
+        ("tasks", {"form": {"kind": "maml"}}),  # whose query example is one if it is not given
+        ("test.support_shots", {"test": {**TEST, "support_shots": 1}}),
+        ("test.query_shots", {"test": {**TEST, "query_shots": 1}}),
+        (None, {"test": {**TEST, "query_shots": 1, "transductive": False}}),
+        (None, {}),
+    ],
+)
+@pytest.mark.usefixtures("without_type_checks")
+def test_batch_norm_needs_two_examples_in_every_batch(
+    write_study: WriteStudy, place: str | None, changes: dict[str, Any]
+) -> None:
+    path = str(write_study(model={"kind": "mlp", "hidden": [8], "batch_norm": True}, **changes))
+    if place is None:
+        assert load(path).model.kind == "mlp"
+        return
+    with pytest.raises(StudyError, match=f"in '{place}': batch_norm needs batches of two or more"):
+        load(path)
 
 
 @pytest.mark.parametrize(
