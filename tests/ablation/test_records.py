@@ -20,6 +20,7 @@ from gradagree_opt.ablation.records import (
 )
 from gradagree_opt.ablation.study import CorruptionSection, MAMLForm, MetaSGDForm, Study
 from gradagree_opt.ablation.sweep import final_runs, tuning_runs
+from gradagree_opt.tasks.replacing import replacing
 
 RUN = Run(method=Method(name="mean", aggregator="mean"), rate=0.5, seed=3)
 RECORD = RunRecord(
@@ -110,6 +111,19 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
         write_atomically(path, b"new")
     assert [file.name for file in tmp_path.iterdir()] == ["table.md"]
     assert path.read_bytes() == b"old"
+
+
+def test_two_that_write_one_file_at_once_share_nothing_though_their_process_numbers_are_equal(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "table.md"
+    with replacing(path) as own:
+        with replacing(path) as other:
+            other.write_bytes(b"other host's")
+            own.write_bytes(b"own")
+        assert path.read_bytes() == b"other host's"
+    assert path.read_bytes() == b"own"
+    assert [file.name for file in tmp_path.iterdir()] == ["table.md"]
 
 
 @pytest.mark.parametrize(

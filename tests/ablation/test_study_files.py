@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from gradagree_opt.ablation.artefacts import write_config
 from gradagree_opt.ablation.loading import load, merge, shipped
+from gradagree_opt.ablation.recorded import read_config
 from gradagree_opt.ablation.study import Study, StudyError
 
 from .conftest import WriteStudy
@@ -206,7 +208,16 @@ def test_batch_norm_needs_two_examples_in_every_batch(
         (b"- a\n- b\n", "expected the keys of a study"),
         (b"\xff\xfe\x00", "cannot be read"),
         (b"name: \x00", "not YAML"),
-        (b"title: 2024-02-30", "not YAML"),
+        (b"title: 2024-02-30", "line 1: not YAML: '2024-02-30' is no timestamp"),
+        (b"a: 1\nb: !!timestamp 5", "line 2: not YAML: '5' is no timestamp"),
+        (b"a: !!bool maybe", "'maybe' is no bool"),
+        (b"a: !!int ''", "'' is no int"),
+        (b"a: " + b"[" * 5000, "nested too deeply"),
+        (b"quick: &a {quick: *a}", "the key 'name' is missing"),
+        (b'extends: "a\\0b"', r'found "a\\u0000b"'),
+        (b'extends: "\\ud800"', r'found "\\ud800"'),
+        (b"extends: &a [*a]", r"found \[\[\[.*\.\.\.\]"),
+        (b"extends: {2024-02-03: 1}", "found {datetime.date"),
         (b"a: !!python/object/apply:os.getcwd []", "not YAML"),
     ],
 )
@@ -215,7 +226,39 @@ def test_a_file_that_is_no_study_is_named(tmp_path: Path, content: bytes, words:
     path.write_bytes(content)
     with pytest.raises(StudyError, match=words) as caught:
         load(str(path))
-    assert str(path) in str(caught.value)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_quick_in_itself_is_named(study_file: Path) -> None:
+    text = study_file.read_text()
+    study_file.write_text(text[: text.index("quick:")] + "quick: &quick {quick: *quick}\n")
+    with pytest.raises(StudyError, match="nested too deeply"):
+        load(str(study_file))
+
+
+@pytest.mark.parametrize("character", ["\n", "\x1b", "\x85", "\u2028"])
+def test_whatever_a_key_or_a_kind_is_called_it_is_told_in_one_line(
+    study_file: Path, character: str
+) -> None:
+    edited(study_file, "kind: reptile", f"kind: {json.dumps(f'rep{character}tile')}")
+    with pytest.raises(StudyError, match="'reptile'") as caught:
+        load(str(study_file))
+    assert str(caught.value).isprintable() and ascii(character)[1:-1] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "character", ["\x7f", "\x80", "\x85", "\u2028", "\ufeff", "\xfc", "\U0001f600"]
+)
+def test_a_name_is_read_back_from_the_configuration_as_it_is(
+    study: Study, tmp_path: Path, character: str
+) -> None:
+    name = f"a{character} b"
+    methods = [study.methods[0], study.methods[1].model_copy(update={"name": name})]
+    study = study.model_copy(update={"methods": methods, "title": name})
+    written = write_config(tmp_path, study, ["gradagree", name], None, [None])
+    assert json.loads((tmp_path / "config.json").read_bytes())["command"] == ["gradagree", name]
+    assert load(str(tmp_path / "config.json")) == study
+    assert read_config(tmp_path) == written
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
