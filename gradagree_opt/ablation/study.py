@@ -244,7 +244,8 @@ class Study(Section):
         if foreign == getattr(self.tasks, "dataset", ""):
             message = f"the tasks of {foreign} are the study's own, not foreign"
             raise LocatedError(message, "corruption", "foreign")
-        if kind == "outlier_scale" and self.model.kind == "conv4":
+        normalized = self.model.kind == "conv4" or self.model.batch_norm
+        if kind == "outlier_scale" and self.way is not None and normalized:
             message = "BatchNorm divides the scale of drawings out again; take shuffled_labels"
             raise LocatedError(message, "corruption", "kind")
         alone = self.form.kind == "reptile" and self.tasks.support_shots == 1

@@ -140,6 +140,12 @@ def test_corruption_spoils_the_training_tasks_and_no_others(
             "BatchNorm divides the scale",
         ),
         (
+            {"kind": "omniglot", "way": 2, "support_shots": 5},
+            {"kind": "mlp", "hidden": [4], "batch_norm": True},
+            {"kind": "outlier_scale", "scale": 10},
+            "BatchNorm divides the scale",
+        ),
+        (
             {"kind": "omniglot", "way": 2, "support_shots": 1},
             {"kind": "mlp", "hidden": [4]},
             {"kind": "shuffled_labels"},

@@ -40,9 +40,12 @@ baseline: mean
         "kind: mlp, hidden: [8, 4], batch_norm: true",
     ],
 )
-def test_an_omniglot_study_runs_from_an_archive(tmp_path: Path, model: str) -> None:
+@pytest.mark.parametrize("form", ["reptile", "maml"])
+def test_an_omniglot_study_runs_from_an_archive(tmp_path: Path, model: str, form: str) -> None:
     study, data = tmp_path / "study.yaml", tmp_path / "drawings.npz"
-    study.write_text(OMNIGLOT.replace("kind: conv4, filters: 4", model))
+    study.write_text(
+        OMNIGLOT.replace("kind: conv4, filters: 4", model).replace("kind: reptile", f"kind: {form}")
+    )
     drawings = np.random.default_rng(0).integers(0, 256, (12, 20, 28, 28), dtype=np.uint8)
     np.savez(data, images=drawings, vinyals_split=np.arange(12) % 3)
     result = ablate(study, "--data", data, "--out", tmp_path / "out", "--jobs", 1)
