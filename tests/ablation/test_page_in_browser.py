@@ -170,6 +170,7 @@ def test_at_phone_width_the_page_stays_and_wide_things_scroll_in_their_own_box(
     # two tables, five figures of which one may be narrow, and a sixth of several parts
     assert browser.evaluate(f"{boxes}.length") >= 6
     assert browser.evaluate(f"{boxes}.every(x => x.tabIndex === 0)")  # the keyboard scrolls them
+    assert browser.evaluate(f"{boxes}.every(x => getComputedStyle(x).overflowX === 'auto')")
     assert browser.evaluate("parseFloat(getComputedStyle(document.body).fontSize)") >= 16
     seen = np.asarray(Image.open(BytesIO(browser.screenshot())).convert("RGB"))
     assert seen.shape[1] == 360
