@@ -36,11 +36,7 @@ class Results:
 
     def final(self, name: str) -> list[RunRecord]:
         """The runs of a method at its chosen rate, in the order of the study's seeds."""
-        return [
-            self.records[run.label]
-            for run in final_runs(self.study, self.rates)
-            if run.method.name == name
-        ]
+        return [self.records[name, self.rates[name], seed] for seed in self.study.seeds]
 
     def at_edge(self, name: str) -> bool:
         """Whether a better rate may lie beyond the smallest or largest of the candidates."""

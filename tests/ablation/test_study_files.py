@@ -50,10 +50,16 @@ def test_every_shipped_study_is_valid_and_named_as_its_file(name: str, quick: bo
     assert load(name, quick=quick).name == name + ("-quick" if quick else "")
 
 
-def test_full_studies_have_five_seeds_and_the_papers_test() -> None:
+@pytest.mark.parametrize("name", shipped())
+def test_full_studies_have_five_seeds_and_as_many_test_tasks_as_the_field(name: str) -> None:
+    study = load(name)
+    assert len(study.seeds) >= 5
+    assert study.test.tasks >= 600
+
+
+def test_full_sine_studies_have_the_papers_test() -> None:
     for name in ("sine", "sine-maml"):
         study = load(name)
-        assert len(study.seeds) >= 5
         assert (study.test.tasks, study.test.support_shots) == (1000, 10)
         assert study.test.steps == [0, 1, 5, 10, 32]
 

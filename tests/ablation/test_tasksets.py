@@ -12,6 +12,7 @@ from gradagree_opt.ablation.sweep import Sweep
 from gradagree_testing.command import gradagree
 
 from .conftest import WriteStudy
+from .spied import drawn, highest, trained_alike
 
 pytest.importorskip("learn2learn", reason="learn2learn is not installed")
 
@@ -26,16 +27,16 @@ from learn2learn.data.transforms import FusedNWaysKShots, LoadData, RemapLabels
 
 def make(
     train_ways, train_samples, test_ways, test_samples,
-    shift=0.0, root=None, ways=None, samples=None, remap=True, side=None,
+    shift=0.0, marker=0.0, root=None, ways=None, samples=None, remap=True, side=None,
 ):
     """Points around a place of each class; the classes of the parts are far from one another."""
     only_ways, only_samples = ways, samples
-    def taskset(first, ways, samples):
+    def taskset(first, ways, samples, marker=0.0):
         ways, samples = only_ways or ways, only_samples or samples
         labels = (first + torch.arange(6)).repeat_interleave(9)
         places = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
         noise = torch.randn(54, 2, generator=torch.Generator().manual_seed(first))
-        x = 100 * first + shift + places[labels] + 0.01 * noise
+        x = 100 * first + shift + marker + places[labels] + 0.01 * noise
         if side:
             x = x[:, :1, None].expand(-1, side, side)
         data = l2l.data.MetaDataset(torch.utils.data.TensorDataset(x, labels))
@@ -48,7 +49,7 @@ def make(
     return (
         taskset(0, train_ways, train_samples),
         taskset(10, test_ways, test_samples),
-        taskset(20, test_ways, test_samples),
+        taskset(20, test_ways, test_samples, marker),
     )
 
 def shuffled(shuffle, train_ways, train_samples, test_ways, test_samples, apart=True):
@@ -135,6 +136,15 @@ def test_options_reach_the_function_and_other_data_has_another_digest(
         for tasks in (TASKS, TASKS, TASKS | {"options": {"shift": 1.0}})
     ]
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_marker_in_test_tasks_is_seen_by_the_test_alone(write_study: WriteStudy) -> None:
+    study = load(str(write_study(tasks=TASKS, **CHANGES)))
+    tasks = study.tasks.model_copy(update={"options": {"marker": 1e6}})
+    marked = build_problem(study.model_copy(update={"tasks": tasks}), None)
+    trained_alike(study, build_problem(study, None), marked)
+    seen = drawn(study, marked)
+    assert {split for split in seen if highest(seen[split]) > 1e5} == {"test"}
 
 
 @pytest.mark.parametrize("function", ["by_python", "by_numpy", "by_torch"])
