@@ -13,17 +13,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from gradagree_opt.ablation.models import input_size
-from gradagree_opt.ablation.study import (
+from gradagree_opt.ablation.sections import (
     CorruptionSection,
     GroupedTasks,
     Learn2LearnTasks,
     MiniImageNetTasks,
     OmniglotTasks,
     SineTasks,
-    Study,
-    StudyError,
     Test,
 )
+from gradagree_opt.ablation.study import Study, StudyError
 from gradagree_opt.tasks import (
     Corrupted,
     GroupedRegression,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from gradagree_opt.ablation.study import (
+from gradagree_opt.ablation.sections import (
     DRAWING,
     MLP,
     GroupedTasks,
@@ -18,8 +18,8 @@ from gradagree_opt.ablation.study import (
     MetaSGDForm,
     MiniImageNetTasks,
     Network,
-    Study,
 )
+from gradagree_opt.ablation.study import Study
 from gradagree_opt.tasks import Batch
 from gradagree_opt.tasks.grouped import DATASETS
 

@@ -18,7 +18,7 @@ from gradagree_opt.ablation.citations import bibtex, entries, methods_text
 from gradagree_opt.ablation.loading import load, shipped
 from gradagree_opt.ablation.methods import Method, torchjd_aggregators
 from gradagree_opt.ablation.recorded import Config, read_config
-from gradagree_opt.ablation.study import (
+from gradagree_opt.ablation.sections import (
     CorruptionSection,
     MAMLForm,
     MetaSGDForm,

@@ -8,7 +8,8 @@ from gradagree_opt.ablation.methods import Method
 from gradagree_opt.ablation.models import Params
 from gradagree_opt.ablation.problem import Problem, build_problem
 from gradagree_opt.ablation.records import Run
-from gradagree_opt.ablation.study import MAMLForm, Study
+from gradagree_opt.ablation.sections import MAMLForm
+from gradagree_opt.ablation.study import Study
 from gradagree_opt.ablation.training import run_settings, train_runs
 from gradagree_opt.engines.compilation import maybe_compiled
 

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from gradagree_opt.ablation.display import Display
 from gradagree_opt.ablation.records import Run, RunRecord
-from gradagree_opt.ablation.study import CorruptionSection, Study
+from gradagree_opt.ablation.sections import CorruptionSection
+from gradagree_opt.ablation.study import Study
 
 
 def record(study: Study, place: int, rate: float, seed: int, loss: float) -> RunRecord:

@@ -16,7 +16,8 @@ from gradagree_opt.ablation.models import (
     initial_params,
     predict,
 )
-from gradagree_opt.ablation.study import MLP, GroupedTasks, Study
+from gradagree_opt.ablation.sections import MLP, GroupedTasks
+from gradagree_opt.ablation.study import Study
 
 
 def size(module: nn.Module) -> int:

@@ -21,7 +21,8 @@ from gradagree_opt.ablation.problem import (
     evaluation_tasks,
 )
 from gradagree_opt.ablation.records import Run
-from gradagree_opt.ablation.study import CorruptionSection, Study, StudyError
+from gradagree_opt.ablation.sections import CorruptionSection
+from gradagree_opt.ablation.study import Study, StudyError
 from gradagree_opt.ablation.training import train_runs
 from gradagree_opt.tasks import grouped
 from gradagree_testing.photographs import write_photographs

@@ -18,7 +18,8 @@ from gradagree_opt.ablation.records import (
     Store,
     write_atomically,
 )
-from gradagree_opt.ablation.study import CorruptionSection, MAMLForm, MetaSGDForm, Study
+from gradagree_opt.ablation.sections import CorruptionSection, MAMLForm, MetaSGDForm
+from gradagree_opt.ablation.study import Study
 from gradagree_opt.ablation.sweep import final_runs, tuning_runs
 from gradagree_opt.tasks.replacing import replacing
 

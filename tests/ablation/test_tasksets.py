@@ -7,7 +7,8 @@ import torch
 
 from gradagree_opt.ablation.loading import load
 from gradagree_opt.ablation.problem import build_problem, data_digest
-from gradagree_opt.ablation.study import Learn2LearnTasks, StudyError
+from gradagree_opt.ablation.sections import Learn2LearnTasks
+from gradagree_opt.ablation.study import StudyError
 from gradagree_opt.ablation.sweep import Sweep
 from gradagree_testing.command import gradagree
 
