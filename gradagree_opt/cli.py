@@ -14,6 +14,7 @@ try:
 
     from gradagree_opt.ablation import layouts
     from gradagree_opt.ablation.artefacts import (
+        check_text,
         other_versions,
         prepare_folder,
         write_artefacts,
@@ -25,7 +26,7 @@ try:
     from gradagree_opt.ablation.recorded import read_config, read_results
     from gradagree_opt.ablation.records import RunRecord
     from gradagree_opt.ablation.study import Study, StudyError
-    from gradagree_opt.ablation.sweep import Results, Sweep
+    from gradagree_opt.ablation.sweep import Results, Sweep, compiles
     from gradagree_opt.doctor import main as try_packages
 except ModuleNotFoundError as missing:
     if missing.name and missing.name.startswith("gradagree_opt"):
@@ -33,6 +34,14 @@ except ModuleNotFoundError as missing:
     raise SystemExit(
         f"the gradagree command needs {missing.name}: pip install 'gradagree-opt[ablation]', "
         "or pip install '.[ablation]' in a clone"
+    ) from None
+except ImportError as broken:
+    if broken.name and broken.name.startswith("gradagree_opt"):
+        raise
+    reason = str(broken).partition("\n")[0]
+    raise SystemExit(
+        f"the gradagree command cannot import what it needs: {reason}; "
+        "`python -m gradagree_opt.doctor` names the package and how to mend it"
     ) from None
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -99,7 +108,11 @@ def ablate(
         write_events = event_writer() if tensorboard else None
         loaded = load(study, quick=quick)
         folder = out or Path("runs") / loaded.name
+        check_text([study, str(folder), str(data)])
         sweeps = [Sweep(part, folder, data, warn) for part in loaded.parts()]
+        compiled = compiles(loaded, warn)
+        for sweep in sweeps:
+            sweep.compiled = compiled
         prepare_folder(folder, loaded)
         if sentence := other_versions(folder, loaded):
             warn(sentence)
@@ -113,8 +126,8 @@ def ablate(
     try:
         display = Display(loaded.title, sum(sweep.iterations for sweep in sweeps), errors)
 
-        def ended(part: Study, record: RunRecord) -> None:
-            display.end(part, record)
+        def ended(part: Study, record: RunRecord, found: bool) -> None:
+            display.end(part, record, found=found)
             if write_events is not None:
                 share = f"corrupted-{part.fraction:g}" if len(sweeps) > 1 else ""
                 write_events(folder / "tensorboard" / share, part, record)
@@ -122,7 +135,7 @@ def ablate(
         with display.live():
             results = [sweep.run(jobs, display.advance, ended) for sweep in sweeps]
         write_artefacts(folder, results, config)
-    except (OSError, BrokenProcessPool) as failure:
+    except (OSError, BrokenProcessPool, StudyError) as failure:
         errors.print(f"gradagree: {failure}; the finished runs are in {folder}", markup=False)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
@@ -142,6 +155,7 @@ def report(
 ) -> None:
     """Writes the tables and figures of a study anew from its recorded runs; nothing is trained."""
     try:
+        check_text([str(folder)])
         config = read_config(folder)
         results = read_results(folder, config)
         write_artefacts(folder, results, config)
@@ -157,7 +171,7 @@ def report(
 def doctor() -> None:
     """Tries every optional package once, and says how to mend what does not work.
 
-    Exit status 1 where something that is installed does not work, or PyTorch is not.
+    Exit status 1 where something that is installed does not work.
     """
     raise typer.Exit(try_packages())
 

@@ -135,6 +135,7 @@ class TaskBatch:
         """Adds Σ_i w_i · direction_i to ``.grad`` of every parameter; ready for the next batch.
 
         As with ``loss.backward()``, a parameter that no loss depends on keeps the ``.grad`` it has.
+        The update is dense, that of a sparse embedding too, with which SparseAdam cannot step.
 
         Returns:
             The aggregation; its update is a dict from parameter name (or position) to gradient.

@@ -15,7 +15,7 @@ class Diagnostics(NamedTuple):
     """Health of one aggregation; with grouped weights, one entry for each group.
 
     Attributes:
-        weight_sum: Σ w_i; in [0, 1] for Gradient Agreement.
+        weight_sum: Σ w_i; in [0, 1] for Gradient Agreement, [-1, 1] without a task's own share.
         smallest_weight: min w_i.
         negative_share: share of the tasks whose weight is negative.
         effective_tasks: (Σ|w_i|)² / Σ w_i², between 1 and n; 0 where all weights are zero.

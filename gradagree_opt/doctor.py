@@ -1,6 +1,7 @@
 """``gradagree doctor``: tries every optional package in a process of its own, and names the fix.
 
-``python -m gradagree_opt.doctor`` is the same where the ``gradagree`` command itself cannot start.
+``python -m gradagree_opt.doctor`` is the same where the ``gradagree`` command itself cannot start:
+it needs PyTorch and nothing else.
 """
 
 import os
@@ -116,12 +117,8 @@ def examine_all() -> list[Finding]:
 
 
 def healthy(findings: Sequence[Finding], /) -> bool:
-    """Whether everything that is installed works; only PyTorch must not be missing."""
-    return all(
-        finding.status == "works"
-        or (finding.status == "missing" and finding.framework.distribution != "torch")
-        for finding in findings
-    )
+    """Whether everything that is installed works."""
+    return all(finding.status in ("works", "missing") for finding in findings)
 
 
 def table(findings: Sequence[Finding], /) -> "Table":
@@ -149,23 +146,26 @@ def fixes(findings: Sequence[Finding], /) -> list[str]:
 
 
 def main() -> int:
-    """Prints the table, and under it the fixes, each in one line to be copied.
+    """Prints the table, in plain lines where rich is not there to draw it, and under it the fixes.
 
     Returns:
         Exit status: 0 if everything that is installed works, 1 otherwise.
-
-    Raises:
-        ImportError: rich, which prints the table, is what is missing; it names the command.
     """
-    require("rich")
-    from rich.console import Console
-
-    with Console(stderr=True).status("importing every package once"):
+    try:
+        require("rich")
+    except ImportError:
         findings = examine_all()
-    console = Console(highlight=False)
-    console.print(table(findings))
+        for finding in findings:
+            words = (finding.framework.distribution, finding.version, finding.status)
+            print(*filter(None, (*words, finding.reason)))  # noqa: T201 - rich is not there
+    else:
+        from rich.console import Console
+
+        with Console(stderr=True).status("importing every package once"):
+            findings = examine_all()
+        Console(highlight=False).print(table(findings))
     for line in fixes(findings):
-        console.print(f"\n{line}", markup=False, soft_wrap=True)
+        print(f"\n{line}")  # noqa: T201 - in one line, to be copied
     return 0 if healthy(findings) else 1
 
 

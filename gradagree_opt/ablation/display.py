@@ -1,4 +1,7 @@
-"""What a terminal shows while a study runs: how far it is, and the best of each method so far."""
+"""What is shown while a study runs: how far it is, on a terminal also the best of each method."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -17,9 +20,14 @@ from gradagree_opt.ablation.statistics import interval
 from gradagree_opt.ablation.study import Study
 from gradagree_opt.ablation.sweep import number_of_runs
 
+LOGGED = 5
+"""Per cent of a study after which a file or a pipe gets another line."""
+
 
 class Display:
-    """A bar with the time left and, on a terminal, a line for each method below it.
+    """A bar with the time left: on a terminal one that moves, with a line for each method below it.
+
+    In a file or a pipe it is printed again at every twentieth of the study.
 
     Args:
         total: The outer steps of all parts of the study.
@@ -33,28 +41,51 @@ class Display:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            console=console,
             speed_estimate_period=120,
         )
         self.bar = self.progress.add_task("", total=total)
         self.study: Study | None = None
         self.ended: dict[str, list[RunRecord]] = {}
 
-    def live(self) -> Live:
+    @contextmanager
+    def live(self) -> Iterator[None]:
         """Shows it while the context lasts."""
-        return Live(self, console=self.console)
+        if not self.console.is_terminal:
+            self.console.print(Text(self.title))
+            yield
+            return
+        with Live(self, console=self.console):
+            yield
 
     def advance(self, steps: int) -> None:
+        """Counts outer steps that were done."""
+        before = self.percentage
         self.progress.advance(self.bar, steps)
+        if not self.console.is_terminal and self.percentage // LOGGED > before // LOGGED:
+            self.console.print(self.progress)
 
-    def end(self, part: Study, record: RunRecord) -> None:
-        """Counts a run of a part of the study; only those of the latest part are shown."""
+    def end(self, part: Study, record: RunRecord, *, found: bool) -> None:
+        """Counts a run of a part of the study; only those of the latest part are shown.
+
+        Args:
+            found: Whether it was finished before: its steps say nothing about the speed.
+        """
         if part is not self.study:
             self.study, self.ended = part, {method.name: [] for method in part.methods}
         self.ended[record.run.method.name].append(record)
+        if found:
+            [bar] = self.progress.tasks
+            started = bar.start_time
+            self.progress.reset(self.bar, completed=int(bar.completed) + part.iterations)
+            bar.start_time = started
+
+    @property
+    def percentage(self) -> float:
+        return self.progress.tasks[self.bar].percentage
 
     def __rich__(self) -> Group:
-        # Text(), since on a pipe the next message goes on where the last line of this ends.
-        shown = best(self.study, self.ended) if self.study and self.console.is_terminal else Text()
+        shown = best(self.study, self.ended) if self.study else Text()
         return Group(Text(self.title), self.progress, shown)
 
 

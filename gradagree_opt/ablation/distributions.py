@@ -13,17 +13,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from gradagree_opt.ablation.models import input_size
-from gradagree_opt.ablation.study import (
+from gradagree_opt.ablation.sections import (
     CorruptionSection,
     GroupedTasks,
     Learn2LearnTasks,
     MiniImageNetTasks,
     OmniglotTasks,
     SineTasks,
-    Study,
-    StudyError,
     Test,
 )
+from gradagree_opt.ablation.study import Study, StudyError
 from gradagree_opt.tasks import (
     Corrupted,
     GroupedRegression,
@@ -55,21 +54,43 @@ def distributions(study: Study, data: Path | None) -> tuple[TaskDistribution, Ta
 
 
 def check_task(study: Study, distribution: TaskDistribution, split: Split) -> None:
-    """Say in one sentence why no task of a split can be drawn."""
+    """Say in one sentence why no task of a split can be drawn, or why one is not of the study."""
+    shots = study.tasks if split == "train" else study.test
     try:
         tasks = distribution.sample(1, split=split, generator=torch.Generator().manual_seed(0))
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        shots = study.tasks if split == "train" else study.test
         classes = f" of {study.way} classes" if study.way else ""
         raise StudyError(
             f"no {split} task{classes} with {shots.support_shots} support and {shots.query_shots} "
             f"query examples{' each' if classes else ''} can be drawn: {error}"
         ) from None
-    found = tasks["support"][0][0, 0].numel()
-    if found != input_size(study):
-        raise StudyError(
-            f"expected {input_size(study)} numbers in an example, found {found} in {split} tasks"
-        )
+    for part, each in (("support", shots.support_shots), ("query", shots.query_shots)):
+        try:
+            check_examples(study, *tasks[part], each)
+        except ValueError as error:
+            raise StudyError(f"the {part} examples of a {split} task: {error}") from None
+
+
+def check_examples(study: Study, x: Tensor, y: Tensor, shots: int) -> None:
+    """Raises a ValueError unless these are the examples of one task as the study describes it."""
+    numbers, shape = input_size(study), list(x.shape[2:])
+    if math.prod(shape) != numbers:
+        raise ValueError(f"expected {numbers} numbers in each, found {math.prod(shape)}")
+    channels = 3 if isinstance(study.tasks, MiniImageNetTasks) else 1
+    side = math.isqrt(numbers // channels)
+    if study.model.kind == "conv4" and shape != [channels, side, side]:
+        raise ValueError(f"expected shape {[channels, side, side]} for conv4, found {shape}")
+    if study.way is None:
+        if y.shape[1] != shots:
+            raise ValueError(f"expected {shots}, found {y.shape[1]}")
+        return
+    if y.dtype != torch.int64:
+        raise ValueError(f"expected classes as torch.int64, found {y.dtype}")
+    labels, counts = y.unique(return_counts=True)
+    if labels.tolist() != list(range(study.way)):
+        raise ValueError(f"expected classes 0 to {study.way - 1}, found {labels.tolist()}")
+    if (counts != shots).any():
+        raise ValueError(f"expected {shots} of each class, found {counts.tolist()}")
 
 
 def made(study: Study, data: Path | None) -> tuple[TaskDistribution, TaskDistribution]:

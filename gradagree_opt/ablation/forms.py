@@ -7,7 +7,8 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 import gradagree_opt as ga
-from gradagree_opt.ablation.study import MetaSGDForm, ReptileForm, Study
+from gradagree_opt.ablation.sections import MetaSGDForm, ReptileForm
+from gradagree_opt.ablation.study import Study
 
 Learner: TypeAlias = ga.Reptile | ga.MAML
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]

@@ -1,6 +1,7 @@
 """Runs of one method trained together, as one more vmapped axis of one program."""
 
 import math
+import time
 from functools import partial
 from itertools import pairwise, zip_longest
 from typing import NamedTuple, TypeAlias
@@ -63,18 +64,28 @@ def is_compiled(study: Study) -> bool:
     """What the study says, or whether a training is long enough for its compilation."""
     if study.compile != "auto":
         return study.compile
-    return study.iterations >= COMPILED_ITERATIONS and has_compiler()
+    return study.iterations >= COMPILED_ITERATIONS
 
 
-def has_compiler() -> bool:
-    """Whether torch.compile finds the C++ compiler that it needs."""
+def compiler_failure() -> str | None:
+    """Why torch.compile makes no program here, None where it does: a small one is made to find out.
+
+    A compiler that is there may lack Python's headers, or fail in any other way.
+    """
     from torch._inductor.cpp_builder import get_cpp_compiler
 
+    moment = time.time()  # a number that no program has which torch keeps from earlier
     try:
         get_cpp_compiler()
     except RuntimeError:
-        return False
-    return True
+        return "none"
+    try:
+        maybe_compiled(lambda x: x * moment, True)(torch.ones(8))
+    except Exception as error:  # it, or torch, may raise anything
+        lines = str(error).splitlines() or [""]
+        reason = next((line for line in reversed(lines) if "error:" in line), lines[0])
+        return f"one that fails ({reason.strip() or type(error).__name__})"
+    return None
 
 
 def stack(rows: list[PyTree]) -> PyTree:

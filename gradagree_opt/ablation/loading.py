@@ -1,7 +1,9 @@
 """Reading a study file, with every mistake in it named by file and line."""
 
 import json
+import os
 import re
+import reprlib
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -40,9 +42,16 @@ def load(source: str, *, quick: bool = False) -> Study:
     """
     path = shipped().get(source, Path(source))
     try:
-        document, root = read(path)
+        return resolved(path, quick)
     except FileNotFoundError:
         raise StudyError(f"{EXPECTED} {', '.join(shipped())}, found {source!r}") from None
+    except RecursionError:
+        raise StudyError(f"{path}: expected a study, found one nested too deeply") from None
+
+
+def resolved(path: Path, quick: bool) -> Study:
+    """The study of a file, in its quick form where that is wanted."""
+    document, root = read(path)
     study = parse(path, document, root)
     if study.quick is None:
         if quick:
@@ -73,15 +82,16 @@ def read(path: Path, extending: tuple[Path, ...] = ()) -> tuple[dict[str, Any], 
         return document, root
     named = document.pop("extends")
     place = locate(path, root, ("extends",))
-    if not isinstance(named, str):
-        raise StudyError(f"{place}: {EXPECTED} {', '.join(shipped())}, found {json.dumps(named)}")
+    known = f"{place}: {EXPECTED} {', '.join(shipped())}"
+    if not isinstance(named, str) or not could_be_file(named):
+        raise StudyError(f"{known}, found {shown(named)}")
     extended = shipped().get(named, path.parent / named)
     if extended.resolve() in [file.resolve() for file in (*extending, path)]:
         raise StudyError(f"{place}: {named!r} extends this file; one of them has to be complete")
     try:
         base, base_root = read(extended, (*extending, path))
     except FileNotFoundError:
-        raise StudyError(f"{place}: {EXPECTED} {', '.join(shipped())}, found {named!r}") from None
+        raise StudyError(f"{known}, found {named!r}") from None
     for key in OWN:
         base.pop(key, None)
     base_root.value = [pair for pair in base_root.value if pair[0].value not in OWN]
@@ -97,15 +107,13 @@ def read_file(path: Path) -> tuple[dict[str, Any], yaml.Node]:
         document = None if root is None else loader.construct_document(root)
     except FileNotFoundError:
         raise
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise StudyError(f"the study file {path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "unreadable characters"
-        raise StudyError(f"{path}{line}: not YAML: {problem}") from None
-    except ValueError as error:  # of a date that does not exist
-        raise StudyError(f"{path}: not YAML: {error}") from None
+        raise StudyError(printable(f"{path}{line}: not YAML: {problem}")) from None
     if not isinstance(document, dict):
         raise StudyError(f"{path}: expected the keys of a study, found {document!r}")
     if path.suffix == ".json" and isinstance(document.get("study"), dict):
@@ -149,7 +157,7 @@ def parse(path: Path, document: dict[str, Any], root: yaml.Node) -> Study:
         problem = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
         cause = problem.get("ctx", {}).get("error")
         place = locate(path, root, problem["loc"] + getattr(cause, "location", ()))
-        raise StudyError(f"{place}: {explain(problem)}") from None
+        raise StudyError(printable(f"{place}: {explain(problem)}")) from None
 
 
 def explain(problem: Any) -> str:
@@ -160,9 +168,38 @@ def explain(problem: Any) -> str:
             return f"the key {problem['loc'][-1]!r} is missing"
         case "value_error":
             return str(problem["ctx"]["error"])
+        case "union_tag_not_found":
+            return "the key 'kind' is missing"
+        case "union_tag_invalid":
+            return f"expected {problem['ctx']['expected_tags']}, found {problem['ctx']['tag']!r}"
+        case "too_short":
+            return "expected at least one entry, found none"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            message = "expected keys with their values"
         case _:
             message = problem["msg"].replace("Input should be", "expected")
-            return f"{message}, found {json.dumps(problem['input'], default=str)}"
+    return f"{message}, found {shown(problem['input'])}"
+
+
+def shown(value: Any) -> str:
+    """A value as the file may have it."""
+    try:
+        return json.dumps(value, default=str)
+    except (TypeError, ValueError):  # a date as key, a list that holds itself
+        return reprlib.repr(value)
+
+
+def printable(sentence: str) -> str:
+    """The sentence in one line, whatever the names in it are."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in sentence)
+
+
+def could_be_file(name: str) -> bool:
+    """Whether the system takes it as a name."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def locate(path: Path, root: yaml.Node, location: Location) -> str:
@@ -197,8 +234,16 @@ def key_node(node: yaml.Node | None, part: int | str) -> Any:
 class Loader(yaml.SafeLoader):
     """YAML's safe loader that also reads ``1e-3`` as a number, as JSON and YAML 1.2 do.
 
-    A key that is given twice is a mistake; YAML would take the last.
+    A key that is given twice is a mistake; YAML would take the last. So is a value that is not what
+    its tag says, or a date that does not exist, for which YAML raises whatever comes.
     """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            problem = f"{reprlib.repr(node.value)} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]

@@ -4,6 +4,7 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -20,6 +21,7 @@ AGGREGATORS: dict[str, type[Any]] = {
     "norm_share": ga.NormShare,
     "random_weights": ga.RandomWeights,
 }
+DESCRIPTIONS = {bool: "true or false", float: "a number", str: "a word", NoneType: "null"}
 TORCHJD = "torchjd."
 """What the names of TorchJD's aggregators begin with."""
 
@@ -35,11 +37,11 @@ class LocatedError(ValueError):
 class Method(BaseModel):
     """One row of the table: a name, an aggregator, and that aggregator's keyword options."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: Annotated[str, Field(pattern=r"^[^\r\n]+$")]
     aggregator: str
-    options: dict[str, bool | float | str] = {}
+    options: dict[str, bool | float | str | None] = {}
 
     @property
     def of_torchjd(self) -> bool:
@@ -66,10 +68,13 @@ class Method(BaseModel):
             if option not in known:
                 raise LocatedError(f"unknown option {option!r}; {has}", "options", option)
         for option, value in self.options.items():
+            if not isinstance(value, known[option]):
+                message = f"expected {described(known[option])} for {option!r}, found {value!r}"
+                raise LocatedError(message, "options", option)
             if option in ("nonfinite", "degenerate") and value == "raise":
                 message = "'raise' would end the study; give a policy that goes on, or leave it out"
                 raise LocatedError(message, "options", option)
-        for option in needed_options(make) & set(known) - self.options.keys():
+        for option in needed_options(make) & known.keys() - self.options.keys():
             raise LocatedError(f"the option {option!r} is missing; {has}", "options")
         try:
             self.build(Generator())
@@ -134,7 +139,7 @@ def torchjd_aggregators() -> dict[str, type[Any]]:
         if inspect.isclass(kind)
         and issubclass(kind, aggregation.Aggregator)
         and not inspect.isabstract(kind)
-        and needed_options(kind) <= set(plain_options(kind))
+        and needed_options(kind) <= plain_options(kind).keys()
     }
 
 
@@ -143,17 +148,24 @@ def needed_options(make: type[Any]) -> set[str]:
     return {parameter.name for parameter in parameters if parameter.default is parameter.empty}
 
 
-def plain_options(make: type[Any]) -> list[str]:
-    """The options of a class that a study file can give: numbers, words, true and false."""
+def plain_options(make: type[Any]) -> dict[str, tuple[type, ...]]:
+    """The options of a class that a study file can give, and the types of their values."""
     hints = get_type_hints(make.__init__)
-    return [name for name in inspect.signature(make).parameters if is_plain(hints[name])]
+    types = {name: plain_types(hints[name]) for name in inspect.signature(make).parameters}
+    return {name: kinds for name, kinds in types.items() if set(kinds) - {NoneType}}
 
 
-def is_plain(hint: Any) -> bool:
-    """Whether a study file can give a value of the type, or of a member of the union."""
+def plain_types(hint: Any) -> tuple[type, ...]:
+    """Those of a hint, or of the members of a union, that a study file can give; 3 is a float."""
     if get_origin(hint) is Literal:
-        return True
-    return hint in (bool, int, float, str) or any(is_plain(member) for member in get_args(hint))
+        return tuple({type(word) for word in get_args(hint)})
+    if hint in (bool, int, float, str, NoneType):
+        return (float if hint is int else hint,)
+    return tuple({kind for member in get_args(hint) for kind in plain_types(member)})
+
+
+def described(kinds: tuple[type, ...]) -> str:
+    return " or ".join(sorted(DESCRIPTIONS[kind] for kind in kinds))
 
 
 @contextmanager

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from gradagree_opt.ablation.study import (
+from gradagree_opt.ablation.sections import (
     DRAWING,
     MLP,
-    Conv4,
     GroupedTasks,
     Learn2LearnTasks,
     MetaSGDForm,
     MiniImageNetTasks,
-    Study,
+    Network,
 )
+from gradagree_opt.ablation.study import Study
 from gradagree_opt.tasks import Batch
 from gradagree_opt.tasks.grouped import DATASETS
 
@@ -40,10 +40,10 @@ def build_module(study: Study) -> nn.Module:
     """The network of a study, its input and output sizes given by the tasks."""
     inputs, outputs = input_size(study), study.way or 1
     if isinstance(study.model, MLP):
-        return mlp([inputs, *study.model.hidden, outputs], ACTIVATIONS[study.model.activation])
-    if isinstance(study.tasks, MiniImageNetTasks):
-        return pooled_conv4(study.model, outputs)
-    return conv4(study.model, outputs)
+        sizes, activation = [inputs, *study.model.hidden, outputs], study.model.activation
+        return mlp(sizes, ACTIVATIONS[activation], batch_norm=study.model.batch_norm)
+    make = pooled_conv4 if isinstance(study.tasks, MiniImageNetTasks) else conv4
+    return make(study.model.filters, outputs, study.model.network or study.usual_network)
 
 
 def input_size(study: Study) -> int:
@@ -56,40 +56,63 @@ def input_size(study: Study) -> int:
     return sizes[study.tasks.kind]
 
 
-def mlp(sizes: list[int], activation: type[nn.Module]) -> nn.Module:
+def mlp(sizes: list[int], activation: type[nn.Module], *, batch_norm: bool = False) -> nn.Module:
+    """Linear layers, activations between them; BatchNorm, as :func:`conv4` has it, before those.
+
+    Source: Finn et al. 2017 (arXiv:1703.03400), for Omniglot: 256, 128, 64, 64, ReLU, BatchNorm.
+    """
     layers: list[nn.Module] = [nn.Flatten()]
-    for before, after in pairwise(sizes):
-        layers += [nn.Linear(before, after), activation()]
-    return nn.Sequential(*layers[:-1])
+    for before, after in pairwise(sizes[:-1]):
+        norms = [nn.BatchNorm1d(after, track_running_stats=False)] if batch_norm else []
+        layers += [nn.Linear(before, after), *norms, activation()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
 
-def conv4(model: Conv4, ways: int) -> nn.Module:
+def conv4(filters: int, ways: int, network: Network) -> nn.Module:
     """Four strided convolutions, as for Omniglot in Finn et al. 2017 and Nichol et al. 2018.
 
-    BatchNorm keeps no running statistics: it normalises by the batch at hand, at test time too.
-    What that batch is, the study says: see :func:`predict_apart`.
+    They leave 2×2 places, of which Finn's linear layer sees the mean and Nichol's each. BatchNorm
+    keeps no running statistics: it normalises by the batch at hand, at test time too. What that
+    batch is, the study says: see :func:`predict_apart`. It has a scale and a shift that adapt as
+    all parameters do; in Finn's code there is no scale, and shifts are the same for all tasks.
+
+    Source: their code, ``forward_conv`` of cbfinn/maml and ``OmniglotModel`` of
+    openai/supervised-reptile, up to a turn of the drawings by 180°: where a side is even,
+    TensorFlow pads after its end, PyTorch before its beginning.
     """
     layers: list[nn.Module] = []
-    for channels in (1, *[model.filters] * 3):
+    for channels in (1, *[filters] * 3):
         layers += [
-            nn.Conv2d(channels, model.filters, 3, stride=2, padding=1),
-            nn.BatchNorm2d(model.filters, track_running_stats=False),
+            nn.Conv2d(channels, filters, 3, stride=2, padding=1),
+            nn.BatchNorm2d(filters, track_running_stats=False),
             nn.ReLU(),
         ]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(model.filters * 4, ways))
+    if network == "finn":
+        return nn.Sequential(
+            *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(filters, ways)
+        )
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(filters * 4, ways))
 
 
-def pooled_conv4(model: Conv4, ways: int) -> nn.Module:
-    """Four convolutions with max-pooling, as for mini-ImageNet in Finn et al. 2017; see conv4."""
+def pooled_conv4(filters: int, ways: int, network: Network) -> nn.Module:
+    """Four convolutions with max-pooling, as for mini-ImageNet in both; BatchNorm as in conv4.
+
+    Finn's pooling leaves out the last row and column of an odd side, and 5×5 places in the end;
+    Nichol's keeps them, and 6×6.
+
+    Source: as :func:`conv4`, with ``MiniImageNetModel``; that pools before the ReLU, which is the
+    same: the largest of ReLUs is the ReLU of the largest.
+    """
     layers: list[nn.Module] = []
-    for channels in (3, *[model.filters] * 3):
+    for channels in (3, *[filters] * 3):
         layers += [
-            nn.Conv2d(channels, model.filters, 3, padding=1),
-            nn.BatchNorm2d(model.filters, track_running_stats=False),
+            nn.Conv2d(channels, filters, 3, padding=1),
+            nn.BatchNorm2d(filters, track_running_stats=False),
             nn.ReLU(),
-            nn.MaxPool2d(2),
+            nn.MaxPool2d(2, ceil_mode=network == "nichol"),
         ]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(model.filters * 25, ways))
+    places = {"finn": 5 * 5, "nichol": 6 * 6}[network]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(filters * places, ways))
 
 
 def initial_params(study: Study, seed: int) -> Params:

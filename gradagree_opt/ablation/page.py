@@ -71,7 +71,7 @@ def html(parts: Sequence[Results], config: Config, figures: Mapping[str, Figure]
     return environment.get_template("report.html.j2").render(
         study=config.study,
         config=config,
-        notes=tables.notes(parts),
+        notes=tables.notes(parts) + tables.comparison_notes(parts),
         tables=[
             page_table("methods", "The methods, the best first", tables.summary(parts)),
             page_table("runs", "All runs", every_run(parts), folded=True),
@@ -104,13 +104,11 @@ def every_run(parts: Sequence[Results]) -> pd.DataFrame:
     runs = tables.all_runs(parts)
     runs = runs[runs["steps"] == steps].drop(columns="steps")
     runs["chosen"] = runs["chosen"].map({True: "yes", False: ""})
-    shown: pd.DataFrame = runs.map(lambda value: f"{value:.6g}" if is_number(value) else str(value))
+    shown: pd.DataFrame = runs.map(
+        lambda value: f"{value:.6g}" if isinstance(value, float) else str(value)
+    )
     shown.columns = [column.replace("_", " ") for column in shown.columns]
     return shown
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def page_table(name: str, caption: str, table: pd.DataFrame, *, folded: bool = False) -> PageTable:

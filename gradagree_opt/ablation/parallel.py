@@ -43,6 +43,7 @@ def execute(
         for task in tasks:
             yield job.perform(context, task, report)
         return
+    others = multiprocessing.active_children()
     spawn = multiprocessing.get_context("spawn")
     progress: multiprocessing.Queue[int] = spawn.Queue()
     executor = ProcessPoolExecutor(min(jobs, len(tasks)), spawn, Worker.start, (job, progress))
@@ -59,7 +60,7 @@ def execute(
         finished = True
     finally:
         if not finished:
-            for process in multiprocessing.active_children():
+            for process in set(multiprocessing.active_children()).difference(others):
                 process.terminate()
         executor.shutdown(wait=finished, cancel_futures=True)
 
@@ -95,10 +96,12 @@ class Worker:
     @classmethod
     def start(cls, job: Job[Any, Any, Any], progress: "multiprocessing.Queue[int]") -> None:
         threading.Thread(target=leave_with_parent, daemon=True).start()
-        cls.job, cls.context, cls.report = job, job.prepare(), progress.put
+        cls.job, cls.report = job, progress.put
 
     @classmethod
     def perform(cls, task: Any) -> Any:
+        if not hasattr(cls, "context"):  # not in start, whose errors do not reach the parent
+            cls.context = cls.job.prepare()
         return cls.job.perform(cls.context, task, cls.report)
 
 

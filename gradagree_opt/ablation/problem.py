@@ -29,7 +29,8 @@ from gradagree_opt.ablation.models import (
     predict_apart,
     with_network_params,
 )
-from gradagree_opt.ablation.study import DRAWING, ReptileForm, Study
+from gradagree_opt.ablation.sections import DRAWING, ReptileForm
+from gradagree_opt.ablation.study import Study
 from gradagree_opt.blocks import or_one
 from gradagree_opt.statistics import measure
 from gradagree_opt.tasks import Batch, TaskDistribution

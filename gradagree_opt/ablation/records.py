@@ -17,8 +17,10 @@ from torch import Tensor
 from gradagree_opt.ablation.methods import Method
 from gradagree_opt.ablation.models import Params
 from gradagree_opt.ablation.study import Study
+from gradagree_opt.tasks.replacing import replacing, unique_beside
 
 LATER_TASK_KEYS = {"split": "vinyals", "rotations": False}  # than the first records, and defaults
+LATER_MODEL_KEYS = {"batch_norm": False, "network": None}
 FORMAT = 1  # raise it when the same study would give other numbers
 
 
@@ -63,9 +65,12 @@ class Run(BaseModel):
             del content["corruption"]
         if study.test.transductive:
             del content["test"]["transductive"]
-        for key, default in LATER_TASK_KEYS.items():
-            if content["tasks"].get(key) == default:
-                del content["tasks"][key]
+        if content["model"].get("network") == study.usual_network:
+            content["model"]["network"] = None
+        for section, later in (("tasks", LATER_TASK_KEYS), ("model", LATER_MODEL_KEYS)):
+            for key, default in later.items():
+                if content[section].get(key, ...) == default:
+                    del content[section][key]
         content |= self.model_dump(mode="json", exclude={"method": {"name"}})
         content |= {"compile": study.compile is True}
         content |= {"format": FORMAT, "data": data}
@@ -167,19 +172,13 @@ def nested(leaves: dict[str, Tensor]) -> Params:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replaces the file in one step: whoever reads it sees all of the old one or all of the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_first(path: Path, content: bytes) -> None:
     """Writes the file unless there is one: of processes that begin together, one does."""
-    own = path.with_name(f".{path.name}.{os.getpid()}.first")
+    own = unique_beside(path)
     try:
         write_atomically(own, content)
         os.link(own, path)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import special, stats
@@ -98,6 +98,15 @@ def paired_differences(
     return [values[seed] - baseline[seed] for seed in sorted(values)]
 
 
+def deviation(sample: "np.ndarray[Any, np.dtype[np.float64]]", /) -> float:
+    """The standard deviation, 0 of equal values, whose mean may be rounded away from them.
+
+    >>> deviation(np.array([0.1, 0.1, 0.1]))
+    0.0
+    """
+    return float(sample.std(ddof=1)) if np.ptp(sample) else 0.0
+
+
 def p_value(differences: Sequence[float], /) -> float:
     """Of the two-sided t-test that paired differences have mean 0.
 
@@ -110,10 +119,10 @@ def p_value(differences: Sequence[float], /) -> float:
     sample = np.asarray(differences, dtype=float)
     if len(sample) < 2 or not np.isfinite(sample).all():
         return math.nan
-    deviation = sample.std(ddof=1)
-    if deviation == 0:
+    spread = deviation(sample)
+    if spread == 0:
         return float(sample[0] == 0)
-    t = sample.mean() / (deviation / math.sqrt(len(sample)))
+    t = sample.mean() / (spread / math.sqrt(len(sample)))
     return float(2 * stats.t.sf(abs(t), len(sample) - 1))
 
 
@@ -152,9 +161,9 @@ def effect_size(differences: Sequence[float], /) -> float:
     sample = np.asarray(differences, dtype=float)
     if len(sample) < 3 or not np.isfinite(sample).all():
         return math.nan
-    mean, deviation = float(sample.mean()), float(sample.std(ddof=1))
-    if deviation == 0:
+    mean, spread = float(sample.mean()), deviation(sample)
+    if spread == 0:
         return math.copysign(math.inf, mean) if mean else 0.0
     half = (len(sample) - 1) / 2
     correction = math.exp(special.gammaln(half) - special.gammaln(half - 0.5)) / math.sqrt(half)
-    return mean / deviation * correction
+    return mean / spread * correction

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
 from torch import Generator
 
-from gradagree_opt.ablation.grouping import group_size, groups, has_compiler
+from gradagree_opt.ablation.grouping import compiler_failure, group_size, groups, is_compiled
 from gradagree_opt.ablation.parallel import Report, execute
 from gradagree_opt.ablation.problem import Problem, build_problem, data_digest
 from gradagree_opt.ablation.records import DamagedRecordError, Run, RunRecord, Store
@@ -16,7 +17,8 @@ from gradagree_opt.ablation.study import Study, StudyError
 from gradagree_opt.ablation.training import train_runs
 
 Label: TypeAlias = tuple[str, float, int]
-Ended: TypeAlias = Callable[[Study, RunRecord], None]
+Ended: TypeAlias = Callable[[Study, RunRecord, bool], None]
+"""``ended(study, record, found)``: the record of a run, and whether it was found finished."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,7 @@ class Results:
 
     def final(self, name: str) -> list[RunRecord]:
         """The runs of a method at its chosen rate, in the order of the study's seeds."""
-        return [
-            self.records[run.label]
-            for run in final_runs(self.study, self.rates)
-            if run.method.name == name
-        ]
+        return [self.records[name, self.rates[name], seed] for seed in self.study.seeds]
 
     def at_edge(self, name: str) -> bool:
         """Whether a better rate may lie beyond the smallest or largest of the candidates."""
@@ -87,17 +85,39 @@ def choose_rates(study: Study, records: dict[Label, RunRecord]) -> dict[str, flo
 
 
 def check_installed(study: Study) -> None:
-    """Raises a StudyError where a package that a method needs, or the compiler, is missing."""
-    if study.compile is True and not has_compiler():
-        raise StudyError(
-            "compile: true needs a C++ compiler, found none; install one, as g++, or give the "
-            "study compile: false, which takes several times as long"
-        )
+    """Raises a StudyError where a package that a method needs is missing."""
     for method in study.methods:
         try:
             method.build(Generator())
         except ImportError as error:
             raise StudyError(f"the method {method.name!r}: {error}") from None
+
+
+def compiles(study: Study, warn: Callable[[str], None]) -> bool:
+    """Whether the study is compiled; where it would be, the compiler is tried, in some seconds.
+
+    Args:
+        warn: Called with one sentence where it goes on without a compiler.
+
+    Raises:
+        StudyError: It cannot be compiled and says ``compile: true``.
+    """
+    if not is_compiled(study):
+        return False
+    failure = compiler_failure()
+    if failure is None:
+        return True
+    mend = "install one, as g++, with Python's headers"
+    if study.compile is True:
+        raise StudyError(
+            f"compile: true needs a C++ compiler, found {failure}; {mend}, or give the study "
+            "compile: false, which takes several times as long"
+        )
+    warn(
+        f"compile: auto needs a C++ compiler, found {failure}; the study goes on without, which "
+        f"takes several times as long, or {mend}"
+    )
+    return False
 
 
 class Sweep:
@@ -118,6 +138,11 @@ class Sweep:
         self.group_size = group_size(study, problem.module)
         self.records: dict[Label, RunRecord] = {}
 
+    @cached_property
+    def compiled(self) -> bool:
+        """As :func:`compiles` says, which is asked once: the parts of a study share its answer."""
+        return compiles(self.study, self.warn)
+
     @property
     def iterations(self) -> int:
         """The outer steps of the whole study, finished runs included."""
@@ -127,8 +152,8 @@ class Sweep:
         """Does what is missing, with that many processes.
 
         Args:
-            report: Called with numbers of outer steps, as they are done or found done.
-            ended: Called with the study and the record of each run, as it ends or is found done.
+            report: Called with numbers of outer steps, as they are done.
+            ended: Called for each run, as it ends or is found finished.
         """
         self.complete(tuning_runs(self.study), jobs, report, ended)
         rates = choose_rates(self.study, self.records)
@@ -147,14 +172,13 @@ class Sweep:
                 missing.append(run)
             else:
                 self.records[run.label] = record
-                report(self.study.iterations)
-                ended(self.study, record)
-        job = Job(self.study, self.store, self.data, self.digest)
+                ended(self.study, record, True)
+        job = Job(self.study, self.store, self.data, self.digest, self.compiled)
         largest = min(self.group_size, math.ceil(len(missing) / jobs))
         for records in execute(job, groups(missing, largest), jobs, report):
             for record in records:
                 self.records[record.run.label] = record
-                ended(self.study, record)
+                ended(self.study, record, False)
 
     def finished(self, run: Run) -> RunRecord | None:
         try:
@@ -173,9 +197,23 @@ class Job:
     store: Store
     data: Path | None
     digest: str | None
+    compiled: bool
 
     def prepare(self) -> Problem:
-        return build_problem(self.study, self.data)
+        """The problem, built anew.
+
+        Raises:
+            StudyError: Its data are not those that the records are filed under.
+        """
+        # by the parent's decision; the keys of the runs are those of what the study says
+        decided = self.study.model_copy(update={"compile": self.compiled})
+        problem = build_problem(decided, self.data)
+        if data_digest(problem) != self.digest:
+            raise StudyError(
+                "expected the data that the study began with, found others: they were replaced, or "
+                "a function of tasksets gives each process other classes (sort what comes of a set)"
+            )
+        return problem
 
     def perform(self, problem: Problem, runs: list[Run], report: Report) -> list[RunRecord]:
         trained = train_runs(self.study, problem, runs, report)

@@ -21,6 +21,7 @@ from gradagree_opt.ablation.problem import (
 from gradagree_opt.ablation.records import CurvePoint, Run, RunRecord
 from gradagree_opt.ablation.study import Study
 from gradagree_opt.diagnostics import Diagnostics
+from gradagree_opt.engines.compilation import PROGRAMS
 
 CURVE_POINTS = 20
 
@@ -161,14 +162,16 @@ def outer_steps(
 def run_settings(seed: int) -> Iterator[None]:
     """One thread for each run: the runs share the cores, and sums are taken in one order.
 
-    Compiled code is kept for every method that a process comes across; the default limit is 8.
+    Compiled code is kept for every method that a process comes across.
     The global generator, which TorchJD's aggregators draw from, is that of the run for a while.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with (
-            torch._dynamo.config.patch(cache_size_limit=64),
+            torch._dynamo.config.patch(
+                cache_size_limit=PROGRAMS, accumulated_cache_size_limit=PROGRAMS
+            ),
             torch.random.fork_rng(devices=[]),
             without_advice(),
         ):

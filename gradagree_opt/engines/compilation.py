@@ -6,6 +6,9 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+PROGRAMS = 2**12
+"""As many of one function are kept: an ablation hands a step many aggregators, torch stops at 8."""
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 LIBRARIES = (
@@ -32,9 +35,8 @@ def maybe_compiled(function: Function, compile: bool, /) -> Function:
         options["cpp_wrapper"] = True
     if hasattr(torch.compiler, "skip_guard_on_globals_unsafe"):  # older torch takes no filter
         options["guard_filter_fn"] = _guards_on_others
-    # An ablation hands one step many aggregators, each a compilation; older torch stops at 8.
     takes_limit = "recompile_limit" in inspect.signature(torch.compile).parameters
-    limit: dict[str, Any] = {"recompile_limit": 64} if takes_limit else {}
+    limit: dict[str, Any] = {"recompile_limit": PROGRAMS} if takes_limit else {}
     compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options, **limit)
     return cast(Function, compiled)
 

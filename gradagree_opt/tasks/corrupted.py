@@ -21,9 +21,9 @@ class Corrupted:
     support and its query set. Validation and test tasks are those of ``base``, from the same draws.
 
     - ``"shuffled_labels"``: the targets of a set are permuted among its examples, so that they tell
-      nothing of the inputs.
+      nothing of the inputs; the target of a single example stays.
     - ``"outlier_scale"``: targets are multiplied by ``scale``; where targets are numbers of
-      classes, inputs are.
+      classes, inputs are, which a network with BatchNorm divides out again.
     - ``"foreign"``: the task is one of ``foreign`` instead, which has to make tensors of the same
       shapes and dtypes.
 

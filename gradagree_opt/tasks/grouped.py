@@ -66,7 +66,7 @@ class GroupedRegression:
         device: where the data are kept and where tasks come out.
 
     Raises:
-        TypeError: ``dtype`` is not a floating one.
+        TypeError: ``dtype`` is not a floating one, or ``groups`` or ``splits`` are no integers.
         ValueError: shapes are not those above, a value is not finite, a group or split number is
             unknown, there is no training group, a column is constant in them, a count is below 1,
             or a split has no group of ``support_shots + query_shots`` rows.
@@ -95,6 +95,7 @@ class GroupedRegression:
     ) -> None:
         check_rows(x, y, groups, splits)
         check_options(dtype, support_shots=support_shots, query_shots=query_shots)
+        groups, splits = groups.long(), splits.long()  # uint8 would be taken for a mask
         self.support_shots, self.query_shots = support_shots, query_shots
         self.device = torch.device(device)
         training = (splits == SPLITS.index("train"))[groups]
@@ -222,8 +223,10 @@ class GroupedRegression:
 def standardised(values: Tensor, training: Tensor, /) -> tuple[Tensor, Scale]:
     """The columns in standard deviations from the mean, both over the training rows alone."""
     values = values.double()
-    scale = Scale(values[training].mean(0), values[training].std(0, correction=0))
-    if (scale.deviation == 0).any():
+    seen = values[training]
+    scale = Scale(seen.mean(0), seen.std(0, correction=0))
+    # equal values too: their mean may be rounded away from them
+    if ((scale.deviation == 0) | (seen.amin(0) == seen.amax(0))).any():
         raise ValueError("expected columns that vary in the training groups, found a constant one")
     return (values - scale.mean) / scale.deviation, scale
 
@@ -269,6 +272,9 @@ def check_rows(x: Tensor, y: Tensor, groups: Tensor, splits: Tensor, /) -> None:
             "expected x of shape [rows, features] and y and groups of shape [rows], "
             f"found {list(x.shape)}, {list(y.shape)} and {list(groups.shape)}"
         )
+    for name, numbers in (("groups", groups), ("splits", splits)):
+        if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
+            raise TypeError(f"expected {name} to be integers, found {numbers.dtype}")
     if not (x.isfinite().all() and y.isfinite().all()):
         raise ValueError("expected finite inputs and targets, found NaN or infinity")
     if splits.dim() != 1 or not ((groups >= 0) & (groups < len(splits))).all():
@@ -282,5 +288,5 @@ def check_rows(x: Tensor, y: Tensor, groups: Tensor, splits: Tensor, /) -> None:
             "expected split numbers 0 (train), 1 (validation) or 2 (test), "
             f"found {unknown[0].item()}"
         )
-    if not (splits == SPLITS.index("train"))[groups].any():
+    if not (splits == SPLITS.index("train"))[groups.long()].any():
         raise ValueError("expected rows of training groups to standardise by, found none")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradagree_opt.annotations import Int
 from gradagree_opt.tasks.draws import in_random_order, random_subsets
-from gradagree_opt.tasks.mini_imagenet_files import Images, read_splits
+from gradagree_opt.tasks.mini_imagenet_files import Images, cache_folders, read_splits
 from gradagree_opt.tasks.protocol import Batch, Split, check_options, check_sample_arguments
 
 
@@ -32,14 +32,17 @@ class MiniImageNet:
         way: classes per task.
         shot: support images per class.
         query_shots: query images per class.
-        cache: folder for the arrays, ``root / "cache"`` where absent.
+        cache: folder for the arrays; where absent, ``root / "cache"``, or, where that cannot be
+            written to, one for this ``root`` in ``gradagree-opt`` of the user's cache folder,
+            ``$XDG_CACHE_HOME`` or ``~/.cache``.
         dtype: of the sampled images.
 
     Raises:
         FileNotFoundError: a split list, the folder of a class or an image is not there.
         TypeError: ``dtype`` is not a floating one.
-        ValueError: a list is not one, two lists share a class, an image is damaged, a count is
-            below 1, ``way`` is larger than a split, or a class has fewer than
+        OSError: the folder for the arrays cannot be written to.
+        ValueError: a list is not one, an image is in it twice, two lists share a class, an image is
+            damaged, a count is below 1, ``way`` is larger than a split, or a class has fewer than
             ``shot + query_shots`` images.
 
     Source: Vinyals et al. 2016 (data); Ravi and Larochelle 2017 (splits); Finn et al. 2017 (84×84).
@@ -59,7 +62,8 @@ class MiniImageNet:
         check_options(dtype, way=way, shot=shot, query_shots=query_shots)
         self.way, self.shot, self.query_shots, self.dtype = way, shot, query_shots, dtype
         folder = Path(root)
-        self.images = read_splits(folder, folder / "cache" if cache is None else Path(cache))
+        caches = cache_folders(folder) if cache is None else [Path(cache)]
+        self.images = read_splits(folder, caches)
         """For each split its images, uint8."""
         for split, images in self.images.items():
             check_enough(split, images, way, shot, query_shots)

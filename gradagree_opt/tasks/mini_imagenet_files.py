@@ -3,6 +3,8 @@
 import csv
 import hashlib
 import os
+import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Int
+from gradagree_opt.tasks.replacing import replacing
 
 SIDE = 84
 LISTS = {"train": "train.csv", "validation": "val.csv", "test": "test.csv"}
@@ -37,14 +40,32 @@ class SplitList(NamedTuple):
         return hashlib.sha256("\n".join([str(SIDE), *names]).encode()).hexdigest()[:12]
 
 
-def read_splits(root: Path, cache: Path, /) -> dict[str, Images]:
+def cache_folders(root: Path, /) -> list[Path]:
+    """Where the arrays may lie: beside the images, or in the user's cache where that is read-only.
+
+    There each ``root`` has a folder of its own: lists of one content may name other images.
+    """
+    beside = root / "cache"
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a container's user may have no home
+        return [beside]
+    name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:12]
+    return [beside, base / "gradagree-opt" / f"mini-imagenet-{name}"]
+
+
+def read_splits(root: Path, caches: list[Path], /) -> dict[str, Images]:
     """The three splits in ``root``, whose classes are disjoint.
 
-    All that is missing or wrong in the lists and folders is found before an image is decoded.
+    Arrays are read from the first of the cache folders that has them, and written to the first that
+    can be written to. All that is missing or wrong in the lists and folders is found before an
+    image is decoded.
 
     Raises:
         FileNotFoundError: a split list, the folder of a class or an image is not there.
-        ValueError: a list is not one, two splits share a class, or an image is damaged.
+        OSError: none of the cache folders can be written to.
+        ValueError: a list is not one, names an image twice, two splits share a class, or an image
+            is damaged.
     """
     lists = {split: read_list(root, name) for split, name in LISTS.items()}
     owners: dict[str, Path] = {}
@@ -57,7 +78,8 @@ def read_splits(root: Path, cache: Path, /) -> dict[str, Images]:
                 )
     return {
         split: Images(
-            decoded(listed, cache / f"{split}-{listed.key()}.npy"), class_rows(listed.labels)
+            decoded(listed, [folder / f"{split}-{listed.key()}.npy" for folder in caches]),
+            class_rows(listed.labels),
         )
         for split, listed in lists.items()
     }
@@ -71,6 +93,10 @@ def read_list(root: Path, name: str, /) -> SplitList:
         if not entry or entry == ".." or Path(entry).name != entry:
             raise ValueError(f"expected names without folders in {path}, found {entry!r}")
     files = [root / row["label"] / row["filename"] for row in rows]
+    if repeated := [file for file, count in Counter(files).items() if count > 1]:
+        raise ValueError(
+            f"expected every image once in {path}, found {repeated[0].relative_to(root)} more often"
+        )
     for folder in sorted({file.parent for file in files}):
         if not folder.is_dir():
             raise FileNotFoundError(
@@ -112,27 +138,40 @@ def class_rows(labels: list[str], /) -> Int[Tensor, "classes widest"]:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
-def decoded(listed: SplitList, cache: Path, /) -> Tensor:
-    """The images of a list from its cache, which is made where it is absent or damaged."""
+def decoded(listed: SplitList, caches: list[Path], /) -> Tensor:
+    """The images of a list from one of its caches; where all are absent or damaged, one is made."""
     import numpy as np
 
     shape = (len(listed.files), 3, SIDE, SIDE)
-    array = open_cache(cache, shape)
-    if array is None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
+    for cache in caches:
+        if (array := open_cache(cache, shape)) is not None:
+            return torch.from_numpy(array)
+    cache = first_writable(caches)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    # a map would end the process where the disk is full
+    with replacing(cache) as temporary, temporary.open("wb") as out:
+        np.lib.format.write_array_header_1_0(out, header)
+        for file in listed.files:
+            out.write(read_image(file).tobytes())
+    return torch.from_numpy(open_cache(cache, shape))
+
+
+def first_writable(paths: list[Path], /) -> Path:
+    """The first of the files whose folder can be made and written to.
+
+    Raises:
+        OSError: there is none; the last one's reason.
+    """
+    for path in paths:
         try:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            with temporary.open("wb") as out:  # a map would end the process where the disk is full
-                np.lib.format.write_array_header_1_0(out, header)
-                for file in listed.files:
-                    out.write(read_image(file).tobytes())
-            temporary.replace(cache)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        array = open_cache(cache, shape)
-    return torch.from_numpy(array)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError:
+            if path == paths[-1]:
+                raise
+        else:
+            break
+    return path
 
 
 def open_cache(path: Path, shape: tuple[int, ...], /) -> Any:
@@ -144,7 +183,7 @@ def open_cache(path: Path, shape: tuple[int, ...], /) -> Any:
 
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (FileNotFoundError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError):
         return None
     whole = isinstance(array, np.ndarray) and array.shape == shape and array.dtype == np.uint8
     return array if whole else None

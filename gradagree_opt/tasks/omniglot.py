@@ -13,8 +13,8 @@ from gradagree_opt.tasks.omniglot_files import (
     check_images,
     read_folder,
     read_npz,
-    read_one_shot_runs,
 )
+from gradagree_opt.tasks.one_shot_runs import read_one_shot_archive, read_one_shot_folder
 from gradagree_opt.tasks.protocol import SPLITS, Batch, Split, check_options, check_sample_arguments
 
 
@@ -197,7 +197,8 @@ class Omniglot:
         character to learn from, one by another person to classify. There is nothing random in it.
 
         Args:
-            path: archive with ``images`` as in :meth:`from_npz`, and ``oneshot_train`` and
+            path: folder with ``run01`` to ``run20``, the unpacked ``all_runs.zip`` of Lake et al.;
+                or an archive with ``images`` as in :meth:`from_npz`, and ``oneshot_train`` and
                 ``oneshot_test``, ``[runs, way, 2]``: numbers of the character and of the drawing.
                 The characters of a run may come in different orders in the two.
             dtype: of the images.
@@ -207,15 +208,16 @@ class Omniglot:
             ``[20, 20]`` in 0 … 19, equal for the two drawings of a character.
 
         Raises:
-            FileNotFoundError: there is no file at ``path``.
+            FileNotFoundError: there is no file at ``path``, or there are no runs in the folder.
             TypeError: ``dtype`` is not a floating one, or ``images`` is not uint8.
-            ValueError: it is no .npz archive, or a member is missing, damaged, a pickled object or
-                not what is described above.
+            ValueError: it is no .npz archive, or a member, list or drawing is missing, damaged, a
+                pickled object or not what is described above.
 
-        Source: Lake et al. 2015.
+        Source: Lake et al. 2015; https://github.com/brendenlake/omniglot for the runs.
         """
         check_options(dtype)
-        support, query = read_one_shot_runs(Path(path))
+        read = read_one_shot_folder if Path(path).is_dir() else read_one_shot_archive
+        support, query = read(Path(path))
         return {
             part: (examples.images.unsqueeze(2).to(dtype).div_(255), examples.classes)
             for part, examples in (("support", support), ("query", query))

@@ -20,6 +20,16 @@ SPLIT_MEMBERS: dict[SplitScheme, tuple[str, ...]] = {
     "background_validation": ("background", "vinyals_split"),
 }
 PARTS = ("images_background", "images_evaluation")
+DAMAGES = (
+    ValueError,
+    EOFError,
+    RuntimeError,
+    zlib.error,
+    zipfile.BadZipFile,
+    OverflowError,  # this and the next: of a shape that is too large
+    MemoryError,
+)
+"""What reading a damaged member of an archive raises."""
 
 # The list that circulates as the split of Vinyals et al. 2016 divides one alphabet, Gurmukhi. All
 # alphabets of its validation part are of the background set.
@@ -69,37 +79,6 @@ def read_npz(path: Path, split_scheme: SplitScheme, /) -> Characters:
     return Characters(images, splits)
 
 
-class Examples(NamedTuple):
-    """One drawing of each class of the official one-shot runs."""
-
-    images: Tensor
-    """uint8 ``[runs, way, 28, 28]``, ink 255 on paper 0."""
-    classes: Tensor
-    """int64 ``[runs, way]``, 0 … way - 1 in each run."""
-
-
-def read_one_shot_runs(path: Path, /) -> tuple[Examples, Examples]:
-    """Support and query examples of an archive with ``oneshot_train`` and ``oneshot_test``.
-
-    Raises:
-        FileNotFoundError: there is no file at ``path``.
-        TypeError: ``images`` is not uint8.
-        ValueError: it is no .npz archive, or a member is missing, damaged, a pickled object (which
-            is never loaded) or not what :meth:`Omniglot.one_shot_runs` describes.
-    """
-    images, *runs = read_members(path, ("images", "oneshot_train", "oneshot_test"))
-    support, query = (drawings.long() for drawings in runs)
-    check_images(images)
-    check_one_shot_runs(path, images, support, query)
-    # [runs, way, 1] against [runs, 1, way]: the place of each query's character in the support set
-    same = query[..., :1] == support[..., 0].unsqueeze(1)
-    places = torch.arange(support.shape[1]).expand(support.shape[:2])
-    return (
-        Examples(images[support[..., 0], support[..., 1]], places.clone()),
-        Examples(images[query[..., 0], query[..., 1]], same.int().argmax(2)),
-    )
-
-
 def check_images(images: Tensor, /) -> None:
     """Say in one sentence why these are not drawings of characters."""
     if images.dtype != torch.uint8:
@@ -111,32 +90,8 @@ def check_images(images: Tensor, /) -> None:
         )
 
 
-def check_one_shot_runs(path: Path, images: Tensor, support: Tensor, query: Tensor, /) -> None:
-    """Say in one sentence why these are not pairs of drawings of the same characters."""
-    shapes = [list(member.shape) for member in (support, query)]
-    if shapes[0] != shapes[1] or support.dim() != 3 or shapes[0][2] != 2:
-        raise ValueError(
-            f"expected oneshot_train and oneshot_test in {path} to be of shape [runs, way, 2], "
-            f"found {shapes[0]} and {shapes[1]}"
-        )
-    limits = torch.tensor(images.shape[:2])
-    for name, member in (("oneshot_train", support), ("oneshot_test", query)):
-        if ((member < 0) | (member >= limits)).any():
-            raise ValueError(
-                f"expected numbers of characters and drawings below {limits.tolist()} in {name} of "
-                f"{path}, found {member.flatten(0, 1).amax(0).tolist()} at most"
-            )
-    characters = [member[..., 0].sort(1).values for member in (support, query)]
-    repeated = (characters[0].diff(dim=1) == 0).any()
-    if repeated or not torch.equal(*characters):
-        raise ValueError(
-            f"expected every run in {path} to have the same different characters in oneshot_train "
-            "and oneshot_test, found a run that has not"
-        )
-
-
 def read_members(path: Path, names: tuple[str, ...], /) -> list[Tensor]:
-    """Integer or boolean arrays of an .npz archive, without ever unpickling."""
+    """Arrays of an .npz archive, without ever unpickling: images as they are, the others int64."""
     try:
         from numpy.lib.format import read_array
     except ImportError as error:
@@ -163,7 +118,7 @@ def read_members(path: Path, names: tuple[str, ...], /) -> list[Tensor]:
             try:
                 with archive.open(f"{name}.npy") as member:
                     array = read_array(member, allow_pickle=False)
-            except (ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+            except DAMAGES as error:
                 raise ValueError(
                     f"expected {name!r} in {path} to be a plain array, found a damaged member or a "
                     f"pickled object, which is never loaded: {error}"
@@ -172,7 +127,7 @@ def read_members(path: Path, names: tuple[str, ...], /) -> list[Tensor]:
                 raise ValueError(
                     f"expected {name!r} in {path} to hold integers, found {array.dtype}"
                 )
-            tensors.append(torch.from_numpy(array))
+            tensors.append(torch.from_numpy(array if name == "images" else array.astype("int64")))
     return tensors
 
 
@@ -229,11 +184,8 @@ def read_folder(root: Path, split_scheme: SplitScheme, /, *, download: bool) -> 
             f"expected characters with one and the same number of drawings in {folder}, "
             f"found numbers {sorted(counts)}"
         )
-    images = torch.stack(
-        [torch.stack([read_drawing(path) for path in paths]) for paths in drawings]
-    )
     splits = [SPLITS.index(folder_split(path, split_scheme)) for path in characters]
-    return Characters(images, torch.tensor(splits))
+    return Characters(read_drawings(drawings), torch.tensor(splits))
 
 
 def folder_split(character: Path, split_scheme: SplitScheme, /) -> str:
@@ -246,6 +198,11 @@ def folder_split(character: Path, split_scheme: SplitScheme, /) -> str:
     if split_scheme != "vinyals":
         return "train"
     return "test" if {alphabet, f"{alphabet}/{name}"} & VINYALS_TEST else "train"
+
+
+def read_drawings(paths: list[list[Path]], /) -> Tensor:
+    """Drawings as uint8 ``[*lengths of the lists, 28, 28]``."""
+    return torch.stack([torch.stack([read_drawing(path) for path in row]) for row in paths])
 
 
 def read_drawing(path: Path, /) -> Tensor:

@@ -95,7 +95,8 @@ class Tasksets:
         tasks = []
         for draw in draws.tolist():
             with seeded(draw):
-                tasks.append(self._halves(*taskset[draw]))
+                # taskset[draw] keeps descriptions, so that later calls would draw otherwise.
+                tasks.append(self._halves(*taskset.get_task(taskset.sample_task_description())))
         stacked: dict[str, Batch] = tree_map(_stack, *tasks)
         return stacked
 

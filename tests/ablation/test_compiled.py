@@ -8,8 +8,10 @@ from gradagree_opt.ablation.methods import Method
 from gradagree_opt.ablation.models import Params
 from gradagree_opt.ablation.problem import Problem, build_problem
 from gradagree_opt.ablation.records import Run
-from gradagree_opt.ablation.study import MAMLForm, Study
-from gradagree_opt.ablation.training import train_runs
+from gradagree_opt.ablation.sections import MAMLForm
+from gradagree_opt.ablation.study import Study
+from gradagree_opt.ablation.training import run_settings, train_runs
+from gradagree_opt.engines.compilation import maybe_compiled
 
 pytestmark = pytest.mark.compiled
 
@@ -49,6 +51,15 @@ def test_so_is_a_captured_one_of_maml_with_adam(
     outer = study.outer.model_copy(update={"optimizer": "adam"})
     study = study.model_copy(update={"form": MAMLForm(kind="maml"), "outer": outer})
     assert_compiled_is_eager(study, runs_of(study.methods[index], (0.01, 3), (0.002, 5)))
+
+
+def test_as_many_programs_are_kept_as_methods_want(without_code_generation: None) -> None:
+    """More than torch keeps of one function by default (8), and of one code altogether (256)."""
+    doubled = maybe_compiled(lambda x: 2 * x, True)
+    with run_settings(0):
+        for size in range(2, 262):
+            assert len(doubled(torch.ones(size))) == size
+    assert counters["stats"]["unique_graphs"] == 260
 
 
 def test_a_program_serves_all_groups_of_its_method_and_size(

@@ -1,6 +1,6 @@
 """Which runs are trained together, and whether they are compiled: decided without a clock."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,12 +9,15 @@ import torch._inductor.config
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradagree_opt.ablation import sweep as sweep_module
 from gradagree_opt.ablation.grouping import group_size, groups, is_compiled
 from gradagree_opt.ablation.loading import load
 from gradagree_opt.ablation.models import build_module
+from gradagree_opt.ablation.problem import Problem, build_problem
 from gradagree_opt.ablation.records import Run
 from gradagree_opt.ablation.study import Study, StudyError
-from gradagree_opt.ablation.sweep import Sweep
+from gradagree_opt.ablation.sweep import Sweep, compiles, tuning_runs
+from gradagree_testing.command import gradagree
 
 METHODS = load("sine").methods
 
@@ -79,25 +82,73 @@ def test_a_study_that_says_whether_to_compile_is_obeyed(study: Study, asked: boo
         assert is_compiled(study.model_copy(update=changes)) is asked
 
 
-def test_without_a_compiler_a_study_does_not_compile_by_itself(study: Study) -> None:
+@pytest.fixture(params=["absent", "failing"])
+def no_compiler(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """torch.compile without a compiler, or with one that knows its version and nothing else."""
+    path = tmp_path / "compiler"
+    if request.param == "failing":
+        version = '[ "$1" = --version ] && exec g++ --version'
+        path.write_text(f"#!/bin/sh\n{version}\necho 'error: no Python.h'\nexit 1\n")
+        path.chmod(0o700)
+    with torch._inductor.config.patch({"cpp.cxx": (str(path),)}):
+        yield "none" if request.param == "absent" else "one that fails (error: no Python.h)"
+
+
+def test_without_a_compiler_a_study_goes_on_uncompiled_after_one_sentence(
+    study: Study, no_compiler: str
+) -> None:
+    warnings: list[str] = []
     long = study.model_copy(update={"iterations": 10**6})
-    assert is_compiled(long)
-    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
-        assert not is_compiled(long)
-        assert is_compiled(long.model_copy(update={"compile": True}))
+    assert not compiles(long, warnings.append)
+    [sentence] = warnings
+    assert f"found {no_compiler}; the study goes on without" in sentence and "\n" not in sentence
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_study_that_does_not_compile_needs_no_compiler(study: Study) -> None:
+    warnings: list[str] = []
+    for changes in ({"iterations": 1999}, {"iterations": 10**6, "compile": False}):
+        assert not compiles(study.model_copy(update=changes), warnings.append)
+    assert warnings == []
 
 
 def test_without_a_compiler_a_study_that_wants_one_is_refused_before_anything_is_written(
-    write_study: Callable[..., Path], tmp_path: Path
+    write_study: Callable[..., Path], tmp_path: Path, no_compiler: str
 ) -> None:
-    study = load(str(write_study(compile=True)))
-    with (
-        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
-        pytest.raises(StudyError, match=r"needs a C\+\+ compiler, found none; install one"),
-    ):
-        Sweep(study, tmp_path / "out", None, print)
+    corruption = {"kind": "shuffled_labels", "fraction": [0, 0.5]}
+    study = write_study(compile=True, corruption=corruption)
+    result = gradagree("ablate", study, "--out", tmp_path / "out", "--jobs", 1)
+    assert result.exit_code == 2
+    assert f"needs a C++ compiler, found {no_compiler}; install one" in result.stderr
+    assert result.stderr.startswith("gradagree: compile: true") and result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
-    Sweep(study, tmp_path / "out", None, print)
+
+
+@pytest.mark.compiled
+def test_with_a_compiler_both_are_compiled(study: Study) -> None:
+    for changes in ({"iterations": 10**6}, {"compile": True}):
+        assert compiles(study.model_copy(update=changes), pytest.fail)
+
+
+def test_the_workers_do_as_the_parent_has_decided_under_the_keys_of_the_study(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study.model_copy(update={"compile": True})
+    asked: list[bool] = []
+
+    def seen(decided: Study, data: Path | None) -> Problem:
+        asked.append(decided.compile is True)
+        return build_problem(decided.model_copy(update={"compile": False}), data)
+
+    monkeypatch.setattr(sweep_module, "build_problem", seen)
+    for compiled in (True, False):
+        sweep = Sweep(study, tmp_path / str(compiled), None, print)
+        sweep.compiled = compiled
+        asked.clear()
+        sweep.complete(tuning_runs(study)[:1], 1, lambda _: None)
+        assert asked == [compiled]
+    found = [sorted(path.name for path in tmp_path.glob(f"{way}/runs/*")) for way in (True, False)]
+    assert found[0] == found[1] and tuning_runs(study)[0].key(study, None) in found[0][0]
 
 
 def test_another_word_about_compilation_is_refused(write_study: Callable[..., Path]) -> None:

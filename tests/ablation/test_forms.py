@@ -23,7 +23,8 @@ from gradagree_opt.ablation.problem import (
     scores_after,
 )
 from gradagree_opt.ablation.records import Run, RunRecord, Store
-from gradagree_opt.ablation.study import MAMLForm, MetaSGDForm, Study, StudyError
+from gradagree_opt.ablation.sections import MAMLForm, MetaSGDForm
+from gradagree_opt.ablation.study import Study, StudyError
 from gradagree_opt.ablation.sweep import Sweep
 from gradagree_opt.ablation.training import train_runs
 from gradagree_opt.cli import app

@@ -16,7 +16,8 @@ from gradagree_opt.ablation.corruption import corruption
 from gradagree_opt.ablation.methods import Method
 from gradagree_opt.ablation.recorded import read_config, read_results
 from gradagree_opt.ablation.records import Run
-from gradagree_opt.ablation.study import CorruptionSection, Study
+from gradagree_opt.ablation.sections import CorruptionSection
+from gradagree_opt.ablation.study import Study
 from gradagree_opt.ablation.style import looks
 from gradagree_opt.ablation.sweep import Results
 from gradagree_testing.command import gradagree

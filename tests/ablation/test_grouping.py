@@ -21,7 +21,8 @@ from gradagree_opt.ablation.models import (
 )
 from gradagree_opt.ablation.problem import Problem, TrainingTasks, build_problem
 from gradagree_opt.ablation.records import Run
-from gradagree_opt.ablation.study import MAMLForm, ReptileForm, Study
+from gradagree_opt.ablation.sections import MAMLForm, ReptileForm
+from gradagree_opt.ablation.study import Study
 from gradagree_opt.ablation.training import train_runs
 
 from .doubled import Doubled

@@ -36,6 +36,33 @@ def test_what_a_study_file_says_is_text_never_markup(results: Results, config: C
     assert "random_weights &amp; co" in page
 
 
+@pytest.mark.parametrize("study", ["finished", "swept"])
+def test_all_that_is_said_below_the_table_is_said_on_the_page(
+    request: pytest.FixtureRequest, study: str
+) -> None:
+    folder = request.getfixturevalue(study)
+    _, _, below = (folder / "table.md").read_text(encoding="utf-8").partition("\n\n")
+    page = entities.unescape((folder / "report.html").read_text(encoding="utf-8"))
+    notes = re.findall(r"<p>(.*)</p>", page[: page.index("<nav")])
+    assert notes == [line.rstrip() for line in below.splitlines()]
+    assert any("Holm" in note for note in notes)
+
+
+def test_seeds_are_shown_as_they_are_and_told_apart(results: Results, config: Config) -> None:
+    far = {seed: seed + 20240500 for seed in results.study.seeds}
+    study = results.study.model_copy(update={"seeds": list(far.values())})
+    records = {
+        (name, rate, far[seed]): record.model_copy(
+            update={"run": record.run.model_copy(update={"seed": far[seed]})}
+        )
+        for (name, rate, seed), record in results.records.items()
+    }
+    page = html([Results(study, records, results.rates)], config, {})
+    cells = re.findall(r'<td data-number="([\d.]+)">(2024\d+)</td>', page)
+    assert sorted(int(text) for _, text in cells) == sorted(seed for _, _, seed in records)
+    assert all(float(number) == int(text) for number, text in cells)
+
+
 def test_the_page_names_no_address_that_a_browser_would_load(finished: Path) -> None:
     page = (finished / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r'(?:src|srcset|data|poster|action)="[^"]*"', page)

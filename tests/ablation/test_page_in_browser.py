@@ -3,10 +3,13 @@
 import math
 import re
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from gradagree_opt.ablation import tables
 from gradagree_opt.ablation.page import html
@@ -149,20 +152,52 @@ def luminance(colour: str) -> float:
     return sum(w * v for w, v in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
+@pytest.mark.parametrize("study", ["finished", "swept"])
 def test_at_phone_width_the_page_stays_and_wide_things_scroll_in_their_own_box(
-    browser: Browser, finished: Path
+    request: pytest.FixtureRequest, browser: Browser, study: str
 ) -> None:
     browser.emulate(**PHONE, scheme="light")
-    browser.open(finished / "report.html")
+    browser.open(request.getfixturevalue(study) / "report.html")
     browser.evaluate("document.querySelectorAll('details').forEach(x => { x.open = true; })")
     assert browser.evaluate("document.documentElement.scrollWidth") == 360
+    assert browser.evaluate("document.body.scrollWidth") == 360
+    outside = (
+        "[...document.body.querySelectorAll('*')].filter(x => !x.parentElement.closest('.scroll'))"
+    )
+    edges = f"{outside}.map(x => x.getBoundingClientRect()).filter(x => x.width)"
+    assert browser.evaluate(f"{edges}.every(x => x.left >= 16 && x.right <= 344)")  # of 1rem each
     boxes = "[...document.querySelectorAll('.scroll')].filter(x => x.scrollWidth > x.clientWidth)"
-    assert (
-        browser.evaluate(f"{boxes}.length") >= 6
-    )  # two tables, five figures of which one may be narrow
+    # two tables, five figures of which one may be narrow, and a sixth of several parts
+    assert browser.evaluate(f"{boxes}.length") >= 6
     assert browser.evaluate(f"{boxes}.every(x => x.tabIndex === 0)")  # the keyboard scrolls them
+    assert browser.evaluate(f"{boxes}.every(x => getComputedStyle(x).overflowX === 'auto')")
     assert browser.evaluate("parseFloat(getComputedStyle(document.body).fontSize)") >= 16
-    assert browser.screenshot().startswith(b"\x89PNG")
+    seen = np.asarray(Image.open(BytesIO(browser.screenshot())).convert("RGB"))
+    assert seen.shape[1] == 360
+    assert (seen[:, :15] == 255).all() and (seen[:, 345:] == 255).all()  # nothing in the margins
+    assert (seen[:, 16:344] < 100).any(axis=(1, 2)).mean() > 0.3  # there is ink in many lines
+
+
+def test_the_table_of_several_parts_is_long_and_sorted_by_its_first_column_as_by_numbers(
+    browser: Browser, swept: Path
+) -> None:
+    browser.emulate(**DESKTOP, scheme="light")
+    browser.open(swept / "report.html")
+    expected = tables.summary(read_results(swept, read_config(swept)))
+    for number, name in enumerate(expected.columns):
+        assert column(browser, "methods", number) == expected[name].tolist()
+    assert column(browser, "methods", 0) == [*["0 %"] * 3, *["20 %"] * 3, *["50 %"] * 3]
+    names = column(browser, "methods", 1)
+    click(browser, "methods", 0)
+    assert click(browser, "methods", 0)[0] == "descending"
+    assert column(browser, "methods", 0) == [*["50 %"] * 3, *["20 %"] * 3, *["0 %"] * 3]
+    assert column(browser, "methods", 1) == names[6:] + names[3:6] + names[:3]  # whole rows move
+    click(browser, "methods", 1)
+    assert column(browser, "methods", 1) == sorted(names)
+    assert len(column(browser, "runs", 0)) == 36  # 3 shares × 3 methods × (2 rates + 2 seeds)
+    click(browser, "runs", 0)
+    shares = [float(text) for text in column(browser, "runs", 0)]
+    assert shares == sorted(shares) and set(shares) == {0, 0.2, 0.5}
 
 
 def test_no_id_is_given_twice_and_every_figure_has_a_name(browser: Browser, finished: Path) -> None:

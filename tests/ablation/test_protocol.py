@@ -21,7 +21,8 @@ from gradagree_opt.ablation.problem import (
     evaluation_tasks,
 )
 from gradagree_opt.ablation.records import Run
-from gradagree_opt.ablation.study import CorruptionSection, Study
+from gradagree_opt.ablation.sections import CorruptionSection
+from gradagree_opt.ablation.study import Study, StudyError
 from gradagree_opt.ablation.training import train_runs
 from gradagree_opt.tasks import grouped
 from gradagree_testing.photographs import write_photographs
@@ -128,6 +129,52 @@ def test_corruption_spoils_the_training_tasks_and_no_others(
     for split in ("validation", "test"):
         expected, found = (evaluation_tasks(p, 4, split, 3) for p in (problem, corrupted))
         assert all(torch.equal(a, b) for a, b in zip(*map(tensors, (expected, found)), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "model", "keys", "words"),
+    [
+        (
+            {"kind": "omniglot", "way": 2, "support_shots": 5},
+            {"kind": "conv4"},
+            {"kind": "outlier_scale", "scale": 10},
+            "BatchNorm divides the scale",
+        ),
+        (
+            {"kind": "omniglot", "way": 2, "support_shots": 5},
+            {"kind": "mlp", "hidden": [4], "batch_norm": True},
+            {"kind": "outlier_scale", "scale": 10},
+            "BatchNorm divides the scale",
+        ),
+        (
+            {"kind": "omniglot", "way": 2, "support_shots": 1},
+            {"kind": "mlp", "hidden": [4]},
+            {"kind": "shuffled_labels"},
+            "of one example of each class are as good",
+        ),
+        (
+            {"kind": "sine", "support_shots": 1},
+            {"kind": "mlp", "hidden": [4]},
+            {"kind": "shuffled_labels"},
+            "of one example are as good",
+        ),
+    ],
+)
+def test_corruption_that_would_leave_the_training_as_it_is_is_refused(
+    write_study: WriteStudy,
+    tasks: dict[str, Any],
+    model: dict[str, Any],
+    keys: dict[str, Any],
+    words: str,
+) -> None:
+    changes = {"tasks": tasks, "model": model, "inner": {"lr": 0.1, "steps": 1}}
+    corruption = keys | {"fraction": 0.5}
+    with pytest.raises(StudyError, match=words) as caught:
+        load(str(write_study(**changes, corruption=corruption)))
+    assert "\n" not in str(caught.value)
+    load(str(write_study(**changes)))  # only the corruption was wrong
+    if keys["kind"] == "shuffled_labels":  # of the support alone: MAML has a query set besides
+        load(str(write_study(**changes, corruption=corruption, form={"kind": "maml"})))
 
 
 def test_real_data_that_spoil_a_study_are_part_of_its_digest(study: Study) -> None:

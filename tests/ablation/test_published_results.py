@@ -1,8 +1,13 @@
 """The results in docs/: what stands there is what their recorded runs give."""
 
+import json
 import re
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import TypeAlias
 
+import pandas as pd
 import pytest
 
 from gradagree_opt.ablation import layouts, tables
@@ -10,8 +15,22 @@ from gradagree_opt.ablation.citations import bibtex, methods_text
 from gradagree_opt.ablation.recorded import read_config, read_results
 
 DOCS = Path(__file__).parents[2] / "docs"
+RESULTS = DOCS / "results"
+PAGE = (DOCS / "results.md").read_text(encoding="utf-8")
 INTERVAL = re.compile(r"[+-]?\d+\.\d+ ± \d+\.\d+")
-STUDIES = sorted(path.parent for path in DOCS.glob("results/*/config.json"))
+STUDIES = sorted(path.parent for path in RESULTS.glob("*/config.json"))
+SECTIONS = {"Sines": "sine", "Corrupted tasks": "sine-corrupted", "Spruces": "grouped"}
+SUMMARY = {
+    "sines": ("sine", ""),
+    "sines, half of the tasks corrupted": ("sine-corrupted", "50 %"),
+    "spruces": ("grouped", ""),
+}
+STEPS = "5 steps"  # of the page's summaries: "All after five gradient steps."
+ROWS = {"ours: Reptile, the mean": "mean", "ours: Gradient Agreement": "agreement"}
+
+Table: TypeAlias = list[list[str]]
+Pairs: TypeAlias = Iterator[tuple[str, str]]
+"""A cell of the page, and what the records of its study have in its place."""
 
 
 @pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.name)
@@ -30,12 +49,127 @@ def test_tables_and_citations_are_those_of_the_recorded_runs(folder: Path) -> No
         assert (folder / name).read_text(encoding="utf-8") == text, name
 
 
-def test_every_interval_on_the_page_is_one_of_a_study_or_the_papers() -> None:
-    studied = {
-        found for folder in STUDIES for found in INTERVAL.findall((folder / "table.md").read_text())
-    }
-    page = (DOCS / "results.md").read_text(encoding="utf-8").splitlines()
-    ours = [line for line in page if not line.startswith("| paper")]
-    shown = [found for line in ours for found in INTERVAL.findall(line)]
-    assert len(shown) > 20
-    assert [found for found in shown if found not in studied] == []
+def tables_in(text: str) -> Iterator[Table]:
+    """The Markdown tables of a text, their header first, without emphasis."""
+    for block in re.findall(r"(?:^ *\|.*\n)+", text, re.MULTILINE):
+        lines = [line.strip()[1:-1].split("|") for line in block.splitlines()]
+        header, _, *body = [[cell.strip(" *") for cell in line] for line in lines]
+        yield [header, *body]
+
+
+@cache
+def recorded(study: str) -> dict[tuple[str, str], dict[str, str]]:
+    """The rows of a study's table by share of corrupted tasks ("" where it is one) and method."""
+    [[header, *body]] = tables_in((RESULTS / study / "table.md").read_text(encoding="utf-8"))
+    rows = [dict(zip(header, row, strict=True)) for row in body]
+    return {(row.get("corrupted", ""), row["method"]): row for row in rows}
+
+
+def score(study: str, label: str, share: str = "", steps: str = STEPS) -> str:
+    """Of a method, or of its difference to the mean; nothing for one that the study is without."""
+    method = label.removesuffix(" minus mean")
+    row = recorded(study).get((share, method), {})
+    return row.get("minus mean" if method != label else steps, "")
+
+
+def steps_in(text: str) -> str:
+    [found] = re.findall(r"after (\d+ steps?)", text)
+    return str(found)
+
+
+def of_a_study(study: str, header: list[str], body: Table) -> Pairs:
+    for method, *cells in body:
+        row = recorded(study)["", method]
+        for column, cell in zip(header[1:], cells, strict=True):
+            if column.startswith("minus mean"):
+                assert steps_in(column) == STEPS
+                yield cell, row["minus mean"]
+            else:
+                yield cell, row[column if column == "outer rate" else steps_in(column)]
+
+
+def of_tuning(study: str, header: list[str], body: Table) -> Pairs:
+    runs = pd.read_csv(RESULTS / study / "results.csv")
+    first = json.loads((RESULTS / study / "config.json").read_text())["study"]["seeds"][0]
+    losses = runs[runs["seed"] == first].groupby(["method", "rate"])["validation_loss"].first()
+    for method, *cells in body:
+        for rate, cell in zip(header[1:], cells, strict=True):
+            yield cell, f"{losses[method, float(rate)]:.3f}"
+
+
+def of_shares(study: str, header: list[str], body: Table) -> Pairs:
+    for label, *cells in body:
+        for share, cell in zip(header[1:], cells, strict=True):
+            yield cell, score(study, label, share, steps_in(header[0]))
+
+
+def of_ways(_: str, header: list[str], body: Table) -> Pairs:
+    for label, *cells in body:
+        for column, cell in zip(header[1:], cells, strict=True):
+            study = omniglot(column)
+            expected = score(study, label, "", steps_in(header[0]))
+            if row := recorded(study).get(("", label)):
+                expected += f" ({row['outer rate']})"
+            yield cell.strip("–"), expected
+
+
+def of_summary(_: str, header: list[str], body: Table) -> Pairs:
+    for name, _score, *cells in body:
+        study, share = SUMMARY.get(name) or (omniglot(name), "")
+        for label, cell in zip(header[2:], cells, strict=True):
+            yield cell, score(study, label, share)
+
+
+def of_the_paper(_: str, header: list[str], body: Table) -> Pairs:
+    data = ""
+    for place, column in enumerate(header[1:], start=1):
+        data = column.removesuffix(column.split()[-1]).strip().lower() or data
+        study = re.sub(r"(\d+)w(\d+)s", rf"{data}-\1way-\2shot", column.split()[-1])
+        for row in body:
+            if not row[0].startswith("paper: "):
+                there = (RESULTS / study).exists()
+                yield row[place], score(study, ROWS[row[0]]) if there else "not run here"
+
+
+def omniglot(text: str) -> str:
+    """The study of a column or a row that names ways and shots."""
+    [(way, shot)] = re.findall(r"(\d+)-way (\d+)-shot", text)
+    return f"omniglot-{way}way-{shot}shot"
+
+
+KINDS: dict[str, Callable[[str, list[str], Table], Pairs]] = {  # by how the header begins
+    "method": of_a_study,
+    "validation loss of the first seed, by outer rate": of_tuning,
+    "MSE after": of_shares,
+    "accuracy in % after": of_ways,
+    "study": of_summary,
+    "": of_the_paper,
+}
+
+
+def test_every_cell_on_the_page_is_that_of_its_study_method_and_steps() -> None:
+    checked = 0
+    for section in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]:
+        name = section.partition("\n")[0]
+        for header, *body in tables_in(section):
+            kind = next(kind for start, kind in KINDS.items() if header[0].startswith(start))
+            for cell, expected in kind(SECTIONS.get(name, ""), header, body):
+                assert cell == expected, (name, header)
+                checked += bool(cell)
+    assert checked > 100
+
+
+def test_what_is_said_of_step_length_is_of_the_mean_at_agreements_length() -> None:
+    [said] = re.findall(r"What step length explains: (.*?)\n\n", PAGE, re.DOTALL)
+    studies = [("sine", ""), ("sine-corrupted", "0 %")]
+    studies += [(f"omniglot-{task}", "") for task in ("5way-1shot", "5way-5shot", "20way-1shot")]
+    label = "mean at agreement's length minus mean"
+    assert INTERVAL.findall(said) == [score(study, label, share) for study, share in studies]
+
+
+def test_no_interval_stands_elsewhere_on_the_page() -> None:
+    """Those in tables and of step length are checked above."""
+    prose = re.sub(
+        r"^ *\|.*$|What step length explains: [\s\S]*?\n\n", "", PAGE, flags=re.MULTILINE
+    )
+    assert INTERVAL.findall(prose) == []

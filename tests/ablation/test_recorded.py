@@ -166,6 +166,8 @@ def test_a_folder_of_another_kind_or_version_is_one_sentence(
     refused(copied, "format 0", "does them again")
     change_config(copied, format=FORMAT, packages=3)
     refused(copied, "'packages'", "another version")
+    change_config(copied, packages={})
+    refused(copied, "'packages'", "another version's or damaged")
     change_config(copied, packages={}, study=json.loads(config)["study"] | {"later": 1})
     refused(copied, "unknown key 'later'")
 

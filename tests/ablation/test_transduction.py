@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from gradagree_opt.ablation import models
 from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.models import Params, accuracy, conv4, predict, predict_apart
+from gradagree_opt.ablation.models import Params, accuracy, conv4, mlp, predict, predict_apart
 from gradagree_opt.ablation.problem import (
     Problem,
     Tasks,
@@ -17,7 +17,7 @@ from gradagree_opt.ablation.problem import (
     query_outputs,
     scores_after,
 )
-from gradagree_opt.ablation.study import Conv4, Study
+from gradagree_opt.ablation.study import Study
 
 from .conftest import WriteStudy
 
@@ -30,10 +30,12 @@ def drawings(tasks: int, examples: int, seed: int) -> tuple[Tensor, Tensor]:
     return x, (torch.arange(examples) % WAY).expand(tasks, -1)
 
 
-@pytest.fixture
-def network() -> nn.Module:
+@pytest.fixture(params=["nichol", "finn", "mlp"])
+def network(request: pytest.FixtureRequest) -> nn.Module:
     torch.manual_seed(0)
-    return conv4(Conv4(kind="conv4", filters=4), WAY)
+    if request.param == "mlp":
+        return mlp([28 * 28, 8, 4, WAY], nn.ReLU, batch_norm=True)
+    return conv4(4, WAY, request.param)
 
 
 def params_of(module: nn.Module, tasks: int) -> Params:

@@ -87,7 +87,8 @@ def test_the_generator_alone_decides(num_tasks):
     assert not torch.equal(values(different)["support"], values(first)["support"])
 
 
-def test_the_generator_decides_on_random_augmentations_too():
+@pytest.mark.parametrize("num_tasks", [-1, 1, 20])
+def test_the_generator_decides_on_random_augmentations_too(num_tasks):
     class Noisy(Dataset):
         def __len__(self):
             return CLASSES * EXAMPLES
@@ -95,10 +96,11 @@ def test_the_generator_decides_on_random_augmentations_too():
         def __getitem__(self, index):
             return torch.rand(1) + random.random(), index // EXAMPLES
 
-    tasks = Tasksets(taskset(data=l2l.data.MetaDataset(Noisy())))
+    tasks = Tasksets(taskset(data=l2l.data.MetaDataset(Noisy()), num_tasks=num_tasks))
     drawn = [tasks.sample(2, generator=seeded(seed)) for seed in (0, 0, 1)]
     torch.testing.assert_close(drawn[0], drawn[1], rtol=0, atol=0)
-    assert not torch.equal(values(drawn[0])["query"], values(drawn[2])["query"])
+    if num_tasks != 1:
+        assert not torch.equal(values(drawn[0])["query"], values(drawn[2])["query"])
 
 
 def test_no_generator_of_another_device_is_seeded(monkeypatch):

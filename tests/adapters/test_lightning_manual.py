@@ -194,6 +194,16 @@ def test_the_reptile_form_runs_no_backward_hooks_and_is_refused_under_a_grad_sca
         manual(ManualReptile(ga.Mean(nonfinite="propagate")), plugins=[half_precision()])
 
 
+def test_the_length_of_the_update_is_logged_without_a_grad_scalers_scale() -> None:
+    logger = Recorder()
+    aggregator = ga.GradientAgreement(nonfinite="propagate")
+    scaler = half_precision(init_scale=1024.0)
+    manual(Manual(aggregator), plugins=[scaler], logger=logger, log_every_n_steps=1)
+    expected = aggregator.aggregate(stacked(Automatic(), windows_of(data(4), TASKS)[0])).diagnostics
+    (logged,) = logger.logged
+    assert logged["agreement/update_norm"] == pytest.approx(expected.log()["update_norm"], rel=2e-2)
+
+
 def test_a_manual_batch_refuses_automatic_optimization() -> None:
     with pytest.raises(ValueError, match="take AgreementCallback"):
         ManualTaskBatch(Automatic(), ga.Mean())

@@ -7,7 +7,6 @@ from torch.nn.functional import cross_entropy
 
 import gradagree_opt as ga
 from gradagree_opt.ablation.models import conv4
-from gradagree_opt.ablation.study import Conv4
 
 from . import maml, maml_in_jax
 from .timing import Bar, Case, Contestant, Step
@@ -20,7 +19,7 @@ PLAIN = "one plain forward and backward pass"
 
 def case() -> Case:
     torch.manual_seed(0)
-    module = conv4(Conv4(kind="conv4", filters=64), WAYS)
+    module = conv4(64, WAYS, "nichol")
     tasks = {"support": drawings(SHOTS), "query": drawings(QUERIES)}
     problem = maml.Problem(module, cross_entropy, tasks, 0.4, "displacement")
     mean = ga.Mean(nonfinite="propagate")

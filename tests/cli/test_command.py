@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -58,6 +59,11 @@ def test_list_names_the_shipped_studies() -> None:
         ),
         (["omniglot-20way-5shot", "--data", "absent"], "absent: found nothing there; give an Omni"),
         (["omniglot-5way-1shot", "--data", "text.npz"], "--data text.npz"),
+        (
+            ["tiny.yaml", "--out", "bad\udcff"],
+            "expected names in UTF-8, found 'bad\\udcff'; rename",
+        ),
+        (["grouped", "--data", "bad\udcff"], "expected names in UTF-8, found 'bad\\udcff'; rename"),
         (["bad.yaml"], "bad.yaml, line 8 in 'iteration': unknown key 'iteration'"),
         (["method.yaml"], "'methods.1.aggregator': unknown aggregator 'agree'; there are mean, "),
         (["tiny.yaml", "--out", "text.npz"], "is a file"),
@@ -113,6 +119,22 @@ def test_as_many_processes_as_cores_that_may_be_used() -> None:
     finally:
         os.sched_setaffinity(0, cores)
     assert usable_cores() == len(cores)
+
+
+def run_main(before: str, module: str) -> "subprocess.CompletedProcess[str]":
+    """A command in a process in which some packages are hidden or broken."""
+    program = f"import runpy, sys; {before}; runpy.run_module({module!r}, run_name='__main__')"
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+
+
+def test_with_a_broken_package_one_sentence_names_the_doctor(tmp_path: Path) -> None:
+    (tmp_path / "scipy.py").write_text("raise ImportError('libgfortran.so.5: cannot open')")
+    found = run_main(f"sys.path.insert(0, {str(tmp_path)!r})", "gradagree_opt.cli")
+    assert found.returncode == 1 and found.stdout == ""
+    [sentence] = found.stderr.splitlines()
+    assert "libgfortran.so.5: cannot open; `python -m gradagree_opt.doctor` names" in sentence
 
 
 def test_without_the_extra_one_sentence_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 from PIL import Image
 
 from gradagree_testing.photographs import write_photographs
@@ -31,9 +32,20 @@ baseline: mean
 """
 
 
-def test_an_omniglot_study_runs_from_an_archive(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "model",
+    [
+        "kind: conv4, filters: 4",
+        "kind: conv4, filters: 4, network: finn",
+        "kind: mlp, hidden: [8, 4], batch_norm: true",
+    ],
+)
+@pytest.mark.parametrize("form", ["reptile", "maml"])
+def test_an_omniglot_study_runs_from_an_archive(tmp_path: Path, model: str, form: str) -> None:
     study, data = tmp_path / "study.yaml", tmp_path / "drawings.npz"
-    study.write_text(OMNIGLOT)
+    study.write_text(
+        OMNIGLOT.replace("kind: conv4, filters: 4", model).replace("kind: reptile", f"kind: {form}")
+    )
     drawings = np.random.default_rng(0).integers(0, 256, (12, 20, 28, 28), dtype=np.uint8)
     np.savez(data, images=drawings, vinyals_split=np.arange(12) % 3)
     result = ablate(study, "--data", data, "--out", tmp_path / "out", "--jobs", 1)

@@ -114,6 +114,7 @@ def test_grouped_weights_need_signal_and_directions_of_one_structure(scope: Any)
     ("options", "sentence"),
     [
         ({"similarity": "dot"}, "similarity to be one of 'inner', 'cosine'; found 'dot'"),
+        ({"include_self": "no"}, "include_self to be one of True, False; found 'no'"),
         ({"negative": "abs"}, "negative to be one of 'keep', 'clip'; found 'abs'"),
         ({"normalization": "l2"}, "normalization to be one of 'l1', 'softmax'; found 'l2'"),
         ({"scope": "layer"}, "scope to be one of 'global', 'leaf'; found 'layer'"),

@@ -107,6 +107,24 @@ def test_step_equals_the_loop_over_tasks(layer, signal, engine):
     assert_same(result.update, PAPER.combine(signals, directions), tolerance=1e-10)
 
 
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize(("signal", "engine"), [pair for pair in ENGINES if "streamed" not in pair])
+def test_steps_from_several_parameters_at_once_are_those_from_each(layer, signal, engine):
+    starts, batch = [], tasks()
+    for _ in range(3):
+        start, loss_fn = network(layer)
+        starts.append(start)
+    aggregator = ga.GradientAgreement(nonfinite="propagate")
+    meta = ga.MAML(loss_fn, ga.InnerSGD(LR, 2), signal=signal, engine=engine)
+
+    def update(params):
+        return meta.step(params, batch, aggregator).update
+
+    found = torch.vmap(update)({n: torch.stack([p[n] for p in starts]) for n in starts[0]})
+    for index, start in enumerate(starts):
+        assert_same({n: u[index] for n, u in found.items()}, update(start), tolerance=1e-10)
+
+
 @pytest.mark.compiled
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 def test_captured_graph_equals_eager(layer, without_code_generation):

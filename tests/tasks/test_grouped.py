@@ -14,6 +14,7 @@ from gradagree_opt.tasks.draws import random_subsets
 from gradagree_opt.tasks.grouped import DATASETS, split_groups
 
 GROUPS = {"sleepstudy": 18, "ChickWeight": 50, "Spruce": 79, "Milk": 79, "Oxboys": 26, "Ovary": 11}
+CONSTANT = torch.full((110,), 0.1, dtype=torch.float64)  # by rounding its deviation is not 0
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +156,13 @@ def test_a_package_without_the_data_is_named(monkeypatch, content):
         ({"y": torch.zeros(3)}, {}, ValueError, r"shape \[rows\], found \[110, 3\], \[3\] and"),
         ({"y": torch.full((110,), torch.nan)}, {}, ValueError, "expected finite inputs"),
         ({"x": torch.ones(110, 3)}, {}, ValueError, "columns that vary in .*found a constant one"),
-        ({"splits": torch.zeros(3)}, {}, ValueError, r"of the groups 0 … 10, found shape \[3\]"),
+        ({"y": CONSTANT}, {}, ValueError, "columns that vary in .*found a constant one"),
+        ({"splits": torch.zeros(3).long()}, {}, ValueError, r"groups 0 … 10, found shape \[3\]"),
         ({"splits": torch.full((11,), 3)}, {}, ValueError, "expected split numbers 0 .*found 3"),
-        ({"splits": torch.ones(11)}, {}, ValueError, "expected rows of training groups"),
+        ({"splits": torch.ones(11).long()}, {}, ValueError, "expected rows of training groups"),
+        ({"splits": torch.ones(11)}, {}, TypeError, "splits to be integers, found torch.float32"),
+        ({"groups": torch.zeros(110)}, {}, TypeError, "groups to be integers, found torch"),
+        ({"groups": torch.zeros(110) > 0}, {}, TypeError, "integers, found torch.bool"),
         ({}, {"support_shots": 0}, ValueError, "expected support_shots to be at least 1, found 0"),
         ({}, {"query_shots": -1}, ValueError, "expected query_shots to be at least 1, found -1"),
         ({}, {"query_shots": 11}, ValueError, "at most the 14 rows .* 'train', found 5 \\+ 11"),
@@ -168,6 +173,16 @@ def test_bad_data_and_options_are_named(made_up, changes, options, error, senten
     parts = dict(zip(("x", "y", "groups", "splits"), made_up, strict=True)) | changes
     with pytest.raises(error, match=sentence):
         GroupedRegression(*parts.values(), **options)
+
+
+def test_integers_of_any_width_number_groups_and_splits(made_up, seeded):
+    x, y, groups, splits = made_up
+    expected = GroupedRegression(*made_up).sample(5, generator=seeded(0))
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        narrow = GroupedRegression(x, y, groups.to(dtype), splits.to(dtype))
+        found = narrow.sample(5, generator=seeded(0))
+        for part in ("support", "query"):
+            assert all(map(torch.equal, found[part], expected[part]))
 
 
 def test_a_split_without_groups_is_named_when_it_is_drawn_from(made_up, seeded):

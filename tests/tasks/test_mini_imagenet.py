@@ -1,6 +1,9 @@
 """mini-ImageNet's format: a small set made with Pillow, its cache, and everything wrong with it."""
 
+import os
 import pickle
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,6 +116,33 @@ def test_the_cache_may_lie_elsewhere_and_the_data_be_read_only(root, tmp_path_fa
     assert len(list(cache.iterdir())) == 3
 
 
+def test_what_the_data_may_not_hold_goes_to_the_users_cache_for_each_folder_apart(
+    root, tmp_path_factory, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
+    other = tmp_path_factory.mktemp("other") / "mini"
+    shutil.copytree(root, other)
+    for path in other.glob("n*/*.jpg"):
+        Image.new("RGB", (100, 90), (1, 2, 3)).save(path)
+    for folder in (root, other):
+        (folder / "cache").touch()  # in place of a folder: one without rights would not stop root
+    found = [MiniImageNet(folder, way=3, shot=1, query_shots=2) for folder in (root, other, root)]
+    pixels = [mini.images["train"].pixels for mini in found]
+    assert torch.equal(pixels[0], pixels[2])
+    assert pixels[1].amax() < 10 < pixels[0].amax()
+    assert len(list(Path(os.environ["XDG_CACHE_HOME"]).rglob("*.npy"))) == 6
+
+
+def test_arrays_beside_the_images_are_read_whether_or_not_they_could_be_written(
+    root, tmp_path_factory, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
+    MiniImageNet(root, way=3, shot=1, query_shots=2)
+    monkeypatch.setattr(files_module, "first_writable", None)
+    MiniImageNet(root, way=3, shot=1, query_shots=2)
+    assert not list(Path(os.environ["XDG_CACHE_HOME"]).iterdir())
+
+
 def test_a_changed_list_is_decoded_anew(root):
     first = MiniImageNet(root, way=3, shot=1, query_shots=2)
     lines = (root / "val.csv").read_text().splitlines()
@@ -162,6 +192,7 @@ def image(root):
     return root / "n00000001" / "n0000000100000002.jpg"
 
 
+VALIDATION_LINE = "n0000000500000002.jpg,n00000005"
 DAMAGES = {
     "no list": (lambda root: (root / "val.csv").unlink(), r"a split list at .*val\.csv, found no"),
     "no folder": (
@@ -192,6 +223,12 @@ DAMAGES = {
     "two splits": (
         lambda root: (root / "test.csv").write_text((root / "val.csv").read_text()),
         r"no class in two split lists, found 'n0000000[456]' in .*val\.csv and .*test\.csv",
+    ),
+    "a line twice": (
+        lambda root: (root / "val.csv").write_text(
+            "\n".join([*(root / "val.csv").read_text().splitlines(), "", VALIDATION_LINE])
+        ),
+        r"every image once in .*val\.csv, found n00000005/n0000000500000002\.jpg more often",
     ),
     "elsewhere": (
         lambda root: (root / "test.csv").write_text("filename,label\n../x.jpg,n00000001\n"),

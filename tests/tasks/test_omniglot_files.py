@@ -5,6 +5,7 @@ import pickle
 import shutil
 import sys
 import threading
+import zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -72,6 +73,27 @@ def test_an_archive_gives_its_images_and_splits(tmp_path, arrays, split_scheme):
         "background_validation": [0, 1, 0] * 6 + [0, 1] + [2] * 10,
     }
     assert splits.tolist() == expected[split_scheme]
+
+
+@pytest.mark.parametrize("dtype", ["uint64", "uint16", ">i4", "bool"])
+def test_splits_are_integers_of_any_kind(tmp_path, arrays, dtype):
+    arrays["vinyals_split"] = (arrays["vinyals_split"] % 2).astype(dtype)
+    np.savez(tmp_path / "omniglot.npz", **arrays)
+    omniglot = Omniglot.from_npz(tmp_path / "omniglot.npz")
+    assert omniglot.classes["validation"].tolist() == [*range(1, 30, 3)]
+
+
+@pytest.mark.parametrize("characters", [10**30, 10**12])
+def test_a_header_of_a_shape_that_cannot_be_is_refused(tmp_path, arrays, characters):
+    header = {"descr": "|u1", "fortran_order": False, "shape": (characters, 3, 28, 28)}
+    np.savez(tmp_path / "omniglot.npz", vinyals_split=arrays["vinyals_split"])
+    with (
+        zipfile.ZipFile(tmp_path / "omniglot.npz", "a") as archive,
+        archive.open("images.npy", "w") as member,
+    ):
+        np.lib.format.write_array_header_1_0(member, header)
+    with pytest.raises(ValueError, match=r"expected 'images' in .* found a damaged member"):
+        Omniglot.from_npz(tmp_path / "omniglot.npz")
 
 
 def test_only_the_members_that_the_scheme_needs_must_be_there(tmp_path, arrays):

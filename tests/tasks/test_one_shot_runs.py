@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gradagree_opt.tasks import Omniglot
 
@@ -96,9 +97,9 @@ def test_what_is_no_run_is_one_sentence(tmp_path, arrays, damage):
     assert "\n" not in str(caught.value)
 
 
-def test_an_archive_without_runs_a_folder_and_a_dtype_are_named(tmp_path, arrays):
+def test_an_archive_without_runs_a_missing_one_and_a_dtype_are_named(tmp_path, arrays):
     with pytest.raises(FileNotFoundError, match="found no file there"):
-        Omniglot.one_shot_runs(tmp_path)
+        Omniglot.one_shot_runs(tmp_path / "omniglot.npz")
     path = write(tmp_path, arrays)
     with pytest.raises(TypeError, match=r"expected a floating dtype, found torch\.uint8"):
         Omniglot.one_shot_runs(path, dtype=torch.uint8)
@@ -107,3 +108,57 @@ def test_an_archive_without_runs_a_folder_and_a_dtype_are_named(tmp_path, arrays
     del arrays["oneshot_train"]
     with pytest.raises(ValueError, match=r"found none named \['oneshot_train'\]"):
         Omniglot.one_shot_runs(write(tmp_path, arrays))
+
+
+LABELS = [[("item01", "class03"), ("item02", "class01"), ("item03", "class02")]] * 2
+"""Of each run, as in Lake et al.'s all_runs.zip."""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two runs of three characters, whose drawings are 28×28 and differ in one grey."""
+    for run, pairs in enumerate(LABELS, start=1):
+        place = tmp_path / f"run{run:02}"
+        lines = []
+        for number, (query, support) in enumerate(pairs):
+            for part, name, grey in (("test", query, 50), ("training", support, 100)):
+                (place / part).mkdir(parents=True, exist_ok=True)
+                paper = np.full((28, 28), grey + 10 * number + run, np.uint8)
+                Image.fromarray(paper).save(place / part / f"{name}.png")
+            lines.append(f"run{run:02}/test/{query}.png run{run:02}/training/{support}.png\n")
+        (place / "class_labels.txt").write_text("".join(lines))
+    return tmp_path
+
+
+def test_the_runs_as_lake_et_al_give_them(folder):
+    tasks = Omniglot.one_shot_runs(folder, dtype=torch.float64)
+    (x, y), (query, expected) = tasks.values()
+    assert (x.shape, query.shape) == ((2, 3, 1, 28, 28),) * 2
+    assert (255 - 255 * x[..., 0, 0, 0]).round().tolist() == [[111, 121, 101], [112, 122, 102]]
+    assert (255 - 255 * query[..., 0, 0, 0]).round().tolist() == [[51, 61, 71], [52, 62, 72]]
+    assert y.tolist() == [[0, 1, 2]] * 2 and expected.tolist() == [[2, 0, 1]] * 2
+    torch.testing.assert_close(x, x[..., :1, :1].expand_as(x))
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ("", "expected in every line of"),
+        ("run02/test/item01.png\n", "expected in every line of"),
+        ("run02/test/item01.png run02/training/class01.png\n" * 2, "each named once"),
+        ("run02/test/item01.png run02/training/class03.png\n", r"one number.*found \[1, 3\]"),
+    ],
+)
+def test_a_list_that_is_none_is_one_sentence(folder, lines, sentence):
+    (folder / "run02" / "class_labels.txt").write_text(lines)
+    with pytest.raises(ValueError, match=sentence):
+        Omniglot.one_shot_runs(folder)
+
+
+def test_a_folder_without_runs_and_a_missing_drawing_are_named(folder, tmp_path_factory):
+    empty = tmp_path_factory.mktemp("empty")
+    with pytest.raises(FileNotFoundError, match=r"all_runs\.zip, in .*empty.*, found none"):
+        Omniglot.one_shot_runs(empty)
+    (folder / "run01" / "test" / "item02.png").unlink()
+    with pytest.raises(ValueError, match=r"expected a PNG at .*item02\.png"):
+        Omniglot.one_shot_runs(folder)

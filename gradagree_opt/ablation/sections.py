@@ -1,0 +1,183 @@
+"""The sections of a study file, each by itself."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
+
+from gradagree_opt.ablation.methods import LocatedError
+from gradagree_opt.tasks.corrupted import Corruption
+from gradagree_opt.tasks.grouped import Dataset
+
+DRAWING = 28 * 28
+Network = Literal["finn", "nichol"]
+
+
+class Section(BaseModel):
+    """A part of the study file: no unknown keys, no changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+
+def unique(entries: list[Any]) -> list[Any]:
+    """The entries, unless two of them are equal or have one name."""
+    names = [getattr(entry, "name", entry) for entry in entries]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name!r} is given more than once")
+    return entries
+
+
+class SineTasks(Section):
+    kind: Literal["sine"]
+    ranges: Literal["paper", "finn"] = "paper"
+    support: Literal["uniform", "shuffled_grid"] = "uniform"
+    support_shots: PositiveInt
+    query_shots: PositiveInt = 1
+
+
+class OmniglotTasks(Section):
+    """Omniglot; the split ``background`` is the ``background_validation`` of the distribution."""
+
+    kind: Literal["omniglot"]
+    split: Literal["vinyals", "background"] = "vinyals"
+    rotations: bool = False
+    way: Annotated[int, Field(ge=2)] = 5
+    support_shots: PositiveInt
+    query_shots: PositiveInt = 1
+
+
+class MiniImageNetTasks(Section):
+    kind: Literal["mini-imagenet"]
+    way: Annotated[int, Field(ge=2)] = 5
+    support_shots: PositiveInt
+    query_shots: PositiveInt = 1
+
+
+class Learn2LearnTasks(Section):
+    """Tasksets of learn2learn, made by a function of the user's.
+
+    ``tasksets`` names it as ``module:function``, in a module that Python finds from the current
+    folder. It is called as ``learn2learn.vision.benchmarks.get_tasksets`` is: with ``train_ways``,
+    ``train_samples``, ``test_ways``, ``test_samples``, ``root`` (the --data, where there is some)
+    and the ``options``, and gives the training, validation and test taskset.
+    """
+
+    kind: Literal["learn2learn"]
+    tasksets: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+    options: dict[str, bool | int | float | str] = {}
+    inputs: PositiveInt = DRAWING
+    way: Annotated[int, Field(ge=2)] = 5
+    support_shots: PositiveInt
+    query_shots: PositiveInt = 1
+
+
+class GroupedTasks(Section):
+    kind: Literal["grouped"]
+    dataset: Dataset
+    support_shots: PositiveInt
+    query_shots: PositiveInt = 1
+
+
+def one_or_list(value: Any) -> Literal["one", "list"]:
+    return "list" if isinstance(value, list) else "one"
+
+
+class CorruptionSection(Section):
+    """What spoils training tasks: see :class:`gradagree_opt.tasks.Corrupted`.
+
+    Of several fractions, of which the first may be 0, each is a study of its own.
+    """
+
+    kind: Corruption
+    fraction: Annotated[
+        Annotated[float, Field(gt=0, le=1), Tag("one")]
+        | Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1), Tag("list")],
+        Discriminator(one_or_list),
+    ]
+    scale: float | None = None
+    foreign: Literal["lines", Dataset] | None = None
+
+    @property
+    def fractions(self) -> list[float]:
+        return self.fraction if isinstance(self.fraction, list) else [self.fraction]
+
+    @model_validator(mode="after")
+    def complete(self) -> "CorruptionSection":
+        if self.fractions != sorted(set(self.fractions)):
+            raise LocatedError(f"the fractions {self.fractions} do not rise", "fraction")
+        for option, kind in (("scale", "outlier_scale"), ("foreign", "foreign")):
+            there, wanted = getattr(self, option) is not None, self.kind == kind
+            if wanted and not there:
+                raise LocatedError(f"kind {kind!r} needs the key {option!r}", "kind")
+            if there and not wanted:
+                raise LocatedError(f"{option!r} goes with kind {kind!r}, and with no other", option)
+        return self
+
+
+class MLP(Section):
+    kind: Literal["mlp"]
+    hidden: list[PositiveInt]
+    activation: Literal["relu", "tanh"] = "relu"
+    batch_norm: bool = False
+
+
+class Conv4(Section):
+    """Finn et al.'s or Nichol et al.'s network for such tasks, or the study's usual one."""
+
+    kind: Literal["conv4"]
+    filters: PositiveInt = 32
+    network: Network | None = None
+
+
+class ReptileForm(Section):
+    kind: Literal["reptile"]
+
+
+class MAMLForm(Section):
+    kind: Literal["maml", "anil"]
+    first_order: bool = False
+    signal: Literal["displacement", "gradient"] = "displacement"
+
+
+class MetaSGDForm(Section):
+    kind: Literal["meta-sgd"]
+    first_order: bool = False
+
+
+class Inner(Section):
+    lr: PositiveFloat
+    steps: PositiveInt
+    batch_size: PositiveInt | None = None
+
+
+class Outer(Section):
+    optimizer: Literal["sgd", "adam"]
+    rates: Annotated[list[PositiveFloat], Field(min_length=1), AfterValidator(unique)]
+    schedule: Literal["constant", "linear"] = "constant"
+
+
+class Tuning(Section):
+    seeds: PositiveInt
+    tasks: PositiveInt
+    steps: PositiveInt
+
+
+class Test(Section):
+    __test__ = False  # not a test class, whatever pytest thinks of its name
+
+    tasks: PositiveInt
+    support_shots: PositiveInt
+    query_shots: PositiveInt
+    steps: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    transductive: bool = True

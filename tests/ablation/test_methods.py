@@ -1,0 +1,36 @@
+"""The library's own aggregators as methods of a study."""
+
+import torch
+
+import gradagree_opt as ga
+from gradagree_opt import aggregators
+from gradagree_opt.ablation.methods import AGGREGATORS, Method
+from gradagree_opt.ablation.models import initial_params
+from gradagree_opt.ablation.problem import build_problem
+from gradagree_opt.ablation.records import Run
+from gradagree_opt.ablation.study import Study
+from gradagree_opt.ablation.training import train_runs
+
+
+def test_every_aggregator_of_the_core_is_a_method() -> None:
+    own = {kind for kind in vars(aggregators).values() if isinstance(kind, type)}
+    own = {kind for kind in own if issubclass(kind, ga.Aggregator)} - {ga.Aggregator}
+    public = {getattr(ga, name) for name in ga.__all__}
+    assert set(AGGREGATORS.values()) == own <= public
+
+
+def test_the_sum_is_trained_as_the_mean_is_at_a_rate_as_many_times_higher_as_there_are_tasks(
+    study: Study,
+) -> None:
+    study = study.model_copy(update={"meta_batch": 4})
+    problem = build_problem(study, None)
+    (_, summed), (_, averaged) = (
+        train_runs(study, problem, [Run(method=method, rate=rate, seed=3)], lambda _: None)[0]
+        for method, rate in (
+            (Method(name="sum", aggregator="sum"), 0.125),
+            (Method(name="mean", aggregator="mean"), 0.5),
+        )
+    )
+    torch.testing.assert_close(summed, averaged)
+    first = initial_params(study, 3)
+    assert not any(torch.allclose(summed[name], first[name]) for name in first)

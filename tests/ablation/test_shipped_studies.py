@@ -1,0 +1,77 @@
+"""Every study that ships, run by the command from its file to its last artefact, only smaller."""
+
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from gradagree_opt.ablation.loading import load, shipped
+from gradagree_opt.ablation.study import Study
+from gradagree_testing.command import gradagree
+from gradagree_testing.photographs import write_photographs
+
+SMALL = {
+    "inner": {"steps": 1, "batch_size": None},
+    "iterations": 2,
+    "compile": False,
+    "seeds": [0, 1],
+    "tuning": {"seeds": 1, "tasks": 2, "steps": 1},
+    "test": {"tasks": 2, "support_shots": 1, "query_shots": 1, "steps": [0, 1]},
+}
+NAMED = {  # how each text names a method
+    "table.md": "| {} |",
+    "table.tex": "{} & ",
+    "table.csv": "{},",
+    "results.csv": "{},",
+    "report.html": ">{}</th>",
+    "methods.md": '"{}"',
+}
+FIGURES = ("learning-curves", "tuned-rates", "agreement", "agreement-matrix")
+
+
+def shrunk(name: str, study: Study) -> dict[str, object]:
+    """A study that extends the shipped one, with its methods and as little else as it takes."""
+    document = SMALL | {"extends": name, "name": f"small-{name}", "title": study.title}
+    document["outer"] = {"rates": study.outer.rates[:2]}
+    document["tasks"] = {"support_shots": 1, "way": 2} if study.way else {"support_shots": 2}
+    if study.model.kind == "conv4":
+        document["model"] = {"filters": 2}
+    if study.corruption:
+        document["corruption"] = {"fraction": [0, 0.5]}
+    return document
+
+
+def write_data(study: Study, folder: Path) -> list[object]:
+    """What the command is told of the data, which are made up in the form that the study takes."""
+    if study.tasks.kind == "mini-imagenet":
+        return ["--data", write_photographs(folder / "photographs")]
+    if study.tasks.kind == "omniglot":
+        images = np.random.default_rng(0).integers(0, 256, (6, 20, 28, 28), dtype=np.uint8)
+        np.savez(folder / "drawings.npz", images=images, vinyals_split=np.arange(6) % 3)
+        return ["--data", folder / "drawings.npz"]
+    return []
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_it_leaves_every_artefact_and_each_names_every_method(name: str, tmp_path: Path) -> None:
+    study = load(name)
+    if any(method.of_torchjd for method in study.methods):
+        pytest.importorskip("torchjd", reason="torchjd is not installed")
+    path, out = tmp_path / "small.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump(shrunk(name, study)))
+    done = gradagree("ablate", path, "--out", out, "--jobs", 1, *write_data(study, tmp_path))
+    assert done.exit_code == 0, done.output
+    for text, named in NAMED.items():
+        content = unescape((out / text).read_text(encoding="utf-8"))
+        names = [named.format(method.name) for method in study.methods]
+        assert [name for name in names if name not in content] == [], text
+    extra = {"corruption"} if study.corruption else set()
+    extra |= {"adaptation"} if study.tasks.kind == "sine" else set()
+    for figure in {*FIGURES, *extra}:
+        assert (out / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+        assert (out / f"{figure}.pdf").read_bytes().startswith(b"%PDF-")
+        assert f'id="figure-{figure}"' in (out / "report.html").read_text(encoding="utf-8")
+    assert (out / "references.bib").read_text(encoding="utf-8").count("@") > 3
+    assert load(str(out / "config.json")).methods == study.methods

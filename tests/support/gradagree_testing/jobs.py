@@ -1,0 +1,14 @@
+"""Jobs that are not a study's, where processes of their own can import them."""
+
+from gradagree_opt.ablation.parallel import Report
+from gradagree_opt.ablation.study import StudyError
+
+
+class Failing:
+    """A job that cannot be prepared."""
+
+    def prepare(self) -> None:
+        raise StudyError("the data are gone")
+
+    def perform(self, context: None, task: int, report: Report, /) -> int:
+        return task
