@@ -86,7 +86,7 @@ def check_examples(study: Study, x: Tensor, y: Tensor, shots: int) -> None:
         return
     if y.dtype != torch.int64:
         raise ValueError(f"expected classes as torch.int64, found {y.dtype}")
-    labels, counts = y.unique(return_counts=True)
+    labels, counts = torch.unique(y, return_counts=True)
     if labels.tolist() != list(range(study.way)):
         raise ValueError(f"expected classes 0 to {study.way - 1}, found {labels.tolist()}")
     if (counts != shots).any():
