@@ -185,6 +185,10 @@ def cite(
         config = read_config(folder)
     except StudyError as mistake:
         raise refusal(mistake) from None
+    try:
+        read_results(folder, config)
+    except StudyError as unfinished:
+        warn(f"this text is of the finished study: {unfinished}")
     typer.echo(methods_text(config))
     typer.echo(bibtex(config), nl=False)
 

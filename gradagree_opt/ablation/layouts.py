@@ -1,5 +1,6 @@
 """The table of a study laid out: Markdown and terminal for people, LaTeX for papers."""
 
+import re
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -35,6 +36,7 @@ def latex(parts: Sequence[Results]) -> str:
         hrules=True, column_format="l" * left + "r" * (len(style.columns) - left)
     )
     body = body.replace("±", r"$\pm$").replace(EDGE, r"$^\dagger$").replace("< 0", "$<$ 0")
+    body = re.sub(r"(?<=& )-(?=\d)", "$-$", body)
     lines, rows = body.splitlines(keepends=True), len(parts[0].rates)
     first = lines.index("\\midrule\n") + 1
     for start in range(first + rows * (len(parts) - 1), first, -rows):

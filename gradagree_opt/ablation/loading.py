@@ -107,6 +107,10 @@ def read_file(path: Path) -> tuple[dict[str, Any], yaml.Node]:
         document = None if root is None else loader.construct_document(root)
     except FileNotFoundError:
         raise
+    except IsADirectoryError:
+        raise StudyError(
+            f"{path} is a folder; give a study file, as {path / 'config.json'}"
+        ) from None
     except (OSError, ValueError) as error:
         raise StudyError(f"the study file {path} cannot be read: {error}") from None
     except yaml.YAMLError as error:

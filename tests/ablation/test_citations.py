@@ -388,13 +388,19 @@ def test_cite_prints_what_lies_beside_the_artefacts(finished: Path) -> None:
     references = (finished / "references.bib").read_text()
     assert result.exit_code == 0
     assert result.stdout == f"{methods}\n{references}"
+    assert result.stderr == ""
     page = (finished / "report.html").read_text()
     assert methods.strip().split('"')[0] in page and "@misc{nichol2018first," in page
 
 
-def test_a_study_that_is_not_finished_can_be_cited(copied: Path) -> None:
+def test_a_study_that_is_not_finished_can_be_cited_and_is_told_so(copied: Path) -> None:
     shutil.rmtree(copied / "runs")
-    assert CliRunner().invoke(app, ["cite", str(copied)]).exit_code == 0
+    result = CliRunner().invoke(app, ["cite", str(copied)])
+    assert result.exit_code == 0
+    assert result.stderr.startswith("this text is of the finished study: ")
+    assert "runs in" in result.stderr and result.stdout == (copied / "methods.md").read_text() + (
+        "\n" + (copied / "references.bib").read_text()
+    )
 
 
 @pytest.mark.skipif(

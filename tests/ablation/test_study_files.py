@@ -273,7 +273,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
 
 
 def test_a_folder_is_no_study_file(tmp_path: Path) -> None:
-    with pytest.raises(StudyError, match="cannot be read"):
+    with pytest.raises(StudyError, match=r"is a folder; give a study file, as .*config\.json$"):
         load(str(tmp_path))
 
 

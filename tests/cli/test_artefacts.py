@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import matplotlib.image
@@ -84,7 +85,7 @@ def test_the_latex_table_is_booktabs_with_the_cells_of_the_markdown(finished: Pa
     markdown = (finished / "table.md").read_text().splitlines()
     for row, line in zip(rows[1:], markdown[2:5], strict=True):
         expected = line[2:-2].replace("±", r"$\pm$").replace("†", r"$^\dagger$")
-        expected = expected.replace("<", "$<$")
+        expected = re.sub(r"(?<=\| )-(?=\d)", "$-$", expected.replace("<", "$<$"))
         expected = expected.replace("random_weights & co", r"random\_weights \& co")
         assert [c.strip() for c in row.replace(r"\&", "＆").split("&")] == [
             c.strip() for c in expected.replace(r"\&", "＆").split("|")
