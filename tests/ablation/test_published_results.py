@@ -23,7 +23,7 @@ SECTIONS = {"Sines": "sine", "Corrupted tasks": "sine-corrupted", "Spruces": "gr
 SUMMARY = {
     "sines": ("sine", ""),
     "sines, half of the tasks corrupted": ("sine-corrupted", "50 %"),
-    "spruces": ("grouped", ""),
+    "spruces: their growth, from five measurements": ("grouped", ""),
 }
 STEPS = "5 steps"  # of the page's summaries: "All after five gradient steps."
 ROWS = {"ours: Reptile, the mean": "mean", "ours: Gradient Agreement": "agreement"}
@@ -114,10 +114,11 @@ def of_ways(_: str, header: list[str], body: Table) -> Pairs:
 
 
 def of_summary(_: str, header: list[str], body: Table) -> Pairs:
-    for name, _score, *cells in body:
+    for name, _form, _score, *cells in body:
         study, share = SUMMARY.get(name) or (omniglot(name), "")
-        for label, cell in zip(header[2:], cells, strict=True):
-            yield cell, score(study, label, share)
+        for label, cell in zip(header[3:], cells, strict=True):
+            row = recorded(study).get((share, label), {"outer rate": ""})
+            yield cell, score(study, label, share) + "†" * row["outer rate"].endswith("†")
 
 
 def of_the_paper(_: str, header: list[str], body: Table) -> Pairs:
