@@ -157,7 +157,7 @@ def main() -> int:
         findings = examine_all()
         for finding in findings:
             words = (finding.framework.distribution, finding.version, finding.status)
-            print(*filter(None, (*words, finding.reason)))  # noqa: T201 - rich is not there
+            sys.stdout.write(" ".join(filter(None, (*words, finding.reason))) + "\n")
     else:
         from rich.console import Console
 
@@ -165,7 +165,7 @@ def main() -> int:
             findings = examine_all()
         Console(highlight=False).print(table(findings))
     for line in fixes(findings):
-        print(f"\n{line}")  # noqa: T201 - in one line, to be copied
+        sys.stdout.write(f"\n{line}\n")
     return 0 if healthy(findings) else 1
 
 
