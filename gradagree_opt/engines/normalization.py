@@ -60,7 +60,7 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     of_batch = training and running_mean is None and x.numel() > x.shape[1]
-    if of_batch and (torch.compiler.is_compiling() or _in_two_vmaps()):
+    if of_batch and _written_out():
         normal = _normal(x, [0, *range(2, x.ndim)], eps)
     elif not training and running_mean is not None and torch.compiler.is_compiling():
         mean, variance = (_by_channel(each, x) for each in (running_mean, running_var))
@@ -72,8 +72,10 @@ def _batch_norm(
     return _affine(normal, _by_channel(weight, x), _by_channel(bias, x))
 
 
-def _in_two_vmaps() -> bool:
-    """Whether one vmap is in another, under which torch's own has no second derivative."""
+def _written_out() -> bool:
+    """Whether torch's own is slow (compiled) or has no second derivative (in two vmaps)."""
+    if torch.compiler.is_compiling():
+        return True
     levels = [level.key() for level in retrieve_all_functorch_interpreters()]
     return levels.count(TransformType.Vmap) > 1
 
@@ -108,7 +110,7 @@ def _instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     of_instance = use_input_stats and running_mean is None and x.numel() > x.shape[0] * x.shape[1]
-    if of_instance and _in_two_vmaps():
+    if of_instance and _written_out():
         normal = _normal(x, [*range(2, x.ndim)], eps)
     else:
         normal = functional.instance_norm(
