@@ -44,7 +44,7 @@ def _layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-    cudnn_enable: bool = True,  # noqa: ARG001 - torch.layer_norm's; it and its like below do nothing
+    cudnn_enable: bool = True,  # noqa: ARG001 - torch.layer_norm has it, and ignores it too
 ) -> Tensor:
     return _affine(functional.layer_norm(input, list(normalized_shape), eps=eps), weight, bias)
 
@@ -150,7 +150,7 @@ def _torch_batch_norm(
     training: bool,
     momentum: float,
     eps: float,
-    cudnn_enabled: bool,  # noqa: ARG001 - as above
+    cudnn_enabled: bool,  # noqa: ARG001 - torch.batch_norm's, for a GPU
 ) -> Tensor:
     return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
@@ -164,7 +164,7 @@ def _torch_instance_norm(
     use_input_stats: bool,
     momentum: float,
     eps: float,
-    cudnn_enabled: bool,  # noqa: ARG001 - as above
+    cudnn_enabled: bool,  # noqa: ARG001 - torch.instance_norm's, for a GPU
 ) -> Tensor:
     return _instance_norm(
         input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
