@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gradagree_opt.ablation.distributions import corrupted, data_tensors, distributions
+from gradagree_opt.ablation.distributions import Source, at_seed, data_tensors, distributions
 from gradagree_opt.ablation.forms import Learner, evaluator, learner
 from gradagree_opt.ablation.grouping import OuterStep, is_compiled
 from gradagree_opt.ablation.models import (
@@ -33,7 +33,7 @@ from gradagree_opt.ablation.sections import DRAWING, ReptileForm
 from gradagree_opt.ablation.study import Study
 from gradagree_opt.blocks import or_one
 from gradagree_opt.statistics import measure
-from gradagree_opt.tasks import Batch, TaskDistribution
+from gradagree_opt.tasks import Batch
 from gradagree_opt.tasks.protocol import Split
 
 Tasks: TypeAlias = dict[str, Batch]
@@ -44,8 +44,8 @@ class Problem:
     """A study made ready to run.
 
     Attributes:
-        training: Tasks that the meta-learner is trained on.
-        evaluation: Tasks of the test protocol, drawn for validation and for the test.
+        training: Tasks that the meta-learner is trained on; :func:`at_seed` has those of a seed.
+        evaluation: Tasks of the test protocol, drawn for validation and for the test; likewise.
         outer_step: Trains a group of runs.
         evaluator: Adapts as the form does, each step on the whole support set.
         loss: What training lowers and what outer rates are chosen by.
@@ -54,8 +54,8 @@ class Problem:
         transductive: Whether the examples of a query set are predicted as one batch.
     """
 
-    training: TaskDistribution
-    evaluation: TaskDistribution
+    training: Source
+    evaluation: Source
     module: nn.Module
     outer_step: OuterStep
     evaluator: Learner
@@ -69,8 +69,6 @@ def build_problem(study: Study, data: Path | None) -> Problem:
     module = build_module(study)
     loss = batch_loss(study, module)
     training, evaluation = distributions(study, data)
-    if study.corruption is not None:
-        training = corrupted(study, study.corruption, training)
     return Problem(
         training=training,
         evaluation=evaluation,
@@ -113,7 +111,7 @@ class TrainingTasks:
     BLOCK = 100
 
     def __init__(self, study: Study, problem: Problem, seed: int) -> None:
-        self.problem = problem
+        self.distribution = at_seed(problem.training, seed)
         self.meta_batch = study.meta_batch
         self.parts = ("support",) if isinstance(study.form, ReptileForm) else ("support", "query")
         self.generator = generator(seed, "train")
@@ -123,7 +121,7 @@ class TrainingTasks:
     def __call__(self, iteration: int) -> Tasks:
         position = iteration % self.steps
         if position == 0:
-            block = self.problem.training.sample(
+            block = self.distribution.sample(
                 self.steps * self.meta_batch, split="train", generator=self.generator
             )
             self.block = {part: block[part] for part in self.parts}
@@ -132,7 +130,8 @@ class TrainingTasks:
 
 
 def evaluation_tasks(problem: Problem, n_tasks: int, split: Split, seed: int) -> Tasks:
-    return problem.evaluation.sample(n_tasks, split=split, generator=generator(seed, split))
+    distribution = at_seed(problem.evaluation, seed)
+    return distribution.sample(n_tasks, split=split, generator=generator(seed, split))
 
 
 def scores_after(

