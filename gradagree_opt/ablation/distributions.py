@@ -178,6 +178,8 @@ def photographs(data: Path | None, way: int, shot: int, query_shots: int) -> Min
 def corrupted(
     study: Study, corruption: CorruptionSection, training: TaskDistribution
 ) -> TaskDistribution:
+    if corruption.kind == "flipped":  # its examples stay as they are
+        return training
     spoilt = Corrupted(
         training,
         kind=corruption.kind,

@@ -105,7 +105,8 @@ class TrainingTasks:
     """Task batches for the outer steps, the same for every method and rate of a seed.
 
     Tasks are drawn many steps at a time, since a draw costs as much as a compiled outer step;
-    photographs, which would take gigabytes, one step at a time.
+    photographs, which would take gigabytes, one step at a time. Where some tasks are flipped, each
+    support set has the factor of its displacement beside its examples.
     """
 
     BLOCK = 100
@@ -115,18 +116,22 @@ class TrainingTasks:
         self.meta_batch = study.meta_batch
         self.parts = ("support",) if isinstance(study.form, ReptileForm) else ("support", "query")
         self.generator = generator(seed, "train")
+        self.flip, self.fraction = study.flip, study.fraction
+        self.flips = generator(seed, "flips")
         self.steps = self.BLOCK if input_size(study) <= DRAWING else 1
-        self.block: Tasks = {}
+        self.block: dict[str, tuple[Tensor, ...]] = {}
 
-    def __call__(self, iteration: int) -> Tasks:
+    def __call__(self, iteration: int) -> dict[str, tuple[Tensor, ...]]:
         position = iteration % self.steps
         if position == 0:
-            block = self.distribution.sample(
-                self.steps * self.meta_batch, split="train", generator=self.generator
-            )
+            n_tasks = self.steps * self.meta_batch
+            block = self.distribution.sample(n_tasks, split="train", generator=self.generator)
             self.block = {part: block[part] for part in self.parts}
+            if self.flip is not None:
+                spoilt = torch.rand(n_tasks, generator=self.flips) < self.fraction
+                self.block["support"] += (torch.where(spoilt, self.flip, 1.0),)
         rows = slice(position * self.meta_batch, (position + 1) * self.meta_batch)
-        return {part: (x[rows], y[rows]) for part, (x, y) in self.block.items()}
+        return {part: tuple(leaf[rows] for leaf in batch) for part, batch in self.block.items()}
 
 
 def evaluation_tasks(problem: Problem, n_tasks: int, split: Split, seed: int) -> Tasks:
@@ -176,7 +181,7 @@ def adapt(problem: Problem, params: Params, support: Batch, steps: int) -> Param
     return with_network_params(params, each(params, support))
 
 
-def agreement_matrix(problem: Problem, params: Params, support: Batch) -> Tensor:
+def agreement_matrix(problem: Problem, params: Params, support: tuple[Tensor, ...]) -> Tensor:
     """Cosines ``[n, n]`` between the displacements of n tasks; 0 for one that did not move."""
     inner_loop = partial(problem.outer_step.learner.adapt, params)
     adapted = torch.vmap(inner_loop, chunk_size=problem.chunk_size)(support)

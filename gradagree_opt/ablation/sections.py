@@ -21,8 +21,8 @@ from gradagree_opt.tasks.group_splits import FEWEST_FOLDS
 from gradagree_opt.tasks.grouped import Dataset
 
 DRAWING = 28 * 28
-NEEDED_OPTIONS: dict[str, tuple[Corruption, ...]] = {
-    "scale": ("label_noise", "outlier_scale"),
+NEEDED_OPTIONS = {
+    "scale": ("label_noise", "outlier_scale", "flipped"),
     "foreign": ("foreign",),
 }
 """The kinds of corruption that each of its further keys goes with."""
@@ -105,10 +105,12 @@ def one_or_list(value: Any) -> Literal["one", "list"]:
 class CorruptionSection(Section):
     """What spoils training tasks: see :class:`gradagree_opt.tasks.Corrupted`.
 
+    ``flipped`` spoils what a task reports, not its examples: see :class:`.forms.Flipped`.
+
     Of several fractions, of which the first may be 0, each is a study of its own.
     """
 
-    kind: Corruption
+    kind: Corruption | Literal["flipped"]
     fraction: Annotated[
         Annotated[float, Field(gt=0, le=1), Tag("one")]
         | Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1), Tag("list")],
@@ -132,8 +134,8 @@ class CorruptionSection(Section):
             if there and not wanted:
                 known = " or ".join(map(repr, kinds))
                 raise LocatedError(f"{option!r} goes with kind {known}, and with no other", option)
-        if self.kind == "label_noise" and self.scale is not None and self.scale <= 0:
-            raise LocatedError(f"a deviation above 0 is needed, found {self.scale:g}", "scale")
+        if self.kind in ("label_noise", "flipped") and self.scale is not None and self.scale <= 0:
+            raise LocatedError(f"{self.kind} needs a scale above 0, found {self.scale:g}", "scale")
         return self
 
 

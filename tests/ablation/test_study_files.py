@@ -115,11 +115,17 @@ def test_a_number_in_exponent_form_is_a_number(study_file: Path) -> None:
         (*corruption("kind: shuffled_labels, fraction: [0.5, 0]"), 6, "[0.5, 0.0] do not rise"),
         (*corruption("kind: shuffled_labels, fraction: 0.3, scale: 2"), 6, "'scale' goes with"),
         (*corruption("kind: label_noise, fraction: 1"), 6, "'label_noise' needs the key 'scale'"),
-        (*corruption("kind: label_noise, fraction: 1, scale: 0"), 6, "above 0 is needed, found 0"),
+        (
+            *corruption("kind: label_noise, fraction: 1, scale: 0"),
+            6,
+            "label_noise needs a scale above 0",
+        ),
+        (*corruption("kind: flipped, fraction: 1"), 6, "'flipped' needs the key 'scale'"),
+        (*corruption("kind: flipped, fraction: 1, scale: -1"), 6, "scale above 0, found -1"),
         (
             *corruption("kind: foreign, fraction: 1, foreign: lines, scale: 2"),
             6,
-            "'scale' goes with kind 'label_noise' or 'outlier_scale'",
+            "'scale' goes with kind 'label_noise' or 'outlier_scale' or 'flipped'",
         ),
         (*corruption("kind: foreign, fraction: 0.3"), 6, "needs the key 'foreign'"),
         (
