@@ -245,7 +245,7 @@ def unseen_tasks(study: Study) -> str:
         return "unseen tasks"
     if study.tasks.folds is None:
         return "tasks drawn from unseen groups"
-    return f"tasks drawn from unseen groups, one of {study.tasks.folds} folds at each seed"
+    return f"tasks drawn from unseen groups (one of {study.tasks.folds} folds at each seed)"
 
 
 def comparison_notes(parts: Sequence[Results]) -> list[str]:

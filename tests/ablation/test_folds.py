@@ -168,7 +168,7 @@ def test_a_study_of_folds_runs_and_says_so(write_study: WriteStudy, tmp_path: Pa
     result = CliRunner().invoke(app, ["ablate", str(path), "--out", str(out), "--jobs", "1"])
     assert result.exit_code == 0, result.output
     table, methods = ((out / name).read_text() for name in ("table.md", "methods.md"))
-    assert "on 12 tasks drawn from unseen groups, one of 4 folds at each seed after" in table
+    assert "on 12 tasks drawn from unseen groups (one of 4 folds at each seed) after" in table
     assert "Folds: no group that a seed tests on is in its training" in table
     assert "leave-groups-out cross-validation in 4 folds: at seed s the fold of number s" in methods
     assert "those that validated at one seed tested at another" in methods
