@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Generator
 
 import gradagree_opt as ga
+from gradagree_opt.ablation.section import LocatedError, Optimizer, Rates
 from gradagree_opt.frameworks import require
 
 AGGREGATORS: dict[str, type[Any]] = {
@@ -26,22 +27,21 @@ TORCHJD = "torchjd."
 """What the names of TorchJD's aggregators begin with."""
 
 
-class LocatedError(ValueError):
-    """A value that contradicts another one, and the keys that lead to it."""
-
-    def __init__(self, message: str, *location: int | str) -> None:
-        super().__init__(message)
-        self.location = location
-
-
 class Method(BaseModel):
-    """One row of the table: a name, an aggregator, and that aggregator's keyword options."""
+    """One row of the table: a name, an aggregator, and that aggregator's keyword options.
+
+    Attributes:
+        rates: The outer rates that it is tuned on in place of the study's.
+        outer: The outer optimizer that it is trained with in place of the study's.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: Annotated[str, Field(pattern=r"^[^\r\n]+$")]
     aggregator: str
     options: dict[str, bool | float | str | None] = {}
+    rates: Rates | None = None
+    outer: Optimizer | None = None
 
     @property
     def of_torchjd(self) -> bool:
