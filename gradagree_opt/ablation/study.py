@@ -143,7 +143,8 @@ class Study(Section):
             message = "Meta-SGD takes each step on the whole support set; leave it out"
             raise LocatedError(message, "inner", "batch_size")
         for index, method in enumerate(self.methods):
-            if method.options.get("scope", "global") != "global":
+            scopes = {part.options.get("scope", "global") for part in (method, *method.nested)}
+            if scopes != {"global"}:
                 message = "Meta-SGD's displacement has no leaf for the rates; leave scope out"
                 raise LocatedError(message, "methods", index, "options", "scope")
         return self
