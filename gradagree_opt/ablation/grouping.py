@@ -14,6 +14,7 @@ import gradagree_opt as ga
 from gradagree_opt.ablation.models import Params
 from gradagree_opt.ablation.optimizers import OPTIMIZERS, State
 from gradagree_opt.ablation.records import Run
+from gradagree_opt.ablation.section import Optimizer
 from gradagree_opt.ablation.study import Study
 from gradagree_opt.aggregation import Aggregation
 from gradagree_opt.engines.compilation import maybe_compiled
@@ -120,11 +121,11 @@ class OuterStep:
 
     Args:
         learner: The meta-learner of one run.
-        optimizer: Name of the outer optimizer of one run.
+        optimizer: The outer optimizer of one run, by name.
         compiled: Whether the step is compiled, once for each method and size of group.
     """
 
-    def __init__(self, learner: ga.Reptile | ga.MAML, optimizer: str, compiled: bool) -> None:
+    def __init__(self, learner: ga.Reptile | ga.MAML, optimizer: Optimizer, compiled: bool) -> None:
         self.learner = learner
         self.optimizer = OPTIMIZERS[optimizer]
         self._step = maybe_compiled(self._all_rows, compiled)

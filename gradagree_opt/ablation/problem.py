@@ -29,6 +29,8 @@ from gradagree_opt.ablation.models import (
     predict_apart,
     with_network_params,
 )
+from gradagree_opt.ablation.optimizers import OPTIMIZERS
+from gradagree_opt.ablation.section import Optimizer
 from gradagree_opt.ablation.sections import DRAWING, ReptileForm
 from gradagree_opt.ablation.study import Study
 from gradagree_opt.blocks import or_one
@@ -46,7 +48,8 @@ class Problem:
     Attributes:
         training: Tasks that the meta-learner is trained on; :func:`at_seed` has those of a seed.
         evaluation: Tasks of the test protocol, drawn for validation and for the test; likewise.
-        outer_step: Trains a group of runs.
+        learner: What trains the network.
+        outer_steps: Each trains a group of runs, by the outer optimizer that it steps with.
         evaluator: Adapts as the form does, each step on the whole support set.
         loss: What training lowers and what outer rates are chosen by.
         score: What the test reports: the loss in regression, the accuracy for classes.
@@ -57,7 +60,8 @@ class Problem:
     training: Source
     evaluation: Source
     module: nn.Module
-    outer_step: OuterStep
+    learner: Learner
+    outer_steps: dict[Optimizer, OuterStep]
     evaluator: Learner
     loss: Criterion
     score: Criterion
@@ -68,14 +72,16 @@ class Problem:
 def build_problem(study: Study, data: Path | None) -> Problem:
     module = build_module(study)
     loss = batch_loss(study, module)
+    trainer = learner(study, loss, module)
     training, evaluation = distributions(study, data)
     return Problem(
         training=training,
         evaluation=evaluation,
         module=module,
-        outer_step=OuterStep(
-            learner(study, loss, module), study.outer.optimizer, is_compiled(study)
-        ),
+        learner=trainer,
+        outer_steps={
+            optimizer: OuterStep(trainer, optimizer, is_compiled(study)) for optimizer in OPTIMIZERS
+        },
         evaluator=evaluator(study, loss, module),
         loss=criterion(study),
         score=criterion(study) if study.way is None else accuracy,
@@ -183,7 +189,7 @@ def adapt(problem: Problem, params: Params, support: Batch, steps: int) -> Param
 
 def agreement_matrix(problem: Problem, params: Params, support: tuple[Tensor, ...]) -> Tensor:
     """Cosines ``[n, n]`` between the displacements of n tasks; 0 for one that did not move."""
-    inner_loop = partial(problem.outer_step.learner.adapt, params)
+    inner_loop = partial(problem.learner.adapt, params)
     adapted = torch.vmap(inner_loop, chunk_size=problem.chunk_size)(support)
     displacements = tree_leaves(tree_map(torch.sub, network_params(params), adapted))
     active = torch.ones(len(support[0]), dtype=torch.bool)

@@ -71,7 +71,8 @@ class Run(BaseModel):
             for key, default in later.items():
                 if content[section].get(key, ...) == default:
                     del content[section][key]
-        content |= self.model_dump(mode="json", exclude={"method": {"name"}})
+        content |= self.model_dump(mode="json", exclude={"method": {"name", "rates", "outer"}})
+        content["outer"]["optimizer"] = study.optimizer(self.method)
         content |= {"compile": study.compile is True}
         content |= {"format": FORMAT, "data": data}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]

@@ -3,9 +3,6 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     NonNegativeInt,
@@ -15,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from gradagree_opt.ablation.methods import LocatedError
+from gradagree_opt.ablation.section import LocatedError, Optimizer, Rates, Section, Seeds
 from gradagree_opt.tasks.corrupted import Corruption
 from gradagree_opt.tasks.group_splits import FEWEST_FOLDS
 from gradagree_opt.tasks.grouped import Dataset
@@ -27,21 +24,6 @@ NEEDED_OPTIONS = {
 }
 """The kinds of corruption that each of its further keys goes with."""
 Network = Literal["finn", "nichol"]
-
-
-class Section(BaseModel):
-    """A part of the study file: no unknown keys, no changes after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
-
-
-def unique(entries: list[Any]) -> list[Any]:
-    """The entries, unless two of them are equal or have one name."""
-    names = [getattr(entry, "name", entry) for entry in entries]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{name!r} is given more than once")
-    return entries
 
 
 class SineTasks(Section):
@@ -81,7 +63,7 @@ class Learn2LearnTasks(Section):
 
     kind: Literal["learn2learn"]
     tasksets: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
-    options: dict[str, bool | int | float | str] = {}
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     inputs: PositiveInt = DRAWING
     way: Annotated[int, Field(ge=2)] = 5
     support_shots: PositiveInt
@@ -176,13 +158,17 @@ class Inner(Section):
 
 
 class Outer(Section):
-    optimizer: Literal["sgd", "adam"]
-    rates: Annotated[list[PositiveFloat], Field(min_length=1), AfterValidator(unique)]
+    optimizer: Optimizer
+    rates: Rates
+    extend: NonNegativeInt = 0
     schedule: Literal["constant", "linear"] = "constant"
 
 
 class Tuning(Section):
-    seeds: PositiveInt
+    seeds: Annotated[
+        Annotated[PositiveInt, Tag("one")] | Annotated[Seeds, Tag("list")],
+        Discriminator(one_or_list),
+    ]
     tasks: PositiveInt
     steps: PositiveInt
 

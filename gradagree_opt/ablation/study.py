@@ -5,12 +5,12 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     Field,
-    NonNegativeInt,
     PositiveInt,
     model_validator,
 )
 
-from gradagree_opt.ablation.methods import LocatedError, Method
+from gradagree_opt.ablation.methods import Method
+from gradagree_opt.ablation.section import LocatedError, Optimizer, Section, Seeds, unique
 from gradagree_opt.ablation.sections import (
     DRAWING,
     MLP,
@@ -26,11 +26,9 @@ from gradagree_opt.ablation.sections import (
     OmniglotTasks,
     Outer,
     ReptileForm,
-    Section,
     SineTasks,
     Test,
     Tuning,
-    unique,
 )
 
 
@@ -55,7 +53,7 @@ class Study(Section):
     iterations: PositiveInt
     meta_batch: PositiveInt
     compile: Literal["auto", True, False] = "auto"
-    seeds: Annotated[list[NonNegativeInt], Field(min_length=1), AfterValidator(unique)]
+    seeds: Seeds
     tuning: Tuning
     test: Test
     methods: Annotated[list[Method], Field(min_length=1), AfterValidator(unique)]
@@ -68,8 +66,6 @@ class Study(Section):
             raise LocatedError(
                 f"the baseline {self.baseline!r} is not one of the methods", "baseline"
             )
-        if self.tuning.seeds > len(self.seeds):
-            raise LocatedError(f"more than the study's {len(self.seeds)} seeds", "tuning", "seeds")
         if self.test.steps != sorted(set(self.test.steps)):
             raise LocatedError(f"the steps {self.test.steps} do not rise", "test", "steps")
         if self.tuning.steps not in self.test.steps:
@@ -83,6 +79,25 @@ class Study(Section):
             raise LocatedError(message, "model")
         if self.model.kind == "conv4" and getattr(self.tasks, "inputs", DRAWING) != DRAWING:
             raise LocatedError(f"a conv4 model needs drawings of {DRAWING} numbers", "model")
+        return self
+
+    @model_validator(mode="after")
+    def tunable(self) -> "Study":
+        seeds = self.tuning.seeds
+        if isinstance(seeds, int) and seeds > len(self.seeds):
+            raise LocatedError(f"more than the study's {len(self.seeds)} seeds", "tuning", "seeds")
+        if isinstance(seeds, list) and (shared := set(seeds) & set(self.seeds)):
+            message = f"expected none of the study's seeds, found {min(shared)}; give others"
+            raise LocatedError(message, "tuning", "seeds")
+        expected = len(self.outer.rates)
+        if self.outer.extend and expected == 1:
+            message = "expected two rates or more to extend, found one; give more, or leave it out"
+            raise LocatedError(message, "outer", "extend")
+        for index, method in enumerate(self.methods):
+            if (found := len(self.rates(method))) != expected:
+                message = f"expected {expected} rates, as many as outer.rates, found {found}; "
+                message += "give every method as many"
+                raise LocatedError(message, "methods", index, "rates")
         return self
 
     @model_validator(mode="after")
@@ -134,7 +149,8 @@ class Study(Section):
             message = "Meta-SGD takes each step on the whole support set; leave it out"
             raise LocatedError(message, "inner", "batch_size")
         for index, method in enumerate(self.methods):
-            if method.options.get("scope", "global") != "global":
+            scopes = {part.options.get("scope", "global") for part in (method, *method.nested)}
+            if scopes != {"global"}:
                 message = "Meta-SGD's displacement has no leaf for the rates; leave scope out"
                 raise LocatedError(message, "methods", index, "options", "scope")
         return self
@@ -163,6 +179,20 @@ class Study(Section):
             for fraction in self.corruption.fractions
         ]
         return [self.model_copy(update={"corruption": section}) for section in sections]
+
+    def rates(self, method: Method) -> list[float]:
+        """The outer rates that a method is tuned on: its own, or those of all."""
+        return method.rates or self.outer.rates
+
+    def optimizer(self, method: Method) -> Optimizer:
+        """The outer optimizer that a method is trained with: its own, or that of all."""
+        return method.outer or self.outer.optimizer
+
+    @property
+    def tuning_seeds(self) -> list[int]:
+        """Those that rates are chosen on: the first of the study's, or others."""
+        seeds = self.tuning.seeds
+        return seeds if isinstance(seeds, list) else self.seeds[:seeds]
 
     @property
     def fraction(self) -> float:

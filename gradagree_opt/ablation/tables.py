@@ -196,13 +196,41 @@ def numbers_of(results: Results, compared: Mapping[str, Comparison]) -> pd.DataF
     return table
 
 
+def rates_text(study: Study) -> str:
+    """The candidates for the outer rate: of all methods, then of those that have their own."""
+
+    def listed(rates: list[float]) -> str:
+        return ", ".join(f"{rate:g}" for rate in rates)
+
+    own = [f'"{method.name}": {listed(method.rates)}' for method in study.methods if method.rates]
+    text = listed(study.outer.rates) if len(own) < len(study.methods) else "its own"
+    text += f" ({'; '.join(own)})" if own else ""
+    if study.outer.extend:
+        more = counted(study.outer.extend, "rate")
+        text += f", extended by up to {more} where the best was at an edge,"
+    return text
+
+
+def other_optimizers(study: Study) -> str:
+    """The methods whose outer optimizer is not the study's, each with its own."""
+    found = {method.name: study.optimizer(method) for method in study.methods}
+    others = {name: own for name, own in found.items() if own != study.outer.optimizer}
+    return ", ".join(f'{own} for "{name}"' for name, own in others.items())
+
+
+def tuning_seeds_text(study: Study) -> str:
+    """How many seeds the rates are chosen on, and whose they are."""
+    count = len(study.tuning_seeds)
+    own = isinstance(study.tuning.seeds, list)
+    return f"{counted(count, 'seed')} of their own" if own else f"{count} of the seeds"
+
+
 def notes(parts: Sequence[Results]) -> list[str]:
     """What a reader of the table must know."""
     study = parts[-1].study
     measure, test, tuning = MEASURES[study.tasks.kind], study.test, study.tuning
     examples = counted(test.support_shots, "example")
     per_class = "" if study.way is None else " of each class"
-    rates = ", ".join(f"{rate:g}" for rate in study.outer.rates)
     steps = counted(tuning.steps, "step")
     unseen = f"{test.tasks} {unseen_tasks(study)}"
     spread = (
@@ -215,12 +243,14 @@ def notes(parts: Sequence[Results]) -> list[str]:
         f"{spread}."
     )
     chosen = (
-        f"Outer rate chosen from {rates} by the loss after {steps} on "
-        f"{counted(tuning.tasks, 'validation task')}, {tuning.seeds} of the seeds"
+        f"Outer rate chosen from {rates_text(study)} by the loss after {steps} on "
+        f"{counted(tuning.tasks, 'validation task')}, {tuning_seeds_text(study)}"
         if len(study.outer.rates) > 1
         else "Outer rate not tuned"
     )
     trained = f"{chosen}; {study.iterations} iterations of {counted(study.meta_batch, 'task')}."
+    if others := other_optimizers(study):
+        trained += f" Outer optimizer {study.outer.optimizer}; {others}."
     compared = f"Minus {study.baseline}: difference after {steps}, paired by seed."
     lines = [shown, trained, compared]
     if len(parts) > 1 and study.corruption:

@@ -317,6 +317,21 @@ def test_adam_is_cited_where_it_is_used(config: Config) -> None:
     assert "kingma2015adam" not in cited(config)
 
 
+def test_a_methods_own_outer_optimizer_is_named_and_cited(config: Config) -> None:
+    mean, agreement, random = config.study.methods
+    own = [
+        mean.model_copy(update={"outer": "sgd"}),
+        agreement.model_copy(update={"outer": "momentum"}),
+        random.model_copy(update={"outer": "adam"}),
+    ]
+    changed = with_study(config, methods=own)
+    assert cited(changed) - cited(config) == {"polyak1964some", "kingma2015adam"}
+    assert (
+        'by gradient descent ("agreement" by gradient descent with momentum 0.9 [@polyak1964some], '
+        '"random_weights & co" by Adam [@kingma2015adam]) at a rate'
+    ) in methods_text(changed)
+
+
 @pytest.mark.parametrize(
     ("method", "expected"),
     [

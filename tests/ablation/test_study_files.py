@@ -15,6 +15,7 @@ from .conftest import WriteStudy
 
 WHOLE = {"lr": 0.02, "steps": 2}
 TEST = {"tasks": 12, "support_shots": 5, "query_shots": 7, "steps": [0, 1, 2]}
+MEAN = "{name: mean, aggregator: mean"
 SHIPPED = [
     "grouped",
     "mini-imagenet-5way-1shot",
@@ -169,6 +170,15 @@ def test_a_number_in_exponent_form_is_a_number(study_file: Path) -> None:
             "not foreign",
         ),
         ("tuning: {seeds: 1,", "tuning: {seeds: 3,", 14, "more than the study's 2 seeds"),
+        ("tuning: {seeds: 1,", "tuning: {seeds: [7, 5],", 14, "none of the study's seeds, found 5"),
+        ("tuning: {seeds: 1,", "tuning: {seeds: [7, 7],", 14, "7 is given more than once"),
+        ("tuning: {seeds: 1,", "tuning: {seeds: [],", 14, "at least one entry, found none"),
+        ("0.5], schedule", "0.5], extend: -1, schedule", 10, "found -1"),
+        ("[0.25, 0.5], schedule", "[1], extend: 1, schedule", 10, "two rates or more to extend"),
+        (MEAN, f"{MEAN}, rates: [1.0]", 17, "2 rates, as many as outer.rates, found 1; give"),
+        (MEAN, f"{MEAN}, rates: [1.0, 1.0]", 17, "1.0 is given more than once"),
+        (MEAN, f"{MEAN}, rates: [1.0, .inf]", 17, "a finite number"),
+        (MEAN, f"{MEAN}, outer: rmsprop", 17, "'sgd', 'momentum' or 'adam', found \"rmsprop\""),
         ("steps: [0, 1, 2]}", "steps: [0, 2, 1]}", 15, "do not rise"),
         ("steps: [0, 1, 2]}", "steps: [0, 2]}", 14, "not among"),
         ("  batch_size: 5", "  batch_size: 4", 9, "4 does not divide the 10"),
