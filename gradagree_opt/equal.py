@@ -197,7 +197,6 @@ class GramianPower(Aggregator):
     def __init__(
         self,
         power: float | int,
-        /,
         *,
         damping: float = 0.01,
         scope: Scope = "global",
