@@ -121,20 +121,19 @@ def diagnose(
 
 def _agreements(statistics: Statistics, weights: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Smallest, largest and deviation of u_i · d / ‖d‖, from d = Σ w_j ‖g_j‖ u_j."""
-    cosines, norms = statistics.cosines, statistics.relative_norms
-    if cosines is None or norms is None:
+    cosines, norms, nonzero = statistics.cosines, statistics.relative_norms, statistics.nonzero
+    if cosines is None or norms is None or nonzero is None:
         return None
     shares = weights * norms
     products = (cosines * shares.unsqueeze(-2)).sum(-1)  # autocast would round a matrix product
     square = (shares * products).sum(-1)
     rounding = 8 * torch.finfo(shares.dtype).eps * shares.abs().sum(-1).square()
     length = torch.where(square > rounding, square.sqrt(), torch.nan)
-    zero = norms == 0
-    count = (~zero).sum(-1)
+    count = nonzero.sum(-1)
     mean = (products.sum(-1) / count).unsqueeze(-1)  # of a zero signal both are 0
-    variance = (products - mean).square().masked_fill(zero, 0).sum(-1) / count
-    smallest = products.masked_fill(zero, torch.inf).amin(-1)
-    largest = products.masked_fill(zero, -torch.inf).amax(-1)
+    variance = (products - mean).square().masked_fill(~nonzero, 0).sum(-1) / count
+    smallest = products.masked_fill(~nonzero, torch.inf).amin(-1)
+    largest = products.masked_fill(~nonzero, -torch.inf).amax(-1)
     return smallest / length, largest / length, variance.sqrt() / length
 
 

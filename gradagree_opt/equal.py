@@ -13,7 +13,6 @@ from torch import Tensor
 from gradagree_opt.aggregation import Aggregator
 from gradagree_opt.aggregators import Nonfinite
 from gradagree_opt.annotations import Bool, Float
-from gradagree_opt.blocks import or_one
 from gradagree_opt.positive_definite import power, solve
 from gradagree_opt.scopes import Scope
 from gradagree_opt.statistics import Statistics
@@ -106,12 +105,12 @@ class _Tasks(NamedTuple):
 
 
 def _tasks(statistics: Statistics) -> _Tasks:
-    cosines, norms = statistics.cosines, statistics.relative_norms
-    assert cosines is not None and norms is not None
-    counted = norms != 0  # of a task that is not active the signal is zero
+    cosines, norms, counted = statistics.cosines, statistics.relative_norms, statistics.nonzero
+    assert cosines is not None and norms is not None and counted is not None
     count = counted.sum(-1, keepdim=True)
     n = count.clamp(min=1).to(norms)
-    return _Tasks(n, counted, (count == 0).squeeze(-1), cosines, or_one(norms))
+    # A norm that vanishes beside the median stays 0, and makes a weight infinite that would be so.
+    return _Tasks(n, counted, (count == 0).squeeze(-1), cosines, torch.where(counted, norms, 1))
 
 
 class EqualAgreement(Aggregator):
@@ -149,7 +148,7 @@ class EqualAgreement(Aggregator):
     >>> grads = torch.tensor([[4.0, 0.0], [0.0, 2.0], [0.0, 1.0]])
     >>> result = ga.EqualAgreement().aggregate(grads)
     >>> result.update
-    tensor([1.9612, 1.9900])
+    tensor([1.9612, 1.9901])
     >>> result.diagnostics.agreement_spread  # of the mean 0.124
     tensor(0.0049)
     """

@@ -34,7 +34,7 @@ class Statistics(NamedTuple):
             it: of one task far larger than the others, s_i − ‖g_i‖² would be rounding.
         cosine_row_sums: u_i · Σ_j u_j with u_i = g_i / ‖g_i‖ (0 for a zero signal), or None where
             no weighting asked for it.
-        nonzero: whether u_i is not 0; None likewise.
+        nonzero: whether u_i is not 0; None likewise, and where no Gram matrix was measured.
         finite: False for the tasks with a NaN or infinite entry.
         active: False for the tasks that get weight 0 whatever the weighting.
         scale: power of two at most as large as the largest absolute entry of the signals, or 1:
@@ -64,7 +64,7 @@ class Statistics(NamedTuple):
 OF_GRAMIAN = frozenset({"gramian", "cosines"})
 """The statistics that come with the Gram matrix, and relative norms with them."""
 OF_OTHERS = frozenset({"cosine_row_sums", "other_row_sums"})
-"""Those that a Gram matrix tells too, to whom it may concern."""
+"""Those that it tells too, where they are asked for."""
 
 
 def measure(
@@ -224,7 +224,7 @@ def _of_products(
         scale=scale,
         gramian=gramian,
         other_row_sums=None if others is None else _row_sums(others, eps),
-        nonzero=lengths != 0 if of_cosines else None,
+        nonzero=lengths != 0,
         cosines=cosines,
         relative_norms=_relative_norms(units * lengths, active),
     )

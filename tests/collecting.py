@@ -28,8 +28,13 @@ each_aggregator = pytest.mark.parametrize(
         partial(ga.GradientAgreement, nonfinite="drop"),
         partial(ga.GradientAgreement, nonfinite="propagate", similarity="cosine"),
         lambda: ga.RandomWeights(torch.Generator().manual_seed(5)),
+        ga.EqualAgreement,
+        partial(ga.EqualAgreement, scope=by_layer, match_norm="mean"),
     ],
-    ids=["mean", "sum", "agreement", "leaf", "layer", "drop", "propagate", "random"],
+    ids=[
+        *("mean", "sum", "agreement", "leaf", "layer", "drop", "propagate", "random"),
+        *("equal", "equal, layer"),
+    ],
 )
 
 

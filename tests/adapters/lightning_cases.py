@@ -23,6 +23,7 @@ AGGREGATORS = {
     "agreement": ga.GradientAgreement(),
     "mean": ga.Mean(),
     "cosine": ga.GradientAgreement(similarity="cosine"),
+    "equal": ga.EqualAgreement(),
 }
 PRECISIONS = {"32-true": (torch.float32, 1e-6), "64-true": (torch.float64, 1e-12)}
 """dtype and tolerance"""

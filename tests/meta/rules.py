@@ -92,6 +92,7 @@ def total(gram: Array) -> Array:
 
 
 PAPER = agreement()
+EQUAL = Rule(ga.EqualAgreement(), reference.equal)
 MEAN = Rule(ga.Mean(), reference.uniform)
 RULES = {
     "mean": MEAN,
@@ -110,10 +111,30 @@ RULES = {
     "shorter": Rule(
         ga.GradientAgreement(match_norm="mean"), reference.agreement, length_of=reference.uniform
     ),
+    "equal": EQUAL,
+    "equal, inner": Rule(
+        ga.EqualAgreement(similarity="inner", damping=0.1),
+        partial(reference.equal, similarity="inner", damping=0.1),
+    ),
+    "equal, drop": Rule(ga.EqualAgreement(nonfinite="drop"), reference.equal),
+    "equal, shorter": Rule(
+        ga.EqualAgreement(match_norm="mean"), reference.equal, length_of=reference.uniform
+    ),
+    "mean, as long as equal": Rule(
+        ga.Mean(match_norm=ga.EqualAgreement()), reference.uniform, length_of=reference.equal
+    ),
+    "second power": Rule(ga.GramianPower(2), partial(reference.gramian_power, power=2)),
+    "norm clipped": Rule(ga.NormClipped(), reference.norm_clipped),
+    "geometric median": Rule(ga.GeometricMedian(), reference.geometric_median),
 }
 GROUPED_RULES = {
     "leaf": Rule(ga.GradientAgreement(scope="leaf"), reference.agreement, groups=str),
     "layer": Rule(ga.GradientAgreement(scope=by_layer), reference.agreement, groups=by_layer),
+    "equal, leaf": Rule(
+        ga.EqualAgreement(scope="leaf", damping=0.1),
+        partial(reference.equal, damping=0.1),
+        groups=str,
+    ),
     "leaf, drop": Rule(
         ga.GradientAgreement(scope="leaf", nonfinite="drop"), reference.agreement, groups=str
     ),
