@@ -37,7 +37,7 @@ class EqualWeighting:
 
     def __call__(self, statistics: Statistics, /) -> Decision:
         tasks = _tasks(statistics)
-        identity = torch.eye(tasks.norms.shape[-1]).to(tasks.norms)
+        identity = torch.ones_like(tasks.norms).diag_embed()
         damping = tasks.n * self.damping
         factor = 1 + self.damping
         if self.similarity == "cosine":

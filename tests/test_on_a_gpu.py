@@ -30,6 +30,7 @@ AGGREGATORS = {
     "drop": lambda: ga.GradientAgreement(nonfinite="drop"),
     "mean": lambda: ga.Mean(nonfinite="propagate"),
     "norm share": lambda: ga.NormShare(nonfinite="propagate"),
+    "equal": lambda: ga.EqualAgreement(nonfinite="propagate"),
 }
 each_aggregator = pytest.mark.parametrize("make", AGGREGATORS.values(), ids=AGGREGATORS)
 each_engine = pytest.mark.parametrize("engine", ENGINES)
@@ -66,7 +67,9 @@ def assert_same(found, expected):
 
 
 def served(engine, aggregator):
-    return engine != "matrix_free" or (
+    if engine == "streamed":
+        return "cosines" not in aggregator.weighting.needs
+    return engine == "stacked" or (
         aggregator.weighting.needs <= {"draws"}
         and aggregator.scope == "global"
         and aggregator.nonfinite != "drop"
@@ -136,12 +139,13 @@ def test_an_engine_does_not_wait_for_the_gpu(engine, name, unwaited):
 
 
 @each_algorithm
-def test_a_meta_step_does_not_wait_for_the_gpu(algorithm, unwaited):
+@pytest.mark.parametrize("name", ["agreement", "equal"])
+def test_a_meta_step_does_not_wait_for_the_gpu(algorithm, name, unwaited):
     meta = algorithm.build(loss_fn, 0.1, 2)
     arguments = on_gpu(CASE.meta(algorithm.learns_rates)), on_gpu(CASE.tasks)
-    meta.step(*arguments, AGGREGATORS["agreement"]())
+    meta.step(*arguments, AGGREGATORS[name]())
     with unwaited:
-        meta.step(*arguments, AGGREGATORS["agreement"]())
+        meta.step(*arguments, AGGREGATORS[name]())
 
 
 def task_losses(w, x):
@@ -248,9 +252,10 @@ def test_auto_goes_on_where_the_memory_does_not_suffice(monkeypatch):
 
 @pytest.mark.compiled
 @each_algorithm
-def test_a_compiled_meta_step_equals_the_eager_one_and_does_not_wait(algorithm, unwaited):
+@pytest.mark.parametrize("name", ["agreement", "equal"])
+def test_a_compiled_meta_step_equals_the_eager_one_and_does_not_wait(algorithm, name, unwaited):
     params, tasks = on_gpu(CASE.meta(algorithm.learns_rates)), on_gpu(CASE.tasks)
-    aggregator = AGGREGATORS["agreement"]()
+    aggregator = AGGREGATORS[name]()
     expected = algorithm.build(loss_fn, 0.1, 2).step(params, tasks, aggregator)
     meta = algorithm.build(loss_fn, 0.1, 2, compile=True)
     meta.step(params, tasks, aggregator)

@@ -1,4 +1,4 @@
-"""Counts what is read from a device on the host."""
+"""Counts what the host has to wait for: reads from a device, and copies to it."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,9 +20,10 @@ class _HostReads(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         name = func.overloadpacket.__name__
-        if name in READS:
+        result = func(*args, **(kwargs or {}))
+        if name in READS or (name == "_to_copy" and result.device != args[0].device):
             self.names.append(name)
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 @pytest.fixture

@@ -25,8 +25,9 @@ each_aggregator = pytest.mark.parametrize(
         partial(ga.GradientAgreement, similarity="cosine"),
         partial(ga.GradientAgreement, match_norm="mean"),
         partial(ga.GradientAgreement, normalization="softmax"),
+        ga.EqualAgreement,
     ],
-    ids=["mean", "sum", "norm share", "agreement", "cosine", "shorter", "softmax"],
+    ids=["mean", "sum", "norm share", "agreement", "cosine", "shorter", "softmax", "equal"],
 )
 
 
