@@ -129,11 +129,11 @@ def _agreements(statistics: Statistics, weights: Tensor) -> tuple[Tensor, Tensor
     square = (shares * products).sum(-1)
     rounding = 8 * torch.finfo(shares.dtype).eps * shares.abs().sum(-1).square()
     length = torch.where(square > rounding, square.sqrt(), torch.nan)
-    count = nonzero.sum(-1)
+    zero, count = ~nonzero, nonzero.sum(-1)
     mean = (products.sum(-1) / count).unsqueeze(-1)  # of a zero signal both are 0
-    variance = (products - mean).square().masked_fill(~nonzero, 0).sum(-1) / count
-    smallest = products.masked_fill(~nonzero, torch.inf).amin(-1)
-    largest = products.masked_fill(~nonzero, -torch.inf).amax(-1)
+    variance = (products - mean).square().masked_fill(zero, 0).sum(-1) / count
+    smallest = products.masked_fill(zero, torch.inf).amin(-1)
+    largest = products.masked_fill(zero, -torch.inf).amax(-1)
     return smallest / length, largest / length, variance.sqrt() / length
 
 

@@ -110,7 +110,7 @@ def _tasks(statistics: Statistics) -> _Tasks:
     count = counted.sum(-1, keepdim=True)
     n = count.clamp(min=1).to(norms)
     # A norm that vanishes beside the median stays 0, and makes a weight infinite that would be so.
-    return _Tasks(n, counted, (count == 0).squeeze(-1), cosines, torch.where(counted, norms, 1))
+    return _Tasks(n, counted, (count == 0).squeeze(-1), cosines, norms.masked_fill(~counted, 1))
 
 
 class EqualAgreement(Aggregator):

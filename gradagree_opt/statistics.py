@@ -212,7 +212,8 @@ def _of_products(
     scale = or_one(units.nan_to_num(0.0, 0.0, 0.0).amax())
     shares = units / scale
     gramian = products * torch.outer(shares, shares)
-    cosines = products / torch.outer(or_one(lengths), or_one(lengths))
+    divisors = or_one(lengths)
+    cosines = products / torch.outer(divisors, divisors)
     of_cosines, of_others = "cosine_row_sums" in needs, "other_row_sums" in needs
     others = gramian - gramian.diagonal().diag() if of_others else None
     return Statistics(
