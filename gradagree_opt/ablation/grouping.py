@@ -19,7 +19,6 @@ from gradagree_opt.ablation.study import Study
 from gradagree_opt.aggregation import Aggregation
 from gradagree_opt.engines.compilation import maybe_compiled
 from gradagree_opt.stacks import PyTree
-from gradagree_opt.tasks import Batch
 
 Result: TypeAlias = tuple[Params, State, Aggregation]
 
@@ -113,7 +112,7 @@ class StepInputs(NamedTuple):
     params: Params
     state: State
     rates: Tensor
-    tasks: dict[str, Batch]
+    tasks: dict[str, tuple[Tensor, ...]]
     draws: Tensor | None
 
 

@@ -19,6 +19,10 @@ AGGREGATORS: dict[str, type[Any]] = {
     "mean": ga.Mean,
     "sum": ga.Sum,
     "gradient_agreement": ga.GradientAgreement,
+    "equal_agreement": ga.EqualAgreement,
+    "gramian_power": ga.GramianPower,
+    "norm_clipped": ga.NormClipped,
+    "geometric_median": ga.GeometricMedian,
     "norm_share": ga.NormShare,
     "random_weights": ga.RandomWeights,
 }

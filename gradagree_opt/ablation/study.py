@@ -107,6 +107,12 @@ class Study(Section):
         kind, foreign = self.corruption.kind, self.corruption.foreign
         if self.way is not None and foreign:
             raise LocatedError("there are no foreign tasks for drawings", "corruption", "foreign")
+        if self.way is not None and kind == "label_noise":
+            message = "classes take no noise; take shuffled_labels"
+            raise LocatedError(message, "corruption", "kind")
+        if kind == "flipped" and self.form.kind != "reptile":
+            message = "only Reptile's tasks report their displacements; take the form reptile"
+            raise LocatedError(message, "corruption", "kind")
         if foreign == getattr(self.tasks, "dataset", ""):
             message = f"the tasks of {foreign} are the study's own, not foreign"
             raise LocatedError(message, "corruption", "foreign")
@@ -193,6 +199,14 @@ class Study(Section):
         """The share of its training tasks that are corrupted, for one of its parts."""
         [fraction] = self.corruption.fractions if self.corruption else [0.0]
         return fraction
+
+    @property
+    def flip(self) -> float | None:
+        """What a flipped task's displacement is multiplied by; None where no task is flipped."""
+        if self.corruption is None or self.corruption.kind != "flipped":
+            return None
+        assert self.corruption.scale is not None
+        return -self.corruption.scale
 
     @property
     def usual_network(self) -> Network:

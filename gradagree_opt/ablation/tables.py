@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from gradagree_opt.ablation.records import RunRecord
+from gradagree_opt.ablation.sections import GroupedTasks
 from gradagree_opt.ablation.statistics import (
     Comparison,
     Interval,
@@ -233,11 +234,7 @@ def notes(parts: Sequence[Results]) -> list[str]:
     examples = counted(test.support_shots, "example")
     per_class = "" if study.way is None else " of each class"
     steps = counted(tuning.steps, "step")
-    unseen = (  # of which there are few, and the same at every seed
-        f"{test.tasks} tasks drawn from unseen groups"
-        if study.tasks.kind == "grouped"
-        else f"{test.tasks} unseen tasks"
-    )
+    unseen = f"{test.tasks} {unseen_tasks(study)}"
     spread = (
         f"mean and 95 % interval (Student t) over {len(study.seeds)} seeds"
         if len(study.seeds) > 1
@@ -264,9 +261,23 @@ def notes(parts: Sequence[Results]) -> list[str]:
             f"Corrupted: share of the training tasks that are spoilt ({kind}), validation and test "
             "tasks are clean; rates are chosen and differences taken at each share by itself."
         )
+    if getattr(study.tasks, "folds", None) and len(study.outer.rates) > 1:
+        lines.append(
+            "Folds: no group that a seed tests on is in its training; but groups that validate at "
+            "one seed, which the rate is chosen by, test at another."
+        )
     if any(part.at_edge(name) for part in parts for name in part.rates):
         lines.append(f"{EDGE} at the edge of the candidate rates: a better one may lie beyond it.")
     return lines
+
+
+def unseen_tasks(study: Study) -> str:
+    """What a test task of the study is; of groups there are few, and they come again."""
+    if not isinstance(study.tasks, GroupedTasks):
+        return "unseen tasks"
+    if study.tasks.folds is None:
+        return "tasks drawn from unseen groups"
+    return f"tasks drawn from unseen groups (one of {study.tasks.folds} folds at each seed)"
 
 
 def comparison_notes(parts: Sequence[Results]) -> list[str]:
