@@ -150,7 +150,12 @@ def test_a_number_in_exponent_form_is_a_number(study_file: Path) -> None:
             21,
             "true or false for 'include_self'",
         ),
-        ("      negative: clip", "      match_norm: 1", 21, "a word or an aggregator or null for 'match_norm'"),
+        (
+            "      negative: clip",
+            "      match_norm: 1",
+            21,
+            "a word, an aggregator or null for 'match_norm'",
+        ),
         ("iterations: 12", "iterations: true", 11, "integer"),
         ("rates: [0.25, 0.5]", "rates: [0.25, true]", 10, "number"),
         ("seeds: [3, 5]", "seeds: [3, true]", 13, "integer"),
