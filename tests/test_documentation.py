@@ -34,7 +34,7 @@ def field_names(model: type[BaseModel]) -> set[str]:
     pending = [field.annotation for field in model.model_fields.values()]
     while pending:
         hint = pending.pop()
-        if inspect.isclass(hint) and issubclass(hint, BaseModel):
+        if inspect.isclass(hint) and issubclass(hint, BaseModel) and hint is not model:
             names |= field_names(hint)
         pending += get_args(hint)
     return names

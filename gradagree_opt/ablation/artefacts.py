@@ -165,6 +165,7 @@ def draw(folder: Path, parts: Sequence[Results], config: Config) -> dict[str, Fi
         pictures = {"corruption": corruption(parts)} if len(parts) > 1 else {}
         pictures |= {
             "learning-curves": figures.learning_curves(results),
+            "seconds": figures.seconds(results),
             "tuned-rates": figures.tuned_rates(results),
             "agreement": figures.agreement(results),
         }

@@ -18,6 +18,9 @@ from gradagree_opt.ablation.sweep import Results
 
 CAPTIONS = {
     "learning-curves": "Validation loss through training: mean over seeds, and its 95 % interval.",
+    "seconds": "Validation loss by time on the machine at hand: mean over seeds, and its 95 % "
+    "interval. Runs of one method are trained in groups; the seconds of a run are its share of its "
+    "group's, those of validation and test included.",
     "tuned-rates": "What each method reaches at every candidate outer rate, on the seeds that the "
     "rates are tuned on. The rate is chosen by the validation loss alone.",
     "agreement": "Weights and cancellation of the training batches, averaged over seeds.",

@@ -95,7 +95,7 @@ class Study(Section):
             raise LocatedError(message, "outer", "extend")
         for index, method in enumerate(self.methods):
             if (found := len(self.rates(method))) != expected:
-                message = f"expected {expected} rates, as many as outer.rates, found {found}; "
+                message = f"expected as many rates as outer.rates has, {expected}, found {found}; "
                 message += "give every method as many"
                 raise LocatedError(message, "methods", index, "rates")
         return self

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 from typing import NamedTuple
 
 import pandas as pd
@@ -191,6 +192,7 @@ def numbers_of(results: Results, compared: Mapping[str, Comparison]) -> pd.DataF
         difference, p, adjusted_p, size = compared.get(name, nothing)
         row |= {"difference": difference.mean, "difference_half_width": difference.half_width}
         row |= {"p": p, "p_holm": adjusted_p, "effect_size": size}
+        row["median_seconds"] = median(record.seconds for record in results.final(name))
         rows.append(row)
     table: pd.DataFrame = pd.DataFrame(rows)
     return table

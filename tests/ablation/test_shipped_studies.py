@@ -28,7 +28,7 @@ NAMED = {  # how each text names a method
     "report.html": ">{}</th>",
     "methods.md": '"{}"',
 }
-FIGURES = ("learning-curves", "tuned-rates", "agreement", "agreement-matrix")
+FIGURES = ("learning-curves", "seconds", "tuned-rates", "agreement", "agreement-matrix")
 
 
 def shrunk(name: str, study: Study) -> dict[str, object]:
