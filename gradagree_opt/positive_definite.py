@@ -1,6 +1,7 @@
 """Functions of small symmetric positive definite matrices, on the device alone, in every transform.
 
-Inductor has no kernels for them and says so at every compilation: to it they are operators.
+They compile without a warning. Inductor has no kernel for a solver or for eigenvalues, and says so
+at every compilation: to it these are operators.
 """
 
 from typing import Any
@@ -10,6 +11,13 @@ from torch import Tensor
 
 from gradagree_opt.annotations import Float
 from gradagree_opt.blocks import or_one
+
+
+def diagonal(matrix: Float[Tensor, "*groups n n"], /) -> Float[Tensor, "*groups n"]:
+    """The entries on the diagonal."""
+    # Tensor.diagonal compiles with a warning: inductor calls what torch deprecates (torch 2.14).
+    index = torch.arange(matrix.shape[-1], device=matrix.device)
+    return matrix[..., index, index]
 
 
 def solve(

@@ -9,6 +9,7 @@ from torch import Tensor
 from gradagree_opt.aggregation import Aggregator
 from gradagree_opt.aggregators import Nonfinite
 from gradagree_opt.annotations import Float
+from gradagree_opt.positive_definite import diagonal
 from gradagree_opt.scopes import Scope
 from gradagree_opt.statistics import Statistics
 from gradagree_opt.weightings import Decision, plain_decision, uniform
@@ -37,7 +38,7 @@ class GeometricMedianWeighting:
         assert cosines is not None and norms is not None
         active = statistics.active
         gramian = cosines * norms.unsqueeze(-1) * norms.unsqueeze(-2)
-        squares = gramian.diagonal(dim1=-2, dim2=-1)
+        squares = diagonal(gramian)
         weights = clipped(statistics)
         for _ in range(self.iterations):
             products = (gramian @ weights.unsqueeze(-1)).squeeze(-1)

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.blocks import blocks_of_all, or_one, row_unit_parts, unit_parts
+from gradagree_opt.positive_definite import diagonal
 from gradagree_opt.stacks import (
     accumulation_dtype,
     full_precision,
@@ -136,7 +137,7 @@ def _measure_gramian(
     statistics = _of_products(units, products, torch.finfo(products.dtype).eps, active, needs)
     if scaled:
         return statistics
-    sound = in_range(products.diagonal()).all()  # a zero may be a square that vanished
+    sound = in_range(diagonal(products)).all()  # a zero may be a square that vanished
     return statistics._replace(finite=statistics.finite & sound)
 
 
@@ -196,7 +197,7 @@ def from_gramian(gramian: Float[Tensor, "n n"], /) -> Statistics:
         eps = torch.finfo(gramian.dtype).eps
         gramian = gramian.detach().to(accumulation_dtype([gramian]))
         active = torch.ones(len(gramian), dtype=torch.bool, device=gramian.device)
-        units = gramian.diagonal().clamp(min=0).sqrt()
+        units = diagonal(gramian).clamp(min=0).sqrt()
         products = gramian / or_one(units) / or_one(units).unsqueeze(1)
         return _of_products(units, products, eps, active, OF_GRAMIAN | OF_OTHERS)
 
@@ -208,17 +209,18 @@ def _of_products(
 
     Row sums that may be made of products rounded to eps are zero.
     """
-    lengths = products.diagonal().clamp(min=0).sqrt()
+    lengths = diagonal(products).clamp(min=0).sqrt()
     scale = or_one(units.nan_to_num(0.0, 0.0, 0.0).amax())
     shares = units / scale
     gramian = products * torch.outer(shares, shares)
     divisors = or_one(lengths)
     cosines = products / torch.outer(divisors, divisors)
     of_cosines, of_others = "cosine_row_sums" in needs, "other_row_sums" in needs
-    others = gramian - gramian.diagonal().diag() if of_others else None
+    squared_norms = diagonal(gramian)
+    others = gramian - squared_norms.diag() if of_others else None
     return Statistics(
         row_sums=_row_sums(gramian, eps),
-        squared_norms=gramian.diagonal(),
+        squared_norms=squared_norms,
         cosine_row_sums=_row_sums(cosines, eps) if of_cosines else None,
         finite=torch.isfinite(lengths),
         active=active,

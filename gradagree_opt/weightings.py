@@ -103,7 +103,7 @@ class AgreementWeighting:
         assert statistics.other_row_sums is not None and norms is not None
         lengths = norms.sqrt()
         products = lengths.unsqueeze(-1) * lengths.unsqueeze(-2)
-        return statistics.other_row_sums, products.sum(-1) - products.diagonal(dim1=-2, dim2=-1)
+        return statistics.other_row_sums, products.sum(-1) - lengths.square()
 
     def _softmax(self, shares: Tensor, active: Tensor) -> Tensor:
         """Softmax of the scores in units of their mean absolute value, so of no scale."""

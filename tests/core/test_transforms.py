@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_map
 
 import gradagree_opt as ga
-from gradagree_testing.configurations import CONFIGURATIONS, Configuration
+from gradagree_testing.configurations import CONFIGURATIONS, METHODS, Configuration
 
 DETERMINISTIC = [c for c in CONFIGURATIONS if c.name != "random"]
 
@@ -151,8 +151,16 @@ def test_under_no_grad_and_inference_mode_the_update_needs_no_graph():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own
-def test_forward_mode_derivatives_pass_through_the_directions_with_constant_weights():
-    stack, tangent = rows(4, 3), rows(4, 3, seed=1)
-    aggregator = ga.GradientAgreement(nonfinite="propagate")
+@pytest.mark.parametrize("configuration", METHODS, ids=str)
+def test_derivatives_of_torch_func_pass_through_the_directions_with_constant_weights(
+    configuration: Configuration,
+):
+    stack, tangent, cotangent = rows(4, 3).double(), rows(4, 3, seed=1).double(), rows(3).double()
+    aggregator, weights = configuration.make(nonfinite="propagate"), configuration.weigh(stack)
     _, derivative = torch.func.jvp(aggregator, (stack,), (tangent,))
-    assert_close(derivative, aggregator.aggregate(stack).weights @ tangent)
+    assert_close(derivative, weights @ tangent)
+    update, pull_back = torch.func.vjp(aggregator, stack)
+    assert_close(update, weights @ stack)
+    assert_close(pull_back(cotangent), (torch.outer(weights, cotangent),))
+    slope = torch.func.grad(lambda stack: aggregator(stack) @ cotangent)(stack)
+    assert_close(slope, torch.outer(weights, cotangent))

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 import gradagree_opt as ga
 from gradagree_testing import reference
@@ -33,6 +35,17 @@ class Configuration:
 
     def __str__(self) -> str:
         return self.name
+
+    def weigh(self, stack: Any, /) -> Tensor:
+        """The expected weights of task-stacked signals, in float64."""
+        rows = [leaf.detach().double().reshape(len(leaf), -1) for leaf in tree_leaves(stack)]
+        gram = reference.gram(torch.cat(rows, 1).numpy())
+        return torch.from_numpy(self.weights(gram).astype(float))
+
+    def combine(self, stack: Any, /) -> Any:
+        """The expected update Σ_i w_i g_i of task-stacked signals, summed in float64."""
+        weights = self.weigh(stack)
+        return tree_map(lambda leaf: torch.tensordot(weights, leaf.double(), 1).to(leaf), stack)
 
 
 AXES: dict[str, tuple[Any, ...]] = {
@@ -70,6 +83,7 @@ def _equal(**options: Any) -> Configuration:
         "-".join(["equal", *map(str, options.values())]),
         make,
         lambda gram: reference.equal(gram, **options),
+        options,
         scores=lambda gram: reference.equal_scores(gram, **options),
         rounding=rounding,
     )
@@ -87,6 +101,12 @@ def _equal_rounding(
     if similarity == "inner":
         return rounding, rounding
     return np.divide(rounding, norms, out=np.zeros(len(gram)), where=norms > 0), rounding
+
+
+EQUAL = _equal()
+EQUALS = (EQUAL, _equal(similarity="inner"), _equal(damping=1.0))
+METHODS = (PAPER, EQUAL)
+"""The paper's and ours, as they are without options."""
 
 
 def _power(power: int) -> Configuration:
@@ -152,9 +172,7 @@ CONFIGURATIONS = (
         ),
         amplifies=True,
     ),
-    _equal(),
-    _equal(similarity="inner"),
-    _equal(damping=1.0),
+    *EQUALS,
     Configuration(
         "mean-at-equal",
         lambda **others: ga.Mean(match_norm=ga.EqualAgreement(), **others),
