@@ -8,6 +8,7 @@ from jinja2 import Environment, PackageLoader
 
 from gradagree_opt.ablation.recorded import Config
 from gradagree_opt.ablation.study import Study
+from gradagree_opt.tasks.digits import QUESTIONS
 from gradagree_opt.tasks.grouped import DATASETS
 
 CITATION = re.compile(r"@(\w+)")
@@ -20,7 +21,11 @@ def methods_text(config: Config) -> str:
     template = environment.get_template("methods.md.j2")
     study = config.study
     text = template.render(
-        config=config, study=study, agrees=has_agreement(study), of_r=has_data_of_r(study)
+        config=config,
+        study=study,
+        agrees=has_agreement(study),
+        of_r=has_data_of_r(study),
+        questions=list(QUESTIONS),
     )
     return " ".join(text.split()) + "\n"
 

@@ -22,8 +22,8 @@ CAPTIONS = {
     "rates are tuned on. The rate is chosen by the validation loss alone.",
     "agreement": "Weights and cancellation of the training batches, averaged over seeds.",
     "agreement-matrix": "Agreement of the tasks of one training batch, the same for every method: "
-    "cosines between the displacements of their inner loops, by the parameters that the first seed "
-    "was trained to.",
+    "cosines between the displacements of their inner loops, in multi-task training between their "
+    "gradients in the trunk, by the parameters that the first seed was trained to.",
     "corruption": "The test after the steps that rates are tuned for, by the share of the training "
     "tasks that are corrupted: mean over seeds, and its 95 % interval. At each share every method "
     "has the rate chosen there.",

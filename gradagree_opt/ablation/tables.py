@@ -14,6 +14,7 @@ from gradagree_opt.ablation.statistics import (
     compare,
     interval,
 )
+from gradagree_opt.ablation.study import Study
 from gradagree_opt.ablation.sweep import Results
 
 
@@ -105,6 +106,11 @@ def counted(count: int, thing: str) -> str:
     return f"1 {thing}" if count == 1 else f"{count} {thing}s"
 
 
+def after(study: Study, steps: int) -> str:
+    """After how many steps a score or loss is taken; nothing where no task is adapted to."""
+    return f" after {counted(steps, 'step')}" if study.adapts else ""
+
+
 def ranked(results: Results) -> list[str]:
     """The methods, the best first, those that diverged last."""
     higher_is_better = MEASURES[results.study.tasks.kind].higher_is_better
@@ -136,7 +142,9 @@ def summary_of(results: Results, compared: Mapping[str, Comparison]) -> pd.DataF
         row = {"method": name, "outer rate": f"{results.rates[name]:g}"}
         row["outer rate"] += EDGE if results.at_edge(name) else ""
         for count in study.test.steps:
-            row[counted(count, "step")] = show(interval(list(scores(records, count).values())))
+            row[counted(count, "step") if study.adapts else "test"] = show(
+                interval(list(scores(records, count).values()))
+            )
         comparison = compared.get(name)
         row[f"minus {study.baseline}"] = show(comparison.difference, "+") if comparison else ""
         row[ADJUSTED_P] = p_text(comparison.adjusted_p) if comparison else ""
@@ -199,10 +207,7 @@ def notes(parts: Sequence[Results]) -> list[str]:
     """What a reader of the table must know."""
     study = parts[-1].study
     measure, test, tuning = MEASURES[study.tasks.kind], study.test, study.tuning
-    examples = counted(test.support_shots, "example")
-    per_class = "" if study.way is None else " of each class"
     rates = ", ".join(f"{rate:g}" for rate in study.outer.rates)
-    steps = counted(tuning.steps, "step")
     unseen = (  # of which there are few, and the same at every seed
         f"{test.tasks} tasks drawn from unseen groups"
         if study.tasks.kind == "grouped"
@@ -213,19 +218,23 @@ def notes(parts: Sequence[Results]) -> list[str]:
         if len(study.seeds) > 1
         else "one seed"
     )
-    shown = (
-        f"{study.title}: {measure.name} on {unseen} after gradient steps on {examples}{per_class}; "
-        f"{spread}."
-    )
+    if study.adapts:
+        per_class = "" if study.way is None else " of each class"
+        examples = f"{counted(test.support_shots, 'example')}{per_class}"
+        tested = f"{measure.name} on {unseen} after gradient steps on {examples}"
+        validation = counted(tuning.tasks, "validation task")
+    else:
+        tested = f"mean {measure.name} of {test.tasks} tasks on {test.query_shots} unseen inputs"
+        validation = f"{test.query_shots} validation inputs"
     chosen = (
-        f"Outer rate chosen from {rates} by the loss after {steps} on "
-        f"{counted(tuning.tasks, 'validation task')}, {tuning.seeds} of the seeds"
+        f"Outer rate chosen from {rates} by the loss{after(study, tuning.steps)} on {validation}, "
+        f"{tuning.seeds} of the seeds"
         if len(study.outer.rates) > 1
         else "Outer rate not tuned"
     )
     trained = f"{chosen}; {study.iterations} iterations of {counted(study.meta_batch, 'task')}."
-    compared = f"Minus {study.baseline}: difference after {steps}, paired by seed."
-    lines = [shown, trained, compared]
+    compared = f"Minus {study.baseline}: difference{after(study, tuning.steps)}, paired by seed."
+    lines = [f"{study.title}: {tested}; {spread}.", trained, compared]
     if len(parts) > 1 and study.corruption:
         kind = study.corruption.kind.replace("_", " ")
         lines.append(
