@@ -31,9 +31,17 @@ NAMED = {  # how each text names a method
 FIGURES = ("learning-curves", "tuned-rates", "agreement", "agreement-matrix")
 
 
+UNADAPTED = {
+    "inner": None,
+    "tuning": {"seeds": 1, "tasks": 6, "steps": 0},
+    "test": {"tasks": 6, "query_shots": 2, "steps": [0]},
+}
+
+
 def shrunk(name: str, study: Study) -> dict[str, object]:
     """A study that extends the shipped one, with its methods and as little else as it takes."""
     document = SMALL | {"extends": name, "name": f"small-{name}", "title": study.title}
+    document |= {} if study.adapts else UNADAPTED
     document["outer"] = {"rates": study.outer.rates[:2]}
     document["tasks"] = {"support_shots": 1, "way": 2} if study.way else {"support_shots": 2}
     if study.model.kind == "conv4":
