@@ -27,8 +27,8 @@ from gradagree_opt.tasks import Batch
 from gradagree_opt.tasks.grouped import DATASETS
 
 Params: TypeAlias = dict[str, Any]
-"""The network's by name; Meta-SGD's ``{"params": those, "lr": their inner rates}``; or those of
-several tasks, ``{"trunk": theirs by name, "heads": each one's last layer, leaves [n, *shape]}``."""
+"""The network's by name; Meta-SGD's ``{"params": those, "lr": their inner rates}``; or multi-task
+``{"trunk": all but the last layer, "heads": the last layer of each task, leaves [n, *shape]}``."""
 BatchFunction = Callable[[Params, Batch], Tensor]
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """From the outputs and the targets of a batch to a number."""
@@ -134,6 +134,7 @@ def initial_params(study: Study, seed: int) -> Params:
 
 
 def own_params(module: nn.Module) -> Params:
+    """Copies of a network's parameters, by name."""
     return {name: leaf.detach().clone() for name, leaf in module.named_parameters()}
 
 

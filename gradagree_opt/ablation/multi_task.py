@@ -15,14 +15,13 @@ from gradagree_opt.aggregation import Aggregation
 class MultiTask:
     """A trunk that all tasks share and a head for each: no inner loop, one gradient of each task.
 
-    The aggregator combines the gradients that the tasks have in the trunk. A head has the gradient
-    of its own task alone, and steps along an n-th of it whatever the aggregator is, as it would
-    under the mean loss.
+    The aggregator combines the gradients that the n tasks have in the trunk. A head gets the
+    gradient of its own task divided by n, as under the mean loss, whatever the aggregator is.
 
     Args:
         loss: ``loss(params, batch)`` of the network of one task, its trunk and its head.
 
-    Source: Caruana 1997; Sener and Koltun 2018 (arXiv:1810.04650), equation 1 and section 3.
+    Source: Sener and Koltun 2018 (arXiv:1810.04650), equation 1.
 
     >>> import torch
     >>> loss = lambda params, x: params["head"] * (params["trunk"] * x).sum()
@@ -37,7 +36,14 @@ class MultiTask:
     def aggregate_unchecked(
         self, params: Params, tasks: Any, aggregator: ga.Aggregator, /, *, draws: Tensor | None
     ) -> Aggregation:
-        """What an outer step subtracts, as ``params`` is; weights and diagnostics of the trunk."""
+        """What an outer step subtracts, a tree like ``params``; all else is of the trunk.
+
+        Args:
+            params: ``{"trunk": its leaves, "heads": leaves [n, *shape]}``.
+            tasks: ``{"support": batch}`` with leaves ``[n, *shape]``.
+            aggregator: what combines the gradients of the trunk.
+            draws: result of :meth:`gradagree_opt.Aggregator.draw` for the tasks.
+        """
         trunk, heads = self.gradients(params, tasks["support"])
         aggregation = aggregator.aggregate_unchecked(trunk, draws=draws)
         shares = {name: leaf / len(leaf) for name, leaf in heads.items()}
@@ -55,7 +61,13 @@ class MultiTask:
         )
         return found
 
-    def adapt(self, params: Params, _support: Any, /, *, steps: int | None = None) -> Params:
+    def adapt(
+        self,
+        params: Params,
+        support: Any,  # noqa: ARG002 - the signature of learners that adapt
+        /,
+        *,
+        steps: int | None = None,  # noqa: ARG002
+    ) -> Params:
         """The parameters as they are: the tasks of the test are those of the training."""
-        del steps
         return params

@@ -93,12 +93,11 @@ class GroupedTasks(Section):
 class DigitsTasks(Section):
     """Pairs of digits; training has a minibatch of ``support_shots`` pictures for all tasks."""
 
-    inputs: ClassVar[int] = PICTURE
-    classes: ClassVar[int] = CLASSES
-    query_shots: ClassVar[int] = 1
-
     kind: Literal["digits"]
     support_shots: PositiveInt
+    query_shots: ClassVar[int] = 1
+    inputs: ClassVar[int] = PICTURE
+    classes: ClassVar[int] = CLASSES
 
 
 def one_or_list(value: Any) -> Literal["one", "list"]:

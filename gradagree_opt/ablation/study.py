@@ -76,7 +76,7 @@ class Study(Section):
 
     @model_validator(mode="after")
     def suited(self) -> "Study":
-        """Its form to its tasks, and the keys that are there to the form."""
+        """The form goes with the tasks, and has the keys that it needs."""
         if isinstance(self.form, MultiTaskForm) != isinstance(self.tasks, DigitsTasks):
             message = (
                 "expected the form multi-task for digits tasks, and for no others, "
@@ -227,7 +227,7 @@ class Study(Section):
 
     @property
     def way(self) -> int | None:
-        """Classes of a task that the shots are counted for, each by itself; None without such."""
+        """Classes of a task, of each of which there are so many shots; None without such."""
         return getattr(self.tasks, "way", None)
 
     @property

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gradagree_opt.annotations import Float, Int
 from gradagree_opt.frameworks import require
@@ -32,13 +33,11 @@ class DigitPairs:
 
     A picture has two different drawings of one split: the upper one in its top left corner, the
     lower one half a drawing further down and to the right, and the darker of both where they
-    overlap. Every task is a classification into ten classes: the upper digit, the lower digit, the
-    larger, the smaller, their difference, and the last digit of their sum. The tasks compete for
-    what is shared: the two digits hide each other, and the last two need both at once and are
-    learnt later than the others.
+    overlap. Every task tells ten classes apart: the upper digit, the lower digit, the larger, the
+    smaller, their difference, and the last digit of their sum.
 
-    The tasks are the same in every split and always in this order: task number i of a sample is
-    question i modulo 6, and each six have one minibatch of pictures.
+    The tasks are the same in every split, and come in this order: task number i of a sample asks
+    question i modulo 6, and each six tasks share their pictures.
 
     Usually made by :meth:`from_scikit_learn`.
 
@@ -178,8 +177,9 @@ def overlay(
     >>> overlay(torch.full((8, 8), 0.25), torch.full((8, 8), 0.5))[[0, 5, 11, 0], [0, 5, 11, 11]]
     tensor([0.2500, 0.5000, 0.5000, 0.0000])
     """
-    pad = torch.nn.functional.pad
-    return torch.maximum(pad(upper, (0, SHIFT, 0, SHIFT)), pad(lower, (SHIFT, 0, SHIFT, 0)))
+    return torch.maximum(
+        functional.pad(upper, (0, SHIFT, 0, SHIFT)), functional.pad(lower, (SHIFT, 0, SHIFT, 0))
+    )
 
 
 def check_drawings(drawings: Tensor, digits: Tensor, splits: Tensor, /) -> None:
