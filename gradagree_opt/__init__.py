@@ -17,8 +17,10 @@ from gradagree_opt.engines import (
     aggregate_gradients,
     task_gradients,
 )
+from gradagree_opt.equal import EqualAgreement, GramianPower
 from gradagree_opt.meta import MAML, InnerSGD, MetaSGD, MetaStep, Reptile
 from gradagree_opt.optim import TaskOptimizer
+from gradagree_opt.robust import GeometricMedian, NormClipped
 
 __version__ = "0.1.0"
 
@@ -28,11 +30,15 @@ __all__ = [
     "Aggregation",
     "Aggregator",
     "Diagnostics",
+    "EqualAgreement",
+    "GeometricMedian",
     "GradientAgreement",
+    "GramianPower",
     "InnerSGD",
     "Mean",
     "MetaSGD",
     "MetaStep",
+    "NormClipped",
     "NormShare",
     "RandomWeights",
     "Reptile",

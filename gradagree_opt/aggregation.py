@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
 from gradagree_opt.annotations import Bool, Float
-from gradagree_opt.blocks import or_one
 from gradagree_opt.diagnostics import Diagnostics, diagnose
 from gradagree_opt.scopes import Scope, group_indices, measure_by_group
 from gradagree_opt.stacks import (
     PyTree,
     check_stack,
     combine,
+    full_precision,
     mask_rows,
     row_magnitudes,
     tree_norm,
@@ -28,6 +28,7 @@ from gradagree_opt.verification import troubled, verify
 from gradagree_opt.weightings import (
     AgreementWeighting,
     ConstantWeighting,
+    Decision,
     Weighting,
     check_choice,
 )
@@ -71,7 +72,8 @@ class Aggregator:
         weighting: from statistics to weights.
         scope: "global", one weight a task; "leaf", one for each parameter tensor; or a callable
             from the path of a leaf to the name of its group.
-        match_norm: None, "mean" or "agreement": rescale the update to the norm of that method's.
+        match_norm: None, "mean", "agreement" or an aggregator of the same scope: rescale the update
+            to the norm of that method's.
         nonfinite: "raise" names the tasks with NaN or inf, "drop" gives them weight 0,
             "propagate" looks at nothing (no host synchronisation).
         generator: source of randomness of a weighting that draws.
@@ -82,19 +84,26 @@ class Aggregator:
         weighting: Weighting,
         *,
         scope: Scope = "global",
-        match_norm: Literal["mean", "agreement"] | None = None,
+        match_norm: "Literal['mean', 'agreement'] | Aggregator | None" = None,
         nonfinite: Literal["raise", "drop", "propagate"] = "raise",
         generator: torch.Generator | None = None,
     ) -> None:
         if not callable(scope):
             check_choice("scope", scope, ("global", "leaf"))
-        check_choice("match_norm", match_norm, (None, "mean", "agreement"))
+        self.reference = _reference(match_norm, scope)
         check_choice("nonfinite", nonfinite, ("raise", "drop", "propagate"))
         self.weighting = weighting
         self.scope = scope
         self.match_norm = match_norm
         self.nonfinite = nonfinite
         self.generator = generator
+        if generator is None and isinstance(match_norm, Aggregator):
+            self.generator = match_norm.generator
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the optional statistics that are measured for it."""
+        return self.weighting.needs | (self.reference.needs if self.reference else frozenset())
 
     def __repr__(self) -> str:
         return (
@@ -136,7 +145,7 @@ class Aggregator:
         draws = self.draw(n)
         # The look that is due finds this sound but at extreme scales. What reads more than row sums
         # may depend on the scale, or remember what it has seen.
-        if self.nonfinite == "raise" and not self.weighting.needs & {"gramian", "directions"}:
+        if self.nonfinite == "raise" and not self.needs & {"gramian", "directions"}:
             result = self.aggregate_unchecked(directions, signal, draws=draws, scaled=False)
             if self.is_sound(result):
                 return result
@@ -207,7 +216,7 @@ class Aggregator:
             nonfinite = torch.zeros(n, dtype=torch.bool, device=first.device)
         active = ~nonfinite if self.nonfinite == "drop" else torch.ones_like(nonfinite)
         groups = group_indices(signal, self.scope)
-        statistics = measure_by_group(signal, groups, active, self.weighting.needs, scaled=scaled)
+        statistics = measure_by_group(signal, groups, active, self.needs, scaled=scaled)
         if draws is None:
             draws = self.draw(n)
         if draws is not None:
@@ -226,19 +235,22 @@ class Aggregator:
                 norm of their mean.
         """
         statistics = measured.statistics
-        decision = self.weighting(statistics)
+        with full_precision(statistics.row_sums.device):
+            decision = self.weighting(statistics)
+            reference = None if self.reference is None else self.reference(statistics)
         update = combine_directions(decision.weights, measured.groups)
         norm = tree_norm(update, scaled=measured.scaled)
-        if self.match_norm is not None:
-            reference = _reference(self.match_norm)(statistics)
+        if reference is not None:
             target = combine_directions(reference.weights, measured.groups)
             target_norm = tree_norm(target, scaled=measured.scaled)
-            factor = torch.where(norm > 0, target_norm / norm, torch.ones_like(norm))
+            there = norm > (_rounding(statistics, decision) if signal_is_direction else 0)
+            factor = torch.where(there, target_norm / norm, torch.ones_like(norm))
             update = tree_map(lambda leaf: (leaf * factor).to(leaf.dtype), update)
             decision = decision._replace(weights=decision.weights * factor)
             norm = norm * factor
-        mean_norm = _mean_norm(statistics) if signal_is_direction else torch.nan * norm
-        diagnostics = diagnose(statistics, decision, measured.nonfinite, norm, mean_norm)
+        diagnostics = diagnose(
+            statistics, decision, measured.nonfinite, norm, signal_is_direction=signal_is_direction
+        )
         return Aggregation(update, decision.weights, decision.scores, diagnostics)
 
     def is_sound(self, result: Aggregation, /) -> bool:
@@ -262,7 +274,7 @@ class Aggregator:
 
     def draw(self, n: int, /) -> Float[Tensor, " n"] | None:
         """The random numbers of one aggregation of n tasks; None if the weighting needs none."""
-        if "draws" not in self.weighting.needs:
+        if "draws" not in self.needs:
             return None
         device = self.generator.device if self.generator is not None else None
         return torch.empty(n, device=device).exponential_(generator=self.generator)
@@ -281,20 +293,40 @@ class Aggregator:
             )
 
 
+def _rounding(statistics: Statistics, decision: Decision) -> Float[Tensor, ""]:
+    """What ‖Σ w_i g_i‖ can be from rounding alone, as its terms cancel; 0 where no ‖g_i‖ is known.
+
+    To bring that to another length would make a step of noise.
+    """
+    norms = statistics.squared_norms
+    if norms is None:
+        return torch.zeros_like(statistics.scale).sum()
+    lengths = norms.sqrt() * statistics.scale.unsqueeze(-1)
+    eps = torch.finfo(lengths.dtype).eps
+    return 8 * eps * (decision.weights.abs() * lengths).sum()
+
+
 def _nonfinite_tasks(directions: PyTree, signal: PyTree | None) -> Bool[Tensor, " n"]:
     """The tasks with a NaN or infinite entry in either stack."""
     leaves = tree_leaves(directions) + ([] if signal is None else tree_leaves(signal))
     return ~torch.isfinite(row_magnitudes([leaf.detach() for leaf in leaves]))
 
 
-def _reference(method: Literal["mean", "agreement"]) -> Weighting:
-    return ConstantWeighting() if method == "mean" else AgreementWeighting()
-
-
-def _mean_norm(statistics: Statistics) -> Float[Tensor, ""]:
-    """‖Σ g_i / n‖ over all groups, from ‖Σ g_i‖² = Σ s_i."""
-    norms = statistics.row_sums.sum(-1).clamp(min=0).sqrt() * statistics.scale
-    if norms.ndim:  # of groups
-        largest = or_one(norms.amax())
-        norms = largest * torch.linalg.vector_norm(norms / largest)
-    return norms / statistics.active.sum()
+def _reference(
+    method: Literal["mean", "agreement"] | Aggregator | None, scope: Scope
+) -> Weighting | None:
+    """The weighting whose update has the length that is matched."""
+    if not isinstance(method, Aggregator):
+        check_choice("match_norm", method, (None, "mean", "agreement"))
+        return {None: None, "mean": ConstantWeighting(), "agreement": AgreementWeighting()}[method]
+    if method.reference is not None or "directions" in method.needs:
+        raise ValueError(
+            "expected match_norm with an aggregator whose weights give its length, found "
+            f"{method}; give it without match_norm, and none of TorchJD's that takes the matrix"
+        )
+    if method.scope != scope:
+        raise ValueError(
+            f"expected match_norm with an aggregator of scope {scope!r}, found {method.scope!r}; "
+            "give both the same"
+        )
+    return method.weighting

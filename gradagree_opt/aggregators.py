@@ -36,7 +36,8 @@ class GradientAgreement(Aggregator):
         temperature: of the softmax.
         scope: "global", one weight a task over all parameters (paper); "leaf", one for each
             parameter tensor; or a callable from a leaf's path to the name of its group.
-        match_norm: None (paper); "mean" rescales the update to the norm of the mean update.
+        match_norm: None (paper); "mean" or an aggregator of the same scope: rescale the update to
+            the norm of that one's.
         degenerate: where the scores cancel up to rounding (all g_i zero, or Σ g_i = 0): "uniform"
             weights, "zero" weights, or "raise".
         nonfinite: tasks with NaN or inf: "raise" names them, "drop" gives them weight 0,
@@ -65,11 +66,12 @@ class GradientAgreement(Aggregator):
         normalization: Literal["l1", "softmax"] = "l1",
         temperature: float = 1.0,
         scope: Scope = "global",
-        match_norm: Literal["mean"] | None = None,
+        match_norm: Literal["mean"] | Aggregator | None = None,
         degenerate: Literal["uniform", "zero", "raise"] = "uniform",
         nonfinite: Nonfinite = "raise",
     ) -> None:
-        check_choice("match_norm", match_norm, (None, "mean"))
+        if not isinstance(match_norm, Aggregator):
+            check_choice("match_norm", match_norm, (None, "mean"))
         weighting = AgreementWeighting(
             similarity=similarity,
             include_self=include_self,
@@ -85,23 +87,36 @@ class Mean(Aggregator):
     """The plain average over tasks: what Gradient Agreement is swapped in for.
 
     Args:
-        match_norm: "agreement" gives the mean direction the length of Gradient Agreement's update:
-            the control that tells agreement from step size (PAPER: its step is never shorter).
+        match_norm: an aggregator, whose update's length the mean's direction gets: the control that
+            tells a method from the size of its steps. "agreement" is Gradient Agreement, whose step
+            is never shorter than the mean's. The norm is that over all parameters.
         nonfinite: as in :class:`GradientAgreement`.
+
+    Raises:
+        ValueError: match_norm is of another kind, has a match_norm of its own, or is one of
+            TorchJD's that give no weights.
 
     >>> import gradagree_opt as ga
     >>> ga.Mean()(torch.tensor([[2.0], [4.0]]))
     tensor([3.])
+    >>> ga.Mean(match_norm=ga.Sum())(torch.tensor([[2.0], [4.0]]))
+    tensor([6.])
     """
 
     def __init__(
         self,
         *,
-        match_norm: Literal["agreement"] | None = None,
+        match_norm: Literal["agreement"] | Aggregator | None = None,
         nonfinite: Nonfinite = "raise",
     ) -> None:
-        check_choice("match_norm", match_norm, (None, "agreement"))
-        super().__init__(ConstantWeighting("mean"), match_norm=match_norm, nonfinite=nonfinite)
+        scope: Scope = "global"
+        if isinstance(match_norm, Aggregator):
+            scope = match_norm.scope
+        else:
+            check_choice("match_norm", match_norm, (None, "agreement"))
+        super().__init__(
+            ConstantWeighting("mean"), scope=scope, match_norm=match_norm, nonfinite=nonfinite
+        )
 
 
 class Sum(Aggregator):

@@ -63,6 +63,20 @@ def unit_parts(
             yield part[0].new_ones((), dtype=dtype), (block.to(dtype) for block in part)
 
 
+def row_unit_parts(
+    leaves: Sequence[Tensor], dtype: torch.dtype, /
+) -> Iterator[tuple[Float[Tensor, " n"], Iterator[Float[Tensor, "n columns"]]]]:
+    """The parts of :func:`unit_parts`, each row in units of a scale of its own.
+
+    The scales come with them ``[n]``, 0 for a row of zeros.
+    """
+    for part in _parts(leaves):
+        maxima = torch.stack([absolute_maxima(block).to(dtype) for block in part])
+        scales = _power_of_two(maxima.nan_to_num(0.0, 0.0, 0.0).amax(0))
+        units = or_one(scales).unsqueeze(1)
+        yield scales, (block.to(dtype) / units for block in part)
+
+
 def _parts(leaves: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """The blocks of all leaves in lists of limited size; one list where a compiler joins them."""
     together, joined = _limits(leaves[0])
@@ -101,8 +115,12 @@ def _side_by_side(part: list[Tensor], joined: int) -> list[Tensor]:
 
 def _scale(blocks: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, ""]:
     maxima = torch.stack([absolute_maxima(block).to(dtype) for block in blocks])
-    size = maxima.nan_to_num(0.0, 0.0, 0.0).amax()
-    return size / (2 * or_one(torch.frexp(size).mantissa))
+    return _power_of_two(maxima.nan_to_num(0.0, 0.0, 0.0).amax())
+
+
+def _power_of_two(sizes: Tensor) -> Tensor:
+    """The largest power of two that is not above each size; 0 for 0."""
+    return sizes / (2 * or_one(torch.frexp(sizes).mantissa))
 
 
 def absolute_maxima(matrix: Float[Tensor, "n columns"]) -> Float[Tensor, " n"]:

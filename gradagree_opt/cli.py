@@ -128,6 +128,7 @@ def ablate(
 
         def ended(part: Study, record: RunRecord, found: bool) -> None:
             display.end(part, record, found=found)
+            display.resize(sum(sweep.iterations for sweep in sweeps))
             if write_events is not None:
                 share = f"corrupted-{part.fraction:g}" if len(sweeps) > 1 else ""
                 write_events(folder / "tensorboard" / share, part, record)

@@ -92,7 +92,7 @@ class TaskBatch:
         """Whether the tasks of the MAML form share one backward pass, that of the weighted loss."""
         one_by_one = (
             self.aggregator.nonfinite == "drop"  # 0 · NaN is NaN there
-            or "directions" in self.aggregator.weighting.needs
+            or "directions" in self.aggregator.needs
             or self.aggregator.scope != "global"  # a pass for each group, where n tasks are few
             or is_coarse([*self._trained.values(), *self._losses])  # it would add in their dtype
         )

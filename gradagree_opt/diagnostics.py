@@ -25,6 +25,11 @@ class Diagnostics(NamedTuple):
         update_to_mean: ‖update‖ / ‖mean direction‖; NaN where the mean is zero, or the directions
             are not the signal, since their mean is never formed.
         norm_correlation: Pearson correlation of w_i with ‖g_i‖²; NaN where either is constant.
+        smallest_agreement: min u_i · d / ‖d‖ over the tasks that are not zero; u_i = g_i / ‖g_i‖,
+            d the update. Below 0 a task is ascended. NaN, as the next two, where the Gram matrix
+            was not measured, the directions are not the signal, or d is zero up to rounding.
+        largest_agreement: max u_i · d / ‖d‖ likewise.
+        agreement_spread: their standard deviation: 0 where all tasks agree alike with the update.
         degenerate: whether the scores cancelled and the fallback weights were used.
         nonfinite: the tasks ``[n]`` with a NaN or infinite entry; left out if the policy is "drop".
     """
@@ -37,6 +42,9 @@ class Diagnostics(NamedTuple):
     update_norm: Float[Tensor, ""]
     update_to_mean: Float[Tensor, ""]
     norm_correlation: Float[Tensor, "*groups"]
+    smallest_agreement: Float[Tensor, "*groups"]
+    largest_agreement: Float[Tensor, "*groups"]
+    agreement_spread: Float[Tensor, "*groups"]
     degenerate: Bool[Tensor, "*groups"]
     nonfinite: Bool[Tensor, " n"]
 
@@ -70,10 +78,19 @@ def diagnose(
     decision: Decision,
     nonfinite: Bool[Tensor, " n"],
     update_norm: Float[Tensor, ""],
-    mean_norm: Float[Tensor, ""],
     /,
+    *,
+    signal_is_direction: bool,
 ) -> Diagnostics:
-    """Diagnostics of a decision, from the statistics alone."""
+    """Diagnostics of a decision, from the statistics alone.
+
+    Args:
+        statistics: of the signals.
+        decision: on their weights.
+        nonfinite: the tasks with a NaN or infinite entry.
+        update_norm: ‖update‖.
+        signal_is_direction: the update is the combination of what was measured.
+    """
     weights, norms = decision.weights, statistics.squared_norms
     if norms is None:
         norms = torch.full_like(weights, torch.nan)
@@ -81,6 +98,10 @@ def diagnose(
     squares = weights.square().sum(-1)
     total = statistics.row_sums.sum(-1).clamp(min=0).sqrt()
     lengths = norms.sqrt().sum(-1)
+    unknown = torch.full_like(size, torch.nan)
+    mean_norm = _mean_norm(statistics) if signal_is_direction else torch.nan * update_norm
+    agreements = _agreements(statistics, weights) if signal_is_direction else None
+    smallest, largest, spread = agreements or (unknown, unknown, unknown)
     return Diagnostics(
         weight_sum=weights.sum(-1),
         smallest_weight=weights.amin(-1),
@@ -90,9 +111,40 @@ def diagnose(
         update_norm=update_norm,
         update_to_mean=torch.where(mean_norm > 0, update_norm / mean_norm, torch.nan),
         norm_correlation=_correlation(torch.stack([weights, norms])),
+        smallest_agreement=smallest,
+        largest_agreement=largest,
+        agreement_spread=spread,
         degenerate=decision.degenerate,
         nonfinite=nonfinite,
     )
+
+
+def _agreements(statistics: Statistics, weights: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Smallest, largest and deviation of u_i · d / ‖d‖, from d = Σ w_j ‖g_j‖ u_j."""
+    cosines, norms = statistics.cosines, statistics.relative_norms
+    if cosines is None or norms is None:
+        return None
+    shares = weights * norms
+    products = (cosines * shares.unsqueeze(-2)).sum(-1)  # autocast would round a matrix product
+    square = (shares * products).sum(-1)
+    rounding = 8 * torch.finfo(shares.dtype).eps * shares.abs().sum(-1).square()
+    length = torch.where(square > rounding, square.sqrt(), torch.nan)
+    zero = norms == 0
+    count = (~zero).sum(-1)
+    mean = (products.sum(-1) / count).unsqueeze(-1)  # of a zero signal both are 0
+    variance = (products - mean).square().masked_fill(zero, 0).sum(-1) / count
+    smallest = products.masked_fill(zero, torch.inf).amin(-1)
+    largest = products.masked_fill(zero, -torch.inf).amax(-1)
+    return smallest / length, largest / length, variance.sqrt() / length
+
+
+def _mean_norm(statistics: Statistics) -> Float[Tensor, ""]:
+    """‖Σ g_i / n‖ over all groups, from ‖Σ g_i‖² = Σ s_i."""
+    norms = statistics.row_sums.sum(-1).clamp(min=0).sqrt() * statistics.scale
+    if norms.ndim:  # of groups
+        largest = or_one(norms.amax())
+        norms = largest * torch.linalg.vector_norm(norms / largest)
+    return norms / statistics.active.sum()
 
 
 def _correlation(pair: Float[Tensor, "2 *groups n"]) -> Float[Tensor, "*groups"]:

@@ -69,7 +69,7 @@ class TaskOptimizer:
                 f"expected an aggregator of scope 'global' for {type(optimizer).__name__}, found "
                 f"{aggregator.scope!r}: it steps on one loss, which has one weight a task"
             )
-        if on_loss and "directions" in aggregator.weighting.needs:
+        if on_loss and "directions" in aggregator.needs:
             raise ValueError(
                 f"expected an aggregator that gives one weight a task for "
                 f"{type(optimizer).__name__}, which steps on one loss, found one whose update is "

@@ -192,7 +192,7 @@ def tree_norm(tree: PyTree, /, *, scaled: bool = True) -> Float[Tensor, ""]:
     return norm if scaled else norm.masked_fill(lost, torch.nan)
 
 
-def in_range(square: Float[Tensor, ""], /) -> Bool[Tensor, ""]:
+def in_range(square: Float[Tensor, "*shape"], /) -> Bool[Tensor, "*shape"]:
     """Whether a sum of squares is so far from both ends of its dtype that it lost nothing there."""
     limits = torch.finfo(square.dtype)
     inside: Tensor = (square > limits.tiny**0.5) & (square < limits.max**0.75)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gradagree_opt.annotations import Bool, Float
-from gradagree_opt.blocks import blocks_of_all, or_one, unit_parts
+from gradagree_opt.blocks import blocks_of_all, or_one, row_unit_parts, unit_parts
 from gradagree_opt.stacks import (
     accumulation_dtype,
     full_precision,
@@ -41,6 +41,10 @@ class Statistics(NamedTuple):
             where all are zero, or none was needed.
         draws: positive random numbers, for the weightings that need them.
         gramian: g_i · g_j, in units of scale², or None where no weighting asked for it.
+        cosines: u_i · u_j, its row and column 0 for a zero signal; None where no Gram matrix was
+            asked for.
+        relative_norms: ‖g_i‖ / τ, τ the median norm of the active signals that are not zero (of an
+            even number the mean of the middle two); None where no weighting asked for it.
     """
 
     row_sums: Float[Tensor, "*groups n"]
@@ -53,6 +57,14 @@ class Statistics(NamedTuple):
     gramian: Float[Tensor, "*groups n n"] | None = None
     other_row_sums: Float[Tensor, "*groups n"] | None = None
     nonzero: Bool[Tensor, "*groups n"] | None = None
+    cosines: Float[Tensor, "*groups n n"] | None = None
+    relative_norms: Float[Tensor, "*groups n"] | None = None
+
+
+OF_GRAMIAN = frozenset({"gramian", "cosines"})
+"""The statistics that come with the Gram matrix, and relative norms with them."""
+OF_OTHERS = frozenset({"cosine_row_sums", "other_row_sums"})
+"""Those that a Gram matrix tells too, to whom it may concern."""
 
 
 def measure(
@@ -65,7 +77,8 @@ def measure(
 ) -> Statistics:
     """Statistics of one group of task-stacked leaves ``[n, *shape]``, in one read of them.
 
-    The cosine row sums take three more reads, the Gram matrix and the other row sums one.
+    The Gram matrix takes no other. The cosine row sums take three more reads, the relative norms
+    without a Gram matrix two, the other row sums one.
 
     Args:
         leaves: task-stacked tensors.
@@ -74,32 +87,78 @@ def measure(
         scaled: False takes 1 for the scale, which is faster; where that overflows or vanishes, all
             tasks are marked as not finite.
     """
-    dtype = accumulation_dtype(leaves)
     with full_precision(leaves[0].device):
-        parts = [
-            (size, *_measure_part(blocks))
-            for size, blocks in unit_parts(leaves, dtype, scaled=scaled)
-        ]
-        if not parts:
-            zeros = active.new_zeros(active.shape, dtype=dtype)
-            parts = [(zeros.new_zeros(()), zeros, zeros)]
-        sizes, norms, dots = (torch.stack(column) for column in zip(*parts, strict=True))
-        scale = or_one(sizes.amax())
-        shares = (sizes / scale).unsqueeze(1)
-        squared_norms = (shares * norms).square().sum(0)
-        finite = torch.isfinite(norms).all(0)
-        cosines, nonzero = _cosines(leaves) if "cosine_row_sums" in needs else (None, None)
-        return Statistics(
-            row_sums=(shares.square() * dots).sum(0),
-            squared_norms=squared_norms,
-            cosine_row_sums=cosines,
-            finite=finite if scaled else finite & in_range(squared_norms.amax()),
-            active=active,
-            scale=scale,
-            gramian=_gramian(leaves, scale) if "gramian" in needs else None,
-            other_row_sums=_other_row_sums(leaves, scale) if "other_row_sums" in needs else None,
-            nonzero=nonzero,
-        )
+        if needs & OF_GRAMIAN:  # which tells all of the others too
+            return _measure_gramian(leaves, active, needs, scaled=scaled)
+        measured = _measure_row_sums(leaves, active, scaled=scaled)
+        if "cosine_row_sums" in needs:
+            cosines, nonzero = _cosine_row_sums(leaves)
+            measured = measured._replace(cosine_row_sums=cosines, nonzero=nonzero)
+        if "other_row_sums" in needs:
+            others = _other_row_sums(leaves, measured.scale)
+            measured = measured._replace(other_row_sums=others)
+        if "relative_norms" in needs:
+            units = row_magnitudes(leaves)
+            norms = units * scaled_square_sums(leaves, or_one(units)).sqrt()
+            measured = measured._replace(relative_norms=_relative_norms(norms, active))
+        return measured
+
+
+def _measure_row_sums(leaves: Sequence[Tensor], active: Tensor, *, scaled: bool) -> Statistics:
+    """Row sums and norms, s = J (Jᵀ 1)."""
+    dtype = accumulation_dtype(leaves)
+    parts = [
+        (size, *_measure_part(blocks)) for size, blocks in unit_parts(leaves, dtype, scaled=scaled)
+    ]
+    if not parts:
+        zeros = active.new_zeros(active.shape, dtype=dtype)
+        parts = [(zeros.new_zeros(()), zeros, zeros)]
+    sizes, norms, dots = (torch.stack(column) for column in zip(*parts, strict=True))
+    scale = or_one(sizes.amax())
+    shares = (sizes / scale).unsqueeze(1)
+    squared_norms = (shares * norms).square().sum(0)
+    finite = torch.isfinite(norms).all(0)
+    return Statistics(
+        row_sums=(shares.square() * dots).sum(0),
+        squared_norms=squared_norms,
+        cosine_row_sums=None,
+        finite=finite if scaled else finite & in_range(squared_norms.amax()),
+        active=active,
+        scale=scale,
+    )
+
+
+def _measure_gramian(
+    leaves: Sequence[Tensor], active: Tensor, needs: frozenset[str], *, scaled: bool
+) -> Statistics:
+    """The Gram matrix, each task in units of its own, and all that follows from it."""
+    units, products = _inner_products(leaves, scaled=scaled)
+    statistics = _of_products(units, products, torch.finfo(products.dtype).eps, active, needs)
+    if scaled:
+        return statistics
+    sound = in_range(products.diagonal()).all()  # a zero may be a square that vanished
+    return statistics._replace(finite=statistics.finite & sound)
+
+
+def _inner_products(leaves: Sequence[Tensor], *, scaled: bool) -> tuple[Tensor, Tensor]:
+    """Units ``[n]`` and (g_i / unit_i) · (g_j / unit_j), in one read of the leaves.
+
+    The units are powers of two, 0 for a zero signal, or 1 without scaling.
+    """
+    dtype = accumulation_dtype(leaves)
+    units = leaves[0].new_zeros(leaves[0].shape[0], dtype=dtype)
+    products = torch.outer(units, units)
+    if not scaled:
+        for block in blocks_of_all(leaves, dtype):
+            products = torch.addmm(products, block, block.T)
+        return torch.ones_like(units), products
+    for scales, blocks in row_unit_parts(leaves, dtype):
+        largest = torch.maximum(units, scales)
+        before, now = units / or_one(largest), scales / or_one(largest)
+        part = torch.stack([block @ block.T for block in blocks]).sum(0)
+        products = products * torch.outer(before, before) + part * torch.outer(now, now)
+        units = largest
+    return units, products
 
 
 def measure_groups(
@@ -122,6 +181,8 @@ def measure_groups(
         gramian=_stack([s.gramian for s in each]),
         other_row_sums=_stack([s.other_row_sums for s in each]),
         nonzero=_stack([s.nonzero for s in each]),
+        cosines=_stack([s.cosines for s in each]),
+        relative_norms=_stack([s.relative_norms for s in each]),
     )
 
 
@@ -134,22 +195,47 @@ def from_gramian(gramian: Float[Tensor, "n n"], /) -> Statistics:
     with full_precision(gramian.device):
         eps = torch.finfo(gramian.dtype).eps
         gramian = gramian.detach().to(accumulation_dtype([gramian]))
-        finite = torch.isfinite(gramian.diagonal())
-        norms = gramian.diagonal().clamp(min=0).sqrt()
-        scale = or_one(norms.nan_to_num(0.0, 0.0, 0.0).amax())
-        units = or_one(norms)
-        scaled = gramian / scale / scale
-        return Statistics(
-            row_sums=_row_sums(scaled, eps),
-            squared_norms=scaled.diagonal(),
-            cosine_row_sums=_row_sums(gramian / units / units.unsqueeze(1), eps),
-            finite=finite,
-            active=torch.ones_like(finite),
-            scale=scale,
-            gramian=scaled,
-            other_row_sums=_row_sums(scaled - scaled.diagonal().diag(), eps),
-            nonzero=norms != 0,
-        )
+        active = torch.ones(len(gramian), dtype=torch.bool, device=gramian.device)
+        units = gramian.diagonal().clamp(min=0).sqrt()
+        products = gramian / or_one(units) / or_one(units).unsqueeze(1)
+        return _of_products(units, products, eps, active, OF_GRAMIAN | OF_OTHERS)
+
+
+def _of_products(
+    units: Tensor, products: Tensor, eps: float, active: Tensor, needs: frozenset[str]
+) -> Statistics:
+    """Statistics of signals from their inner products, each signal in units of its own.
+
+    Row sums that may be made of products rounded to eps are zero.
+    """
+    lengths = products.diagonal().clamp(min=0).sqrt()
+    scale = or_one(units.nan_to_num(0.0, 0.0, 0.0).amax())
+    shares = units / scale
+    gramian = products * torch.outer(shares, shares)
+    cosines = products / torch.outer(or_one(lengths), or_one(lengths))
+    of_cosines, of_others = "cosine_row_sums" in needs, "other_row_sums" in needs
+    others = gramian - gramian.diagonal().diag() if of_others else None
+    return Statistics(
+        row_sums=_row_sums(gramian, eps),
+        squared_norms=gramian.diagonal(),
+        cosine_row_sums=_row_sums(cosines, eps) if of_cosines else None,
+        finite=torch.isfinite(lengths),
+        active=active,
+        scale=scale,
+        gramian=gramian,
+        other_row_sums=None if others is None else _row_sums(others, eps),
+        nonzero=lengths != 0 if of_cosines else None,
+        cosines=cosines,
+        relative_norms=_relative_norms(units * lengths, active),
+    )
+
+
+def _relative_norms(norms: Float[Tensor, " n"], active: Bool[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Norms in units of the median of those that count, the mean of the middle two."""
+    counted = active & (norms != 0)
+    middle = counted.sum() + torch.arange(-1, 1, device=norms.device)
+    ascending = norms.masked_fill(~counted, torch.inf).sort().values
+    return norms / or_one(ascending[middle.clamp(min=0) // 2].mean()).nan_to_num(posinf=1.0)
 
 
 def _row_sums(matrix: Tensor, eps: float) -> Tensor:
@@ -171,7 +257,7 @@ def _measure_part(blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.linalg.vector_norm(torch.stack(norms), dim=0), torch.stack(dots).sum(0)
 
 
-def _cosines(leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _cosine_row_sums(leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """u_i · Σ_j u_j for u_i = g_i / ‖g_i‖, and whether u_i is not 0.
 
     Each task is taken in units of its own largest entry.
@@ -184,16 +270,6 @@ def _cosines(leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         matrix = block / units.unsqueeze(1)
         dots.append(matrix @ (lengths @ matrix))
     return lengths * torch.stack(dots).sum(0), magnitudes != 0
-
-
-def _gramian(leaves: Sequence[Tensor], scale: Tensor) -> Tensor:
-    """G_ij = (g_i / scale) · (g_j / scale)."""
-    n = leaves[0].shape[0]
-    products = [scale.new_zeros((n, n))]
-    for block in blocks_of_all(leaves, scale.dtype):
-        matrix = block / scale
-        products.append(matrix @ matrix.T)
-    return torch.stack(products).sum(0)
 
 
 def _other_row_sums(leaves: Sequence[Tensor], scale: Tensor) -> Tensor:

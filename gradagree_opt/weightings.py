@@ -30,9 +30,10 @@ class Weighting(Protocol):
     def needs(self) -> frozenset[str]:
         """Names of the optional statistics it reads.
 
-        They are "squared_norms", "other_row_sums", "cosine_row_sums" (and with these "nonzero"),
-        "draws" and "gramian"; and "directions" where
-        no weights tell the update, so that the aggregator reads the directions one by one.
+        They are "squared_norms", "relative_norms", "other_row_sums", "cosine_row_sums" (and with
+        these "nonzero"), "cosines" (and with these "relative_norms"), "draws" and "gramian"; and
+        "directions" where no weights tell the update, so that the aggregator reads the directions
+        one by one.
         """
 
     def __call__(self, statistics: Statistics, /) -> Decision:
@@ -169,6 +170,13 @@ def check_choice(option: str, value: object, choices: tuple[object, ...], /) -> 
     if value not in choices:
         expected = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"expected {option} to be one of {expected}; found {value!r}")
+
+
+def check_positive(option: str, value: object, /) -> None:
+    """ValueError in one sentence unless the value is a positive finite number."""
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
+    if not 0 < number < float("inf"):
+        raise ValueError(f"expected a positive number for {option}, found {value!r}")
 
 
 def plain_decision(weights: Tensor, statistics: Statistics) -> Decision:

@@ -6,8 +6,10 @@ from importlib.resources import files
 
 from jinja2 import Environment, PackageLoader
 
+from gradagree_opt.ablation.methods import Recipe
 from gradagree_opt.ablation.recorded import Config
 from gradagree_opt.ablation.study import Study
+from gradagree_opt.ablation.tables import rates_text, tuning_seeds_text
 from gradagree_opt.tasks.digits import QUESTIONS
 from gradagree_opt.tasks.grouped import DATASETS
 
@@ -25,6 +27,8 @@ def methods_text(config: Config) -> str:
         study=study,
         agrees=has_agreement(study),
         of_r=has_data_of_r(study),
+        rates=rates_text(study),
+        tuning_seeds=tuning_seeds_text(study),
         questions=list(QUESTIONS),
     )
     return " ".join(text.split()) + "\n"
@@ -32,10 +36,13 @@ def methods_text(config: Config) -> str:
 
 def has_agreement(study: Study) -> bool:
     """Whether a method weights by agreement, or takes its length from there."""
-    return any(
-        "agreement" in method.aggregator or method.options.get("match_norm") == "agreement"
-        for method in study.methods
-    )
+    return any(map(uses_agreement, study.methods))
+
+
+def uses_agreement(recipe: Recipe) -> bool:
+    own = recipe.aggregator == "gradient_agreement"
+    length = recipe.options.get("match_norm") == "agreement"
+    return own or length or any(map(uses_agreement, recipe.nested))
 
 
 def has_data_of_r(study: Study) -> bool:

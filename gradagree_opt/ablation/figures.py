@@ -72,11 +72,10 @@ def tuned_rates(results: Results) -> Figure:
     measure, steps = MEASURES[study.tasks.kind], study.tuning.steps
 
     def curves(value: Callable[[RunRecord], float]) -> RateCurves:
-        seeds = study.seeds[: study.tuning.seeds]
         return {
             name: [
-                interval([value(results.records[name, rate, seed]) for seed in seeds])
-                for rate in sorted(study.outer.rates)
+                interval([value(results.records[name, rate, seed]) for seed in study.tuning_seeds])
+                for rate in results.candidates(name)
             ]
             for name in results.rates
         }
@@ -96,12 +95,13 @@ def tuned_rates(results: Results) -> Figure:
 
 
 def draw_rates(axes: Axes, results: Results, curves: RateCurves, *, log: bool) -> None:
-    rates = np.array(sorted(results.study.outer.rates))
     untrained = untrained_loss(results)
     limit = HOPELESS * untrained if log else math.inf
+    every = sorted({rate for name in curves for rate in results.candidates(name)})
     spread = np.linspace(-0.3, 0.3, len(curves))  # of the way to the next rate
-    step = (rates[-1] / rates[0]) ** (1 / (len(rates) - 1)) if len(rates) > 1 else 2.0
+    step = (every[-1] / every[0]) ** (1 / (len(every) - 1)) if len(every) > 1 else 2.0
     for shift, (name, look) in zip(spread, looks(results.study).items(), strict=True):
+        rates = np.array(results.candidates(name))
         means, halves = np.array(curves[name]).T
         gone = ~(means < limit)
         means[gone] = np.nan
@@ -112,8 +112,8 @@ def draw_rates(axes: Axes, results: Results, curves: RateCurves, *, log: bool) -
         if gone.any():
             draw_diverged(axes, rates[gone] * step**shift, look.color)
     axes.set_xscale("log")
-    axes.set_xlim(rates[0] / step**0.4, rates[-1] * step**0.4)
-    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.set_xlim(every[0] / step**0.4, every[-1] * step**0.4)
+    axes.set_xticks(every, [f"{rate:g}" for rate in every])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("outer rate")
     if log:

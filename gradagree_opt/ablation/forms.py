@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import gradagree_opt as ga
 from gradagree_opt.ablation.models import head
@@ -24,6 +25,8 @@ def learner(study: Study, loss: LossFn, module: nn.Module) -> Learner:
     inner = ga.InnerSGD(study.inner.lr, study.inner.steps, batch_size=study.inner.batch_size)
     form = study.form
     if isinstance(form, ReptileForm):
+        if study.flip is not None:
+            return ga.Reptile(lambda params, batch: loss(params, batch[:2]), Flipped(inner))
         return ga.Reptile(loss, inner)
     if isinstance(form, MetaSGDForm):
         return ga.MetaSGD(loss, study.inner.steps, first_order=form.first_order)
@@ -34,7 +37,8 @@ def learner(study: Study, loss: LossFn, module: nn.Module) -> Learner:
 def evaluator(study: Study, loss: LossFn, module: nn.Module) -> Learner:
     """What adapts to the tasks of the test protocol: each step on the whole support set."""
     whole = study.inner and study.inner.model_copy(update={"batch_size": None})
-    return learner(study.model_copy(update={"inner": whole}), loss, module)
+    clean = study.model_copy(update={"inner": whole, "corruption": None})
+    return learner(clean, loss, module)
 
 
 @dataclass(frozen=True)
@@ -76,3 +80,34 @@ class HeadOnly:
 
         adapted = self.inner(head_loss, adapting, support, first_order=first_order, steps=steps)
         return {**params, **adapted}
+
+
+@dataclass(frozen=True)
+class Flipped:
+    """An inner loop of tasks that report a multiple of their displacements, as Byzantine ones do.
+
+    A support set carries the factor of its task, 1 for an honest one, after inputs and targets.
+
+    >>> import torch
+    >>> loss_fn = lambda w, batch: ((w * batch[0] - batch[1]) ** 2).mean()
+    >>> loop, (x, y) = Flipped(ga.InnerSGD(lr=0.5, steps=1)), torch.ones(2, 3)
+    >>> [loop(loss_fn, torch.tensor(0.0), (x, y, torch.tensor(f))) for f in (1.0, -2.0)]
+    [tensor(1.), tensor(-2.)]
+    """
+
+    inner: ga.InnerSGD
+
+    def __call__(
+        self,
+        loss_fn: LossFn,
+        params: Any,
+        support: tuple[Tensor, Tensor, Tensor],
+        /,
+        *,
+        first_order: bool = False,
+        steps: int | None = None,
+    ) -> Any:
+        """θ + f (θ_i − θ): parameters whose displacement is f times that of the inner loop."""
+        x, y, factor = support
+        adapted = self.inner(loss_fn, params, (x, y), first_order=first_order, steps=steps)
+        return tree_map(lambda p, a: p + factor * (a - p), params, adapted)

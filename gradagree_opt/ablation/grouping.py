@@ -15,11 +15,11 @@ from gradagree_opt.ablation.forms import Learner
 from gradagree_opt.ablation.models import Params
 from gradagree_opt.ablation.optimizers import OPTIMIZERS, State
 from gradagree_opt.ablation.records import Run
+from gradagree_opt.ablation.section import Optimizer
 from gradagree_opt.ablation.study import Study
 from gradagree_opt.aggregation import Aggregation
 from gradagree_opt.engines.compilation import maybe_compiled
 from gradagree_opt.stacks import PyTree
-from gradagree_opt.tasks import Batch
 
 Result: TypeAlias = tuple[Params, State, Aggregation]
 
@@ -113,7 +113,7 @@ class StepInputs(NamedTuple):
     params: Params
     state: State
     rates: Tensor
-    tasks: dict[str, Batch]
+    tasks: dict[str, tuple[Tensor, ...]]
     draws: Tensor | None
 
 
@@ -122,11 +122,11 @@ class OuterStep:
 
     Args:
         learner: What trains one run.
-        optimizer: Name of the outer optimizer of one run.
+        optimizer: The outer optimizer of one run, by name.
         compiled: Whether the step is compiled, once for each method and size of group.
     """
 
-    def __init__(self, learner: Learner, optimizer: str, compiled: bool) -> None:
+    def __init__(self, learner: Learner, optimizer: Optimizer, compiled: bool) -> None:
         self.learner = learner
         self.optimizer = OPTIMIZERS[optimizer]
         self._step = maybe_compiled(self._all_rows, compiled)

@@ -5,60 +5,78 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from torch import Generator
 
 import gradagree_opt as ga
+from gradagree_opt.ablation.section import LocatedError, Optimizer, Rates
 from gradagree_opt.frameworks import require
 
 AGGREGATORS: dict[str, type[Any]] = {
     "mean": ga.Mean,
     "sum": ga.Sum,
     "gradient_agreement": ga.GradientAgreement,
+    "equal_agreement": ga.EqualAgreement,
+    "gramian_power": ga.GramianPower,
+    "norm_clipped": ga.NormClipped,
+    "geometric_median": ga.GeometricMedian,
     "norm_share": ga.NormShare,
     "random_weights": ga.RandomWeights,
 }
-DESCRIPTIONS = {bool: "true or false", float: "a number", str: "a word", NoneType: "null"}
+DESCRIPTIONS = {
+    bool: "true or false",
+    float: "a number",
+    str: "a word",
+    NoneType: "null",
+    ga.Aggregator: "an aggregator",
+}
 TORCHJD = "torchjd."
 """What the names of TorchJD's aggregators begin with."""
 
 
-class LocatedError(ValueError):
-    """A value that contradicts another one, and the keys that lead to it."""
-
-    def __init__(self, message: str, *location: int | str) -> None:
-        super().__init__(message)
-        self.location = location
+def plain_or_nested(value: Any) -> Literal["plain", "nested"]:
+    return "nested" if isinstance(value, dict | Recipe) else "plain"
 
 
-class Method(BaseModel):
-    """One row of the table: a name, an aggregator, and that aggregator's keyword options."""
+Option: TypeAlias = Annotated[
+    Annotated[bool | float | str | None, Tag("plain")] | Annotated["Recipe", Tag("nested")],
+    Discriminator(plain_or_nested),
+]
+
+
+class Recipe(BaseModel):
+    """An aggregator and its keyword options, some of which may be aggregators too."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    name: Annotated[str, Field(pattern=r"^[^\r\n]+$")]
     aggregator: str
-    options: dict[str, bool | float | str | None] = {}
+    options: dict[str, Option] = {}
+
+    @property
+    def nested(self) -> "list[Recipe]":
+        """Those of its options that are aggregators."""
+        return [value for value in self.options.values() if isinstance(value, Recipe)]
 
     @property
     def of_torchjd(self) -> bool:
-        """Whether it is TorchJD's, which solves on the host: not under vmap or torch.compile."""
-        return self.aggregator.startswith(TORCHJD)
+        """Whether TorchJD has a part in it, which solves on the host: no vmap, no torch.compile."""
+        return self.aggregator.startswith(TORCHJD) or any(part.of_torchjd for part in self.nested)
 
     @model_validator(mode="after")
-    def accepted(self) -> "Method":
+    def accepted(self) -> "Recipe":
         # That TorchJD is missing is no mistake in the file: build says so where a study is run.
         with suppress(ImportError):
             self.check()
         return self
 
     def check(self) -> None:
-        there = torchjd_aggregators() if self.of_torchjd else AGGREGATORS
+        theirs = self.aggregator.startswith(TORCHJD)
+        there = torchjd_aggregators() if theirs else AGGREGATORS
         if self.aggregator not in there:
-            others = "" if self.of_torchjd else f", and TorchJD's as {TORCHJD}UPGrad"
+            others = "" if theirs else f", and TorchJD's as {TORCHJD}UPGrad"
             message = f"unknown aggregator {self.aggregator!r}; there are {', '.join(there)}"
             raise LocatedError(message + others, "aggregator")
         make = there[self.aggregator]
@@ -68,8 +86,10 @@ class Method(BaseModel):
             if option not in known:
                 raise LocatedError(f"unknown option {option!r}; {has}", "options", option)
         for option, value in self.options.items():
-            if not isinstance(value, known[option]):
-                message = f"expected {described(known[option])} for {option!r}, found {value!r}"
+            nested = isinstance(value, Recipe)
+            if not (ga.Aggregator in known[option] if nested else isinstance(value, known[option])):
+                found = DESCRIPTIONS[ga.Aggregator] if nested else repr(value)
+                message = f"expected {described(known[option])} for {option!r}, found {found}"
                 raise LocatedError(message, "options", option)
             if option in ("nonfinite", "degenerate") and value == "raise":
                 message = "'raise' would end the study; give a policy that goes on, or leave it out"
@@ -80,17 +100,6 @@ class Method(BaseModel):
             self.build(Generator())
         except (TypeError, ValueError) as error:
             raise LocatedError(str(error), "options") from None
-
-    def try_on(self, n_tasks: int) -> None:
-        """Aggregates as many tasks as a batch has: some of TorchJD's aggregators mind.
-
-        Raises:
-            ImportError: as :meth:`build`.
-            TypeError, ValueError: the aggregator refuses them.
-        """
-        tasks = torch.randn(n_tasks, 2, generator=Generator().manual_seed(0))
-        with without_advice(), torch.random.fork_rng(devices=[]):
-            self.build(Generator()).aggregate(tasks)
 
     def build(self, generator: Generator) -> ga.Aggregator:
         """The aggregator, which has seen no batch yet; only random weights draw from the generator.
@@ -103,15 +112,22 @@ class Method(BaseModel):
                 the command that installs it.
         """
         aggregator: ga.Aggregator
-        if self.of_torchjd:
+        if self.aggregator.startswith(TORCHJD):
             theirs = torchjd_aggregators()[self.aggregator](**self.whole_options())
             from gradagree_opt.adapters.torchjd import from_torchjd
 
             aggregator = from_torchjd(theirs, nonfinite="propagate")
         else:
-            arguments = (generator,) if self.aggregator == "random_weights" else ()
-            options = {"nonfinite": "propagate", **self.options}
-            aggregator = AGGREGATORS[self.aggregator](*arguments, **options)
+            make = AGGREGATORS[self.aggregator]
+            given: dict[str, Any] = {"generator": generator, "nonfinite": "propagate"}
+            for name, value in self.options.items():
+                given[name] = value.build(generator) if isinstance(value, Recipe) else value
+            parameters = inspect.signature(make).parameters
+            first = [
+                given.pop(name) for name, p in parameters.items() if p.kind is p.POSITIONAL_ONLY
+            ]
+            named = {name: value for name, value in given.items() if name in parameters}
+            aggregator = make(*first, **named)
         return aggregator
 
     def whole_options(self) -> dict[str, Any]:
@@ -120,6 +136,35 @@ class Method(BaseModel):
             name: int(value) if isinstance(value, float) and value.is_integer() else value
             for name, value in self.options.items()
         }
+
+
+class Named(BaseModel):
+    """What has a name, of one line."""
+
+    name: Annotated[str, Field(pattern=r"^[^\r\n]+$")]
+
+
+class Method(Recipe, Named):  # a study is written with the fields of the last base first
+    """One row of the table: an aggregator by a name.
+
+    Attributes:
+        rates: The outer rates that it is tuned on in place of the study's.
+        outer: The outer optimizer that it is trained with in place of the study's.
+    """
+
+    rates: Rates | None = None
+    outer: Optimizer | None = None
+
+    def try_on(self, n_tasks: int) -> None:
+        """Aggregates as many tasks as a batch has: some of TorchJD's aggregators mind.
+
+        Raises:
+            ImportError: as :meth:`build`.
+            TypeError, ValueError: the aggregator refuses them.
+        """
+        tasks = torch.randn(n_tasks, 2, generator=Generator().manual_seed(0))
+        with without_advice(), torch.random.fork_rng(devices=[]):
+            self.build(Generator()).aggregate(tasks)
 
 
 def torchjd_aggregators() -> dict[str, type[Any]]:
@@ -161,6 +206,8 @@ def plain_types(hint: Any) -> tuple[type, ...]:
         return tuple({type(word) for word in get_args(hint)})
     if hint in (bool, int, float, str, NoneType):
         return (float if hint is int else hint,)
+    if inspect.isclass(hint) and issubclass(hint, ga.Aggregator):
+        return (ga.Aggregator,)
     return tuple({kind for member in get_args(hint) for kind in plain_types(member)})
 
 

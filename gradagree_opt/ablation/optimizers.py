@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gradagree_opt.ablation.models import Params
+from gradagree_opt.ablation.section import Optimizer
 
 State: TypeAlias = dict[str, Any]
+MOMENTUM = 0.9
 DECAYS = (0.9, 0.999)
 EPSILON = 1e-8
 
@@ -24,6 +26,16 @@ class OuterOptimizer(NamedTuple):
 
 def sgd(params: Params, update: Params, state: State, rate: Tensor) -> tuple[Params, State]:
     return tree_map(lambda p, u: p - rate * u, params, update), state
+
+
+def momentum_state(params: Params) -> State:
+    return {"velocity": tree_map(torch.zeros_like, params)}
+
+
+def momentum(params: Params, update: Params, state: State, rate: Tensor) -> tuple[Params, State]:
+    """Polyak 1964 as PyTorch has it: the rate is a factor of the velocity, not of its parts."""
+    velocity = tree_map(lambda v, u: MOMENTUM * v + u, state["velocity"], update)
+    return tree_map(lambda p, v: p - rate * v, params, velocity), {"velocity": velocity}
 
 
 def adam_state(params: Params) -> State:
@@ -48,7 +60,8 @@ def adam(params: Params, update: Params, state: State, rate: Tensor) -> tuple[Pa
     return params, {"mean": mean, "square": square, "steps": steps}
 
 
-OPTIMIZERS = {
+OPTIMIZERS: dict[Optimizer, OuterOptimizer] = {
     "sgd": OuterOptimizer(lambda _: {}, sgd),
+    "momentum": OuterOptimizer(momentum_state, momentum),
     "adam": OuterOptimizer(adam_state, adam),
 }

@@ -81,7 +81,7 @@ def html(parts: Sequence[Results], config: Config, figures: Mapping[str, Figure]
             for name, figure in figures.items()
         ],
         settings=yaml.safe_dump(
-            config.study.model_dump(mode="json", exclude={"quick"}),
+            config.study.model_dump(mode="json", exclude={"quick"}, exclude_none=True),
             sort_keys=False,
             allow_unicode=True,
         ),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gradagree_opt.ablation.distributions import corrupted, data_tensors, distributions
+from gradagree_opt.ablation.distributions import Source, at_seed, data_tensors, distributions
 from gradagree_opt.ablation.forms import Learner, evaluator, learner
 from gradagree_opt.ablation.grouping import OuterStep, is_compiled
 from gradagree_opt.ablation.models import (
@@ -31,11 +31,13 @@ from gradagree_opt.ablation.models import (
     with_network_params,
 )
 from gradagree_opt.ablation.multi_task import MultiTask
+from gradagree_opt.ablation.optimizers import OPTIMIZERS
+from gradagree_opt.ablation.section import Optimizer
 from gradagree_opt.ablation.sections import DRAWING, MAMLForm, MetaSGDForm
 from gradagree_opt.ablation.study import Study
 from gradagree_opt.blocks import or_one
 from gradagree_opt.statistics import measure
-from gradagree_opt.tasks import Batch, TaskDistribution
+from gradagree_opt.tasks import Batch
 from gradagree_opt.tasks.protocol import Split
 
 Tasks: TypeAlias = dict[str, Batch]
@@ -46,9 +48,10 @@ class Problem:
     """A study made ready to run.
 
     Attributes:
-        training: Tasks that the meta-learner is trained on.
-        evaluation: Tasks of the test protocol, drawn for validation and for the test.
-        outer_step: Trains a group of runs.
+        training: Tasks that the meta-learner is trained on; :func:`at_seed` has those of a seed.
+        evaluation: Tasks of the test protocol, drawn for validation and for the test; likewise.
+        learner: What trains the network.
+        outer_steps: Each trains a group of runs, by the outer optimizer that it steps with.
         evaluator: Adapts as the form does, each step on the whole support set.
         loss: What training lowers and what outer rates are chosen by.
         score: What the test reports: the loss in regression, the accuracy for classes.
@@ -56,10 +59,11 @@ class Problem:
         transductive: Whether the examples of a query set are predicted as one batch.
     """
 
-    training: TaskDistribution
-    evaluation: TaskDistribution
+    training: Source
+    evaluation: Source
     module: nn.Module
-    outer_step: OuterStep
+    learner: Learner
+    outer_steps: dict[Optimizer, OuterStep]
     evaluator: Learner
     loss: Criterion
     score: Criterion
@@ -70,16 +74,16 @@ class Problem:
 def build_problem(study: Study, data: Path | None) -> Problem:
     module = build_module(study)
     loss = batch_loss(study, module)
+    trainer = learner(study, loss, module)
     training, evaluation = distributions(study, data)
-    if study.corruption is not None:
-        training = corrupted(study, study.corruption, training)
     return Problem(
         training=training,
         evaluation=evaluation,
         module=module,
-        outer_step=OuterStep(
-            learner(study, loss, module), study.outer.optimizer, is_compiled(study)
-        ),
+        learner=trainer,
+        outer_steps={
+            optimizer: OuterStep(trainer, optimizer, is_compiled(study)) for optimizer in OPTIMIZERS
+        },
         evaluator=evaluator(study, loss, module),
         loss=criterion(study),
         score=criterion(study) if study.classes is None else accuracy,
@@ -109,33 +113,39 @@ class TrainingTasks:
     """Task batches for the outer steps, the same for every method and rate of a seed.
 
     Tasks are drawn many steps at a time, since a draw costs as much as a compiled outer step;
-    photographs, which would take gigabytes, one step at a time.
+    photographs, which would take gigabytes, one step at a time. Where some tasks are flipped, each
+    support set has the factor of its displacement beside its examples.
     """
 
     BLOCK = 100
 
     def __init__(self, study: Study, problem: Problem, seed: int) -> None:
-        self.problem = problem
+        self.distribution = at_seed(problem.training, seed)
         self.meta_batch = study.meta_batch
         scores_queries = isinstance(study.form, MAMLForm | MetaSGDForm)
         self.parts = ("support", "query") if scores_queries else ("support",)
         self.generator = generator(seed, "train")
+        self.flip, self.fraction = study.flip, study.fraction
+        self.flips = generator(seed, "flips")
         self.steps = self.BLOCK if input_size(study) <= DRAWING else 1
-        self.block: Tasks = {}
+        self.block: dict[str, tuple[Tensor, ...]] = {}
 
-    def __call__(self, iteration: int) -> Tasks:
+    def __call__(self, iteration: int) -> dict[str, tuple[Tensor, ...]]:
         position = iteration % self.steps
         if position == 0:
-            block = self.problem.training.sample(
-                self.steps * self.meta_batch, split="train", generator=self.generator
-            )
+            n_tasks = self.steps * self.meta_batch
+            block = self.distribution.sample(n_tasks, split="train", generator=self.generator)
             self.block = {part: block[part] for part in self.parts}
+            if self.flip is not None:
+                spoilt = torch.rand(n_tasks, generator=self.flips) < self.fraction
+                self.block["support"] += (torch.where(spoilt, self.flip, 1.0),)
         rows = slice(position * self.meta_batch, (position + 1) * self.meta_batch)
-        return {part: (x[rows], y[rows]) for part, (x, y) in self.block.items()}
+        return {part: tuple(leaf[rows] for leaf in batch) for part, batch in self.block.items()}
 
 
 def evaluation_tasks(problem: Problem, n_tasks: int, split: Split, seed: int) -> Tasks:
-    return problem.evaluation.sample(n_tasks, split=split, generator=generator(seed, split))
+    distribution = at_seed(problem.evaluation, seed)
+    return distribution.sample(n_tasks, split=split, generator=generator(seed, split))
 
 
 def scores_after(
@@ -180,12 +190,12 @@ def adapt(problem: Problem, params: Params, support: Batch, steps: int) -> Param
     return with_network_params(params, each(params, support))
 
 
-def agreement_matrix(problem: Problem, params: Params, support: Batch) -> Tensor:
+def agreement_matrix(problem: Problem, params: Params, support: tuple[Tensor, ...]) -> Tensor:
     """Cosines ``[n, n]`` between the displacements of n tasks; 0 for one that did not move.
 
     In multi-task training, between their gradients in the trunk.
     """
-    learner = problem.outer_step.learner
+    learner = problem.learner
     if isinstance(learner, MultiTask):
         signals, _ = learner.gradients(params, support)
     else:

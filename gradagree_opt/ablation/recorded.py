@@ -105,7 +105,7 @@ def read_results(folder: Path, config: Config) -> list[Results]:
         StudyError: Runs are missing; the sentence has their number and the command that does them.
     """
     parts = [read_part(folder, config, part) for part in config.study.parts()]
-    total = sum(number_of_runs(part.study) for part in parts)
+    total = sum(number_of_runs(part.study, part.records) for part in parts)
     if missing := total - sum(len(part.records) for part in parts):
         raise StudyError(
             f"{missing} of {total} runs in {folder} are missing; `{resume(folder, config)}` goes on"
@@ -116,11 +116,13 @@ def read_results(folder: Path, config: Config) -> list[Results]:
 def read_part(folder: Path, config: Config, study: Study) -> Results:
     """What is finished of a part of the study."""
     find = partial(finished, Store(folder), study, config.digest(study))
-    records = find(tuning_runs(study))
+    records: dict[Label, RunRecord] = {}
+    for _ in range(1 + study.outer.extend):
+        records |= find([run for run in tuning_runs(study, records) if run.label not in records])
     tuned = [
         method
         for method in study.methods
-        if all(run.label in records for run in tuning_runs(study) if run.method == method)
+        if all(run.label in records for run in tuning_runs(study, records) if run.method == method)
     ]
     found = study.model_copy(update={"methods": tuned})
     rates = choose_rates(found, records)

@@ -19,7 +19,7 @@ from gradagree_opt.ablation.models import Params
 from gradagree_opt.ablation.study import Study
 from gradagree_opt.tasks.replacing import replacing, unique_beside
 
-LATER_TASK_KEYS = {"split": "vinyals", "rotations": False}  # than the first records, and defaults
+LATER_TASK_KEYS = {"split": "vinyals", "rotations": False, "folds": None}  # than the first records
 LATER_MODEL_KEYS = {"batch_norm": False, "network": None}
 FORMAT = 1  # raise it when the same study would give other numbers
 
@@ -71,7 +71,8 @@ class Run(BaseModel):
             for key, default in later.items():
                 if content[section].get(key, ...) == default:
                     del content[section][key]
-        content |= self.model_dump(mode="json", exclude={"method": {"name"}})
+        content |= self.model_dump(mode="json", exclude={"method": {"name", "rates", "outer"}})
+        content["outer"]["optimizer"] = study.optimizer(self.method)
         content |= {"compile": study.compile is True}
         content |= {"format": FORMAT, "data": data}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]

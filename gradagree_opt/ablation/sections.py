@@ -3,9 +3,6 @@
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     NonNegativeInt,
@@ -15,28 +12,19 @@ from pydantic import (
     model_validator,
 )
 
-from gradagree_opt.ablation.methods import LocatedError
+from gradagree_opt.ablation.section import LocatedError, Optimizer, Rates, Section, Seeds
 from gradagree_opt.tasks.corrupted import Corruption
 from gradagree_opt.tasks.digits import CLASSES, PICTURE
+from gradagree_opt.tasks.group_splits import FEWEST_FOLDS
 from gradagree_opt.tasks.grouped import Dataset
 
 DRAWING = 28 * 28
+NEEDED_OPTIONS = {
+    "scale": ("label_noise", "outlier_scale", "flipped"),
+    "foreign": ("foreign",),
+}
+"""The kinds of corruption that each of its further keys goes with."""
 Network = Literal["finn", "nichol"]
-
-
-class Section(BaseModel):
-    """A part of the study file: no unknown keys, no changes after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
-
-
-def unique(entries: list[Any]) -> list[Any]:
-    """The entries, unless two of them are equal or have one name."""
-    names = [getattr(entry, "name", entry) for entry in entries]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{name!r} is given more than once")
-    return entries
 
 
 class SineTasks(Section):
@@ -76,7 +64,7 @@ class Learn2LearnTasks(Section):
 
     kind: Literal["learn2learn"]
     tasksets: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
-    options: dict[str, bool | int | float | str] = {}
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     inputs: PositiveInt = DRAWING
     way: Annotated[int, Field(ge=2)] = 5
     support_shots: PositiveInt
@@ -84,8 +72,11 @@ class Learn2LearnTasks(Section):
 
 
 class GroupedTasks(Section):
+    """Groups of a data set; of several folds, seed s tests on the one of number s modulo folds."""
+
     kind: Literal["grouped"]
     dataset: Dataset
+    folds: Annotated[int, Field(ge=FEWEST_FOLDS)] | None = None
     support_shots: PositiveInt
     query_shots: PositiveInt = 1
 
@@ -107,17 +98,19 @@ def one_or_list(value: Any) -> Literal["one", "list"]:
 class CorruptionSection(Section):
     """What spoils training tasks: see :class:`gradagree_opt.tasks.Corrupted`.
 
+    ``flipped`` spoils what a task reports, not its examples: see :class:`.forms.Flipped`.
+
     Of several fractions, of which the first may be 0, each is a study of its own.
     """
 
-    kind: Corruption
+    kind: Corruption | Literal["flipped"]
     fraction: Annotated[
         Annotated[float, Field(gt=0, le=1), Tag("one")]
         | Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1), Tag("list")],
         Discriminator(one_or_list),
     ]
     scale: float | None = None
-    foreign: Literal["lines", Dataset] | None = None
+    foreign: Literal["lines", "fast_sines", Dataset] | None = None
 
     @property
     def fractions(self) -> list[float]:
@@ -127,12 +120,15 @@ class CorruptionSection(Section):
     def complete(self) -> "CorruptionSection":
         if self.fractions != sorted(set(self.fractions)):
             raise LocatedError(f"the fractions {self.fractions} do not rise", "fraction")
-        for option, kind in (("scale", "outlier_scale"), ("foreign", "foreign")):
-            there, wanted = getattr(self, option) is not None, self.kind == kind
+        for option, kinds in NEEDED_OPTIONS.items():
+            there, wanted = getattr(self, option) is not None, self.kind in kinds
             if wanted and not there:
-                raise LocatedError(f"kind {kind!r} needs the key {option!r}", "kind")
+                raise LocatedError(f"kind {self.kind!r} needs the key {option!r}", "kind")
             if there and not wanted:
-                raise LocatedError(f"{option!r} goes with kind {kind!r}, and with no other", option)
+                known = " or ".join(map(repr, kinds))
+                raise LocatedError(f"{option!r} goes with kind {known}, and with no other", option)
+        if self.kind in ("label_noise", "flipped") and self.scale is not None and self.scale <= 0:
+            raise LocatedError(f"{self.kind} needs a scale above 0, found {self.scale:g}", "scale")
         return self
 
 
@@ -177,13 +173,17 @@ class Inner(Section):
 
 
 class Outer(Section):
-    optimizer: Literal["sgd", "adam"]
-    rates: Annotated[list[PositiveFloat], Field(min_length=1), AfterValidator(unique)]
+    optimizer: Optimizer
+    rates: Rates
+    extend: NonNegativeInt = 0
     schedule: Literal["constant", "linear"] = "constant"
 
 
 class Tuning(Section):
-    seeds: PositiveInt
+    seeds: Annotated[
+        Annotated[PositiveInt, Tag("one")] | Annotated[Seeds, Tag("list")],
+        Discriminator(one_or_list),
+    ]
     tasks: PositiveInt
     steps: NonNegativeInt
 

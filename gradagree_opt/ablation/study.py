@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     Field,
-    NonNegativeInt,
     PositiveInt,
     model_validator,
 )
 
-from gradagree_opt.ablation.methods import LocatedError, Method
+from gradagree_opt.ablation.methods import Method
+from gradagree_opt.ablation.section import LocatedError, Optimizer, Section, Seeds, unique
 from gradagree_opt.ablation.sections import (
     DRAWING,
     MLP,
@@ -30,11 +30,9 @@ from gradagree_opt.ablation.sections import (
     OmniglotTasks,
     Outer,
     ReptileForm,
-    Section,
     SineTasks,
     Test,
     Tuning,
-    unique,
 )
 from gradagree_opt.tasks.digits import QUESTIONS
 
@@ -67,7 +65,7 @@ class Study(Section):
     iterations: PositiveInt
     meta_batch: PositiveInt
     compile: Literal["auto", True, False] = "auto"
-    seeds: Annotated[list[NonNegativeInt], Field(min_length=1), AfterValidator(unique)]
+    seeds: Seeds
     tuning: Tuning
     test: Test
     methods: Annotated[list[Method], Field(min_length=1), AfterValidator(unique)]
@@ -92,13 +90,36 @@ class Study(Section):
         return self
 
     @model_validator(mode="after")
+    def possible_in_multi_task(self) -> "Study":
+        if self.adapts:
+            return self
+        n = len(QUESTIONS)
+        for expected, *place in (
+            (None, "inner"),
+            (None, "corruption"),
+            (n, "meta_batch"),
+            (n, "tuning", "tasks"),
+            (n, "test", "tasks"),
+            ([0], "test", "steps"),
+            (1, "test", "support_shots"),
+            (True, "test", "transductive"),
+        ):
+            found: object = reduce(getattr, place, self)
+            if found != expected:
+                shown = [json.dumps(value, default=str) for value in (expected, found)]
+                raise LocatedError(
+                    f"expected {shown[0]}, found {shown[1]}: multi-task training has the same {n} "
+                    "tasks at every step and at the test, and adapts to none",
+                    *place,
+                )
+        return self
+
+    @model_validator(mode="after")
     def consistent(self) -> "Study":
         if self.baseline not in [method.name for method in self.methods]:
             raise LocatedError(
                 f"the baseline {self.baseline!r} is not one of the methods", "baseline"
             )
-        if self.tuning.seeds > len(self.seeds):
-            raise LocatedError(f"more than the study's {len(self.seeds)} seeds", "tuning", "seeds")
         if self.test.steps != sorted(set(self.test.steps)):
             raise LocatedError(f"the steps {self.test.steps} do not rise", "test", "steps")
         if self.tuning.steps not in self.test.steps:
@@ -116,12 +137,37 @@ class Study(Section):
         return self
 
     @model_validator(mode="after")
+    def tunable(self) -> "Study":
+        seeds = self.tuning.seeds
+        if isinstance(seeds, int) and seeds > len(self.seeds):
+            raise LocatedError(f"more than the study's {len(self.seeds)} seeds", "tuning", "seeds")
+        if isinstance(seeds, list) and (shared := set(seeds) & set(self.seeds)):
+            message = f"expected none of the study's seeds, found {min(shared)}; give others"
+            raise LocatedError(message, "tuning", "seeds")
+        expected = len(self.outer.rates)
+        if self.outer.extend and expected == 1:
+            message = "expected two rates or more to extend, found one; give more, or leave it out"
+            raise LocatedError(message, "outer", "extend")
+        for index, method in enumerate(self.methods):
+            if (found := len(self.rates(method))) != expected:
+                message = f"expected {expected} rates, as many as outer.rates, found {found}; "
+                message += "give every method as many"
+                raise LocatedError(message, "methods", index, "rates")
+        return self
+
+    @model_validator(mode="after")
     def corrupted(self) -> "Study":
         if self.corruption is None:
             return self
         kind, foreign = self.corruption.kind, self.corruption.foreign
         if self.way is not None and foreign:
             raise LocatedError("there are no foreign tasks for drawings", "corruption", "foreign")
+        if self.way is not None and kind == "label_noise":
+            message = "classes take no noise; take shuffled_labels"
+            raise LocatedError(message, "corruption", "kind")
+        if kind == "flipped" and self.form.kind != "reptile":
+            message = "only Reptile's tasks report their displacements; take the form reptile"
+            raise LocatedError(message, "corruption", "kind")
         if foreign == getattr(self.tasks, "dataset", ""):
             message = f"the tasks of {foreign} are the study's own, not foreign"
             raise LocatedError(message, "corruption", "foreign")
@@ -152,31 +198,6 @@ class Study(Section):
         return self
 
     @model_validator(mode="after")
-    def possible_in_multi_task(self) -> "Study":
-        if self.adapts:
-            return self
-        n = len(QUESTIONS)
-        for expected, *place in (
-            (None, "inner"),
-            (None, "corruption"),
-            (n, "meta_batch"),
-            (n, "tuning", "tasks"),
-            (n, "test", "tasks"),
-            ([0], "test", "steps"),
-            (1, "test", "support_shots"),
-            (True, "test", "transductive"),
-        ):
-            found: object = reduce(getattr, place, self)
-            if found != expected:
-                shown = [json.dumps(value, default=str) for value in (expected, found)]
-                raise LocatedError(
-                    f"expected {shown[0]}, found {shown[1]}: multi-task training has the same {n} "
-                    "tasks at every step and at the test, and adapts to none",
-                    *place,
-                )
-        return self
-
-    @model_validator(mode="after")
     def possible_in_form(self) -> "Study":
         if self.form.kind != "meta-sgd":
             return self
@@ -184,7 +205,8 @@ class Study(Section):
             message = "Meta-SGD takes each step on the whole support set; leave it out"
             raise LocatedError(message, "inner", "batch_size")
         for index, method in enumerate(self.methods):
-            if method.options.get("scope", "global") != "global":
+            scopes = {part.options.get("scope", "global") for part in (method, *method.nested)}
+            if scopes != {"global"}:
                 message = "Meta-SGD's displacement has no leaf for the rates; leave scope out"
                 raise LocatedError(message, "methods", index, "options", "scope")
         return self
@@ -214,11 +236,33 @@ class Study(Section):
         ]
         return [self.model_copy(update={"corruption": section}) for section in sections]
 
+    def rates(self, method: Method) -> list[float]:
+        """The outer rates that a method is tuned on: its own, or those of all."""
+        return method.rates or self.outer.rates
+
+    def optimizer(self, method: Method) -> Optimizer:
+        """The outer optimizer that a method is trained with: its own, or that of all."""
+        return method.outer or self.outer.optimizer
+
+    @property
+    def tuning_seeds(self) -> list[int]:
+        """Those that rates are chosen on: the first of the study's, or others."""
+        seeds = self.tuning.seeds
+        return seeds if isinstance(seeds, list) else self.seeds[:seeds]
+
     @property
     def fraction(self) -> float:
         """The share of its training tasks that are corrupted, for one of its parts."""
         [fraction] = self.corruption.fractions if self.corruption else [0.0]
         return fraction
+
+    @property
+    def flip(self) -> float | None:
+        """What a flipped task's displacement is multiplied by; None where no task is flipped."""
+        if self.corruption is None or self.corruption.kind != "flipped":
+            return None
+        assert self.corruption.scale is not None
+        return -self.corruption.scale
 
     @property
     def usual_network(self) -> Network:

@@ -1,15 +1,18 @@
-"""The runs of a study: every method tuned on the same candidate rates, then run on every seed."""
+"""The runs of a study: every method tuned on as many outer rates, then run on every seed."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product, zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeAlias
 
 from torch import Generator
 
 from gradagree_opt.ablation.grouping import compiler_failure, group_size, groups, is_compiled
+from gradagree_opt.ablation.methods import Method
 from gradagree_opt.ablation.parallel import Report, execute
 from gradagree_opt.ablation.problem import Problem, build_problem, data_digest
 from gradagree_opt.ablation.records import DamagedRecordError, Run, RunRecord, Store
@@ -17,6 +20,7 @@ from gradagree_opt.ablation.study import Study, StudyError
 from gradagree_opt.ablation.training import train_runs
 
 Label: TypeAlias = tuple[str, float, int]
+Records: TypeAlias = Mapping[Label, RunRecord]
 Ended: TypeAlias = Callable[[Study, RunRecord, bool], None]
 """``ended(study, record, found)``: the record of a run, and whether it was found finished."""
 
@@ -38,25 +42,69 @@ class Results:
         """The runs of a method at its chosen rate, in the order of the study's seeds."""
         return [self.records[name, self.rates[name], seed] for seed in self.study.seeds]
 
+    def candidates(self, name: str) -> list[float]:
+        """The rates that a method was tuned on, in rising order."""
+        [method] = (method for method in self.study.methods if method.name == name)
+        return sorted(candidates(self.study, method, self.records))
+
     def at_edge(self, name: str) -> bool:
         """Whether a better rate may lie beyond the smallest or largest of the candidates."""
-        rates = self.study.outer.rates
-        return len(rates) > 1 and self.rates[name] in (min(rates), max(rates))
+        rates = self.candidates(name)
+        return len(rates) > 1 and self.rates[name] in (rates[0], rates[-1])
 
 
-def tuning_runs(study: Study) -> list[Run]:
-    """Every method at every candidate rate, from the first seeds."""
-    seeds = study.seeds[: study.tuning.seeds]
+def candidates(study: Study, method: Method, records: Records) -> list[float]:
+    """The rates to tune a method on: those given, then those beyond an edge that the best was at.
+
+    Of the latter, as many as the records lead to: the last one may have none yet.
+    """
+    rates = [*study.rates(method)]
+    for _ in range(study.outer.extend):
+        labels = product([method.name], rates, study.tuning_seeds)
+        if any(label not in records for label in labels):
+            break
+        rising, best = sorted(rates), best_rate(study, method, rates, records)
+        if best not in (rising[0], rising[-1]):
+            break
+        neighbour = rising[1] if best == rising[0] else rising[-2]
+        rates.append(float(f"{best * best / neighbour:.6g}"))  # as it is shown
+    return rates
+
+
+def best_rate(study: Study, method: Method, rates: list[float], records: Records) -> float:
+    """The one with the lowest validation loss over the tuning seeds; of equal ones, the smallest.
+
+    The test scores are not looked at.
+    """
+
+    def loss(rate: float) -> float:
+        return sum(records[method.name, rate, seed].validation for seed in study.tuning_seeds)
+
+    return min(sorted(rates), key=loss)
+
+
+def choose_rates(study: Study, records: Records) -> dict[str, float]:
+    """For each method the best of its candidate rates."""
+    return {
+        method.name: best_rate(study, method, candidates(study, method, records), records)
+        for method in study.methods
+    }
+
+
+def tuning_runs(study: Study, records: Records = MappingProxyType({})) -> list[Run]:
+    """Every method at each of its candidate rates, from the seeds that rates are chosen on."""
+    rates = [candidates(study, method, records) for method in study.methods]
     return [
         Run(method=method, rate=rate, seed=seed)
-        for seed in seeds
-        for rate in study.outer.rates
-        for method in study.methods
+        for seed in study.tuning_seeds
+        for turn in zip_longest(*rates)
+        for method, rate in zip(study.methods, turn, strict=True)
+        if rate is not None
     ]
 
 
 def final_runs(study: Study, rates: dict[str, float]) -> list[Run]:
-    """Every method at its chosen rate, from every seed, those of the tuning among them."""
+    """Every method at its chosen rate, from every seed of the study."""
     return [
         Run(method=method, rate=rates[method.name], seed=seed)
         for method in study.methods
@@ -64,24 +112,15 @@ def final_runs(study: Study, rates: dict[str, float]) -> list[Run]:
     ]
 
 
-def number_of_runs(study: Study) -> int:
-    """Of tuning and final runs together."""
-    further = len(study.seeds) - study.tuning.seeds
-    return len(study.methods) * (len(study.outer.rates) * study.tuning.seeds + further)
+def count_runs(study: Study, method: Method, records: Records) -> int:
+    """Of a method, tuning and final ones together, as far as the records lead."""
+    tuned = len(candidates(study, method, records)) * len(study.tuning_seeds)
+    return tuned + len(set(study.seeds).difference(study.tuning_seeds))
 
 
-def choose_rates(study: Study, records: dict[Label, RunRecord]) -> dict[str, float]:
-    """For each method the candidate with the lowest validation loss over the tuning seeds.
-
-    Of equal ones, the first. The test scores are not looked at.
-    """
-    totals = {(method.name, rate): 0.0 for method in study.methods for rate in study.outer.rates}
-    for run in tuning_runs(study):
-        totals[run.method.name, run.rate] += records[run.label].validation
-    return {
-        method.name: min(study.outer.rates, key=lambda rate: totals[method.name, rate])
-        for method in study.methods
-    }
+def number_of_runs(study: Study, records: Records) -> int:
+    """Of all methods; it grows with each rate that is tried beyond an edge."""
+    return sum(count_runs(study, method, records) for method in study.methods)
 
 
 def check_installed(study: Study) -> None:
@@ -145,8 +184,8 @@ class Sweep:
 
     @property
     def iterations(self) -> int:
-        """The outer steps of the whole study, finished runs included."""
-        return self.study.iterations * number_of_runs(self.study)
+        """The outer steps of the whole study, finished runs included, as far as is known."""
+        return self.study.iterations * number_of_runs(self.study, self.records)
 
     def run(self, jobs: int, report: Report, ended: Ended = lambda *_: None) -> Results:
         """Does what is missing, with that many processes.
@@ -155,7 +194,8 @@ class Sweep:
             report: Called with numbers of outer steps, as they are done.
             ended: Called for each run, as it ends or is found finished.
         """
-        self.complete(tuning_runs(self.study), jobs, report, ended)
+        for _ in range(1 + self.study.outer.extend):
+            self.complete(tuning_runs(self.study, self.records), jobs, report, ended)
         rates = choose_rates(self.study, self.records)
         self.complete(final_runs(self.study, rates), jobs, report, ended)
         return Results(self.study, self.records, rates)

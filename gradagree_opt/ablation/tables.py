@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from gradagree_opt.ablation.records import RunRecord
+from gradagree_opt.ablation.sections import GroupedTasks
 from gradagree_opt.ablation.statistics import (
     Comparison,
     Interval,
@@ -203,16 +204,39 @@ def numbers_of(results: Results, compared: Mapping[str, Comparison]) -> pd.DataF
     return table
 
 
+def rates_text(study: Study) -> str:
+    """The candidates for the outer rate: of all methods, then of those that have their own."""
+
+    def listed(rates: list[float]) -> str:
+        return ", ".join(f"{rate:g}" for rate in rates)
+
+    own = [f'"{method.name}": {listed(method.rates)}' for method in study.methods if method.rates]
+    text = listed(study.outer.rates) if len(own) < len(study.methods) else "its own"
+    text += f" ({'; '.join(own)})" if own else ""
+    if study.outer.extend:
+        more = counted(study.outer.extend, "rate")
+        text += f", extended by up to {more} where the best was at an edge,"
+    return text
+
+
+def other_optimizers(study: Study) -> str:
+    """The methods whose outer optimizer is not the study's, each with its own."""
+    found = {method.name: study.optimizer(method) for method in study.methods}
+    others = {name: own for name, own in found.items() if own != study.outer.optimizer}
+    return ", ".join(f'{own} for "{name}"' for name, own in others.items())
+
+
+def tuning_seeds_text(study: Study) -> str:
+    """How many seeds the rates are chosen on, and whose they are."""
+    count = len(study.tuning_seeds)
+    own = isinstance(study.tuning.seeds, list)
+    return f"{counted(count, 'seed')} of their own" if own else f"{count} of the seeds"
+
+
 def notes(parts: Sequence[Results]) -> list[str]:
     """What a reader of the table must know."""
     study = parts[-1].study
     measure, test, tuning = MEASURES[study.tasks.kind], study.test, study.tuning
-    rates = ", ".join(f"{rate:g}" for rate in study.outer.rates)
-    unseen = (  # of which there are few, and the same at every seed
-        f"{test.tasks} tasks drawn from unseen groups"
-        if study.tasks.kind == "grouped"
-        else f"{test.tasks} unseen tasks"
-    )
     spread = (
         f"mean and 95 % interval (Student t) over {len(study.seeds)} seeds"
         if len(study.seeds) > 1
@@ -221,18 +245,21 @@ def notes(parts: Sequence[Results]) -> list[str]:
     if study.adapts:
         per_class = "" if study.way is None else " of each class"
         examples = f"{counted(test.support_shots, 'example')}{per_class}"
+        unseen = f"{test.tasks} {unseen_tasks(study)}"
         tested = f"{measure.name} on {unseen} after gradient steps on {examples}"
         validation = counted(tuning.tasks, "validation task")
     else:
         tested = f"mean {measure.name} of {test.tasks} tasks on {test.query_shots} unseen inputs"
         validation = f"{test.query_shots} validation inputs"
     chosen = (
-        f"Outer rate chosen from {rates} by the loss{after(study, tuning.steps)} on {validation}, "
-        f"{tuning.seeds} of the seeds"
+        f"Outer rate chosen from {rates_text(study)} by the loss{after(study, tuning.steps)} on "
+        f"{validation}, {tuning_seeds_text(study)}"
         if len(study.outer.rates) > 1
         else "Outer rate not tuned"
     )
     trained = f"{chosen}; {study.iterations} iterations of {counted(study.meta_batch, 'task')}."
+    if others := other_optimizers(study):
+        trained += f" Outer optimizer {study.outer.optimizer}; {others}."
     compared = f"Minus {study.baseline}: difference{after(study, tuning.steps)}, paired by seed."
     lines = [f"{study.title}: {tested}; {spread}.", trained, compared]
     if len(parts) > 1 and study.corruption:
@@ -241,9 +268,23 @@ def notes(parts: Sequence[Results]) -> list[str]:
             f"Corrupted: share of the training tasks that are spoilt ({kind}), validation and test "
             "tasks are clean; rates are chosen and differences taken at each share by itself."
         )
+    if getattr(study.tasks, "folds", None) and len(study.outer.rates) > 1:
+        lines.append(
+            "Folds: no group that a seed tests on is in its training; but groups that validate at "
+            "one seed, which the rate is chosen by, test at another."
+        )
     if any(part.at_edge(name) for part in parts for name in part.rates):
         lines.append(f"{EDGE} at the edge of the candidate rates: a better one may lie beyond it.")
     return lines
+
+
+def unseen_tasks(study: Study) -> str:
+    """What a test task of the study is; of groups there are few, and they come again."""
+    if not isinstance(study.tasks, GroupedTasks):
+        return "unseen tasks"
+    if study.tasks.folds is None:
+        return "tasks drawn from unseen groups"
+    return f"tasks drawn from unseen groups (one of {study.tasks.folds} folds at each seed)"
 
 
 def comparison_notes(parts: Sequence[Results]) -> list[str]:

@@ -141,8 +141,9 @@ def outer_steps(
     aggregators = [run.method.build(generator(run.seed, "weights")) for run in runs]
     rates = torch.tensor([run.rate for run in runs])
     params = stack(initial)
-    state = problem.outer_step.initial(initial)
-    step = problem.outer_step.alone if runs[0].method.of_torchjd else problem.outer_step
+    outer_step = problem.outer_steps[study.optimizer(runs[0].method)]
+    state = outer_step.initial(initial)
+    step = outer_step.alone if runs[0].method.of_torchjd else outer_step
     for iteration in range(study.iterations):
         tasks = {seed: source(iteration) for seed, source in sources.items()}
         draws = [aggregator.draw(study.meta_batch) for aggregator in aggregators]

@@ -14,6 +14,7 @@ from gradagree_opt.engines.random_state import RandomState
 from gradagree_opt.engines.rows import Rows
 from gradagree_opt.stacks import PyTree, task_count, tree_norm
 from gradagree_opt.statistics import Statistics
+from gradagree_opt.weightings import AgreementWeighting
 
 Losses = Callable[[PyTree], Tensor]
 Pullback = Callable[[PyTree], tuple[PyTree]]
@@ -23,12 +24,12 @@ def matrix_free_refusal(aggregator: Aggregator, task_loss: TaskLoss, /) -> str |
     """Why the engine cannot serve an aggregator, in half a sentence; None where it can."""
     if not task_loss.signal_is_gradient:
         return "its signal is not the gradient"
-    missing = sorted(aggregator.weighting.needs - {"draws"})
+    missing = sorted(aggregator.needs - {"draws"})
     if missing:
         return f"its weighting reads {', '.join(missing)}, which no row sum tells"
     if aggregator.scope != "global":
         return f"scope={aggregator.scope!r} needs the row sums of each group"
-    if aggregator.match_norm == "agreement":
+    if isinstance(aggregator.reference, AgreementWeighting):
         return "match_norm='agreement' needs the norms of the gradients where they cancel"
     if aggregator.nonfinite == "drop":
         return "nonfinite='drop' needs the gradient of each task"

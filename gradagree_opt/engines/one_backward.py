@@ -16,7 +16,7 @@ def one_backward_refusal(aggregator: Aggregator, task_loss: TaskLoss, /) -> str 
     """Why the engine cannot serve an aggregator, in half a sentence; None where it can."""
     if task_loss.signal_is_gradient:
         return "its signal is the gradient, which no forward pass tells"
-    if "directions" in aggregator.weighting.needs:
+    if "directions" in aggregator.needs:
         return "its update is no weighted sum, and needs the gradient of each task"
     if aggregator.nonfinite == "drop":  # 0 · NaN is NaN
         return "nonfinite='drop' must keep a task out of the backward pass that all share"

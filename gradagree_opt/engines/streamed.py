@@ -22,8 +22,8 @@ def streamed_refusal(aggregator: Aggregator, task_loss: TaskLoss, /) -> str | No
     """Why the engine cannot serve an aggregator, in half a sentence; None where it can."""
     known = {"draws", "squared_norms", "cosine_row_sums", "other_row_sums"}
     if not task_loss.signal_is_gradient:
-        known.add("gramian")  # of a stack that is held
-    missing = sorted(aggregator.weighting.needs - known)
+        known |= {"relative_norms", "cosines", "gramian"}  # of a stack that is held
+    missing = sorted(aggregator.needs - known)
     if missing:
         return f"its weighting reads {', '.join(missing)}, which needs all gradients at once"
     if aggregator.nonfinite == "drop" and not task_loss.signal_is_gradient:
@@ -82,9 +82,9 @@ def _measured_in_two_passes(
     """Statistics of the gradients: norms and Σ g_j in one pass, products with it in another."""
     groups = group_indices(stream.params, aggregator.scope)
     drop = aggregator.nonfinite == "drop"
-    cosine = "cosine_row_sums" in aggregator.weighting.needs
+    cosine = "cosine_row_sums" in aggregator.needs
     # Σ_j g_j − g_i of one task far larger than the others is rounding in float32.
-    others = "other_row_sums" in aggregator.weighting.needs
+    others = "other_row_sums" in aggregator.needs
     losses, scales, squares, finite = (Rows(stream.n) for _ in range(4))
     total, unit_total = stream.zeros(torch.float64 if others else None), stream.zeros()
     for loss, gradient in stream.gradients():

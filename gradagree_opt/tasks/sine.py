@@ -1,4 +1,4 @@
-"""Sine regression: every task is one sine curve with its own amplitude and phase."""
+"""Sine regression: every task is one sine curve with its own amplitude, phase and frequency."""
 
 import math
 from dataclasses import dataclass
@@ -18,11 +18,12 @@ Query = Literal["uniform", "grid"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sine:
-    """Regression on ``f(x) = amplitude · sin(x + phase)``, both drawn uniformly for every task.
+    """Regression on ``f(x) = amplitude · sin(frequency · x + phase)``, drawn anew for every task.
 
-    The defaults are the paper's distribution: amplitude U[0.1, 5], phase U[0, 2π], 10 support
-    points. It does not say where the inputs lie nor how many points its loss is the mean of: the
-    range of inputs and the 50 query points are those of OpenAI's Reptile demo. Set-ups of others::
+    Amplitude, phase and frequency are uniform in their intervals. The defaults are the paper's
+    distribution: amplitude U[0.1, 5], phase U[0, 2π], frequency 1, 10 support points. The paper
+    does not say where the inputs lie nor how many points its loss is the mean of: the range of
+    inputs and the 50 query points are those of OpenAI's Reptile demo. Set-ups of others::
 
         Sine(phase=(0.0, math.pi), query_shots=10)                       # Finn et al. 2017
         Sine(support="shuffled_grid", support_shots=50, query="grid")    # OpenAI's Reptile demo
@@ -37,6 +38,7 @@ class Sine:
     Args:
         amplitude: lowest and highest amplitude.
         phase: lowest and highest phase, in radians.
+        frequency: lowest and highest frequency, in radians per unit of the input.
         x_range: lowest and highest input.
         support_shots: support points per task.
         query_shots: query points per task.
@@ -62,6 +64,7 @@ class Sine:
 
     amplitude: tuple[float, float] = (0.1, 5.0)
     phase: tuple[float, float] = (0.0, 2 * math.pi)
+    frequency: tuple[float, float] = (1.0, 1.0)
     x_range: tuple[float, float] = (-5.0, 5.0)
     support_shots: int = 10
     query_shots: int = 50
@@ -70,7 +73,7 @@ class Sine:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        for name in ("amplitude", "phase", "x_range"):
+        for name in ("amplitude", "phase", "frequency", "x_range"):
             check_interval(name, getattr(self, name))
         check_choice("support", self.support, get_args(Support))
         check_choice("query", self.query, get_args(Query))
@@ -94,7 +97,7 @@ class Sine:
             ValueError: ``n_tasks`` is below 1 or ``split`` is unknown.
         """
         check_sample_arguments(n_tasks, split, generator)
-        amplitude, phase = self.sample_parameters(n_tasks, generator)
+        parameters = self.sample_parameters(n_tasks, generator)
         if self.support == "uniform":
             shape = (n_tasks, self.support_shots, 1)
             support = uniform(self.x_range, shape, self.dtype, generator)
@@ -107,14 +110,14 @@ class Sine:
         else:
             query = self._grid(self.query_shots, generator).repeat(n_tasks, 1).unsqueeze(-1)
         return {
-            "support": (support, self.targets(support, amplitude, phase)),
-            "query": (query, self.targets(query, amplitude, phase)),
+            "support": (support, self.targets(support, *parameters)),
+            "query": (query, self.targets(query, *parameters)),
         }
 
     def sample_parameters(
         self, n: int, generator: torch.Generator
-    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-        """Amplitudes and phases (radians) of ``n`` tasks, each ``[n]``.
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """Amplitudes, phases (radians) and frequencies of ``n`` tasks, each ``[n]``.
 
         They are the first thing that ``sample`` draws: from a generator in the same state, these
         are the curves behind its tasks.
@@ -124,20 +127,26 @@ class Sine:
         >>> torch.equal(y, sine.targets(x, *sine.sample_parameters(3, seed(0))))
         True
         """
-        return (
-            uniform(self.amplitude, (n,), self.dtype, generator),
-            uniform(self.phase, (n,), self.dtype, generator),
-        )
+        amplitude = uniform(self.amplitude, (n,), self.dtype, generator)
+        phase = uniform(self.phase, (n,), self.dtype, generator)
+        low, high = self.frequency
+        if low == high:  # not drawn, so that seeds give the tasks that they gave before the option
+            return amplitude, phase, torch.full_like(amplitude, low)
+        return amplitude, phase, uniform(self.frequency, (n,), self.dtype, generator)
 
     @staticmethod
     def targets(
         x: Float[Tensor, "n shots 1"],
         amplitude: Float[Tensor, " n"],
         phase: Float[Tensor, " n"],
+        frequency: Float[Tensor, " n"],
         /,
     ) -> Float[Tensor, "n shots 1"]:
-        """The curves of n tasks at their inputs: ``amplitude · sin(x + phase)``."""
-        return amplitude[:, None, None] * torch.sin(x + phase[:, None, None])
+        """The curves of n tasks at their inputs: ``amplitude · sin(frequency · x + phase)``."""
+        amplitude, phase, frequency = (
+            parameter[:, None, None] for parameter in (amplitude, phase, frequency)
+        )
+        return amplitude * torch.sin(frequency * x + phase)
 
     def _grid(self, points: int, generator: torch.Generator) -> Float[Tensor, " points"]:
         return torch.linspace(*self.x_range, points, device=generator.device, dtype=self.dtype)

@@ -182,6 +182,9 @@ def test_corrupted_tasks_are_owned_up_to(config: Config) -> None:
     text = methods_text(with_study(config, corruption=corruption, seeds=[0, 1, 2]))
     assert "0, 0.1 or 0.5 was corrupted (outlier scale, scale 10); all of the following" in text
     assert "[@holm1979simple] for all shares together and" in text
+    corruption = CorruptionSection(kind="label_noise", fraction=1, scale=0.5)
+    text = methods_text(with_study(config, corruption=corruption))
+    assert "a share of 1 was corrupted (label noise, deviation 0.5)." in text
     assert "corrupted" not in methods_text(config)
 
 
@@ -239,6 +242,10 @@ def test_foreign_tasks_are_named_and_their_source_is_cited(config: Config) -> No
         changed = with_study(config, corruption=corruption)
         assert f"(foreign, by tasks of {foreign} [@{source}])" in methods_text(changed)
         assert cited(changed) - cited(config) == {source} | library
+    corruption = CorruptionSection(kind="foreign", fraction=0.5, foreign="fast_sines")
+    changed = with_study(config, corruption=corruption)
+    assert "(foreign, by sines of amplitude 5 to 15 and frequency 3 to 6)" in methods_text(changed)
+    assert cited(changed) == cited(config)
 
 
 @pytest.mark.parametrize(
@@ -311,6 +318,21 @@ def test_adam_is_cited_where_it_is_used(config: Config) -> None:
     outer = config.study.outer.model_copy(update={"optimizer": "adam"})
     assert "kingma2015adam" in cited(with_study(config, outer=outer))
     assert "kingma2015adam" not in cited(config)
+
+
+def test_a_methods_own_outer_optimizer_is_named_and_cited(config: Config) -> None:
+    mean, agreement, random = config.study.methods
+    own = [
+        mean.model_copy(update={"outer": "sgd"}),
+        agreement.model_copy(update={"outer": "momentum"}),
+        random.model_copy(update={"outer": "adam"}),
+    ]
+    changed = with_study(config, methods=own)
+    assert cited(changed) - cited(config) == {"polyak1964some", "kingma2015adam"}
+    assert (
+        'by gradient descent ("agreement" by gradient descent with momentum 0.9 [@polyak1964some], '
+        '"random_weights & co" by Adam [@kingma2015adam]) at a rate'
+    ) in methods_text(changed)
 
 
 @pytest.mark.parametrize(

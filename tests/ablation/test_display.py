@@ -56,6 +56,19 @@ def test_the_lowest_validation_loss_of_each_method_is_shown_with_its_rate(study:
     ]
 
 
+def test_a_rate_that_is_tried_beyond_an_edge_is_one_run_more(study: Study) -> None:
+    outer = study.outer.model_copy(update={"extend": 1})
+    study = study.model_copy(update={"outer": outer})
+    display = Display("title", 100, console(terminal=True))
+    display.advance(50)
+    for rate, loss in ((0.25, 2.5), (0.5, 1.25)):
+        display.end(study, record(study, 0, rate, 3, loss), found=False)
+    display.resize(200)
+    _, bar, _, *methods = shown(display)
+    assert " 25 % " in bar
+    assert [line.split()[-3:] for line in methods[:2]] == [["2", "of", "4"], ["0", "of", "3"]]
+
+
 def test_the_next_fraction_begins_anew(study: Study) -> None:
     corruption = CorruptionSection(kind="shuffled_labels", fraction=[0, 0.3])
     clean, spoilt = study.model_copy(update={"corruption": corruption}).parts()

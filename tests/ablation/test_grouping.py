@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from gradagree_opt.ablation.models import (
 )
 from gradagree_opt.ablation.problem import Problem, TrainingTasks, build_problem
 from gradagree_opt.ablation.records import Run
+from gradagree_opt.ablation.section import Optimizer
 from gradagree_opt.ablation.sections import MAMLForm, ReptileForm
 from gradagree_opt.ablation.study import Study
 from gradagree_opt.ablation.training import train_runs
@@ -38,6 +40,11 @@ FORMS = {
     "MAML": MAMLForm(kind="maml"),
     "FOMAML": MAMLForm(kind="maml", first_order=True),
     "MAML on gradients": MAMLForm(kind="maml", signal="gradient"),
+}
+OPTIMIZERS = {
+    "sgd": torch.optim.SGD,
+    "momentum": partial(torch.optim.SGD, momentum=0.9),
+    "adam": torch.optim.Adam,
 }
 RATES = {"sgd": (0.02, 0.01, 0.005), "adam": (0.01, 0.002, 0.004)}
 
@@ -84,7 +91,7 @@ def one_by_one(study: Study, run: Run) -> tuple[Params, dict[str, float]]:
         else ga.Reptile(loss, inner)
     )
     params = {name: leaf.requires_grad_() for name, leaf in initial_params(study, run.seed).items()}
-    kind = torch.optim.SGD if study.outer.optimizer == "sgd" else torch.optim.Adam
+    kind = OPTIMIZERS[run.method.outer or study.outer.optimizer]
     optimizer = kind(list(params.values()), lr=run.rate)
     linear = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, study.iterations)
     last: list[dict[str, float]] = []
@@ -136,6 +143,17 @@ def test_so_are_they_in_the_other_forms(study: Study, form: str) -> None:
     for run, (_, params) in zip(
         runs, train_runs(study, problem_of(study), runs, ignore), strict=True
     ):
+        assert_same_params(params, one_by_one(study, run)[0])
+
+
+@pytest.mark.parametrize(("own", "other"), [("momentum", "sgd"), ("adam", "sgd"), ("sgd", "adam")])
+def test_a_method_is_trained_with_an_outer_optimizer_of_its_own(
+    study: Study, own: Optimizer, other: str
+) -> None:
+    study = variant(study, "Reptile", other)
+    runs = runs_of(METHODS[1].model_copy(update={"outer": own}), RATES["adam"])
+    trained = train_runs(study, problem_of(study), runs, ignore)
+    for run, (_, params) in zip(runs, trained, strict=True):
         assert_same_params(params, one_by_one(study, run)[0])
 
 

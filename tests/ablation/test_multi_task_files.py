@@ -63,6 +63,10 @@ def test_a_quick_study_is_run_whole_goes_on_and_is_reported_and_cited(
             {"corruption": {"kind": "shuffled_labels", "fraction": 0.5}},
             "in 'corruption': expected null, found",
         ),
+        (
+            {"corruption": {"kind": "flipped", "fraction": 0.5, "scale": 2.0}},
+            "in 'corruption': expected null, found",
+        ),
         ({"meta_batch": 5}, "line 21 in 'meta_batch': expected 6, found 5: multi-task training"),
         (
             {"tuning": {"seeds": 1, "tasks": 7, "steps": 0}},

@@ -1,11 +1,23 @@
 """The outer optimizers as functions against torch.optim."""
 
+from functools import partial
+from typing import get_args
+
 import pytest
 import torch
 
 from gradagree_opt.ablation.optimizers import OPTIMIZERS
+from gradagree_opt.ablation.section import Optimizer
 
-KINDS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+KINDS = {
+    "sgd": torch.optim.SGD,
+    "momentum": partial(torch.optim.SGD, momentum=0.9),
+    "adam": torch.optim.Adam,
+}
+
+
+def test_every_optimizer_that_a_study_may_name_is_there() -> None:
+    assert set(OPTIMIZERS) == set(get_args(Optimizer))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -21,8 +21,7 @@ from gradagree_opt.ablation.problem import (
     evaluation_tasks,
 )
 from gradagree_opt.ablation.records import Run
-from gradagree_opt.ablation.sections import CorruptionSection
-from gradagree_opt.ablation.study import Study, StudyError
+from gradagree_opt.ablation.study import Study
 from gradagree_opt.ablation.training import train_runs
 from gradagree_opt.tasks import grouped
 from gradagree_testing.photographs import write_photographs
@@ -30,10 +29,6 @@ from gradagree_testing.photographs import write_photographs
 WriteStudy = Callable[..., Path]
 SHOTS = {"support_shots": 3, "query_shots": 1}
 TEST = {"tasks": 4, "support_shots": 1, "query_shots": 2, "steps": [0, 1]}
-
-
-def tensors(tasks: Tasks) -> list[torch.Tensor]:
-    return [tensor for part in ("support", "query") for tensor in tasks[part]]
 
 
 def draw(distribution: Any, split: str, n: int = 2) -> Tasks:
@@ -93,98 +88,6 @@ def test_every_seed_has_its_own_training_validation_and_test_tasks(study: Study)
         evaluation_tasks(spied, 4, "validation", seed)
         evaluation_tasks(spied, 4, "test", seed)
     assert len(seeds) == len(set(seeds)) == 6
-
-
-@pytest.mark.parametrize("fraction", [0.2, 0.7])
-def test_a_study_spoils_its_fraction_of_the_tasks_by_its_scale(
-    study: Study, fraction: float
-) -> None:
-    section = CorruptionSection(kind="outlier_scale", fraction=fraction, scale=9.0)
-    spoilt = build_problem(study.model_copy(update={"corruption": section}), None).training
-    clean = build_problem(study, None).training
-    y, z = (draw(each, "train", 2000)["support"][1] for each in (clean, spoilt))
-    ratio = (z / y)[:, 0, 0]
-    changed = ratio[ratio != 1]
-    torch.testing.assert_close(changed, torch.full_like(changed, 9.0))
-    assert abs(len(changed) / 2000 - fraction) < 0.06
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"kind": "shuffled_labels", "fraction": 1.0},
-        {"kind": "outlier_scale", "fraction": 1.0, "scale": 9.0},
-        {"kind": "foreign", "fraction": 1.0, "foreign": "lines"},
-        {"kind": "foreign", "fraction": 1.0, "foreign": "Spruce"},
-    ],
-)
-def test_corruption_spoils_the_training_tasks_and_no_others(
-    study: Study, keys: dict[str, Any]
-) -> None:
-    section = CorruptionSection(**keys)
-    problem = build_problem(study, None)
-    corrupted = build_problem(study.model_copy(update={"corruption": section}), None)
-    clean, spoilt = (TrainingTasks(study, p, 3)(0)["support"] for p in (problem, corrupted))
-    assert (clean[1] != spoilt[1]).flatten(1).any(1).all()
-    for split in ("validation", "test"):
-        expected, found = (evaluation_tasks(p, 4, split, 3) for p in (problem, corrupted))
-        assert all(torch.equal(a, b) for a, b in zip(*map(tensors, (expected, found)), strict=True))
-
-
-@pytest.mark.parametrize(
-    ("tasks", "model", "keys", "words"),
-    [
-        (
-            {"kind": "omniglot", "way": 2, "support_shots": 5},
-            {"kind": "conv4"},
-            {"kind": "outlier_scale", "scale": 10},
-            "BatchNorm divides the scale",
-        ),
-        (
-            {"kind": "omniglot", "way": 2, "support_shots": 5},
-            {"kind": "mlp", "hidden": [4], "batch_norm": True},
-            {"kind": "outlier_scale", "scale": 10},
-            "BatchNorm divides the scale",
-        ),
-        (
-            {"kind": "omniglot", "way": 2, "support_shots": 1},
-            {"kind": "mlp", "hidden": [4]},
-            {"kind": "shuffled_labels"},
-            "of one example of each class are as good",
-        ),
-        (
-            {"kind": "sine", "support_shots": 1},
-            {"kind": "mlp", "hidden": [4]},
-            {"kind": "shuffled_labels"},
-            "of one example are as good",
-        ),
-    ],
-)
-def test_corruption_that_would_leave_the_training_as_it_is_is_refused(
-    write_study: WriteStudy,
-    tasks: dict[str, Any],
-    model: dict[str, Any],
-    keys: dict[str, Any],
-    words: str,
-) -> None:
-    changes = {"tasks": tasks, "model": model, "inner": {"lr": 0.1, "steps": 1}}
-    corruption = keys | {"fraction": 0.5}
-    with pytest.raises(StudyError, match=words) as caught:
-        load(str(write_study(**changes, corruption=corruption)))
-    assert "\n" not in str(caught.value)
-    load(str(write_study(**changes)))  # only the corruption was wrong
-    if keys["kind"] == "shuffled_labels":  # of the support alone: MAML has a query set besides
-        load(str(write_study(**changes, corruption=corruption, form={"kind": "maml"})))
-
-
-def test_real_data_that_spoil_a_study_are_part_of_its_digest(study: Study) -> None:
-    def digest(**keys: Any) -> str | None:
-        section = CorruptionSection(kind="foreign", fraction=0.5, **keys)
-        return data_digest(build_problem(study.model_copy(update={"corruption": section}), None))
-
-    digests = digest(foreign="Spruce"), digest(foreign="Milk")
-    assert digest(foreign="lines") is None
-    assert None not in digests and digests[0] != digests[1]
 
 
 @pytest.mark.parametrize(("ranges", "end"), [("paper", 2 * math.pi), ("finn", math.pi)])

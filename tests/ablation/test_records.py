@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from gradagree_opt.ablation.records import (
     Store,
     write_atomically,
 )
+from gradagree_opt.ablation.section import Optimizer
 from gradagree_opt.ablation.sections import CorruptionSection, MAMLForm, MetaSGDForm
 from gradagree_opt.ablation.study import Study
 from gradagree_opt.ablation.sweep import final_runs, tuning_runs
@@ -203,8 +204,18 @@ def test_the_key_does_not_depend_on_the_other_rates_nor_on_the_methods_name(stud
     tuning = study.tuning.model_copy(update={"seeds": 2})
     wider = study.model_copy(update={"outer": outer, "tuning": tuning})
     assert RUN.key(wider, None) == RUN.key(study, None)
-    renamed = RUN.model_copy(update={"method": Method(name="average", aggregator="mean")})
-    assert renamed.key(study, None) == RUN.key(study, None)
+    renamed = Method(name="average", aggregator="mean", rates=[0.5, 9.0])
+    assert RUN.model_copy(update={"method": renamed}).key(study, None) == RUN.key(study, None)
+
+
+def test_the_key_depends_on_the_optimizer_that_steps_whoever_names_it(study: Study) -> None:
+    def key(own: Optimizer | None, of_all: Optimizer) -> str:
+        outer = study.outer.model_copy(update={"optimizer": of_all})
+        run = RUN.model_copy(update={"method": RUN.method.model_copy(update={"outer": own})})
+        return run.key(study.model_copy(update={"outer": outer}), None)
+
+    assert key("sgd", "sgd") == key(None, "sgd") == key("sgd", "adam")
+    assert len({key(own, "sgd") for own in get_args(Optimizer)}) == 3
 
 
 def test_the_key_depends_on_everything_that_touches_the_run(study: Study) -> None:

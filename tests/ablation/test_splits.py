@@ -14,7 +14,7 @@ from gradagree_opt.ablation.loading import load
 from gradagree_opt.ablation.problem import build_problem
 from gradagree_opt.ablation.study import Study
 from gradagree_opt.tasks import grouped
-from gradagree_opt.tasks.grouped import split_groups
+from gradagree_opt.tasks.group_splits import split_groups
 from gradagree_testing.photographs import write_photographs
 
 from .spied import drawn, highest, trained_alike

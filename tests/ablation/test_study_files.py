@@ -15,7 +15,9 @@ from .conftest import WriteStudy
 
 WHOLE = {"lr": 0.02, "steps": 2}
 TEST = {"tasks": 12, "support_shots": 5, "query_shots": 7, "steps": [0, 1, 2]}
+MEAN = "{name: mean, aggregator: mean"
 SHIPPED = [
+    "equal-sine",
     "grouped",
     "mini-imagenet-5way-1shot",
     "mini-imagenet-5way-5shot",
@@ -115,11 +117,24 @@ def test_a_number_in_exponent_form_is_a_number(study_file: Path) -> None:
         ),
         (*corruption("kind: shuffled_labels, fraction: [0.5, 0]"), 6, "[0.5, 0.0] do not rise"),
         (*corruption("kind: shuffled_labels, fraction: 0.3, scale: 2"), 6, "'scale' goes with"),
+        (*corruption("kind: label_noise, fraction: 1"), 6, "'label_noise' needs the key 'scale'"),
+        (
+            *corruption("kind: label_noise, fraction: 1, scale: 0"),
+            6,
+            "label_noise needs a scale above 0",
+        ),
+        (*corruption("kind: flipped, fraction: 1"), 6, "'flipped' needs the key 'scale'"),
+        (*corruption("kind: flipped, fraction: 1, scale: -1"), 6, "scale above 0, found -1"),
+        (
+            *corruption("kind: foreign, fraction: 1, foreign: lines, scale: 2"),
+            6,
+            "'scale' goes with kind 'label_noise' or 'outlier_scale' or 'flipped'",
+        ),
         (*corruption("kind: foreign, fraction: 0.3"), 6, "needs the key 'foreign'"),
         (
             *corruption("kind: foreign, fraction: 0.3, foreign: circles"),
             6,
-            "'lines', 'sleepstudy', ",
+            "'lines', 'fast_sines', 'sleepstudy', ",
         ),
         ("form: {kind: reptile}", "form: {kind: repitle}", 5, "'reptile', 'maml', 'anil'"),
         ("form: {kind: reptile}", "form: {kin: reptile}", 5, "the key 'kind' is missing"),
@@ -137,7 +152,12 @@ def test_a_number_in_exponent_form_is_a_number(study_file: Path) -> None:
             21,
             "true or false for 'include_self'",
         ),
-        ("      negative: clip", "      match_norm: 1", 21, "a word or null for 'match_norm'"),
+        (
+            "      negative: clip",
+            "      match_norm: 1",
+            21,
+            "a word or an aggregator or null for 'match_norm'",
+        ),
         ("iterations: 12", "iterations: true", 11, "integer"),
         ("rates: [0.25, 0.5]", "rates: [0.25, true]", 10, "number"),
         ("seeds: [3, 5]", "seeds: [3, true]", 13, "integer"),
@@ -157,6 +177,15 @@ def test_a_number_in_exponent_form_is_a_number(study_file: Path) -> None:
             "not foreign",
         ),
         ("tuning: {seeds: 1,", "tuning: {seeds: 3,", 14, "more than the study's 2 seeds"),
+        ("tuning: {seeds: 1,", "tuning: {seeds: [7, 5],", 14, "none of the study's seeds, found 5"),
+        ("tuning: {seeds: 1,", "tuning: {seeds: [7, 7],", 14, "7 is given more than once"),
+        ("tuning: {seeds: 1,", "tuning: {seeds: [],", 14, "at least one entry, found none"),
+        ("0.5], schedule", "0.5], extend: -1, schedule", 10, "found -1"),
+        ("[0.25, 0.5], schedule", "[1], extend: 1, schedule", 10, "two rates or more to extend"),
+        (MEAN, f"{MEAN}, rates: [1.0]", 17, "2 rates, as many as outer.rates, found 1; give"),
+        (MEAN, f"{MEAN}, rates: [1.0, 1.0]", 17, "1.0 is given more than once"),
+        (MEAN, f"{MEAN}, rates: [1.0, .inf]", 17, "a finite number"),
+        (MEAN, f"{MEAN}, outer: rmsprop", 17, "'sgd', 'momentum' or 'adam', found \"rmsprop\""),
         ("steps: [0, 1, 2]}", "steps: [0, 2, 1]}", 15, "do not rise"),
         ("steps: [0, 1, 2]}", "steps: [0, 2]}", 14, "not among"),
         ("support_shots: 5, ", "", 15, "in 'test': the key 'support_shots' is missing"),

