@@ -7,9 +7,9 @@ from importlib.resources import files
 from jinja2 import Environment, PackageLoader
 
 from gradagree_opt.ablation.methods import Recipe
+from gradagree_opt.ablation.notes import rates_text, tuning_seeds_text
 from gradagree_opt.ablation.recorded import Config
 from gradagree_opt.ablation.study import Study
-from gradagree_opt.ablation.tables import rates_text, tuning_seeds_text
 from gradagree_opt.tasks.digits import QUESTIONS
 from gradagree_opt.tasks.grouped import DATASETS
 

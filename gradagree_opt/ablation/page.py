@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from gradagree_opt.ablation import tables
 from gradagree_opt.ablation.citations import bibtex, methods_text
+from gradagree_opt.ablation.notes import comparison_notes, notes
 from gradagree_opt.ablation.recorded import Config
 from gradagree_opt.ablation.style import INK, save
 from gradagree_opt.ablation.sweep import Results
@@ -71,7 +72,7 @@ def html(parts: Sequence[Results], config: Config, figures: Mapping[str, Figure]
     return environment.get_template("report.html.j2").render(
         study=config.study,
         config=config,
-        notes=tables.notes(parts) + tables.comparison_notes(parts),
+        notes=notes(parts) + comparison_notes(parts),
         tables=[
             page_table("methods", "The methods, the best first", tables.summary(parts)),
             page_table("runs", "All runs", every_run(parts), folded=True),
