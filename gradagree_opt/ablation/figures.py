@@ -16,7 +16,7 @@ from gradagree_opt.ablation.records import RunRecord
 from gradagree_opt.ablation.statistics import Interval, interval
 from gradagree_opt.ablation.style import INK, legend, looks, plain_log
 from gradagree_opt.ablation.sweep import Results
-from gradagree_opt.ablation.tables import MEASURES, counted
+from gradagree_opt.ablation.tables import MEASURES, after
 
 RateArray: TypeAlias = npt.NDArray[np.float64]
 RateCurves: TypeAlias = dict[str, list[Interval]]
@@ -75,7 +75,7 @@ def loss_curves(
     # The limits are by the losses: an interval may reach below zero, where a log axis does not go.
     plain_log(axes, [loss for loss in seen if loss < HOPELESS * untrained])
     axes.set_xlabel(unit)
-    axes.set_ylabel(f"validation loss after {counted(results.study.tuning.steps, 'step')}")
+    axes.set_ylabel(f"validation loss{after(results.study, results.study.tuning.steps)}")
     legend(figure, axes, "method (outer rate)", "outside right upper")
     return figure
 
@@ -103,8 +103,8 @@ def tuned_rates(results: Results) -> Figure:
     scores = curves(lambda record: record.test[steps] * measure.factor)
     draw_rates(left, results, losses, log=True)
     draw_rates(right, results, scores, log=not measure.higher_is_better)
-    left.set_ylabel(f"validation loss after {counted(steps, 'step')}")
-    right.set_ylabel(fill(f"test {measure.name} after {counted(steps, 'step')}", 40))
+    left.set_ylabel(f"validation loss{after(study, steps)}")
+    right.set_ylabel(fill(f"test {measure.name}{after(study, steps)}", 40))
     left.plot([], [], "o", mec=INK, mfc="none", ms=9, label="chosen rate")
     left.plot([], [], "x", color=INK, label="diverged or off the scale")
     legend(figure, left, "method", "outside lower center", columns=3)

@@ -11,12 +11,12 @@ from gradagree_opt.ablation import figures
 from gradagree_opt.ablation import sweep as sweep_module
 from gradagree_opt.ablation.loading import load
 from gradagree_opt.ablation.models import Params, initial_params
+from gradagree_opt.ablation.notes import notes
 from gradagree_opt.ablation.problem import Problem
 from gradagree_opt.ablation.recorded import read_config, read_results
 from gradagree_opt.ablation.records import CurvePoint, Run, RunRecord
 from gradagree_opt.ablation.study import Study
 from gradagree_opt.ablation.sweep import Label, Results, Sweep, number_of_runs
-from gradagree_opt.ablation.tables import notes
 from gradagree_testing.command import gradagree
 
 from .conftest import WriteStudy
