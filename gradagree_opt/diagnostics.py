@@ -119,6 +119,19 @@ def diagnose(
     )
 
 
+def update_rounding(statistics: Statistics, decision: Decision, /) -> Float[Tensor, ""]:
+    """What ‖Σ w_i g_i‖ can be from rounding alone, as its terms cancel; 0 where no ‖g_i‖ is known.
+
+    To bring that to another length would make a step of noise.
+    """
+    norms = statistics.squared_norms
+    if norms is None:
+        return torch.zeros_like(statistics.scale).sum()
+    lengths = norms.sqrt() * statistics.scale.unsqueeze(-1)
+    terms: Tensor = (decision.weights.abs() * lengths).sum()
+    return 8 * torch.finfo(lengths.dtype).eps * terms
+
+
 def _agreements(statistics: Statistics, weights: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Smallest, largest and deviation of u_i · d / ‖d‖, from d = Σ w_j ‖g_j‖ u_j."""
     cosines, norms, nonzero = statistics.cosines, statistics.relative_norms, statistics.nonzero
