@@ -56,6 +56,7 @@ methods:
   - {name: mean, aggregator: mean}
   - {name: agreement, aggregator: gradient_agreement}
   - {name: cosine, aggregator: gradient_agreement, options: {similarity: cosine}}
+  - {name: equal, aggregator: equal_agreement}
 baseline: mean
 quick: {iterations: 4}
 """

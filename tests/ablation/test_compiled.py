@@ -53,7 +53,7 @@ def test_so_is_a_captured_one_of_maml_with_adam(
     assert_compiled_is_eager(study, runs_of(study.methods[index], (0.01, 3), (0.002, 5)))
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [0, 1, 3])
 def test_so_is_a_captured_one_of_multi_task_training(
     digits: Study, index: int, without_code_generation: None
 ) -> None:
