@@ -10,6 +10,7 @@ from torch.func import functional_call
 from torch.nn.functional import mse_loss
 
 import gradagree_opt as ga
+from gradagree_testing.configurations import METHODS
 
 OPTIMIZERS = {
     "SGD": partial(torch.optim.SGD, lr=0.1),
@@ -125,6 +126,24 @@ def test_step_is_that_of_the_aggregated_gradients(model, make, aggregator):
         torch.testing.assert_close(result.weights, expected.weights, rtol=1e-10, atol=1e-13)
         updates = zip(result.update.values(), expected.update.values(), strict=True)
         assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-13) for a, b in updates)
+
+
+@each_optimizer
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_step_is_that_of_the_gradients_with_the_weights_of_the_formulas(model, make, method):
+    ours, plain = model, copy.deepcopy(model)
+    optimizer, reference = make(ours.parameters()), make(plain.parameters())
+    tasks, leaves = ga.TaskOptimizer(optimizer, method.make()), [*plain.parameters()]
+    gradients = partial(torch.autograd.grad, retain_graph=True, materialize_grads=True)
+    for iteration in range(3):
+        tasks.zero_grad()
+        tasks.step(losses_of(ours, draw(iteration)))
+        each = [gradients(loss, leaves) for loss in losses_of(plain, draw(iteration))]
+        stacks = [torch.stack(rows) for rows in zip(*each, strict=True)]
+        for p, update in zip(leaves, method.combine(stacks), strict=True):
+            p.grad = update
+        reference.step()
+        assert_equal_models(ours, plain, rtol=1e-9)
 
 
 def test_parameter_groups_keep_their_options(model):

@@ -4,11 +4,11 @@ from typing import Any
 
 import learn2learn as l2l
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import gradagree_opt as ga
 
-from .learners import RATE, STEPS, each, mse
+from .learners import RATE, STEPS, each, grads, mse, vector
 
 
 def _gbml(transform: Any, **fixed: Any) -> Any:
@@ -53,6 +53,23 @@ def adapted(algorithm: Any, task: dict[str, Any], steps: int = STEPS) -> Any:
     for _ in range(steps):
         learner.adapt(mse(learner, task["support"]))
     return learner
+
+
+def one_by_one(
+    algorithm: nn.Module, tasks: dict[str, Any], learned: nn.Module | None = None
+) -> tuple[Tensor, Tensor]:
+    """Displacement and gradient of one task after the other, by backward()."""
+    learned = learned or algorithm
+    displacements, gradients = [], []
+    for task in each(tasks):
+        algorithm.zero_grad()
+        learner = adapted(algorithm, task)
+        mse(learner, task["query"]).backward()
+        gradients.append(grads(algorithm))
+        moved = dict(learner.named_parameters())
+        displacements.append(vector(p - moved.get(n, p) for n, p in learned.named_parameters()))
+    algorithm.zero_grad()
+    return torch.stack(displacements), torch.stack(gradients)
 
 
 def loop(

@@ -3,12 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-
-from gradagree_testing import reference
 
 RATE = 0.1
 STEPS = 3
@@ -63,9 +60,3 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
     assert expected.norm() > 0
     apart = (found - expected).norm() / expected.norm()
     assert apart <= tolerance, f"{apart:.1e}"
-
-
-def paper_weights(signals: list[Tensor]) -> Tensor:
-    """The paper's formulas on the Gram matrix, in NumPy."""
-    gram = reference.gram(torch.stack(signals).double().numpy())
-    return torch.from_numpy(reference.agreement(gram).astype(np.float64))

@@ -15,18 +15,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gradagree_opt as ga
+from gradagree_testing.configurations import CONFIGURATIONS
 
 TASKS = 4
 RATE = 0.1
 CLIP = 0.05
-AGGREGATORS = {
-    "agreement": ga.GradientAgreement(),
-    "mean": ga.Mean(),
-    "cosine": ga.GradientAgreement(similarity="cosine"),
-    "equal": ga.EqualAgreement(),
-}
-PRECISIONS = {"32-true": (torch.float32, 1e-6), "64-true": (torch.float64, 1e-12)}
-"""dtype and tolerance"""
+SOME = ("paper", "mean", "cosine-True-keep-l1", "equal")
+PRECISIONS = {"32-true": torch.float32, "64-true": torch.float64}
 FILTERS = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
@@ -34,6 +29,9 @@ FILTERS = [
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
 ]
 """What Lightning warns of in runs as small and short as these."""
+each_configuration = pytest.mark.parametrize(
+    "configuration", [c for c in CONFIGURATIONS if c.name in SOME], ids=str
+)
 
 
 class Automatic(pl.LightningModule):
@@ -144,14 +142,14 @@ def stacked(module: Automatic, tasks: list[list[Tensor]]) -> dict[str, Tensor]:
 
 def by_hand(
     module: Automatic,
-    aggregator: ga.Aggregator,
+    aggregate: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     windows: list[list[list[Tensor]]],
     change: Callable[[nn.Module], object] = lambda module: None,
 ) -> Automatic:
     module = copy.deepcopy(module)
     optimizer = torch.optim.SGD(module.parameters(), lr=RATE)
     for window in windows:
-        update = aggregator(stacked(module, window))
+        update = aggregate(stacked(module, window))
         module.zero_grad()
         for name, parameter in module.named_parameters():
             parameter.grad = update.get(name)

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 import gradagree_opt as ga
+from gradagree_testing.configurations import METHODS, PAPER
 from gradagree_testing.memory import saved_bytes
 
 l2l = pytest.importorskip("learn2learn", reason="learn2learn is not installed")
 
-from .learn2learn_cases import ALGORITHMS, CASES, adapted, loop  # noqa: E402
+from .learn2learn_cases import ALGORITHMS, CASES, adapted, loop, one_by_one  # noqa: E402
 from .learners import (  # noqa: E402
     RATE,
     STEPS,
@@ -25,7 +26,6 @@ from .learners import (  # noqa: E402
     grads,
     mse,
     network,
-    paper_weights,
     vector,
 )
 
@@ -33,23 +33,6 @@ each_algorithm = pytest.mark.parametrize(("name", "first_order"), CASES)
 each_order = pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
 each_memory = pytest.mark.parametrize("memory", ["graph", "stream"])
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=["float32", "float64"])
-
-
-def one_by_one(algorithm, tasks, learned=None):
-    """Displacement and gradient of one task after the other, by backward()."""
-    learned = learned or algorithm
-    displacements, gradients = [], []
-    for task in each(tasks):
-        algorithm.zero_grad()
-        learner = adapted(algorithm, task)
-        mse(learner, task["query"]).backward()
-        gradients.append(grads(algorithm).double())
-        moved = dict(learner.named_parameters())
-        displacements.append(
-            vector(p - moved.get(n, p) for n, p in learned.named_parameters()).double()
-        )
-    algorithm.zero_grad()
-    return displacements, gradients
 
 
 @each_order
@@ -85,13 +68,16 @@ def test_meta_sgd_equals_the_pure_function_in_parameters_and_rates(first_order, 
 
 @each_algorithm
 @each_memory
-def test_every_algorithm_equals_the_formulas_on_tasks_taken_one_by_one(name, first_order, memory):
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_every_algorithm_equals_the_formulas_on_tasks_taken_one_by_one(
+    name, first_order, memory, method
+):
     algorithm, tasks = ALGORITHMS[name](network(), first_order), draw()
     displacements, gradients = one_by_one(algorithm, tasks)
-    weights = paper_weights(displacements)
-    result = loop(algorithm, tasks, ga.GradientAgreement(), memory=memory)
+    weights = method.weigh(displacements)
+    result = loop(algorithm, tasks, method.make(), memory=memory)
     assert_near(result.weights, weights, 1e-12)
-    assert_near(grads(algorithm), weights @ torch.stack(gradients), 1e-12)
+    assert_near(grads(algorithm), weights @ gradients, 1e-12)
 
 
 @each_algorithm
@@ -111,15 +97,15 @@ def test_meta_parameters_that_do_not_adapt_have_no_part_in_the_signal(name):
     whole, _ = one_by_one(algorithm, tasks)
     module, _ = one_by_one(algorithm, tasks, learned=nn.ModuleDict({"module": algorithm.module}))
     result = loop(algorithm, tasks, ga.GradientAgreement())
-    assert [len(v) for v in whole] > [len(v) for v in module]
-    assert_near(result.weights, paper_weights(module), 1e-12)
+    assert whole.shape[1] > module.shape[1]
+    assert_near(result.weights, PAPER.weigh(module), 1e-12)
 
 
 def test_an_adapted_transform_has_its_part_in_the_signal():
     algorithm, tasks = ALGORITHMS["GBML adapting"](network(), False), draw()
     module, _ = one_by_one(algorithm, tasks, learned=nn.ModuleDict({"module": algorithm.module}))
     result = loop(algorithm, tasks, ga.GradientAgreement())
-    assert (result.weights - paper_weights(module)).abs().max() > 1e-6
+    assert (result.weights - PAPER.weigh(module)).abs().max() > 1e-6
 
 
 @each_memory
@@ -139,7 +125,7 @@ def test_the_body_of_anil_is_trained_and_does_not_adapt(memory):
         displacements.append(vector(head.parameters()) - vector(learner.parameters()))
         batch.add(loss, adapted=[*body.parameters(), *learner.parameters()])
     result = batch.backward()
-    weights = paper_weights(displacements)
+    weights = PAPER.weigh(torch.stack(displacements))
     assert_near(result.weights, weights, 1e-12)
     assert_near(vector(p.grad for p in parameters), weights @ torch.stack(gradients), 1e-12)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import gradagree_opt as ga
+from gradagree_testing.configurations import Configuration
 
 pl = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
 
@@ -14,7 +15,6 @@ from gradagree_opt.adapters.lightning import AgreementCallback  # noqa: E402
 from lightning.pytorch.callbacks import GradientAccumulationScheduler  # noqa: E402
 
 from .lightning_cases import (  # noqa: E402
-    AGGREGATORS,
     CLIP,
     FILTERS,
     PRECISIONS,
@@ -26,6 +26,7 @@ from .lightning_cases import (  # noqa: E402
     by_hand,
     clip,
     data,
+    each_configuration,
     fit,
     gradients,
     half_precision,
@@ -37,16 +38,16 @@ from .lightning_cases import (  # noqa: E402
 pytestmark = FILTERS
 
 
-@pytest.mark.parametrize("aggregator", AGGREGATORS.values(), ids=AGGREGATORS)
+@each_configuration
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_accumulated_steps_are_the_aggregators_tasks(
-    aggregator: ga.Aggregator, precision: str
+    configuration: Configuration, precision: str
 ) -> None:
-    dtype, tolerance = PRECISIONS[precision]
-    start = Automatic().to(dtype)
-    expected = by_hand(start, aggregator, windows_of(data(8, dtype=dtype), TASKS, TASKS))
-    found = fit(Automatic(), aggregator, tasks=8, precision=precision)
-    assert_same(found, expected, tolerance)
+    dtype = PRECISIONS[precision]
+    windows = windows_of(data(8, dtype=dtype), TASKS, TASKS)
+    expected = by_hand(Automatic().to(dtype), configuration.combine, windows)
+    found = fit(Automatic(), configuration.make(), tasks=8, precision=precision)
+    assert_same(found, expected, configuration.tolerance(dtype))
 
 
 def test_mean_is_lightnings_own_accumulation() -> None:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import gradagree_opt as ga
+from gradagree_testing.configurations import PAPER, Configuration
 
 pl = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
 
 from gradagree_opt.adapters.lightning import ManualTaskBatch  # noqa: E402
 
 from .lightning_cases import (  # noqa: E402
-    AGGREGATORS,
     FILTERS,
     PRECISIONS,
     RATE,
@@ -27,6 +27,7 @@ from .lightning_cases import (  # noqa: E402
     by_hand,
     clip,
     data,
+    each_configuration,
     half_precision,
     no_process_group_left,
     stacked,
@@ -45,16 +46,16 @@ def manual(module: Manual, tasks: int = TASKS, **options: Any) -> Manual:
 
 
 @pytest.mark.parametrize("memory", ["graph", "stream"])
-@pytest.mark.parametrize("aggregator", AGGREGATORS.values(), ids=AGGREGATORS)
+@each_configuration
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_manual_batch_steps_on_the_clipped_aggregation(
-    aggregator: ga.Aggregator, memory: str, precision: str
+    configuration: Configuration, memory: str, precision: str
 ) -> None:
-    dtype, tolerance = PRECISIONS[precision]
+    dtype = PRECISIONS[precision]
     windows = windows_of(data(8, dtype=dtype), TASKS, TASKS)
-    expected = by_hand(Automatic().to(dtype), aggregator, windows, clip)
-    found = manual(Manual(aggregator, memory=memory), tasks=8, precision=precision)
-    assert_same(found, expected, tolerance)
+    expected = by_hand(Automatic().to(dtype), configuration.combine, windows, clip)
+    found = manual(Manual(configuration.make(), memory=memory), tasks=8, precision=precision)
+    assert_same(found, expected, configuration.tolerance(dtype))
 
 
 class ManualMean(Manual):
@@ -161,7 +162,7 @@ class ManualMAML(Manual):
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_maml_in_a_manual_training_step_is_our_maml(first_order: bool, precision: str) -> None:
-    dtype, tolerance = PRECISIONS[precision]
+    dtype = PRECISIONS[precision]
     module = ManualMAML(ga.GradientAgreement())
     module.first_order = first_order
     manual(module, precision=precision)
@@ -173,7 +174,7 @@ def test_maml_in_a_manual_training_step_is_our_maml(first_order: bool, precision
     params = {name: p.detach() for name, p in start.net.named_parameters()}
     expected = maml.step(params, tasks, ga.GradientAgreement())
     (found,) = module.results
-    close = {"rtol": tolerance, "atol": tolerance}
+    close = dict.fromkeys(("rtol", "atol"), PAPER.tolerance(dtype))
     torch.testing.assert_close(found.weights, expected.weights, **close)
     torch.testing.assert_close(found.update, expected.update, **close)
 

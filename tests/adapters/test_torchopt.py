@@ -5,6 +5,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gradagree_opt as ga
+from gradagree_testing.configurations import EQUAL, PAPER
 
 torchopt = pytest.importorskip("torchopt", reason="torchopt is not installed")
 
@@ -13,12 +14,13 @@ from gradagree_opt.adapters.torchopt import aggregate  # noqa: E402
 from .torchopt_cases import OPTIMIZERS, assert_same  # noqa: E402
 
 WITH_WEIGHT_DECAY = {"momentum", "adamw"}  # these cannot do without the parameters
-OPTIMIZERS_AND_PARAMS = [
-    (name, with_params)
+CHAINS = [
+    (name, with_params, PAPER)
     for name in OPTIMIZERS
     for with_params in (False, True)
     if with_params or name not in WITH_WEIGHT_DECAY
 ]
+CHAINS += [("momentum", True, EQUAL), ("adam", False, EQUAL)]
 
 
 def stacked(n=5, seed=0):
@@ -47,14 +49,16 @@ def run_chain(transformation, gradients_of, *, inplace, with_params, steps=3):
     return params
 
 
-@pytest.mark.parametrize(("name", "with_params"), OPTIMIZERS_AND_PARAMS)
+@pytest.mark.parametrize(("name", "with_params", "method"), CHAINS, ids=str)
 @pytest.mark.parametrize("inplace", [False, True])
-def test_aggregate_first_in_a_chain_equals_aggregating_before_it(name, inplace, with_params):
-    chain = torchopt.chain(aggregate(ga.GradientAgreement()), OPTIMIZERS[name]())
+def test_aggregate_first_in_a_chain_equals_the_formulas_before_it(
+    name, with_params, method, inplace
+):
+    chain = torchopt.chain(aggregate(method.make()), OPTIMIZERS[name]())
     options = {"inplace": inplace, "with_params": with_params}
     found = run_chain(chain, lambda stack: stack, **options)
-    expected = run_chain(OPTIMIZERS[name](), ga.GradientAgreement(), **options)
-    assert_same(found, expected, 1e-6)
+    expected = run_chain(OPTIMIZERS[name](), method.combine, **options)
+    assert_same(found, expected, method.tolerance(torch.float32))
 
 
 @pytest.mark.parametrize("inplace", [False, True])

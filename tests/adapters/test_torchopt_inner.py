@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import gradagree_opt as ga
+from gradagree_testing.configurations import EQUAL, PAPER
 
 torchopt = pytest.importorskip("torchopt", reason="torchopt is not installed")
 
@@ -17,39 +18,41 @@ from .torchopt_cases import (  # noqa: E402
     loss_of,
     naive_step,
     network,
-    paper_weights,
     parameters_of,
     task,
 )
 
-TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-12}
-
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+each_method = pytest.mark.parametrize(
+    ("name", "method"),
+    [*((name, PAPER) for name in OPTIMIZERS), ("momentum", EQUAL), ("adam", EQUAL)],
+    ids=str,
+)
 each_order = pytest.mark.parametrize("constant", [False, True], ids=["second", "first"])
-each_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=["float32", "float64"])
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
-@each_optimizer
+@each_method
 @each_order
 @each_dtype
-def test_maml_on_any_optimizer_equals_the_loop_over_tasks(name, constant, dtype):
+def test_maml_on_any_optimizer_equals_the_loop_over_tasks(name, method, constant, dtype):
     net, tasks = network(dtype), batches(dtype=dtype)
     loss_fn, params = loss_of(net), parameters_of(net)
     maml = ga.MAML(loss_fn, inner(OPTIMIZERS[name](), STEPS), first_order=constant)
-    result = maml.step(params, tasks, ga.GradientAgreement())
+    result = maml.step(params, tasks, method.make())
     signals, gradients = naive_step(OPTIMIZERS[name](), loss_fn, params, tasks, constant=constant)
-    expected = paper_weights(signals) @ gradients.double()
-    assert_same(result.update, expected, TOLERANCES[dtype])
+    expected = method.weigh(signals) @ gradients.double()
+    assert_same(result.update, expected, method.tolerance(dtype))
 
 
-@each_optimizer
-def test_reptile_on_any_optimizer_equals_the_loop_over_tasks(name):
+@each_method
+def test_reptile_on_any_optimizer_equals_the_loop_over_tasks(name, method):
     net, tasks = network(), batches()
     loss_fn, params = loss_of(net), parameters_of(net)
     reptile = ga.Reptile(loss_fn, inner(OPTIMIZERS[name](), STEPS))
     signals, _ = naive_step(OPTIMIZERS[name](), loss_fn, params, tasks, constant=True)
-    result = reptile.step(params, tasks, ga.GradientAgreement())
-    assert_same(result.update, paper_weights(signals) @ signals, 1e-12)
+    result = reptile.step(params, tasks, method.make())
+    assert_same(result.update, method.combine(signals), 1e-12)
 
 
 ENGINES = {

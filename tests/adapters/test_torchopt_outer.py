@@ -6,16 +6,18 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import gradagree_opt as ga
+from gradagree_testing.configurations import METHODS
 
 torchopt = pytest.importorskip("torchopt", reason="torchopt is not installed")
 
-from .torchopt_cases import assert_same, paper_weights  # noqa: E402
+from .torchopt_cases import assert_same  # noqa: E402
 
 OPTIMIZERS = {
     "Adam": lambda parameters: torchopt.Adam(parameters, lr=0.1),
     "SGD": lambda parameters: torchopt.SGD(parameters, lr=0.1, momentum=0.9),
     "RMSProp": lambda parameters: torchopt.RMSProp(parameters, lr=0.1),
 }
+each_method = pytest.mark.parametrize("method", METHODS, ids=str)
 TARGETS = torch.tensor([[1.0, 0.0], [2.0, -1.0], [-1.5, 0.5]], dtype=torch.float64)
 
 
@@ -31,35 +33,34 @@ def gradients(w):
     return torch.func.jacrev(task_losses)(w.detach())
 
 
-def expected_steps(wrap, *, steps=4):
-    """The optimizer on its own, its gradient made from the paper's formula."""
+def expected_steps(wrap, method, *, steps=4):
+    """The optimizer on its own, its gradient made from the method's formula."""
     w = start()
     optimizer = wrap([w])
     for _ in range(steps):
-        stack = gradients(w)
-        w.grad = paper_weights(stack) @ stack
+        w.grad = method.combine(gradients(w))
         optimizer.step()
     return w
 
 
+@each_method
 @pytest.mark.parametrize("wrap", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_optimizer_on_task_losses_takes_the_steps_of_the_one_on_their_aggregation(wrap):
+def test_optimizer_on_task_losses_takes_the_steps_of_the_one_on_their_aggregation(wrap, method):
     w = start()
-    optimizer = ga.TaskOptimizer(wrap([w]), ga.GradientAgreement())
+    optimizer = ga.TaskOptimizer(wrap([w]), method.make())
     for _ in range(4):
         optimizer.zero_grad()
         stack = gradients(w)
         result = optimizer.step(task_losses(w))
-    assert_same(w, expected_steps(wrap), 1e-12)
-    assert_same(result.update, paper_weights(stack) @ stack, 1e-12)
+    assert_same(w, expected_steps(wrap, method), 1e-12)
+    assert_same(result.update, method.combine(stack), 1e-12)
 
 
-def test_functional_optimizer_steps_as_the_one_that_holds_its_parameters():
-    expected = expected_steps(OPTIMIZERS["Adam"])
+@each_method
+def test_functional_optimizer_steps_as_the_one_that_holds_its_parameters(method):
+    expected = expected_steps(OPTIMIZERS["Adam"], method)
     w = before = start()
-    optimizer = ga.TaskOptimizer(
-        torchopt.FuncOptimizer(torchopt.adam(lr=0.1)), ga.GradientAgreement()
-    )
+    optimizer = ga.TaskOptimizer(torchopt.FuncOptimizer(torchopt.adam(lr=0.1)), method.make())
     for _ in range(4):
         (w,), _ = optimizer.functional_step(task_losses(w), (w,))
     assert_same(w, expected, 1e-12)
@@ -72,22 +73,25 @@ class Weight(nn.Module):
         self.w = nn.Parameter(start().detach())
 
 
-def test_meta_optimizer_steps_as_the_one_that_holds_its_parameters():
-    expected = expected_steps(OPTIMIZERS["Adam"])
+@each_method
+def test_meta_optimizer_steps_as_the_one_that_holds_its_parameters(method):
+    expected = expected_steps(OPTIMIZERS["Adam"], method)
     net = Weight()
-    optimizer = ga.TaskOptimizer(torchopt.MetaAdam(net, lr=0.1), ga.GradientAgreement())
+    optimizer = ga.TaskOptimizer(torchopt.MetaAdam(net, lr=0.1), method.make())
     for _ in range(4):
         optimizer.step(task_losses(net.w))
     assert_same(net.w, expected, 1e-12)
 
 
-def test_step_of_a_meta_optimizer_is_differentiable_with_the_weights_constant():
+@each_method
+def test_step_of_a_meta_optimizer_is_differentiable_with_the_weights_constant(method):
     net = Weight()
-    optimizer = ga.TaskOptimizer(torchopt.MetaSGD(net, lr=0.1), ga.GradientAgreement())
+    optimizer = ga.TaskOptimizer(torchopt.MetaSGD(net, lr=0.1), method.make())
     w = net.w
-    result = optimizer.step(task_losses(w))
+    optimizer.step(task_losses(w))
     (found,) = torch.autograd.grad(net.w.square().sum(), w)
-    moved = lambda v: v - 0.1 * torch.func.grad(lambda u: result.weights @ task_losses(u))(v)  # noqa: E731
+    weights = method.weigh(gradients(w))
+    moved = lambda v: v - 0.1 * torch.func.grad(lambda u: weights @ task_losses(u))(v)  # noqa: E731
     expected = torch.func.grad(lambda v: moved(v).square().sum())(start().detach())
     assert_same(found, expected, 1e-12)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gradagree_opt.adapters.torchjd import GradientAgreement
+from gradagree_opt.adapters.torchjd import EqualAgreement, GradientAgreement
 from torch.utils._pytree import tree_leaves
 from torchjd import aggregation as jd
 
@@ -24,6 +24,7 @@ SCALE_FREE = {
         jd.CRMOGMWeighting(jd.UPGradWeighting())
     ),
     "ours": lambda n: GradientAgreement(),
+    "ours, equal": lambda n: EqualAgreement(),
 }
 # From the Gramian in the signals' own unit.
 OF_UNITS = {

@@ -1,12 +1,9 @@
 """Small regression tasks, TorchOpt's optimizers, and the loop over one task after the other."""
 
-import numpy as np
 import torch
 import torchopt
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
-
-from gradagree_testing import reference
 
 STEPS = 3
 OPTIMIZERS = {
@@ -81,8 +78,3 @@ def naive_step(transformation, loss_fn, params, tasks, *, constant):
         gradients.append(flat(torch.autograd.grad(loss, list(start.values()))))
         displacements.append(flat(start) - flat(at))
     return torch.stack(displacements), torch.stack(gradients)
-
-
-def paper_weights(signals: Tensor) -> Tensor:
-    weights = reference.agreement(reference.gram(signals.double().numpy()))
-    return torch.from_numpy(weights.astype(np.float64))

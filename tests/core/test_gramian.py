@@ -5,11 +5,12 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from gradagree_opt.aggregators import GradientAgreement
+import gradagree_opt as ga
 from gradagree_opt.statistics import from_gramian, measure, measure_groups
 from gradagree_testing import reference
 from gradagree_testing.configurations import AGREEMENTS, Configuration
 from gradagree_testing.reference import exact
+from gradagree_testing.samplers import SAMPLERS, Sampler
 
 GRAMIAN = frozenset({"gramian"})
 SCALES = [
@@ -81,7 +82,7 @@ def test_signals_that_cancel_do_so_in_a_gramian_of_half_precision(dtype: torch.d
     matrix = matrix - matrix.mean(0)
     gram = (matrix @ matrix.T).to(dtype)
     assert gram.float().sum(1).abs().sum() > 1e-4  # by rounding
-    decision = GradientAgreement(degenerate="zero").weighting(from_gramian(gram))
+    decision = ga.GradientAgreement(degenerate="zero").weighting(from_gramian(gram))
     assert decision.degenerate
     assert decision.weights.tolist() == [0.0] * 8
 
@@ -90,7 +91,7 @@ def test_signals_that_cancel_do_so_in_a_gramian_of_half_precision(dtype: torch.d
 def test_many_signals_that_do_not_cancel_keep_their_weights_in_half_precision(similarity: str):
     sizes = torch.arange(1.0, 257.0)  # exact in bfloat16, and all at right angles
     gram = torch.diag(sizes).bfloat16()
-    weighting = GradientAgreement(similarity=similarity, degenerate="raise").weighting
+    weighting = ga.GradientAgreement(similarity=similarity, degenerate="raise").weighting
     decision = weighting(from_gramian(gram))
     expected = sizes / sizes.sum() if similarity == "inner" else torch.full((256,), 1 / 256)
     assert not decision.degenerate
@@ -101,3 +102,60 @@ def test_a_gramian_of_zeros_has_scale_one():
     statistics = from_gramian(torch.zeros(3, 3))
     assert statistics.scale == 1
     assert statistics.row_sums.tolist() == statistics.cosine_row_sums.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.__name__)
+def test_gramian_tells_the_statistics_that_the_matrix_tells(sampler: Sampler):
+    jacobian = sampler(torch.Generator().manual_seed(1))
+    seen = []
+
+    class Spy:
+        needs = frozenset({"gramian", "cosine_row_sums"})
+
+        def __call__(self, statistics):
+            seen.append(statistics)
+            return ga.Mean().weighting(statistics)
+
+    ga.Aggregator(Spy()).aggregate({"a": jacobian[:, :1], "b": jacobian[:, 1:]})
+    measured = seen[-1]  # the last where the first was of no use without scaling
+    known = from_gramian(jacobian @ jacobian.T)
+    for name in ("row_sums", "squared_norms", "gramian"):
+        found = getattr(known, name) * known.scale**2
+        expected = getattr(measured, name) * measured.scale**2
+        size = measured.squared_norms.sum() * measured.scale**2
+        assert (found - expected).abs().max() <= 1e-12 * size, name
+    # The cosine of a small signal is as exact as the product of two signals of its size.
+    cosines = known.cosine_row_sums - measured.cosine_row_sums
+    assert cosines.abs().max() <= 1e-9 * len(jacobian)
+
+
+def test_gramian_is_formed_for_those_alone_who_ask():
+    seen = []
+
+    class Spy:
+        needs = frozenset()
+
+        def __call__(self, statistics):
+            seen.append(statistics.gramian)
+            return ga.Mean().weighting(statistics)
+
+    ga.Aggregator(Spy()).aggregate(signals(torch.float64))
+    assert seen == [None]
+
+
+def test_each_group_of_leaves_has_its_own_gramian():
+    seen = []
+
+    class Spy:
+        needs = frozenset({"gramian"})
+
+        def __call__(self, statistics):
+            seen.append(statistics)
+            return ga.Mean().weighting(statistics)
+
+    matrix = signals(torch.float64)
+    stack = {"a": matrix[:, :4], "b": 100 * matrix[:, 4:]}
+    ga.Aggregator(Spy(), scope="leaf").aggregate(stack)
+    found = seen[0].gramian * seen[0].scale[:, None, None] ** 2
+    expected = torch.stack([leaf @ leaf.T for leaf in stack.values()])
+    assert_close(found, expected)

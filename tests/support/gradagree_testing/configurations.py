@@ -22,7 +22,8 @@ class Configuration:
     A configuration whose weights are random has no expected ones. Amplifying ones put the length
     of an update into the weights, and with it more rounding. ``scores`` are given where they are
     not the row sums, and ``rounding``, of weights and scores in units of eps, where it is another
-    than that of shares of the row sums.
+    than that of shares of the row sums. ``magnifies`` says to how many eps of its length an update
+    may be rounded.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Configuration:
     amplifies: bool = False
     scores: Callable[[Array], Array] | None = None
     rounding: Callable[[Array], tuple[Array, Array]] | None = None
+    magnifies: float = 0.0
 
     def __str__(self) -> str:
         return self.name
@@ -46,6 +48,11 @@ class Configuration:
         """The expected update Σ_i w_i g_i of task-stacked signals, summed in float64."""
         weights = self.weigh(stack)
         return tree_map(lambda leaf: torch.tensordot(weights, leaf.double(), 1).to(leaf), stack)
+
+    def tolerance(self, dtype: torch.dtype, /) -> float:
+        """Share of its length by which an update may differ from the expected one, by rounding."""
+        usual = {torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
+        return max(usual, self.magnifies * torch.finfo(dtype).eps)
 
 
 AXES: dict[str, tuple[Any, ...]] = {
@@ -86,6 +93,7 @@ def _equal(**options: Any) -> Configuration:
         options,
         scores=lambda gram: reference.equal_scores(gram, **options),
         rounding=rounding,
+        magnifies=4 / options.get("damping", 0.01),
     )
 
 
