@@ -101,7 +101,12 @@ class Runner:
             if last == "streamed":
                 raise
             at_once = self.task_loss.map.at_once(n)
-            without = "compile=False" if self._compile else "engine='streamed'"
+            if self._compile:
+                without = "compile=False"
+            elif streamed_refusal(aggregator, self.task_loss) is None:
+                without = "engine='streamed'"
+            else:
+                without = "a loop of TaskBatch.add(loss, …)"
             raise explained(error, f"engine={last!r}", at_once, without=without) from error
 
     def unchecked(

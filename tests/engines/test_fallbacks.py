@@ -1,5 +1,7 @@
 """Models that not every engine runs: what those say that do not, and what "auto" takes instead."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch.nn.functional import mse_loss, scaled_dot_product_attention
 
 import gradagree_opt as ga
 from gradagree_opt.engines import runner
+from gradagree_testing.configurations import EQUAL
 
 from .models import Model
 
@@ -134,6 +137,19 @@ def test_auto_holds_no_large_stack(stack_bytes, engine, monkeypatch):
     result = aggregate(case)
     assert result.engine == engine
     assert_equals_loop(result, case)
+
+
+@pytest.mark.parametrize("engine", ["auto", "stacked"])
+def test_where_streamed_refuses_the_aggregator_a_loop_is_advised_and_does_it(engine):
+    case = model(RunningStatistics)
+    aggregate = partial(ga.aggregate_gradients, case.loss_fn, case.params, case.tasks)
+    with pytest.raises(RuntimeError, match=r"; take a loop of TaskBatch.add\(loss, …\)$"):
+        aggregate(EQUAL.make(), engine=engine)
+    batch = ga.TaskBatch(case.module, EQUAL.make())
+    for x, y in zip(*case.tasks, strict=True):
+        batch.add(mse_loss(case.module(x), y))
+    gradients, _ = case.loop()
+    torch.testing.assert_close(batch.backward().update, EQUAL.combine(gradients))
 
 
 def test_maml_falls_back_too():

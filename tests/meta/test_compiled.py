@@ -1,5 +1,6 @@
 """compile=True against the same step in eager mode."""
 
+import logging
 from functools import partial
 
 import pytest
@@ -19,6 +20,19 @@ CASE = problem(n=3, shots=2, inputs=2, hidden=2, outputs=1)
 @pytest.fixture(autouse=True)
 def nothing_compiled_before():
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def logged_by_inductor():
+    """What torch's compiler logs, from warnings on."""
+    records, logger = [], logging.getLogger("torch._inductor")
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append
+    logger.addHandler(handler)
+    logging.getLogger("torch._inductor.ir").warning("heard")
+    assert records.pop().msg == "heard"
+    yield records
+    logger.removeHandler(handler)
 
 
 def assert_equals_eager(name, aggregator):
@@ -43,6 +57,19 @@ def test_compiled_equals_eager(name):
     assert_equals_eager(name, ga.GradientAgreement)
 
 
+@pytest.mark.parametrize("name", ["MAML", "Reptile"])
+@pytest.mark.parametrize(
+    "aggregator", [ga.EqualAgreement, partial(ga.GramianPower, -0.5)], ids=["equal", "power"]
+)
+def test_solvers_are_compiled_without_a_warning(
+    name, aggregator, logged_by_inductor, tmp_path, monkeypatch
+):
+    # What lies in a cache already says nothing.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert_equals_eager(name, aggregator)
+    assert not logged_by_inductor
+
+
 def random_weights():
     return ga.RandomWeights(torch.Generator().manual_seed(0))
 
@@ -59,6 +86,8 @@ def random_weights():
         ("MAML", random_weights),
         ("Reptile", random_weights),
         ("Reptile", partial(ga.Mean, match_norm="agreement")),
+        ("MAML on gradients", ga.EqualAgreement),
+        ("MAML", partial(ga.EqualAgreement, nonfinite="drop", scope="leaf")),
     ],
 )
 def test_captured_graph_equals_eager(name, aggregator, without_code_generation):

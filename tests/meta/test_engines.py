@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 import gradagree_opt as ga
 from gradagree_opt.engines import runner
 
 from .loops import ALGORITHMS
 from .problems import assert_same, loss_fn, problem
-from .rules import GROUPED_RULES, PAPER, RULES, flat
+from .rules import EQUAL, GROUPED_RULES, PAPER, RULES, flat
 
 CASE = problem(n=5)
 ENGINES = ("stacked", "streamed", "one_backward", "matrix_free")
@@ -16,6 +17,9 @@ WITH_ENGINES = {name: a for name, a in ALGORITHMS.items() if name != "Reptile"}
 MATRIX_FREE_RULES = ("mean", "sum", "agreement", "propagate", "clip", "softmax", "shorter")
 each_engine = pytest.mark.parametrize("engine", ENGINES)
 ALL_RULES = RULES | GROUPED_RULES
+STACK_RULES = ("second power", "norm clipped", "geometric median")
+STACK_RULES += tuple(name for name in ALL_RULES if "equal" in name)
+"""Those that read all products, or the median norm, of the signals."""
 PAIRS = {
     f"{name}, {rule}": (algorithm, rule)
     for name, algorithm in WITH_ENGINES.items()
@@ -27,12 +31,12 @@ each_pair = pytest.mark.parametrize(("algorithm", "name"), PAIRS.values(), ids=P
 
 def serves(engine, algorithm, rule):
     """What the documentation says of the engines."""
-    drops = "drop" in rule
+    of_gradients, drops = algorithm.signal == "gradient", "drop" in rule
     return {
         "stacked": True,
-        "streamed": algorithm.signal == "gradient" or not drops,
-        "one_backward": algorithm.signal == "displacement" and not drops,
-        "matrix_free": algorithm.signal == "gradient" and rule in MATRIX_FREE_RULES,
+        "streamed": rule not in STACK_RULES if of_gradients else not drops,
+        "one_backward": not (of_gradients or drops),
+        "matrix_free": of_gradients and rule in MATRIX_FREE_RULES,
     }[engine]
 
 
@@ -92,11 +96,29 @@ def test_every_engine_draws_the_same_random_weights(engine, algorithm):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 7])
-@pytest.mark.parametrize("rule", [RULES["agreement"], RULES["cosine"]], ids=["agreement", "cosine"])
-def test_chunks_do_not_change_reptile(chunk_size, rule):
-    algorithm = ALGORITHMS["Reptile"]
+@pytest.mark.parametrize("name", ["agreement", "cosine", "equal"])
+def test_chunks_do_not_change_reptile(chunk_size, name):
+    algorithm, rule = ALGORITHMS["Reptile"], RULES[name]
     result = step(algorithm, rule.aggregator, chunk_size=chunk_size)
     assert_equals_loop(result, algorithm, rule)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("rule", [PAPER, EQUAL], ids=["agreement", "equal"])
+def test_steps_of_several_problems_at_once_equal_the_loops_over_their_tasks(name, rule):
+    algorithm, cases = ALGORITHMS[name], [problem(seed=seed) for seed in range(3)]
+    meta = algorithm.build(loss_fn, 0.1, 2)
+    starts = [case.meta(algorithm.learns_rates) for case in cases]
+    inputs = [(start, case.tasks) for start, case in zip(starts, cases, strict=True)]
+
+    def update(params, tasks):
+        return meta.aggregate_unchecked(params, tasks, rule.aggregator, draws=None).update
+
+    found = torch.vmap(update)(*tree_map(lambda *leaves: torch.stack(leaves), *inputs))
+    for index, (start, case) in enumerate(zip(starts, cases, strict=True)):
+        signals, directions, _ = algorithm.tasks(loss_fn, start, case.each(), 0.1, 2)
+        one = tree_map(lambda leaf, i=index: leaf[i], found)
+        assert_same(one, rule.combine(signals, directions), tolerance=1e-12)
 
 
 def test_auto_holds_the_stack_in_maml_whose_tasks_have_parameters_of_their_own(monkeypatch):
