@@ -9,11 +9,11 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map, tree_structure
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.annotations import Bool, Float
-from gradagree_opt.diagnostics import Diagnostics, diagnose
-from gradagree_opt.scopes import Scope, group_indices, measure_by_group
+from gradagree_opt.diagnostics import Diagnostics, diagnose, update_rounding
+from gradagree_opt.scopes import Scope, check_signal, group_indices, measure_by_group
 from gradagree_opt.stacks import (
     PyTree,
     check_stack,
@@ -28,7 +28,6 @@ from gradagree_opt.verification import troubled, verify
 from gradagree_opt.weightings import (
     AgreementWeighting,
     ConstantWeighting,
-    Decision,
     Weighting,
     check_choice,
 )
@@ -173,7 +172,7 @@ class Aggregator:
         """
         n = check_stack(directions, "directions" if signal is not None else "gradients")
         if signal is not None:
-            self._check_signal(signal, directions, n)
+            check_signal(signal, directions, n, self.scope)
         if signal is not None or self.nonfinite == "drop":
             found = _nonfinite_tasks(directions, signal)
             nonfinite = found if nonfinite is None else nonfinite | found
@@ -243,7 +242,7 @@ class Aggregator:
         if reference is not None:
             target = combine_directions(reference.weights, measured.groups)
             target_norm = tree_norm(target, scaled=measured.scaled)
-            there = norm > (_rounding(statistics, decision) if signal_is_direction else 0)
+            there = norm > (update_rounding(statistics, decision) if signal_is_direction else 0)
             factor = torch.where(there, target_norm / norm, torch.ones_like(norm))
             update = tree_map(lambda leaf: (leaf * factor).to(leaf.dtype), update)
             decision = decision._replace(weights=decision.weights * factor)
@@ -278,32 +277,6 @@ class Aggregator:
             return None
         device = self.generator.device if self.generator is not None else None
         return torch.empty(n, device=device).exponential_(generator=self.generator)
-
-    def _check_signal(self, signal: PyTree, directions: PyTree, n: int) -> None:
-        n_signal = check_stack(signal, "signal")
-        if n_signal != n:
-            raise ValueError(
-                f"expected one signal for each of the {n} directions, found {n_signal}; "
-                "both need the same tasks in the same order"
-            )
-        if self.scope != "global" and tree_structure(signal) != tree_structure(directions):
-            raise ValueError(
-                f"expected signal and directions of one structure for scope={self.scope!r}, found "
-                "two; give both the same leaves, or take scope='global'"
-            )
-
-
-def _rounding(statistics: Statistics, decision: Decision) -> Float[Tensor, ""]:
-    """What ‖Σ w_i g_i‖ can be from rounding alone, as its terms cancel; 0 where no ‖g_i‖ is known.
-
-    To bring that to another length would make a step of noise.
-    """
-    norms = statistics.squared_norms
-    if norms is None:
-        return torch.zeros_like(statistics.scale).sum()
-    lengths = norms.sqrt() * statistics.scale.unsqueeze(-1)
-    eps = torch.finfo(lengths.dtype).eps
-    return 8 * eps * (decision.weights.abs() * lengths).sum()
 
 
 def _nonfinite_tasks(directions: PyTree, signal: PyTree | None) -> Bool[Tensor, " n"]:

@@ -119,6 +119,19 @@ def diagnose(
     )
 
 
+def update_rounding(statistics: Statistics, decision: Decision, /) -> Float[Tensor, ""]:
+    """What ‖Σ w_i g_i‖ can be from rounding alone, as its terms cancel; 0 where no ‖g_i‖ is known.
+
+    To bring that to another length would make a step of noise.
+    """
+    norms = statistics.squared_norms
+    if norms is None:
+        return torch.zeros_like(statistics.scale).sum()
+    lengths = norms.sqrt() * statistics.scale.unsqueeze(-1)
+    terms: Tensor = (decision.weights.abs() * lengths).sum()
+    return 8 * torch.finfo(lengths.dtype).eps * terms
+
+
 def _agreements(statistics: Statistics, weights: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Smallest, largest and deviation of u_i · d / ‖d‖, from d = Σ w_j ‖g_j‖ u_j."""
     cosines, norms, nonzero = statistics.cosines, statistics.relative_norms, statistics.nonzero
@@ -129,11 +142,11 @@ def _agreements(statistics: Statistics, weights: Tensor) -> tuple[Tensor, Tensor
     square = (shares * products).sum(-1)
     rounding = 8 * torch.finfo(shares.dtype).eps * shares.abs().sum(-1).square()
     length = torch.where(square > rounding, square.sqrt(), torch.nan)
-    count = nonzero.sum(-1)
+    zero, count = ~nonzero, nonzero.sum(-1)
     mean = (products.sum(-1) / count).unsqueeze(-1)  # of a zero signal both are 0
-    variance = (products - mean).square().masked_fill(~nonzero, 0).sum(-1) / count
-    smallest = products.masked_fill(~nonzero, torch.inf).amin(-1)
-    largest = products.masked_fill(~nonzero, -torch.inf).amax(-1)
+    variance = (products - mean).square().masked_fill(zero, 0).sum(-1) / count
+    smallest = products.masked_fill(zero, torch.inf).amin(-1)
+    largest = products.masked_fill(zero, -torch.inf).amax(-1)
     return smallest / length, largest / length, variance.sqrt() / length
 
 

@@ -44,6 +44,7 @@ TRIALS = {
     ),
     "torchjd": "import torch, torchjd.aggregation; torchjd.aggregation.Mean()(torch.eye(2))",
     "lightning": "import lightning.pytorch; lightning.pytorch.Callback()",
+    "scikit-learn": "import sklearn.datasets; sklearn.datasets.load_digits()",
     "matplotlib": "import matplotlib.figure; matplotlib.figure.Figure()",
     "scipy": "import scipy.stats; scipy.stats.norm.ppf(0.5)",
 }

@@ -37,7 +37,7 @@ class EqualWeighting:
 
     def __call__(self, statistics: Statistics, /) -> Decision:
         tasks = _tasks(statistics)
-        identity = torch.ones_like(tasks.norms).diag_embed()
+        identity = _identity(tasks.norms)
         damping = tasks.n * self.damping
         factor = 1 + self.damping
         if self.similarity == "cosine":
@@ -90,8 +90,7 @@ class PowerWeighting:
         matrix = tasks.cosines * sizes.unsqueeze(-1) * sizes.unsqueeze(-2)
         if self.power > 0:
             return matrix
-        identity = torch.ones_like(sizes).diag_embed()
-        return (matrix + self.damping * identity) / (1 + self.damping)
+        return (matrix + self.damping * _identity(sizes)) / (1 + self.damping)
 
 
 class _Tasks(NamedTuple):
@@ -110,7 +109,11 @@ def _tasks(statistics: Statistics) -> _Tasks:
     count = counted.sum(-1, keepdim=True)
     n = count.clamp(min=1).to(norms)
     # A norm that vanishes beside the median stays 0, and makes a weight infinite that would be so.
-    return _Tasks(n, counted, (count == 0).squeeze(-1), cosines, torch.where(counted, norms, 1))
+    return _Tasks(n, counted, (count == 0).squeeze(-1), cosines, norms.masked_fill(~counted, 1))
+
+
+def _identity(like: Float[Tensor, "*groups n"]) -> Float[Tensor, "n n"]:
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
 
 
 class EqualAgreement(Aggregator):

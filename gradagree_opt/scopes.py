@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_structure
 
 from gradagree_opt.annotations import Bool
-from gradagree_opt.stacks import PyTree, leaf_paths
+from gradagree_opt.stacks import PyTree, check_stack, leaf_paths
 from gradagree_opt.statistics import Statistics, measure, measure_groups
 
 Scope = Literal["global", "leaf"] | Callable[[str], str]
@@ -29,6 +29,21 @@ def group_indices(signal: PyTree, scope: Scope, /) -> list[int] | None:
     names = [scope(path) for path in paths]
     order = {name: index for index, name in enumerate(dict.fromkeys(names))}
     return [order[name] for name in names]
+
+
+def check_signal(signal: PyTree, directions: PyTree, n: int, scope: Scope, /) -> None:
+    """ValueError or TypeError in one sentence unless the signal is that of the n directions."""
+    n_signal = check_stack(signal, "signal")
+    if n_signal != n:
+        raise ValueError(
+            f"expected one signal for each of the {n} directions, found {n_signal}; "
+            "both need the same tasks in the same order"
+        )
+    if scope != "global" and tree_structure(signal) != tree_structure(directions):
+        raise ValueError(
+            f"expected signal and directions of one structure for scope={scope!r}, found "
+            "two; give both the same leaves, or take scope='global'"
+        )
 
 
 def measure_by_group(

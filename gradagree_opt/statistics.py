@@ -100,8 +100,8 @@ def measure(
             measured = measured._replace(other_row_sums=others)
         if "relative_norms" in needs:
             units = row_magnitudes(leaves)
-            norms = units * scaled_square_sums(leaves, or_one(units)).sqrt()
-            measured = measured._replace(relative_norms=_relative_norms(norms, active))
+            lengths = scaled_square_sums(leaves, or_one(units)).sqrt()
+            measured = measured._replace(relative_norms=_relative_norms(units, lengths, active))
         return measured
 
 
@@ -213,7 +213,8 @@ def _of_products(
     scale = or_one(units.nan_to_num(0.0, 0.0, 0.0).amax())
     shares = units / scale
     gramian = products * torch.outer(shares, shares)
-    cosines = products / torch.outer(or_one(lengths), or_one(lengths))
+    divisors = or_one(lengths)
+    cosines = products / torch.outer(divisors, divisors)
     of_cosines, of_others = "cosine_row_sums" in needs, "other_row_sums" in needs
     squared_norms = diagonal(gramian)
     others = gramian - squared_norms.diag() if of_others else None
@@ -228,16 +229,24 @@ def _of_products(
         other_row_sums=None if others is None else _row_sums(others, eps),
         nonzero=lengths != 0,
         cosines=cosines,
-        relative_norms=_relative_norms(units * lengths, active),
+        relative_norms=_relative_norms(units, lengths, active),
     )
 
 
-def _relative_norms(norms: Float[Tensor, " n"], active: Bool[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Norms in units of the median of those that count, the mean of the middle two."""
-    counted = active & (norms != 0)
-    middle = counted.sum() + torch.arange(-1, 1, device=norms.device)
-    ascending = norms.masked_fill(~counted, torch.inf).sort().values
-    return norms / or_one(ascending[middle.clamp(min=0) // 2].mean()).nan_to_num(posinf=1.0)
+def _relative_norms(
+    units: Float[Tensor, " n"], lengths: Float[Tensor, " n"], active: Bool[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """unit_i · length_i over the median of those that count, the mean of the middle two.
+
+    By ratios alone: the norms themselves may overflow, or vanish beside a larger one.
+    """
+    counted = active & (lengths != 0)
+    places = counted.sum() + torch.arange(-1, 1, device=lengths.device)
+    sizes = (units.log2() + lengths.log2()).masked_fill(~counted, torch.inf)
+    middle = sizes.argsort()[places.clamp(min=0) // 2]  # two, or one twice
+    upper = middle[1:]
+    norms = units / or_one(units[upper]) * (lengths / or_one(lengths[upper]))
+    return norms / or_one(norms[middle].mean())
 
 
 def _row_sums(matrix: Tensor, eps: float) -> Tensor:

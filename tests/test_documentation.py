@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import runpy
 from pathlib import Path
 from typing import get_args
 
@@ -34,7 +35,7 @@ def field_names(model: type[BaseModel]) -> set[str]:
     pending = [field.annotation for field in model.model_fields.values()]
     while pending:
         hint = pending.pop()
-        if inspect.isclass(hint) and issubclass(hint, BaseModel):
+        if inspect.isclass(hint) and issubclass(hint, BaseModel) and hint is not model:
             names |= field_names(hint)
         pending += get_args(hint)
     return names
@@ -66,3 +67,20 @@ def test_studies_on_the_pages_load(body: str, tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(body, "utf-8")
     study = load(str(tmp_path / "study.yaml"))
     assert study.name in body
+
+
+def test_every_test_that_a_page_names_is_there() -> None:
+    page = (DOCS / "equal-agreement.md").read_text("utf-8")
+    tests = (ROOT / "tests/core/test_equal_agreement.py").read_text("utf-8")
+    named = re.findall(r"`(test_\w+)`", page)
+    assert len(named) > 10
+    assert [name for name in named if f"def {name}(" not in tests] == []
+
+
+def test_the_picture_of_the_tasks_is_drawn_from_what_the_library_returns(tmp_path: Path) -> None:
+    figure = runpy.run_path(str(DOCS / "figures/equal_agreement.py"))
+    texts = [text.get_text() for text in figure["draw"]().legends[0].get_texts()]
+    for text, (aggregator, _) in zip(texts, figure["STEPS"].values(), strict=True):
+        update, tasks = aggregator(figure["TASKS"]).double(), figure["TASKS"].double()
+        cosines = tasks @ update / tasks.norm(dim=1) / update.norm()
+        assert text.endswith(f"{cosines[0]:.2f} and {cosines[1]:.2f}")

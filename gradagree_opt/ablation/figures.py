@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from statistics import mean
 from textwrap import fill
 from typing import TypeAlias
 
@@ -15,7 +16,7 @@ from gradagree_opt.ablation.records import RunRecord
 from gradagree_opt.ablation.statistics import Interval, interval
 from gradagree_opt.ablation.style import INK, legend, looks, plain_log
 from gradagree_opt.ablation.sweep import Results
-from gradagree_opt.ablation.tables import MEASURES, counted
+from gradagree_opt.ablation.tables import MEASURES, after
 
 RateArray: TypeAlias = npt.NDArray[np.float64]
 RateCurves: TypeAlias = dict[str, list[Interval]]
@@ -33,6 +34,22 @@ HOPELESS = 10  # times the loss before training is off the scale
 
 def learning_curves(results: Results) -> Figure:
     """Validation loss through training: mean over seeds and its 95 % interval."""
+    return loss_curves(results, "outer steps", lambda _: 1.0)
+
+
+def seconds(results: Results) -> Figure:
+    """The same by time: each method's outer steps in seconds, as its runs took in the mean."""
+
+    def of_a_step(records: list[RunRecord]) -> float:
+        return mean(record.seconds for record in records) / results.study.iterations
+
+    return loss_curves(results, "seconds", of_a_step)
+
+
+def loss_curves(
+    results: Results, unit: str, of_a_step: Callable[[list[RunRecord]], float]
+) -> Figure:
+    """Validation loss by outer steps, in units of which a step of a method's runs takes some."""
     figure = Figure(figsize=(7.2, 3.8))
     axes = figure.subplots()
     untrained = untrained_loss(results)
@@ -42,7 +59,7 @@ def learning_curves(results: Results) -> Figure:
         kept = whole(records)
         if not kept:
             continue
-        at = [point.iteration for point in kept[0].curve]
+        at = [point.iteration * of_a_step(kept) for point in kept[0].curve]
         losses = np.array([[point.loss for point in record.curve] for record in kept])
         seen += losses.ravel().tolist()
         means, halves = np.array([interval(column) for column in losses.T.tolist()]).T
@@ -57,8 +74,8 @@ def learning_curves(results: Results) -> Figure:
             )
     # The limits are by the losses: an interval may reach below zero, where a log axis does not go.
     plain_log(axes, [loss for loss in seen if loss < HOPELESS * untrained])
-    axes.set_xlabel("outer steps")
-    axes.set_ylabel(f"validation loss after {counted(results.study.tuning.steps, 'step')}")
+    axes.set_xlabel(unit)
+    axes.set_ylabel(f"validation loss{after(results.study, results.study.tuning.steps)}")
     legend(figure, axes, "method (outer rate)", "outside right upper")
     return figure
 
@@ -86,8 +103,8 @@ def tuned_rates(results: Results) -> Figure:
     scores = curves(lambda record: record.test[steps] * measure.factor)
     draw_rates(left, results, losses, log=True)
     draw_rates(right, results, scores, log=not measure.higher_is_better)
-    left.set_ylabel(f"validation loss after {counted(steps, 'step')}")
-    right.set_ylabel(fill(f"test {measure.name} after {counted(steps, 'step')}", 40))
+    left.set_ylabel(f"validation loss{after(study, steps)}")
+    right.set_ylabel(fill(f"test {measure.name}{after(study, steps)}", 40))
     left.plot([], [], "o", mec=INK, mfc="none", ms=9, label="chosen rate")
     left.plot([], [], "x", color=INK, label="diverged or off the scale")
     legend(figure, left, "method", "outside lower center", columns=3)
@@ -113,7 +130,11 @@ def draw_rates(axes: Axes, results: Results, curves: RateCurves, *, log: bool) -
             draw_diverged(axes, rates[gone] * step**shift, look.color)
     axes.set_xscale("log")
     axes.set_xlim(every[0] / step**0.4, every[-1] * step**0.4)
-    axes.set_xticks(every, [f"{rate:g}" for rate in every])
+    ticks = every[:1]
+    for rate in every:  # those that have room for their number
+        if rate / ticks[-1] >= (every[-1] / every[0]) ** 0.14 > 1:
+            ticks.append(rate)
+    axes.set_xticks(ticks, [f"{rate:.4g}" for rate in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("outer rate")
     if log:

@@ -1,4 +1,4 @@
-"""The forms of a study: which meta-learner trains, and how a new task is adapted to."""
+"""The forms of a study: which learner trains, and how a new task is adapted to."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,15 +8,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import gradagree_opt as ga
-from gradagree_opt.ablation.sections import MetaSGDForm, ReptileForm
+from gradagree_opt.ablation.models import head
+from gradagree_opt.ablation.multi_task import MultiTask
+from gradagree_opt.ablation.sections import MetaSGDForm, MultiTaskForm, ReptileForm
 from gradagree_opt.ablation.study import Study
 
-Learner: TypeAlias = ga.Reptile | ga.MAML
+Learner: TypeAlias = ga.Reptile | ga.MAML | MultiTask
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]
 
 
 def learner(study: Study, loss: LossFn, module: nn.Module) -> Learner:
     """What trains the network."""
+    if isinstance(study.form, MultiTaskForm):
+        return MultiTask(loss)
+    assert study.inner is not None
     inner = ga.InnerSGD(study.inner.lr, study.inner.steps, batch_size=study.inner.batch_size)
     form = study.form
     if isinstance(form, ReptileForm):
@@ -31,16 +36,9 @@ def learner(study: Study, loss: LossFn, module: nn.Module) -> Learner:
 
 def evaluator(study: Study, loss: LossFn, module: nn.Module) -> Learner:
     """What adapts to the tasks of the test protocol: each step on the whole support set."""
-    whole = study.inner.model_copy(update={"batch_size": None})
+    whole = study.inner and study.inner.model_copy(update={"batch_size": None})
     clean = study.model_copy(update={"inner": whole, "corruption": None})
     return learner(clean, loss, module)
-
-
-def head(module: nn.Module) -> frozenset[str]:
-    """The parameters of the last layer, by name."""
-    names = [name for name, _ in module.named_parameters()]
-    layer = names[-1].rpartition(".")[0]
-    return frozenset(name for name in names if name.rpartition(".")[0] == layer)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import gradagree_opt as ga
+from gradagree_opt.ablation.forms import Learner
 from gradagree_opt.ablation.models import Params
 from gradagree_opt.ablation.optimizers import OPTIMIZERS, State
 from gradagree_opt.ablation.records import Run
@@ -120,12 +121,12 @@ class OuterStep:
     """One outer step of a group of runs: each row computes what its run computes alone.
 
     Args:
-        learner: The meta-learner of one run.
+        learner: What trains one run.
         optimizer: The outer optimizer of one run, by name.
         compiled: Whether the step is compiled, once for each method and size of group.
     """
 
-    def __init__(self, learner: ga.Reptile | ga.MAML, optimizer: Optimizer, compiled: bool) -> None:
+    def __init__(self, learner: Learner, optimizer: Optimizer, compiled: bool) -> None:
         self.learner = learner
         self.optimizer = OPTIMIZERS[optimizer]
         self._step = maybe_compiled(self._all_rows, compiled)

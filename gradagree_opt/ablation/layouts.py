@@ -7,16 +7,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from gradagree_opt.ablation.notes import comparison_notes, notes
 from gradagree_opt.ablation.sweep import Results
-from gradagree_opt.ablation.tables import (
-    ADJUSTED_P,
-    EDGE,
-    EFFECT_SIZE,
-    comparison_notes,
-    counted,
-    notes,
-    summary,
-)
+from gradagree_opt.ablation.tables import ADJUSTED_P, EDGE, EFFECT_SIZE, counted, summary
 
 
 def markdown(parts: Sequence[Results]) -> str:

@@ -58,7 +58,7 @@ def resolved(path: Path, quick: bool) -> Study:
             raise StudyError(f"{path}: --quick needs a 'quick' section, and there is none")
         return study
     root = merge_nodes(root, child(root, "quick"))
-    fast = parse(path, merge(document, document["quick"]), root)
+    fast = parse(path, merge(document, document["quick"]), root, ", under --quick")
     if fast.name != study.name:
         place = locate(path, root, ("name",))
         raise StudyError(f"{place}: the 'quick' section cannot rename the study")
@@ -151,8 +151,8 @@ def merge_nodes(root: yaml.Node, override: yaml.Node) -> yaml.Node:
     return yaml.MappingNode(root.tag, list(pairs.values()), override.start_mark, override.end_mark)
 
 
-def parse(path: Path, document: dict[str, Any], root: yaml.Node) -> Study:
-    """Validates a document whose keys stand at the nodes."""
+def parse(path: Path, document: dict[str, Any], root: yaml.Node, form: str = "") -> Study:
+    """Validates a document whose keys stand at the nodes; a mistake is told of that form of it."""
     try:
         return Study.model_validate(document)
     except ValidationError as error:
@@ -161,7 +161,7 @@ def parse(path: Path, document: dict[str, Any], root: yaml.Node) -> Study:
         problem = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
         cause = problem.get("ctx", {}).get("error")
         place = locate(path, root, problem["loc"] + getattr(cause, "location", ()))
-        raise StudyError(printable(f"{place}: {explain(problem)}")) from None
+        raise StudyError(printable(f"{place}: {explain(problem)}{form}")) from None
 
 
 def explain(problem: Any) -> str:

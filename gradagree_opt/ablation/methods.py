@@ -212,7 +212,8 @@ def plain_types(hint: Any) -> tuple[type, ...]:
 
 
 def described(kinds: tuple[type, ...]) -> str:
-    return " or ".join(sorted(DESCRIPTIONS[kind] for kind in kinds))
+    *first, last = sorted(DESCRIPTIONS[kind] for kind in kinds)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 @contextmanager

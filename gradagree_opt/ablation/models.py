@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
+from torch.utils._pytree import tree_map
 
 from gradagree_opt.ablation.sections import (
     DRAWING,
     MLP,
+    DigitsTasks,
     GroupedTasks,
     Learn2LearnTasks,
     MetaSGDForm,
     MiniImageNetTasks,
+    MultiTaskForm,
     Network,
 )
 from gradagree_opt.ablation.study import Study
@@ -24,7 +27,8 @@ from gradagree_opt.tasks import Batch
 from gradagree_opt.tasks.grouped import DATASETS
 
 Params: TypeAlias = dict[str, Any]
-"""The network's by name; or Meta-SGD's ``{"params": those, "lr": their inner rates}``."""
+"""The network's by name; Meta-SGD's ``{"params": those, "lr": their inner rates}``; or multi-task
+``{"trunk": all but the last layer, "heads": the last layer of each task, leaves [n, *shape]}``."""
 BatchFunction = Callable[[Params, Batch], Tensor]
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """From the outputs and the targets of a batch to a number."""
@@ -38,7 +42,7 @@ ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 def build_module(study: Study) -> nn.Module:
     """The network of a study, its input and output sizes given by the tasks."""
-    inputs, outputs = input_size(study), study.way or 1
+    inputs, outputs = input_size(study), study.classes or 1
     if isinstance(study.model, MLP):
         sizes, activation = [inputs, *study.model.hidden, outputs], study.model.activation
         return mlp(sizes, ACTIVATIONS[activation], batch_norm=study.model.batch_norm)
@@ -50,7 +54,7 @@ def input_size(study: Study) -> int:
     """The numbers in one example."""
     if isinstance(study.tasks, GroupedTasks):
         return len(DATASETS[study.tasks.dataset].inputs)
-    if isinstance(study.tasks, Learn2LearnTasks):
+    if isinstance(study.tasks, Learn2LearnTasks | DigitsTasks):
         return study.tasks.inputs
     sizes = {"sine": 1, "omniglot": DRAWING, "mini-imagenet": PHOTOGRAPH}
     return sizes[study.tasks.kind]
@@ -119,12 +123,52 @@ def initial_params(study: Study, seed: int) -> Params:
     """PyTorch's default initialisation, from the seed; the global generator stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, "init"))
-        module = build_module(study)
-    params = {name: leaf.detach().clone() for name, leaf in module.named_parameters()}
+        if isinstance(study.form, MultiTaskForm):
+            return with_heads([build_module(study) for _ in range(study.meta_batch)])
+        params = own_params(build_module(study))
     if not isinstance(study.form, MetaSGDForm):
         return params
+    assert study.inner is not None
     rates = {name: torch.full_like(leaf, study.inner.lr) for name, leaf in params.items()}
     return {"params": params, "lr": rates}
+
+
+def own_params(module: nn.Module) -> Params:
+    """Copies of a network's parameters, by name."""
+    return {name: leaf.detach().clone() for name, leaf in module.named_parameters()}
+
+
+def head(module: nn.Module) -> frozenset[str]:
+    """The parameters of the last layer, by name."""
+    names = [name for name, _ in module.named_parameters()]
+    layer = names[-1].rpartition(".")[0]
+    return frozenset(name for name in names if name.rpartition(".")[0] == layer)
+
+
+def with_heads(modules: list[nn.Module]) -> Params:
+    """The trunk of the first of several equal networks, and the last layers of all of them."""
+    networks, heads = list(map(own_params, modules)), head(modules[0])
+    return {
+        "trunk": {name: leaf for name, leaf in networks[0].items() if name not in heads},
+        "heads": {
+            name: torch.stack([network[name] for network in networks])
+            for name in networks[0]
+            if name in heads
+        },
+    }
+
+
+def before_adaptation(params: Params, n_tasks: int) -> Params:
+    """Task-stacked parameters before any step of a task: the same, but for heads of their own."""
+
+    def repeat(leaf: Tensor) -> Tensor:
+        return leaf.detach().expand(n_tasks, *leaf.shape)
+
+    if "heads" not in params:
+        repeated: Params = tree_map(repeat, params)
+        return repeated
+    heads = {name: leaf.detach() for name, leaf in params["heads"].items()}
+    return {name: repeat(leaf) for name, leaf in params["trunk"].items()} | heads
 
 
 def network_params(params: Params) -> Params:
@@ -177,7 +221,7 @@ def apart_at_once(support: Tensor) -> int:
 
 def criterion(study: Study) -> Criterion:
     """What training lowers: mean squared error in regression, cross-entropy for classes."""
-    return functional.mse_loss if study.way is None else functional.cross_entropy
+    return functional.mse_loss if study.classes is None else functional.cross_entropy
 
 
 def accuracy(outputs: Tensor, y: Tensor) -> Tensor:

@@ -12,18 +12,22 @@ from matplotlib.figure import Figure
 
 from gradagree_opt.ablation import tables
 from gradagree_opt.ablation.citations import bibtex, methods_text
+from gradagree_opt.ablation.notes import comparison_notes, notes
 from gradagree_opt.ablation.recorded import Config
 from gradagree_opt.ablation.style import INK, save
 from gradagree_opt.ablation.sweep import Results
 
 CAPTIONS = {
     "learning-curves": "Validation loss through training: mean over seeds, and its 95 % interval.",
+    "seconds": "Validation loss by time on the machine at hand: mean over seeds, and its 95 % "
+    "interval. Runs of one method are trained in groups; the seconds of a run are its share of its "
+    "group's, those of validation and test included.",
     "tuned-rates": "What each method reaches at every candidate outer rate, on the seeds that the "
     "rates are tuned on. The rate is chosen by the validation loss alone.",
     "agreement": "Weights and cancellation of the training batches, averaged over seeds.",
     "agreement-matrix": "Agreement of the tasks of one training batch, the same for every method: "
-    "cosines between the displacements of their inner loops, by the parameters that the first seed "
-    "was trained to.",
+    "cosines between the displacements of their inner loops, in multi-task training between their "
+    "gradients in the trunk, by the parameters that the first seed was trained to.",
     "corruption": "The test after the steps that rates are tuned for, by the share of the training "
     "tasks that are corrupted: mean over seeds, and its 95 % interval. At each share every method "
     "has the rate chosen there.",
@@ -71,7 +75,7 @@ def html(parts: Sequence[Results], config: Config, figures: Mapping[str, Figure]
     return environment.get_template("report.html.j2").render(
         study=config.study,
         config=config,
-        notes=tables.notes(parts) + tables.comparison_notes(parts),
+        notes=notes(parts) + comparison_notes(parts),
         tables=[
             page_table("methods", "The methods, the best first", tables.summary(parts)),
             page_table("runs", "All runs", every_run(parts), folded=True),

@@ -20,6 +20,7 @@ from gradagree_opt.ablation.models import (
     accuracy,
     apart_at_once,
     batch_loss,
+    before_adaptation,
     build_module,
     criterion,
     generator,
@@ -29,9 +30,10 @@ from gradagree_opt.ablation.models import (
     predict_apart,
     with_network_params,
 )
+from gradagree_opt.ablation.multi_task import MultiTask
 from gradagree_opt.ablation.optimizers import OPTIMIZERS
 from gradagree_opt.ablation.section import Optimizer
-from gradagree_opt.ablation.sections import DRAWING, ReptileForm
+from gradagree_opt.ablation.sections import DRAWING, MAMLForm, MetaSGDForm
 from gradagree_opt.ablation.study import Study
 from gradagree_opt.blocks import or_one
 from gradagree_opt.statistics import measure
@@ -84,7 +86,7 @@ def build_problem(study: Study, data: Path | None) -> Problem:
         },
         evaluator=evaluator(study, loss, module),
         loss=criterion(study),
-        score=criterion(study) if study.way is None else accuracy,
+        score=criterion(study) if study.classes is None else accuracy,
         chunk_size=tasks_at_once(study),
         transductive=study.test.transductive,
     )
@@ -120,7 +122,8 @@ class TrainingTasks:
     def __init__(self, study: Study, problem: Problem, seed: int) -> None:
         self.distribution = at_seed(problem.training, seed)
         self.meta_batch = study.meta_batch
-        self.parts = ("support",) if isinstance(study.form, ReptileForm) else ("support", "query")
+        scores_queries = isinstance(study.form, MAMLForm | MetaSGDForm)
+        self.parts = ("support", "query") if scores_queries else ("support",)
         self.generator = generator(seed, "train")
         self.flip, self.fraction = study.flip, study.fraction
         self.flips = generator(seed, "flips")
@@ -154,7 +157,7 @@ def scores_after(
         For each number of steps, one value per task ``[n]``.
     """
     n_tasks = len(tasks["support"][0])
-    adapted = tree_map(lambda leaf: leaf.detach().expand(n_tasks, *leaf.shape), params)
+    adapted = before_adaptation(params, n_tasks)
     done, scores = 0, {}
     for step in steps:
         if step > done:
@@ -188,12 +191,19 @@ def adapt(problem: Problem, params: Params, support: Batch, steps: int) -> Param
 
 
 def agreement_matrix(problem: Problem, params: Params, support: tuple[Tensor, ...]) -> Tensor:
-    """Cosines ``[n, n]`` between the displacements of n tasks; 0 for one that did not move."""
-    inner_loop = partial(problem.learner.adapt, params)
-    adapted = torch.vmap(inner_loop, chunk_size=problem.chunk_size)(support)
-    displacements = tree_leaves(tree_map(torch.sub, network_params(params), adapted))
+    """Cosines ``[n, n]`` between the displacements of n tasks; 0 for one that did not move.
+
+    In multi-task training, between their gradients in the trunk.
+    """
+    learner = problem.learner
+    if isinstance(learner, MultiTask):
+        signals, _ = learner.gradients(params, support)
+    else:
+        inner_loop = partial(learner.adapt, params)
+        adapted = torch.vmap(inner_loop, chunk_size=problem.chunk_size)(support)
+        signals = tree_map(torch.sub, network_params(params), adapted)
     active = torch.ones(len(support[0]), dtype=torch.bool)
-    gramian = measure(displacements, active, frozenset({"gramian"})).gramian
+    gramian = measure(tree_leaves(signals), active, frozenset({"gramian"})).gramian
     assert gramian is not None
     lengths = or_one(gramian.diagonal().sqrt())
     return gramian / lengths / lengths.unsqueeze(1)

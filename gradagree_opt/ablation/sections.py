@@ -1,6 +1,6 @@
 """The sections of a study file, each by itself."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     Discriminator,
@@ -14,6 +14,7 @@ from pydantic import (
 
 from gradagree_opt.ablation.section import LocatedError, Optimizer, Rates, Section, Seeds
 from gradagree_opt.tasks.corrupted import Corruption
+from gradagree_opt.tasks.digits import CLASSES, PICTURE
 from gradagree_opt.tasks.group_splits import FEWEST_FOLDS
 from gradagree_opt.tasks.grouped import Dataset
 
@@ -78,6 +79,16 @@ class GroupedTasks(Section):
     folds: Annotated[int, Field(ge=FEWEST_FOLDS)] | None = None
     support_shots: PositiveInt
     query_shots: PositiveInt = 1
+
+
+class DigitsTasks(Section):
+    """Pairs of digits; training has a minibatch of ``support_shots`` pictures for all tasks."""
+
+    kind: Literal["digits"]
+    support_shots: PositiveInt
+    query_shots: ClassVar[int] = 1
+    inputs: ClassVar[int] = PICTURE
+    classes: ClassVar[int] = CLASSES
 
 
 def one_or_list(value: Any) -> Literal["one", "list"]:
@@ -151,6 +162,10 @@ class MetaSGDForm(Section):
     first_order: bool = False
 
 
+class MultiTaskForm(Section):
+    kind: Literal["multi-task"]
+
+
 class Inner(Section):
     lr: PositiveFloat
     steps: PositiveInt
@@ -170,14 +185,16 @@ class Tuning(Section):
         Discriminator(one_or_list),
     ]
     tasks: PositiveInt
-    steps: PositiveInt
+    steps: NonNegativeInt
 
 
 class Test(Section):
+    """Where the form adapts, ``support_shots`` has to be given: see :class:`Study`."""
+
     __test__ = False  # not a test class, whatever pytest thinks of its name
 
     tasks: PositiveInt
-    support_shots: PositiveInt
+    support_shots: PositiveInt = 1
     query_shots: PositiveInt
     steps: Annotated[list[NonNegativeInt], Field(min_length=1)]
     transductive: bool = True

@@ -1,5 +1,7 @@
 """A study: its sections together, and what they have to agree on."""
 
+import json
+from functools import reduce
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -16,12 +18,14 @@ from gradagree_opt.ablation.sections import (
     MLP,
     Conv4,
     CorruptionSection,
+    DigitsTasks,
     GroupedTasks,
     Inner,
     Learn2LearnTasks,
     MAMLForm,
     MetaSGDForm,
     MiniImageNetTasks,
+    MultiTaskForm,
     Network,
     OmniglotTasks,
     Outer,
@@ -30,6 +34,7 @@ from gradagree_opt.ablation.sections import (
     Test,
     Tuning,
 )
+from gradagree_opt.tasks.digits import QUESTIONS
 
 
 class StudyError(ValueError):
@@ -42,12 +47,19 @@ class Study(Section):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     title: Annotated[str, Field(pattern=r"^[^\r\n]+$")]
     tasks: Annotated[
-        SineTasks | GroupedTasks | OmniglotTasks | MiniImageNetTasks | Learn2LearnTasks,
+        SineTasks
+        | GroupedTasks
+        | OmniglotTasks
+        | MiniImageNetTasks
+        | Learn2LearnTasks
+        | DigitsTasks,
         Field(discriminator="kind"),
     ]
     model: Annotated[MLP | Conv4, Field(discriminator="kind")]
-    form: Annotated[ReptileForm | MAMLForm | MetaSGDForm, Field(discriminator="kind")]
-    inner: Inner
+    form: Annotated[
+        ReptileForm | MAMLForm | MetaSGDForm | MultiTaskForm, Field(discriminator="kind")
+    ]
+    inner: Inner | None = None
     outer: Outer
     corruption: CorruptionSection | None = None
     iterations: PositiveInt
@@ -61,6 +73,48 @@ class Study(Section):
     quick: dict[str, Any] | None = None
 
     @model_validator(mode="after")
+    def suited(self) -> "Study":
+        """The form goes with the tasks, and has the keys that it needs."""
+        if isinstance(self.form, MultiTaskForm) != isinstance(self.tasks, DigitsTasks):
+            message = (
+                "expected the form multi-task for digits tasks, and for no others, "
+                f"found the form {self.form.kind} for {self.tasks.kind} tasks"
+            )
+            raise LocatedError(message, "form", "kind")
+        if not self.adapts:
+            return self
+        if self.inner is None:
+            raise LocatedError("the key 'inner' is missing")
+        if "support_shots" not in self.test.model_fields_set:
+            raise LocatedError("the key 'support_shots' is missing", "test")
+        return self
+
+    @model_validator(mode="after")
+    def possible_in_multi_task(self) -> "Study":
+        if self.adapts:
+            return self
+        n = len(QUESTIONS)
+        for expected, *place in (
+            (None, "inner"),
+            (None, "corruption"),
+            (n, "meta_batch"),
+            (n, "tuning", "tasks"),
+            (n, "test", "tasks"),
+            ([0], "test", "steps"),
+            (1, "test", "support_shots"),
+            (True, "test", "transductive"),
+        ):
+            found: object = reduce(getattr, place, self)
+            if found != expected:
+                shown = [json.dumps(value, default=str) for value in (expected, found)]
+                raise LocatedError(
+                    f"expected {shown[0]}, found {shown[1]}: multi-task training has the same {n} "
+                    "tasks at every step and at the test, and adapts to none",
+                    *place,
+                )
+        return self
+
+    @model_validator(mode="after")
     def consistent(self) -> "Study":
         if self.baseline not in [method.name for method in self.methods]:
             raise LocatedError(
@@ -71,10 +125,11 @@ class Study(Section):
         if self.tuning.steps not in self.test.steps:
             raise LocatedError("tuning.steps is not among the test's steps", "tuning", "steps")
         shots = self.tasks.support_shots * (self.way or 1)
-        if shots % (self.inner.batch_size or 1):
-            message = f"{self.inner.batch_size} does not divide the {shots} support examples"
+        batch_size = (self.inner and self.inner.batch_size) or 1
+        if shots % batch_size:
+            message = f"{batch_size} does not divide the {shots} support examples"
             raise LocatedError(message, "inner", "batch_size")
-        if self.way is None and self.model.kind == "conv4":
+        if self.classes is None and self.model.kind == "conv4":
             message = f"a conv4 model needs drawings; {self.tasks.kind} tasks have numbers"
             raise LocatedError(message, "model")
         if self.model.kind == "conv4" and getattr(self.tasks, "inputs", DRAWING) != DRAWING:
@@ -95,7 +150,7 @@ class Study(Section):
             raise LocatedError(message, "outer", "extend")
         for index, method in enumerate(self.methods):
             if (found := len(self.rates(method))) != expected:
-                message = f"expected {expected} rates, as many as outer.rates, found {found}; "
+                message = f"expected as many rates as outer.rates has, {expected}, found {found}; "
                 message += "give every method as many"
                 raise LocatedError(message, "methods", index, "rates")
         return self
@@ -133,11 +188,12 @@ class Study(Section):
             return self
         places = [("inner", "batch_size")]
         if self.way is None:  # classes are two at least, and so are their examples
-            places += [("tasks", "support_shots"), ("test", "support_shots")]
-            places += [("tasks", "query_shots")] * (self.form.kind != "reptile")
+            places += [("tasks", "support_shots")]
+            places += [("test", "support_shots")] * self.adapts
+            places += [("tasks", "query_shots")] * (self.adapts and self.form.kind != "reptile")
             places += [("test", "query_shots")] * self.test.transductive
         for section, key in places:
-            if getattr(getattr(self, section), key) == 1:
+            if getattr(getattr(self, section), key, None) == 1:
                 raise LocatedError("batch_norm needs batches of two or more", section, key)
         return self
 
@@ -145,7 +201,7 @@ class Study(Section):
     def possible_in_form(self) -> "Study":
         if self.form.kind != "meta-sgd":
             return self
-        if self.inner.batch_size is not None:
+        if self.inner and self.inner.batch_size is not None:
             message = "Meta-SGD takes each step on the whole support set; leave it out"
             raise LocatedError(message, "inner", "batch_size")
         for index, method in enumerate(self.methods):
@@ -215,5 +271,15 @@ class Study(Section):
 
     @property
     def way(self) -> int | None:
-        """Classes of a task, None for regression."""
+        """Classes of a task, of each of which there are so many shots; None without such."""
         return getattr(self.tasks, "way", None)
+
+    @property
+    def classes(self) -> int | None:
+        """Classes that the network tells apart, None for regression."""
+        return getattr(self.tasks, "classes", self.way)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether it is meta-learning: tasks are new, and adapted to from their support sets."""
+        return not isinstance(self.form, MultiTaskForm)

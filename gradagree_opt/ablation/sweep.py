@@ -67,7 +67,7 @@ def candidates(study: Study, method: Method, records: Records) -> list[float]:
         if best not in (rising[0], rising[-1]):
             break
         neighbour = rising[1] if best == rising[0] else rising[-2]
-        rates.append(float(f"{best * best / neighbour:.6g}"))  # as it is shown
+        rates.append(float(f"{best * best / neighbour:.4g}"))  # 0.3333 is easily typed again
     return rates
 
 

@@ -1,6 +1,7 @@
-"""Task distributions: regression, Omniglot and mini-ImageNet, and the corruption of any."""
+"""Task distributions: regression, digits, Omniglot, mini-ImageNet, and the corruption of any."""
 
 from gradagree_opt.tasks.corrupted import Corrupted
+from gradagree_opt.tasks.digits import DigitPairs
 from gradagree_opt.tasks.grouped import GroupedRegression
 from gradagree_opt.tasks.lines import Lines
 from gradagree_opt.tasks.mini_imagenet import MiniImageNet
@@ -11,6 +12,7 @@ from gradagree_opt.tasks.sine import Sine
 __all__ = [
     "Batch",
     "Corrupted",
+    "DigitPairs",
     "GroupedRegression",
     "Lines",
     "MiniImageNet",

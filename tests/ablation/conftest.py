@@ -40,6 +40,27 @@ quick:
   tuning: {tasks: 5}
 """
 
+DIGITS = """\
+name: tiny-digits
+title: Tiny pairs of digits
+tasks: {kind: digits, support_shots: 9}
+model: {kind: mlp, hidden: [7, 5], activation: tanh}
+form: {kind: multi-task}
+outer: {optimizer: sgd, rates: [0.5, 1.0], schedule: linear}
+iterations: 6
+meta_batch: 6
+seeds: [3, 5]
+tuning: {seeds: 1, tasks: 6, steps: 0}
+test: {tasks: 6, query_shots: 40, steps: [0]}
+methods:
+  - {name: mean, aggregator: mean}
+  - {name: agreement, aggregator: gradient_agreement}
+  - {name: cosine, aggregator: gradient_agreement, options: {similarity: cosine}}
+  - {name: equal, aggregator: equal_agreement}
+baseline: mean
+quick: {iterations: 4}
+"""
+
 SHUFFLED = {"kind": "shuffled_labels", "fraction": [0, 0.2, 0.5]}
 
 WriteStudy = Callable[..., Path]
@@ -70,6 +91,25 @@ def write_study(tmp_path: Path) -> WriteStudy:
         return path
 
     return write
+
+
+@pytest.fixture
+def write_digits(tmp_path: Path) -> WriteStudy:
+    """Writes the tiny multi-task study with some of its top-level keys replaced."""
+
+    def write(**changes: object) -> Path:
+        path = tmp_path / "digits.yaml"
+        path.write_text(yaml.safe_dump(yaml.safe_load(DIGITS) | changes, sort_keys=False))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def digits(write_digits: WriteStudy) -> "Study":
+    from gradagree_opt.ablation.loading import load
+
+    return load(str(write_digits()))
 
 
 @pytest.fixture(scope="session")

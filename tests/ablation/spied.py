@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from gradagree_opt.ablation.models import Params
 from gradagree_opt.ablation.problem import Problem, Tasks
@@ -35,7 +36,8 @@ def trained_alike(study: Study, clean: Problem, marked: Problem) -> tuple[RunRec
     """The records of both, which are the same up to the test, as are the parameters."""
     (record, params), (found, params_of_marked) = trained(study, clean), trained(study, marked)
     assert (found.validation, found.curve) == (record.validation, record.curve)
-    assert all(torch.equal(params[name], params_of_marked[name]) for name in params)
+    leaves = zip(tree_leaves(params), tree_leaves(params_of_marked), strict=True)
+    assert all(torch.equal(leaf, of_marked) for leaf, of_marked in leaves)
     return record, found
 
 

@@ -189,6 +189,8 @@ def test_corrupted_tasks_are_owned_up_to(config: Config) -> None:
 
 
 SILENT = {"name", "title", "quick", "compile"}  # the numbers do not depend on them
+UNADAPTED = {"tuning.steps", "test.steps", "test.support_shots", "test.transductive"}
+"""Settings that multi-task training has one value for."""
 
 
 def variants(section: BaseModel) -> Iterator[tuple[str, BaseModel]]:
@@ -221,6 +223,7 @@ def variants(section: BaseModel) -> Iterator[tuple[str, BaseModel]]:
 def test_whatever_setting_is_changed_the_text_says_so(config: Config, name: str) -> None:
     study = config.study if name == "tiny" else load(name)
     silent = SILENT | ({"tasks.query_shots"} if study.form.kind == "reptile" else set())
+    silent |= set() if study.adapts else UNADAPTED
     packages = config.packages | {"torchjd": "0.18"}
 
     def text(study: Any) -> str:

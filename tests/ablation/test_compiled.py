@@ -53,6 +53,13 @@ def test_so_is_a_captured_one_of_maml_with_adam(
     assert_compiled_is_eager(study, runs_of(study.methods[index], (0.01, 3), (0.002, 5)))
 
 
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_so_is_a_captured_one_of_multi_task_training(
+    digits: Study, index: int, without_code_generation: None
+) -> None:
+    assert_compiled_is_eager(digits, runs_of(digits.methods[index], (0.5, 3), (1.0, 5)))
+
+
 def test_as_many_programs_are_kept_as_methods_want(without_code_generation: None) -> None:
     """More than torch keeps of one function by default (8), and of one code altogether (256)."""
     doubled = maybe_compiled(lambda x: 2 * x, True)

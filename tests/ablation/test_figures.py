@@ -15,7 +15,7 @@ from gradagree_opt.ablation import figures
 from gradagree_opt.ablation.matrices import agreement_matrices
 from gradagree_opt.ablation.methods import Method
 from gradagree_opt.ablation.recorded import read_config, read_results
-from gradagree_opt.ablation.records import RunRecord
+from gradagree_opt.ablation.records import CurvePoint, Run, RunRecord
 from gradagree_opt.ablation.study import Study
 from gradagree_opt.ablation.style import COLOURS, INK, looks, save
 from gradagree_opt.ablation.sweep import Label, Results
@@ -70,6 +70,22 @@ def test_learning_curves_are_means_over_seeds_with_students_interval(results: Re
             assert found.max() == pytest.approx(expected.high[index])
 
 
+def test_the_curves_by_time_are_those_by_steps_as_long_as_the_runs_took_in_the_mean(
+    results: Results,
+) -> None:
+    took = {3: 24.0, 5: 48.0}  # for twelve steps
+    records = {
+        label: record.model_copy(update={"seconds": took[record.run.seed]})
+        for label, record in results.records.items()
+    }
+    by_steps = figures.learning_curves(results).axes[0]
+    by_time = figures.seconds(changed(results, records)).axes[0]
+    assert by_time.get_xlabel() == "seconds"
+    for name in NAMES:
+        (steps, losses), (seconds, same) = (data(line(axes, name)) for axes in (by_steps, by_time))
+        assert seconds == pytest.approx([3 * step for step in steps]) and same == losses
+
+
 def test_a_seed_that_diverged_is_left_out_of_the_curve_and_said_so(results: Results) -> None:
     first, second = results.final("mean")
     axes = figures.learning_curves(changed(results, {first.run.label: diverged(first)})).axes[0]
@@ -91,6 +107,26 @@ def test_rate_curves_show_every_candidate_and_ring_the_chosen_one(results: Resul
         for axes, values in ((left, losses), (right, scores)):
             rings = [data(x) for x in axes.get_lines() if x.get_markerfacecolor() == "none"]
             assert ([0.25, 0.5][best : best + 1], values[best : best + 1]) in rings
+
+
+def test_candidates_are_numbered_but_for_those_too_near_to_another(study: Study) -> None:
+    def numbered(rates: list[float]) -> list[str]:
+        outer = study.outer.model_copy(update={"rates": rates})
+        one = study.model_copy(update={"outer": outer, "methods": study.methods[:1]})
+        point = CurvePoint(iteration=0, loss=1.0, diagnostics={})
+        runs = [Run(method=study.methods[0], rate=rate, seed=3) for rate in rates]
+        records = {
+            run.label: RunRecord(run=run, validation=1.0, test={1: 1.0}, curve=[point], seconds=1.0)
+            for run in runs
+        }
+        axes = figures.tuned_rates(Results(one, records, {"mean": rates[0]})).axes[0]
+        return [label.get_text() for label in axes.get_xticklabels()]
+
+    assert numbered([0.5]) == ["0.5"]
+    assert numbered([0.25, 0.5, 1.0, 2.0, 4.0]) == ["0.25", "0.5", "1", "2", "4"]
+    assert numbered([0.001, 0.003, 0.01, 0.027, 0.03, 0.09, 0.1, 0.3, 1.0]) == (
+        ["0.001", "0.003", "0.01", "0.027", "0.09", "0.3", "1"]
+    )
 
 
 def test_a_rate_at_which_a_method_diverges_is_a_gap_and_a_cross_above_the_axes(
@@ -180,6 +216,7 @@ def test_panels_of_many_methods_stand_in_rows_that_need_not_be_full(results: Res
 def test_a_method_looks_the_same_in_every_figure(results: Results) -> None:
     for figure in (
         figures.learning_curves(results),
+        figures.seconds(results),
         figures.tuned_rates(results),
         figures.agreement(results),
     ):
@@ -223,6 +260,7 @@ def test_the_pdf_is_vectors_with_embedded_truetype_fonts_and_no_date(finished: P
         "agreement",
         "agreement-matrix",
         "learning-curves",
+        "seconds",
         "tuned-rates",
     }
     for name in names:

@@ -29,10 +29,12 @@ from gradagree_opt.ablation.training import train_runs
 
 from .doubled import Doubled
 
+EQUAL = {"aggregator": "equal_agreement", "options": {"damping": 0.1}}
 METHODS = [
     *load("sine").methods,
     Method(name="softmax", aggregator="gradient_agreement", options={"normalization": "softmax"}),
     Method(name="leaf", aggregator="gradient_agreement", options={"scope": "leaf"}),
+    Method(name="equal length", aggregator="mean", options={"match_norm": EQUAL}),
     Method(name="drop", aggregator="gradient_agreement", options={"nonfinite": "drop"}),
 ]
 FORMS = {

@@ -119,7 +119,7 @@ def test_a_study_file_gives_one_that_trains_as_itself_and_is_read_back(
             "'raise' would end the study",
         ),
         ("{aggregator: norm_share}", None, "weights that do not see norms"),
-        ("3", "other", "expected a word or an aggregator or null for 'other', found 3.0"),
+        ("3", "other", "expected a word, an aggregator or null for 'other', found 3.0"),
     ],
 )
 @pytest.mark.usefixtures("without_type_checks")

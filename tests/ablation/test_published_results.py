@@ -19,8 +19,14 @@ RESULTS = DOCS / "results"
 PAGE = (DOCS / "results.md").read_text(encoding="utf-8")
 INTERVAL = re.compile(r"[+-]?\d+\.\d+ ± \d+\.\d+")
 STUDIES = sorted(path.parent for path in RESULTS.glob("*/config.json"))
-SECTIONS = {"Sines": "sine", "Corrupted tasks": "sine-corrupted", "Spruces": "grouped"}
+SECTIONS = {
+    "Equal Agreement on sines": "equal-sine",
+    "Sines": "sine",
+    "Corrupted tasks": "sine-corrupted",
+    "Spruces": "grouped",
+}
 SUMMARY = {
+    "sines, rates chosen on other seeds": ("equal-sine", ""),
     "sines": ("sine", ""),
     "sines, half of the tasks corrupted": ("sine-corrupted", "50 %"),
     "spruces: their growth, from five measurements": ("grouped", ""),

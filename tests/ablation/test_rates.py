@@ -11,12 +11,12 @@ from gradagree_opt.ablation import figures
 from gradagree_opt.ablation import sweep as sweep_module
 from gradagree_opt.ablation.loading import load
 from gradagree_opt.ablation.models import Params, initial_params
+from gradagree_opt.ablation.notes import notes
 from gradagree_opt.ablation.problem import Problem
 from gradagree_opt.ablation.recorded import read_config, read_results
 from gradagree_opt.ablation.records import CurvePoint, Run, RunRecord
 from gradagree_opt.ablation.study import Study
 from gradagree_opt.ablation.sweep import Label, Results, Sweep, number_of_runs
-from gradagree_opt.ablation.tables import notes
 from gradagree_testing.command import gradagree
 
 from .conftest import WriteStudy
@@ -120,6 +120,9 @@ def test_a_rate_beyond_is_further_by_the_ratio_of_the_last_two_there(
     assert sweep(study, tmp_path / "up").candidates("mean") == [0.01, 0.1, 0.3, 0.9, 2.7]
     pretended.loss = near(1e-9)
     assert sweep(study, tmp_path / "down").candidates("mean") == [1e-4, 1e-3, 0.01, 0.1, 0.3]
+    outer = study.outer.model_copy(update={"rates": [0.3, 0.1]})
+    thirds = extending(study.model_copy(update={"outer": outer}), 2)
+    assert sweep(thirds, tmp_path / "down").candidates("mean") == [0.01111, 0.03333, 0.1, 0.3]
 
 
 def test_every_method_is_extended_by_itself_as_far_as_the_others_may_be(

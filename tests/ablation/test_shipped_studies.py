@@ -28,13 +28,20 @@ NAMED = {  # how each text names a method
     "report.html": ">{}</th>",
     "methods.md": '"{}"',
 }
-FIGURES = ("learning-curves", "tuned-rates", "agreement", "agreement-matrix")
+FIGURES = ("learning-curves", "seconds", "tuned-rates", "agreement", "agreement-matrix")
+UNADAPTED = {
+    "inner": None,
+    "tuning": {"seeds": 1, "tasks": 6, "steps": 0},
+    "test": {"tasks": 6, "query_shots": 2, "steps": [0]},
+}
 
 
 def shrunk(name: str, study: Study) -> dict[str, object]:
     """A study that extends the shipped one, with its methods and as little else as it takes."""
     document = SMALL | {"extends": name, "name": f"small-{name}", "title": study.title}
-    document["outer"] = {"rates": study.outer.rates[:2]}
+    document |= {} if study.adapts else UNADAPTED
+    of_all = not any(method.rates for method in study.methods)
+    document["outer"] = {"extend": 0} | ({"rates": study.outer.rates[:2]} if of_all else {})
     document["tasks"] = {"support_shots": 1, "way": 2} if study.way else {"support_shots": 2}
     if study.model.kind == "conv4":
         document["model"] = {"filters": 2}

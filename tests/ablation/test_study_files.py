@@ -17,9 +17,11 @@ WHOLE = {"lr": 0.02, "steps": 2}
 TEST = {"tasks": 12, "support_shots": 5, "query_shots": 7, "steps": [0, 1, 2]}
 MEAN = "{name: mean, aggregator: mean"
 SHIPPED = [
+    "equal-sine",
     "grouped",
     "mini-imagenet-5way-1shot",
     "mini-imagenet-5way-5shot",
+    "multi-task-digits",
     "omniglot-20way-1shot",
     "omniglot-20way-5shot",
     "omniglot-5way-1shot",
@@ -55,7 +57,7 @@ def test_every_shipped_study_is_valid_and_named_as_its_file(name: str, quick: bo
 def test_full_studies_have_five_seeds_and_as_many_test_tasks_as_the_field(name: str) -> None:
     study = load(name)
     assert len(study.seeds) >= 5
-    assert study.test.tasks >= 600
+    assert study.test.tasks * (1 if study.adapts else study.test.query_shots) >= 600
 
 
 def test_full_sine_studies_have_the_papers_test() -> None:
@@ -154,7 +156,7 @@ def test_a_number_in_exponent_form_is_a_number(study_file: Path) -> None:
             "      negative: clip",
             "      match_norm: 1",
             21,
-            "a word or an aggregator or null for 'match_norm'",
+            "a word, an aggregator or null for 'match_norm'",
         ),
         ("iterations: 12", "iterations: true", 11, "integer"),
         ("rates: [0.25, 0.5]", "rates: [0.25, true]", 10, "number"),
@@ -180,18 +182,26 @@ def test_a_number_in_exponent_form_is_a_number(study_file: Path) -> None:
         ("tuning: {seeds: 1,", "tuning: {seeds: [],", 14, "at least one entry, found none"),
         ("0.5], schedule", "0.5], extend: -1, schedule", 10, "found -1"),
         ("[0.25, 0.5], schedule", "[1], extend: 1, schedule", 10, "two rates or more to extend"),
-        (MEAN, f"{MEAN}, rates: [1.0]", 17, "2 rates, as many as outer.rates, found 1; give"),
+        (MEAN, f"{MEAN}, rates: [1.0]", 17, "as many rates as outer.rates has, 2, found 1; give"),
         (MEAN, f"{MEAN}, rates: [1.0, 1.0]", 17, "1.0 is given more than once"),
         (MEAN, f"{MEAN}, rates: [1.0, .inf]", 17, "a finite number"),
         (MEAN, f"{MEAN}, outer: rmsprop", 17, "'sgd', 'momentum' or 'adam', found \"rmsprop\""),
         ("steps: [0, 1, 2]}", "steps: [0, 2, 1]}", 15, "do not rise"),
         ("steps: [0, 1, 2]}", "steps: [0, 2]}", 14, "not among"),
+        ("support_shots: 5, ", "", 15, "in 'test': the key 'support_shots' is missing"),
+        ("inner:\n  lr: 0.02\n  steps: 2\n  batch_size: 5\n", "", 1, "the key 'inner' is missing"),
         ("  batch_size: 5", "  batch_size: 4", 9, "4 does not divide the 10"),
         ("kind: mlp, hidden: [8], activation: tanh", "kind: conv4", 4, "needs drawings"),
         ("hidden: [8]", "hidden: [8], network: finn", 4, "unknown key 'network'"),
         ("  iterations: 6", "  iteration: 6", 25, "unknown key 'iteration'"),
         ("  tuning: {tasks: 5}", "  tuning: {tasks: many}", 26, "integer"),
         ("  tuning: {tasks: 5}", "  tuning: {seeds: 9}", 26, "more than the study's 2 seeds"),
+        (
+            "  iterations: 6",
+            f"  outer: {{rates: [1]}}\n  methods: [{MEAN}, rates: [1, 2]}}]",
+            26,
+            "outer.rates has, 1, found 2; give every method as many, under --quick",
+        ),
         ("  iterations: 6", "  name: other", 25, "cannot rename"),
         ("name: tiny", "name: ../tiny", 1, "pattern"),
         ("inner:\n", "inner: {\n", 8, "not YAML"),

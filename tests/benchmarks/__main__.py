@@ -28,7 +28,7 @@ from .timing import (
     use_device,
 )
 
-ON_DEVICES = ("sine_maml", "omniglot_maml", "aggregation", "matrix_free")
+ON_DEVICES = ("sine_maml", "omniglot_maml", "aggregation", "equal_agreement", "matrix_free")
 CASES = (*ON_DEVICES, "growth", "study")
 
 

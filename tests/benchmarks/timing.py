@@ -75,8 +75,8 @@ def compare(case: Case, steps: dict[str, Step]) -> None:
         result = steps[contestant.name]()
         if contestant.comparable:
             updates[contestant.name] = flat(result)
-    first, *others = updates
-    for name in others:
+    first = next(iter(updates), "")
+    for name in updates.keys() - {first}:
         length = updates[first].norm().item()
         difference = (updates[name] - updates[first]).norm().item()
         if not difference <= case.tolerance * length:

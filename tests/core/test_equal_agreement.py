@@ -271,6 +271,19 @@ def test_weights_in_float32_are_right_to_four_eps_over_the_damping(
     assert (scores - expected).norm() <= 4 * eps / damping * expected.norm()
 
 
+@pytest.mark.parametrize("exponent", [*range(-36, 37, 6), 38])
+def test_weights_at_every_scale_are_those_at_one(exponent: int):
+    signals = rows(6, 90).float()
+    for aggregator in (
+        ga.EqualAgreement(),
+        ga.EqualAgreement(similarity="inner"),
+        ga.NormClipped(),
+    ):
+        expected = aggregator.aggregate(signals).weights
+        scaled = signals * 10.0**exponent if exponent < 38 else signals / signals.abs().max() * 3e37
+        assert_close(aggregator.aggregate(scaled).weights, expected, rtol=2e-5, atol=1e-6)
+
+
 def test_weights_that_the_dtype_cannot_hold_are_refused_in_one_sentence():
     signals = rows(4, 6).float() * torch.tensor([1e-30, 1e-30, 1e30, 1e30])[:, None]
     with pytest.raises(ValueError, match=r"expected a finite update, found .* float64 signals"):

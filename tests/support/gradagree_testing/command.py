@@ -6,6 +6,9 @@ from typer.testing import CliRunner, Result
 
 from gradagree_opt.cli import app
 
+TIMED = {"table.csv", "report.html", "seconds.pdf", "seconds.png"}
+"""The artefacts that tell how long runs took, so that two runs of one study do not share them."""
+
 
 def gradagree(*arguments: object) -> Result:
     return CliRunner().invoke(app, list(map(str, arguments)), terminal_width=100)

@@ -1,0 +1,37 @@
+"""The claim at a size that a test can check: Equal Agreement against a tuned mean on sines."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gradagree_opt.ablation.loading import load
+from gradagree_opt.ablation.sweep import Sweep
+from gradagree_opt.ablation.tables import scores
+
+CLAIM = {
+    "extends": "equal-sine",
+    "name": "small-claim",
+    "title": "Sines, Reptile, 600 outer steps",
+    "iterations": 600,
+    "compile": False,
+    "outer": {"rates": [0.5, 1.0, 2.0, 4.0], "extend": 0},
+    "seeds": [0],
+    "tuning": {"seeds": [101], "tasks": 200, "steps": 5},
+    "test": {"tasks": 500, "steps": [5]},
+    "methods": [
+        {"name": "mean", "aggregator": "mean"},
+        {"name": "equal", "aggregator": "equal_agreement", "rates": [0.25, 0.5, 1.0, 2.0]},
+    ],
+}
+
+
+@pytest.mark.slow
+def test_equal_agreement_has_less_than_two_fifths_of_the_tuned_mean_s_error(tmp_path: Path):
+    (tmp_path / "claim.yaml").write_text(yaml.safe_dump(CLAIM))
+    study = load(str(tmp_path / "claim.yaml"))
+    sweep = Sweep(study, tmp_path, None, pytest.fail)
+    results = sweep.run(jobs=1, report=lambda _: None)
+    [mean], [equal] = (scores(results.final(name), 5).values() for name in ("mean", "equal"))
+    assert not any(results.at_edge(name) for name in ("mean", "equal"))
+    assert equal < 0.4 * mean
