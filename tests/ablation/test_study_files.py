@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from gradagree_opt.ablation import loading
 from gradagree_opt.ablation.artefacts import write_config
 from gradagree_opt.ablation.loading import load, merge, shipped
 from gradagree_opt.ablation.recorded import read_config
@@ -16,22 +17,7 @@ from .conftest import WriteStudy
 WHOLE = {"lr": 0.02, "steps": 2}
 TEST = {"tasks": 12, "support_shots": 5, "query_shots": 7, "steps": [0, 1, 2]}
 MEAN = "{name: mean, aggregator: mean"
-SHIPPED = [
-    "equal-sine",
-    "grouped",
-    "mini-imagenet-5way-1shot",
-    "mini-imagenet-5way-5shot",
-    "multi-task-digits",
-    "omniglot-20way-1shot",
-    "omniglot-20way-5shot",
-    "omniglot-5way-1shot",
-    "omniglot-5way-5shot",
-    "sine",
-    "sine-aggregators",
-    "sine-corrupted",
-    "sine-maml",
-    "sine-outliers",
-]
+SHIPPED = sorted(path.stem for path in Path(loading.__file__).with_name("studies").iterdir())
 
 
 def corruption(keys: str) -> tuple[str, str]:

