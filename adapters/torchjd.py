@@ -194,4 +194,8 @@ def _decision(weighting: weightings.Weighting, gramian: Tensor) -> weightings.De
             f"expected a Gramian [n, n] of at least one task, found shape "
             f"{list(gramian.shape)}; give jacobian @ jacobian.T"
         )
+    if not gramian.is_floating_point():
+        raise TypeError(
+            f"expected a floating-point Gramian, found {gramian.dtype}; give gramian.float()"
+        )
     return weighting(from_gramian(gramian))

@@ -20,12 +20,13 @@ from gradagree_opt.stacks import (
     combine,
     full_precision,
     mask_rows,
-    row_magnitudes,
+    nonfinite_tasks,
     tree_norm,
 )
 from gradagree_opt.statistics import Statistics
 from gradagree_opt.verification import troubled, verify
 from gradagree_opt.weightings import (
+    AN_AGGREGATOR,
     AgreementWeighting,
     ConstantWeighting,
     Weighting,
@@ -174,7 +175,7 @@ class Aggregator:
         if signal is not None:
             check_signal(signal, directions, n, self.scope)
         if signal is not None or self.nonfinite == "drop":
-            found = _nonfinite_tasks(directions, signal)
+            found = nonfinite_tasks(directions, signal)
             nonfinite = found if nonfinite is None else nonfinite | found
         if nonfinite is not None and self.nonfinite == "drop":
             directions = mask_rows(directions, ~nonfinite)
@@ -279,18 +280,12 @@ class Aggregator:
         return torch.empty(n, device=device).exponential_(generator=self.generator)
 
 
-def _nonfinite_tasks(directions: PyTree, signal: PyTree | None) -> Bool[Tensor, " n"]:
-    """The tasks with a NaN or infinite entry in either stack."""
-    leaves = tree_leaves(directions) + ([] if signal is None else tree_leaves(signal))
-    return ~torch.isfinite(row_magnitudes([leaf.detach() for leaf in leaves]))
-
-
 def _reference(
     method: Literal["mean", "agreement"] | Aggregator | None, scope: Scope
 ) -> Weighting | None:
     """The weighting whose update has the length that is matched."""
     if not isinstance(method, Aggregator):
-        check_choice("match_norm", method, (None, "mean", "agreement"))
+        check_choice("match_norm", method, (None, "mean", "agreement"), AN_AGGREGATOR)
         return {None: None, "mean": ConstantWeighting(), "agreement": AgreementWeighting()}[method]
     if method.reference is not None or "directions" in method.needs:
         raise ValueError(

@@ -10,6 +10,7 @@ from gradagree_opt.annotations import Float
 from gradagree_opt.scopes import Scope
 from gradagree_opt.stacks import PyTree, check_stack
 from gradagree_opt.weightings import (
+    AN_AGGREGATOR,
     AgreementWeighting,
     ConstantWeighting,
     NormShareWeighting,
@@ -71,7 +72,7 @@ class GradientAgreement(Aggregator):
         nonfinite: Nonfinite = "raise",
     ) -> None:
         if not isinstance(match_norm, Aggregator):
-            check_choice("match_norm", match_norm, (None, "mean"))
+            check_choice("match_norm", match_norm, (None, "mean"), AN_AGGREGATOR)
         weighting = AgreementWeighting(
             similarity=similarity,
             include_self=include_self,
@@ -113,7 +114,7 @@ class Mean(Aggregator):
         if isinstance(match_norm, Aggregator):
             scope = match_norm.scope
         else:
-            check_choice("match_norm", match_norm, (None, "agreement"))
+            check_choice("match_norm", match_norm, (None, "agreement"), AN_AGGREGATOR)
         super().__init__(
             ConstantWeighting("mean"), scope=scope, match_norm=match_norm, nonfinite=nonfinite
         )

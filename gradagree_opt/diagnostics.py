@@ -52,8 +52,8 @@ class Diagnostics(NamedTuple):
         """A flat dict of floats for TensorBoard, W&B or MLflow; groups are averaged.
 
         Reads the tensors on the host. What is NaN because it is undefined or was not measured is
-        left out of the average, and of the dict; ``update_norm`` is not, which tells of NaN or inf
-        in the batch.
+        left out of the average, and of the dict. ``update_norm`` always stays: NaN there means that
+        the batch contained NaN or inf.
 
         >>> import gradagree_opt as ga
         >>> stack = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
@@ -127,9 +127,11 @@ def update_rounding(statistics: Statistics, decision: Decision, /) -> Float[Tens
     norms = statistics.squared_norms
     if norms is None:
         return torch.zeros_like(statistics.scale).sum()
-    lengths = norms.sqrt() * statistics.scale.unsqueeze(-1)
-    terms: Tensor = (decision.weights.abs() * lengths).sum()
-    return 8 * torch.finfo(lengths.dtype).eps * terms
+    errors = (
+        8 * torch.finfo(norms.dtype).eps * norms.sqrt()
+    )  # before the scale: a norm may overflow
+    terms = decision.weights.abs() * errors * statistics.scale.unsqueeze(-1)
+    return terms.sum()
 
 
 def _agreements(statistics: Statistics, weights: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -16,7 +16,7 @@ from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.positive_definite import power, solve
 from gradagree_opt.scopes import Scope
 from gradagree_opt.statistics import Statistics
-from gradagree_opt.weightings import Decision, check_choice, check_positive
+from gradagree_opt.weightings import Decision, check_choice, check_positive, is_finite_number
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class PowerWeighting:
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        if isinstance(self.power, bool) or not abs(self.power) < float("inf"):
+        if not is_finite_number(self.power):
             raise ValueError(
-                f"expected a finite number for power, found {self.power!r}; 0 is the mean, 1 "
-                "Gradient Agreement up to its length, -1 Equal Agreement"
+                f"expected a finite number for power, found {self.power!r}; give an int or a "
+                "float: 0 is the mean, 1 Gradient Agreement up to its length, -1 Equal Agreement"
             )
         check_positive("damping", self.damping)
 
@@ -121,13 +121,14 @@ class EqualAgreement(Aggregator):
 
     The weights are (1 + λ) [(Ĝ/n + λ I)⁻¹ 1/n]_i · τ / ‖g_i‖ with the cosines Ĝ_ij = u_i · u_j and
     the median norm τ. Their update solves min_d Σ_i (u_i · d − 1)² + n λ ‖d‖², up to a factor by
-    which equal tasks give exactly the mean. A single huge task moves nothing, the update never
-    opposes Σ u_i, and it vanishes continuously with it. Tasks of zero norm are left out.
+    which equal tasks give exactly the mean. A single huge task among three or more moves nothing,
+    the update never opposes Σ u_i, and it vanishes continuously with it. Tasks of zero norm are
+    left out.
 
-    Tune its outer rate: where the tasks are independent its step is up to n times as long as the
-    mean's. The weights are constants of differentiation. The Gram matrix is formed in one read of
-    the signals, in the arithmetic of ``torch.set_float32_matmul_precision``, which is to be left
-    at "highest".
+    Tune its outer rate: the step is as long as the mean's for equal tasks, nearly n times as long
+    for orthogonal ones of one norm, and never longer than τ (1 + λ) / (2 √λ). The weights are
+    constants of differentiation. The Gram matrix is formed in one read of the signals, in the
+    arithmetic of ``torch.set_float32_matmul_precision``, which is to be left at "highest".
 
     In float32 the weights have a relative error of their norm below 4 eps / λ (λ ≥ 1e-4, n ≤ 256).
 
@@ -176,9 +177,9 @@ class GramianPower(Aggregator):
     g_i · g_j, λ_max its largest eigenvalue and τ the median norm.
     As Jᵀ Gᵏ 1 = Cᵏ Jᵀ 1 with C = Jᵀ J, its update is the mean preconditioned by the k-th power of
     the tasks' second moment: k = 0 is the mean, 1 Gradient Agreement up to its length; larger
-    powers go to one dominant direction. −1 is Equal Agreement with similarity="inner", −1/2 has the
-    direction of Aligned-MTL where the tasks are independent. For the eigenvalues the host may wait
-    for a GPU.
+    powers go to one dominant direction. −1 is Equal Agreement with similarity="inner". For small
+    λ, −1/2 has the direction of Aligned-MTL where the tasks are independent. For the eigenvalues
+    the host may wait for a GPU. In float32 no norm may be more than 1e18 times the median.
 
     Args:
         power: k, any number.

@@ -84,8 +84,9 @@ class NormClipped(Aggregator):
 class GeometricMedian(Aggregator):
     """About the point of the smallest sum of distances to the signals, by Weiszfeld's algorithm.
 
-    Sixteen smoothed steps from the mean of clipped norms. Distances come from the Gram matrix: in
-    float32 no norm may be more than 1e18 times the median.
+    Sixteen steps from the mean of clipped norms, smoothed: a distance below a thousandth of the
+    median norm counts as that. Distances come from the Gram matrix: in float32 no norm may be more
+    than 1e18 times the median.
 
     Args:
         scope, match_norm, nonfinite: as in :class:`gradagree_opt.NormClipped`.

@@ -211,6 +211,12 @@ def scaled_square_sums(
     return torch.stack(norms).square().sum(0) if norms else torch.zeros_like(divisors)
 
 
+def nonfinite_tasks(directions: PyTree, signal: PyTree | None, /) -> Bool[Tensor, " n"]:
+    """The tasks with a NaN or infinite entry in either stack."""
+    leaves = tree_leaves(directions) + ([] if signal is None else tree_leaves(signal))
+    return ~torch.isfinite(row_magnitudes([leaf.detach() for leaf in leaves]))
+
+
 def mask_rows(stack: PyTree, keep: Bool[Tensor, " n"], /) -> PyTree:
     """The stack with zeros in place of every task that is not kept, NaN and inf included."""
     return tree_map(

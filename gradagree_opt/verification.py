@@ -43,5 +43,5 @@ def verify(diagnostics: Diagnostics, /, *, finite: bool, agreement: bool) -> Non
     raise ValueError(
         "expected a finite update, found NaN or inf although every loss and signal looked at is "
         "finite; nonfinite='drop' leaves a task of such a gradient out, engine='stacked' names it, "
-        "and float64 signals hold weights of norms that lie too far apart"
+        "and float64 signals hold weights of norms that lie too far apart, or of a small damping"
     )

@@ -4,14 +4,18 @@ A weighting works on the last axis, so the same code weights all parameters at o
 of them at a time. Its fields are its options; it holds no state.
 """
 
+import sys
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.statistics import Statistics
+
+AN_AGGREGATOR = "an aggregator as gradagree_opt.Sum()"
+"""What match_norm takes besides words, for the messages."""
 
 
 class Decision(NamedTuple):
@@ -165,18 +169,30 @@ def in_squared_units(values: Tensor, statistics: Statistics, /) -> Tensor:
     return values * scale * scale
 
 
-def check_choice(option: str, value: object, choices: tuple[object, ...], /) -> None:
-    """ValueError in one sentence unless the value is one of the choices."""
+def check_choice(option: str, value: object, choices: tuple[object, ...], /, *others: str) -> None:
+    """ValueError in one sentence unless the value is one of the choices.
+
+    ``others`` say in words what else the caller takes, and has looked for.
+    """
     if value not in choices:
-        expected = ", ".join(repr(choice) for choice in choices)
+        expected = ", ".join([*(repr(choice) for choice in choices), *others])
         raise ValueError(f"expected {option} to be one of {expected}; found {value!r}")
 
 
 def check_positive(option: str, value: object, /) -> None:
     """ValueError in one sentence unless the value is a positive finite number."""
-    number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
-    if not 0 < number < float("inf"):
-        raise ValueError(f"expected a positive number for {option}, found {value!r}")
+    if not is_finite_number(value) or not value > 0:
+        raise ValueError(
+            f"expected a positive number for {option}, found {value!r}; give an int or a float "
+            "above 0"
+        )
+
+
+def is_finite_number(value: object, /) -> TypeGuard[int | float]:
+    """Whether it is an int or a float, not a bool, that a float holds."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def plain_decision(weights: Tensor, statistics: Statistics) -> Decision:

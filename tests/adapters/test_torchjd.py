@@ -252,6 +252,13 @@ def test_what_is_no_gramian_is_refused(method, shape):
         method.weighting()(torch.ones(shape))
 
 
+@each_method
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_a_gramian_that_is_not_floating_point_is_refused(method, dtype):
+    with pytest.raises(TypeError, match=f"floating-point Gramian, found {dtype}; give gramian"):
+        method.weighting()(torch.eye(3).to(dtype))
+
+
 def test_cancelling_scores_raise_where_asked_to():
     jacobian = torch.tensor([[1.0, 2.0], [-1.0, -2.0]])
     with pytest.raises(ValueError, match="scores that cancel to zero; give degenerate="):

@@ -152,6 +152,21 @@ def test_scores_are_bounded_by_the_damping(damping: float, matrix: Array):
     assert scores.square().sum() <= (1 + damping) ** 2 / (n * damping**2) * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("damping", [1e-3, 0.01, 0.1])
+@given(matrices())
+def test_the_update_is_never_longer_than_the_damping_allows(damping: float, matrix: Array):
+    """τ (1 + λ) / (2 √λ); two units whose mean has length √λ reach it."""
+    bound = (1 + damping) / (2 * math.sqrt(damping))
+    signals = tensor(matrix)
+    assume(matrix.any())
+    for similarity in SIMILARITIES:
+        aggregator = ga.EqualAgreement(damping=damping, similarity=similarity)
+        assert aggregator(signals).norm() <= bound * median_norm(signals) * (1 + 1e-9)
+        half, across = math.sqrt(damping), math.sqrt(1 - damping)
+        longest = aggregator(torch.tensor([[half, across], [half, -across]]).double())
+        assert_close(longest.norm().item(), bound, rtol=1e-6, atol=0)
+
+
 # Directions: descent, and continuity where the tasks cancel.
 
 
@@ -291,6 +306,22 @@ def test_weights_that_the_dtype_cannot_hold_are_refused_in_one_sentence():
     assert ga.EqualAgreement()(signals.double()).isfinite().all()
 
 
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("damping", [1e-30, 1e-12])
+def test_a_damping_that_float32_cannot_hold_is_named_and_float64_holds_more(
+    similarity: str, damping: float
+):
+    """Six dependent tasks: without damping d is the least squares solution of u_i · d = 1."""
+    signals = rows(6, 2)
+    with pytest.raises(ValueError, match=r"expected a finite update, found .* a small damping"):
+        ga.EqualAgreement(damping=damping, similarity=similarity)(signals.float())
+    scaled = units(signals) if similarity == "cosine" else signals / median_norm(signals)
+    solution = np.linalg.lstsq(scaled.numpy(), np.ones(6))[0]
+    expected = median_norm(signals) * torch.from_numpy(solution)
+    update = ga.EqualAgreement(damping=1e-12, similarity=similarity)(signals)
+    assert_close(update, expected, rtol=1e-3, atol=0)
+
+
 # Options.
 
 
@@ -333,7 +364,7 @@ def test_a_length_to_match_is_that_of_weights_of_the_same_scope():
         ga.Mean(match_norm=ga.EqualAgreement(match_norm="mean"))
 
 
-@pytest.mark.parametrize("damping", [0.0, -1.0, math.nan, math.inf, True, "0.1"])
+@pytest.mark.parametrize("damping", [0.0, -1.0, math.nan, math.inf, 10**400, True, "0.1"])
 def test_damping_is_a_positive_number(damping, without_type_checks: None):
     for make in (ga.EqualAgreement, lambda **options: ga.GramianPower(-1, **options)):
         with pytest.raises(ValueError, match="expected a positive number for damping, found"):
@@ -376,7 +407,7 @@ def test_powers_go_through_the_updates_of_the_second_moment():
     assert_close(update / update.norm(), preconditioned / preconditioned.norm())
 
 
-@pytest.mark.parametrize("power", [math.nan, math.inf, True])
-def test_a_power_is_a_finite_number(power: float):
+@pytest.mark.parametrize("power", [math.nan, -math.inf, 10**400, True, "1", None, 1j])
+def test_a_power_is_a_finite_number(power, without_type_checks: None):
     with pytest.raises(ValueError, match="expected a finite number for power, found"):
         ga.GramianPower(power)

@@ -110,6 +110,9 @@ def test_grouped_weights_need_signal_and_directions_of_one_structure(scope: Any)
         aggregator.aggregate({"w": rows(4, 2)}, {"v": rows(4, 2)})
 
 
+OTHER = "an aggregator as gradagree_opt.Sum()"
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -118,8 +121,11 @@ def test_grouped_weights_need_signal_and_directions_of_one_structure(scope: Any)
         ({"negative": "abs"}, "negative to be one of 'keep', 'clip'; found 'abs'"),
         ({"normalization": "l2"}, "normalization to be one of 'l1', 'softmax'; found 'l2'"),
         ({"scope": "layer"}, "scope to be one of 'global', 'leaf'; found 'layer'"),
-        ({"match_norm": "sum"}, "match_norm to be one of None, 'mean'; found 'sum'"),
-        ({"match_norm": "agreement"}, "match_norm to be one of None, 'mean'; found 'agreement'"),
+        ({"match_norm": "sum"}, f"match_norm to be one of None, 'mean', {OTHER}; found 'sum'"),
+        (
+            {"match_norm": "agreement"},
+            f"match_norm to be one of None, 'mean', {OTHER}; found 'agreement'",
+        ),
         ({"degenerate": "nan"}, "degenerate to be one of 'uniform', 'zero', 'raise'; found 'nan'"),
         (
             {"nonfinite": "skip"},
@@ -139,10 +145,19 @@ def test_an_unknown_option_is_named_with_the_choices(options: dict[str, Any], se
 
 
 @pytest.mark.parametrize("match_norm", ["mean", "sum"])
-def test_the_mean_takes_no_other_norm_than_that_of_agreement(match_norm: str):
-    sentence = f"match_norm to be one of None, 'agreement'; found '{match_norm}'"
+def test_the_mean_takes_no_other_word_than_agreement_for_the_norm(match_norm: str):
+    sentence = f"match_norm to be one of None, 'agreement', {OTHER}; found '{match_norm}'"
     with pytest.raises(ValueError, match=re.escape(sentence)):
         ga.Mean(match_norm=match_norm)
+
+
+@pytest.mark.parametrize("method", [ga.Mean, ga.EqualAgreement, ga.GradientAgreement])
+@pytest.mark.parametrize("match_norm", [ga.Sum, torch.ones(2)], ids=["a class", "a tensor"])
+def test_a_norm_to_match_is_that_of_an_aggregator_itself(
+    method: Any, match_norm: Any, without_type_checks: None
+):
+    with pytest.raises(ValueError, match=re.escape(f"{OTHER}; found {match_norm!r}")):
+        method(match_norm=match_norm)
 
 
 @pytest.mark.parametrize("make", [ga.Mean, ga.Sum, ga.NormShare])

@@ -97,6 +97,26 @@ def test_in_half_precision_norms_are_matched_up_to_the_rounding_of_an_entry(
     assert_close(update.norm(), mean.norm(), rtol=torch.finfo(dtype).eps / 2, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("matched", "direction", "length"),
+    [
+        (ga.Mean(match_norm="agreement"), ga.Mean(), ga.GradientAgreement()),
+        (ga.GradientAgreement(match_norm="mean"), ga.GradientAgreement(), ga.Mean()),
+        (ga.NormClipped(match_norm=ga.GramianPower(2)), ga.NormClipped(), ga.GramianPower(2)),
+    ],
+    ids=["mean", "agreement", "clipped"],
+)
+def test_a_norm_is_matched_where_those_of_the_tasks_overflow(
+    matched: ga.Aggregator, direction: ga.Aggregator, length: ga.Aggregator
+):
+    large, half = 2.5e38, 1.25e38
+    tasks = torch.tensor([[large, large, 0.0], [0.0, large, large], [0.0, 0.0, half]])
+    assert tasks.norm(dim=1)[:2].isinf().all()
+    update = matched(tasks).double()
+    assert_close(unit(update), unit(direction(tasks.double())), rtol=1e-6, atol=1e-6)
+    assert_close(update.norm(), length(tasks.double()).norm(), rtol=1e-6, atol=0)
+
+
 def test_an_update_of_zero_has_no_norm_to_match():
     for aggregator in (ga.GradientAgreement(match_norm="mean"), ga.Mean(match_norm="agreement")):
         result = aggregator.aggregate(torch.zeros(4, 3))
