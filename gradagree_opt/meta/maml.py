@@ -25,7 +25,8 @@ class MAML:
         first_order: take ∂θ_i/∂θ for the identity (FOMAML); False differentiates through the
             inner loop. The paper does not say which.
         signal: what agreement is measured on: "displacement" θ − θ_i (paper), which needs only one
-            backward pass of the weighted loss; "gradient", the meta-gradient of each task.
+            backward pass of the weighted loss; "gradient", the meta-gradient of each task, without
+            which Equal Agreement's weights say nothing of the update.
         engine: "auto", or which engine gives the meta-gradients: "one_backward" (one backward pass
             of the weighted loss, for the displacement), "stacked", "streamed" or "matrix_free" (for
             the gradient), as in :func:`gradagree_opt.aggregate_gradients`.
