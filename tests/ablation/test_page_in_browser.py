@@ -206,4 +206,4 @@ def test_no_id_is_given_twice_and_every_figure_has_a_name(browser: Browser, fini
     assert len(ids) == len(set(ids)) > 100
     assert browser.evaluate("[...document.links].every(a => document.querySelector(a.hash))")
     named = "[...document.querySelectorAll('svg')].map(x => x.getAttribute('aria-label'))"
-    assert len(browser.evaluate(named)) == 5 and all(browser.evaluate(named))
+    assert len(browser.evaluate(named)) == 6 and all(browser.evaluate(named))
