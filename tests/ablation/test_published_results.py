@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ INTERVAL = re.compile(r"[+-]?\d+\.\d+ ± \d+\.\d+")
 STUDIES = sorted(path.parent for path in RESULTS.glob("*/config.json"))
 SECTIONS = {
     "Equal Agreement on sines": "equal-sine",
+    "One family: the error over the power of the Gram matrix": "gramian-powers",
     "Sines": "sine",
     "Corrupted tasks": "sine-corrupted",
     "Spruces": "grouped",
@@ -164,6 +166,17 @@ def test_every_cell_on_the_page_is_that_of_its_study_method_and_steps() -> None:
                 assert cell == expected, (name, header)
                 checked += bool(cell)
     assert checked > 100
+
+
+def test_the_curve_over_the_powers_is_that_of_the_recorded_table() -> None:
+    script = runpy.run_path(str(DOCS / "figures/gramian_powers.py"))
+    [line, *_] = script["draw"]().axes[0].lines
+    drawn = dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
+    rows = {label: row for (_, label), row in recorded("gramian-powers").items()}
+    for power in (-1, -0.5, 0, 0.5, 1, 2):
+        cell = rows[f"k = {power:g}" if power else "mean"][STEPS]
+        assert f"{drawn[power]:.4f}" == cell.split()[0]
+    assert len(drawn) == 6
 
 
 def test_what_is_said_of_step_length_is_of_the_mean_at_agreements_length() -> None:
