@@ -141,10 +141,10 @@ def _measure_gramian(
     return statistics._replace(finite=statistics.finite & sound)
 
 
-def _inner_products(leaves: Sequence[Tensor], *, scaled: bool) -> tuple[Tensor, Tensor]:
+def _inner_products(leaves: Sequence[Tensor], *, scaled: bool) -> tuple[Tensor | None, Tensor]:
     """Units ``[n]`` and (g_i / unit_i) · (g_j / unit_j), in one read of the leaves.
 
-    The units are powers of two, 0 for a zero signal, or 1 without scaling.
+    The units are powers of two, 0 for a zero signal; None, for 1, without scaling.
     """
     dtype = accumulation_dtype(leaves)
     units = leaves[0].new_zeros(leaves[0].shape[0], dtype=dtype)
@@ -152,7 +152,7 @@ def _inner_products(leaves: Sequence[Tensor], *, scaled: bool) -> tuple[Tensor, 
     if not scaled:
         for block in blocks_of_all(leaves, dtype):
             products = torch.addmm(products, block, block.T)
-        return torch.ones_like(units), products
+        return None, products
     for scales, blocks in row_unit_parts(leaves, dtype):
         largest = torch.maximum(units, scales)
         before, now = units / or_one(largest), scales / or_one(largest)
@@ -203,16 +203,18 @@ def from_gramian(gramian: Float[Tensor, "n n"], /) -> Statistics:
 
 
 def _of_products(
-    units: Tensor, products: Tensor, eps: float, active: Tensor, needs: frozenset[str]
+    units: Tensor | None, products: Tensor, eps: float, active: Tensor, needs: frozenset[str]
 ) -> Statistics:
-    """Statistics of signals from their inner products, each signal in units of its own.
+    """Statistics of signals from their inner products, each signal in units of its own, or of 1.
 
     Row sums that may be made of products rounded to eps are zero.
     """
     lengths = diagonal(products).clamp(min=0).sqrt()
-    scale = or_one(units.nan_to_num(0.0, 0.0, 0.0).amax())
-    shares = units / scale
-    gramian = products * torch.outer(shares, shares)
+    scale, gramian = products.new_ones(()), products
+    if units is not None:
+        scale = or_one(units.nan_to_num(0.0, 0.0, 0.0).amax())
+        shares = units / scale
+        gramian = products * torch.outer(shares, shares)
     divisors = or_one(lengths)
     cosines = products / torch.outer(divisors, divisors)
     of_cosines, of_others = "cosine_row_sums" in needs, "other_row_sums" in needs
@@ -234,7 +236,7 @@ def _of_products(
 
 
 def _relative_norms(
-    units: Float[Tensor, " n"], lengths: Float[Tensor, " n"], active: Bool[Tensor, " n"]
+    units: Float[Tensor, " n"] | None, lengths: Float[Tensor, " n"], active: Bool[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
     """unit_i · length_i over the median of those that count, the mean of the middle two.
 
@@ -242,10 +244,13 @@ def _relative_norms(
     """
     counted = active & (lengths != 0)
     places = counted.sum() + torch.arange(-1, 1, device=lengths.device)
-    sizes = (units.log2() + lengths.log2()).masked_fill(~counted, torch.inf)
-    middle = sizes.argsort()[places.clamp(min=0) // 2]  # two, or one twice
+    sizes = lengths if units is None else units.log2() + lengths.log2()
+    order = sizes.masked_fill(~counted, torch.inf).argsort()
+    middle = order[places.clamp(min=0) // 2]  # two, or one twice
     upper = middle[1:]
-    norms = units / or_one(units[upper]) * (lengths / or_one(lengths[upper]))
+    norms = lengths / or_one(lengths[upper])
+    if units is not None:
+        norms = units / or_one(units[upper]) * norms
     return norms / or_one(norms[middle].mean())
 
 

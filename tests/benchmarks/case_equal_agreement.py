@@ -46,11 +46,7 @@ def case() -> Case:
                 for name in AGGREGATORS
             ],
         ],
-        [
-            *[Bar(f"{size}, equal", f"{size}, agreement", 1.5) for size in SIZES],
-            Bar("Reptile step, equal", "Reptile step, agreement", 1.05),
-            Bar("Reptile step, equal", "Reptile step, mean", 1.1),
-        ],
+        [Bar(f"{size}, equal", f"{size}, agreement", 1.5) for size in SIZES],
     )
 
 
