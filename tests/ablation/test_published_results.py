@@ -23,6 +23,7 @@ STUDIES = sorted(path.parent for path in RESULTS.glob("*/config.json"))
 SECTIONS = {
     "Equal Agreement on sines": "equal-sine",
     "One family: the error over the power of the Gram matrix": "gramian-powers",
+    "Equal Agreement in multi-task learning": "multi-task-digits",
     "Sines": "sine",
     "Corrupted tasks": "sine-corrupted",
     "Spruces": "grouped",
@@ -89,11 +90,13 @@ def of_a_study(study: str, header: list[str], body: Table) -> Pairs:
     for method, *cells in body:
         row = recorded(study)["", method]
         for column, cell in zip(header[1:], cells, strict=True):
-            if column.startswith("minus mean"):
+            if column.startswith("minus mean, after"):
                 assert steps_in(column) == STEPS
                 yield cell, row["minus mean"]
+            elif column in row:
+                yield cell, row[column]
             else:
-                yield cell, row[column if column == "outer rate" else steps_in(column)]
+                yield cell, row[steps_in(column)]
 
 
 def of_tuning(study: str, header: list[str], body: Table) -> Pairs:
