@@ -22,6 +22,7 @@ INTERVAL = re.compile(r"[+-]?\d+\.\d+ ± \d+\.\d+")
 STUDIES = sorted(path.parent for path in RESULTS.glob("*/config.json"))
 SECTIONS = {
     "Equal Agreement on sines": "equal-sine",
+    "Equal Agreement where half of the tasks are spoilt": "equal-sine-corrupted",
     "One family: the error over the power of the Gram matrix": "gramian-powers",
     "Equal Agreement in multi-task learning": "multi-task-digits",
     "Sines": "sine",
@@ -30,6 +31,7 @@ SECTIONS = {
 }
 SUMMARY = {
     "sines, rates chosen on other seeds": ("equal-sine", ""),
+    "sines, half of the tasks shuffled, 2000 steps": ("equal-sine-corrupted", ""),
     "sines": ("sine", ""),
     "sines, half of the tasks corrupted": ("sine-corrupted", "50 %"),
     "spruces: their growth, from five measurements": ("grouped", ""),
