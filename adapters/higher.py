@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from gradagree_opt.aggregation import Aggregator
-from gradagree_opt.collect import TaskBatch
+from gradagree_opt.core.aggregation import Aggregator
+from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.losses import scalar_loss
 from gradagree_opt.frameworks import require
-from gradagree_opt.graphs import check_depends
+from gradagree_opt.loops.graphs import check_depends
+from gradagree_opt.loops.task_batch import TaskBatch
 from gradagree_opt.meta.inner import check_count
 from gradagree_opt.meta.steps import MetaStep, check_tasks
 from gradagree_opt.meta.steps import meta_step as with_losses
-from gradagree_opt.stacks import PyTree
 
 require("higher")
 

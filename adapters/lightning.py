@@ -6,14 +6,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gradagree_opt.adapted import Parameters
-from gradagree_opt.aggregation import Aggregation, Aggregator
-from gradagree_opt.aggregators import check_aggregator
 from gradagree_opt.annotations import Float
-from gradagree_opt.collect import TaskBatch
-from gradagree_opt.diagnostics import Diagnostics
+from gradagree_opt.core.aggregation import Aggregation, Aggregator
+from gradagree_opt.core.aggregators import check_aggregator
+from gradagree_opt.core.diagnostics import Diagnostics
 from gradagree_opt.frameworks import require
-from gradagree_opt.graphs import check_depends
+from gradagree_opt.loops.adapted import Parameters
+from gradagree_opt.loops.graphs import check_depends
+from gradagree_opt.loops.task_batch import TaskBatch
 
 require("lightning")
 

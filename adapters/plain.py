@@ -6,11 +6,11 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gradagree_opt.adapted import trained
-from gradagree_opt.aggregation import Aggregator
+from gradagree_opt.core.aggregation import Aggregator
+from gradagree_opt.core.stacks import PyTree, check_floating, leaf_paths
+from gradagree_opt.loops.adapted import trained
+from gradagree_opt.loops.task_optimizer import check_optimizer
 from gradagree_opt.meta import MetaStep
-from gradagree_opt.optim import check_optimizer
-from gradagree_opt.stacks import PyTree, check_floating, leaf_paths
 
 TaskSource = Callable[[int], PyTree]
 """From the number of the iteration to its task-stacked tasks."""

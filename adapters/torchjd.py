@@ -4,9 +4,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from gradagree_opt import equal, weightings
+from gradagree_opt.core import equal, weightings
+from gradagree_opt.core.statistics import from_gramian
 from gradagree_opt.frameworks import require
-from gradagree_opt.statistics import from_gramian
 
 require("torchjd")
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
-from gradagree_opt import weightings
-from gradagree_opt.aggregation import Aggregation, Combine, Measured
-from gradagree_opt.aggregation import Aggregator as OurAggregator
-from gradagree_opt.blocks import or_one
+from gradagree_opt.core import weightings
+from gradagree_opt.core.aggregation import Aggregation, Combine, Measured
+from gradagree_opt.core.aggregation import Aggregator as OurAggregator
+from gradagree_opt.core.blocks import or_one
+from gradagree_opt.core.stacks import PyTree
+from gradagree_opt.core.statistics import Statistics
 from gradagree_opt.frameworks import require
-from gradagree_opt.stacks import PyTree
-from gradagree_opt.statistics import Statistics
 
 require("torchjd")
 

@@ -1,7 +1,7 @@
 """Gradient Agreement for meta-learning: aggregate over tasks by how well they agree."""
 
-from gradagree_opt.aggregation import Aggregation, Aggregator
-from gradagree_opt.aggregators import (
+from gradagree_opt.core.aggregation import Aggregation, Aggregator
+from gradagree_opt.core.aggregators import (
     GradientAgreement,
     Mean,
     NormShare,
@@ -9,18 +9,18 @@ from gradagree_opt.aggregators import (
     Sum,
     agreement_weights,
 )
-from gradagree_opt.collect import TaskBatch
-from gradagree_opt.diagnostics import Diagnostics
+from gradagree_opt.core.diagnostics import Diagnostics
+from gradagree_opt.core.equal import EqualAgreement, GramianPower
+from gradagree_opt.core.robust import GeometricMedian, NormClipped
 from gradagree_opt.engines import (
     AggregatedGradients,
     TaskGradients,
     aggregate_gradients,
     task_gradients,
 )
-from gradagree_opt.equal import EqualAgreement, GramianPower
+from gradagree_opt.loops.task_batch import TaskBatch
+from gradagree_opt.loops.task_optimizer import TaskOptimizer
 from gradagree_opt.meta import MAML, InnerSGD, MetaSGD, MetaStep, Reptile
-from gradagree_opt.optim import TaskOptimizer
-from gradagree_opt.robust import GeometricMedian, NormClipped
 
 __version__ = "0.1.0"
 

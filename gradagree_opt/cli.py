@@ -12,21 +12,21 @@ try:
     import typer
     from rich.console import Console
 
-    from gradagree_opt.ablation import layouts
-    from gradagree_opt.ablation.artefacts import (
+    from gradagree_opt.ablation.report import layouts
+    from gradagree_opt.ablation.report.artefacts import (
         check_text,
         other_versions,
         prepare_folder,
         write_artefacts,
         write_config,
     )
-    from gradagree_opt.ablation.citations import bibtex, methods_text
-    from gradagree_opt.ablation.display import Display
-    from gradagree_opt.ablation.loading import load, read, shipped
-    from gradagree_opt.ablation.recorded import read_config, read_results
-    from gradagree_opt.ablation.records import RunRecord
-    from gradagree_opt.ablation.study import Study, StudyError
-    from gradagree_opt.ablation.sweep import Results, Sweep, compiles
+    from gradagree_opt.ablation.report.citations import bibtex, methods_text
+    from gradagree_opt.ablation.report.display import Display
+    from gradagree_opt.ablation.runs.store import read_config, read_results
+    from gradagree_opt.ablation.runs.sweep import Results, Sweep, compiles
+    from gradagree_opt.ablation.study.loading import load, read, shipped
+    from gradagree_opt.ablation.study.study import Study, StudyError
+    from gradagree_opt.ablation.training.run import RunRecord
     from gradagree_opt.doctor import main as try_packages
 except ModuleNotFoundError as missing:
     if missing.name and missing.name.startswith("gradagree_opt"):
@@ -207,7 +207,7 @@ def event_writer() -> Callable[[Path, Study, RunRecord], None]:
         StudyError: TensorBoard is not installed; the sentence has the command that does it.
     """
     try:
-        from gradagree_opt.ablation.event_files import write_events
+        from gradagree_opt.ablation.report.event_files import write_events
     except ImportError as missing:
         raise StudyError(f"--tensorboard: {missing}") from None
     return write_events

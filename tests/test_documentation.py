@@ -10,9 +10,9 @@ import pytest
 from pydantic import BaseModel
 
 import gradagree_opt as ga
-from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.methods import AGGREGATORS
-from gradagree_opt.ablation.study import Study
+from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.study.methods import AGGREGATORS
+from gradagree_opt.ablation.study.study import Study
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 import gradagree_opt as ga
-from gradagree_opt.ablation.style import COLOURS, INK, STYLE, save
+from gradagree_opt.ablation.report.style import COLOURS, INK, STYLE, save
 
 TASKS = torch.tensor([[3.0, 0.3], [0.45, 0.9]])
 STEPS = {

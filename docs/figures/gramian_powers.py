@@ -12,7 +12,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from gradagree_opt.ablation.style import INK, STYLE, plain_log, save
+from gradagree_opt.ablation.report.style import INK, STYLE, plain_log, save
 
 UNTRAINED = 4.28  # error of the network as it starts
 TABLE = Path(__file__).parents[1] / "results/gramian-powers/table.csv"

@@ -1,95 +1,172 @@
-"""Gradients of n tasks and their aggregation in one call."""
+"""Which engine runs: the one that was asked for, or the first of those that suit that can."""
 
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
-from gradagree_opt.aggregation import Aggregator
 from gradagree_opt.annotations import Float
-from gradagree_opt.diagnostics import Diagnostics
-from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap
-from gradagree_opt.engines.runner import EngineName, Runner
-from gradagree_opt.stacks import PyTree, check_floating, task_count
+from gradagree_opt.core.aggregation import Aggregation, Aggregator
+from gradagree_opt.core.aggregators import check_aggregator
+from gradagree_opt.core.stacks import PyTree, is_coarse, task_count
+from gradagree_opt.core.weightings import check_choice
+from gradagree_opt.engines.compilation import maybe_compiled
+from gradagree_opt.engines.errors import explained
+from gradagree_opt.engines.losses import TaskLoss
+from gradagree_opt.engines.matrix_free import matrix_free, matrix_free_refusal
+from gradagree_opt.engines.one_backward import one_backward, one_backward_refusal
+from gradagree_opt.engines.stacked import stacked
+from gradagree_opt.engines.streamed import streamed, streamed_refusal
+
+EngineName = Literal["auto", "stacked", "streamed", "matrix_free", "one_backward"]
+
+Engine = Callable[..., tuple[Aggregation, Tensor]]
+
+ENGINES: dict[str, Engine] = {
+    "stacked": stacked,
+    "streamed": streamed,
+    "matrix_free": matrix_free,
+    "one_backward": one_backward,
+}
+
+IN_FLOAT32 = ("stacked", "streamed")
+"""Those that add over the tasks in float32 whatever the parameters are."""
+STACK_BYTES = 2**24
+"""Size of all gradients together from which on not to hold them is faster as well."""
+GPU_STACK_BYTES = 2**30
+"""The same on a GPU, roughly: at 0.7 GiB, holding them took 0.6 of the time."""
 
 
-class AggregatedGradients(NamedTuple):
-    """An :class:`~gradagree_opt.Aggregation` with the losses ``[n]`` and the engine that ran."""
+class Run(NamedTuple):
+    """The aggregation of a batch, the losses of its tasks, and the engine that ran."""
 
-    update: PyTree
-    weights: Float[Tensor, "*groups n"]
-    scores: Float[Tensor, "*groups n"]
-    diagnostics: Diagnostics
+    aggregation: Aggregation
     losses: Float[Tensor, " n"]
     engine: str
 
 
-def aggregate_gradients(
-    loss_fn: LossFn,
-    params: PyTree,
-    tasks: PyTree,
-    aggregator: Aggregator,
-    /,
-    *,
-    engine: EngineName = "auto",
-    chunk_size: int | None = None,
-    randomness: Randomness = "error",
-    compile: bool = False,
-) -> AggregatedGradients:
-    """Per-task gradients and their aggregation: multi-task learning without a loop.
-
-    | engine | extra memory | cost | model |
-    |---|---|---|---|
-    | "stacked" | n · d | one vmapped backward pass | what vmap and grad of torch.func run |
-    | "matrix_free" | d | two backward passes, one Jacobian-vector product | the same, and forward \
-mode or a second derivative |
-    | "streamed" | d | three backward passes a task, one task after the other | every; each pass \
-changes BatchNorm's running statistics |
+class Runner:
+    """Runs batches of one task loss by the engine asked for, compiled once where asked for.
 
     Args:
-        loss_fn: ``loss_fn(params, batch) -> scalar`` of one task.
-        params: pytree of floating-point tensors, shared by the tasks.
-        tasks: the batch of every task, a pytree with leaves ``[n, *shape]``.
-        aggregator: what weights the tasks; signal and direction are both the gradient.
-        engine: one of the table; "auto" takes "matrix_free" where n · d is large, "stacked" where
-            it is not, and the next in turn where the model or the aggregator does not allow it.
-        chunk_size: tasks per vmap; None for all at once, 1 for no vmap.
-        randomness: of dropout and the like under vmap, as in ``torch.func.vmap``.
-        compile: torch.compile the engine, once for each loss function: give the same function
-            object at every step, not a lambda made anew. "auto" then leaves out "streamed".
-
-    Returns:
-        The aggregation with ``losses`` ``[n]`` and the name of the ``engine`` that ran, all of it
-        constants of differentiation.
+        task_loss: loss and signal of one task.
+        engine: "auto" takes the first engine that suits the aggregator and the size of the stack
+            of gradients, and the next one where the model cannot be run by it.
+        compile: torch.compile every engine but "streamed", which is a loop and not taken then.
 
     Raises:
-        ValueError, TypeError: as :func:`task_gradients` (under "streamed" a model may change its
-            buffers) and :meth:`Aggregator.aggregate`; or the engine cannot serve the aggregator.
-        RuntimeError: the engine cannot run the model, or memory does not suffice.
-
-    >>> import torch
-    >>> import gradagree_opt as ga
-    >>> loss_fn = lambda w, x: ((w - x) ** 2).mean()
-    >>> tasks = torch.tensor([[1.0], [2.0], [3.0]])
-    >>> result = ga.aggregate_gradients(loss_fn, torch.tensor(0.0), tasks, ga.GradientAgreement())
-    >>> result.update, result.engine
-    (tensor(-4.6667), 'stacked')
+        ValueError: the engine is none of its choices, or cannot be compiled.
     """
-    check_floating(params, "parameters")
-    make = _compiled_runner if compile else _runner
-    n = task_count(tasks, "tasks")
-    run = make(loss_fn, engine, chunk_size, randomness, compile)(params, tasks, n, aggregator)
-    return AggregatedGradients(*run.aggregation, losses=run.losses, engine=run.engine)
+
+    def __init__(self, task_loss: TaskLoss, engine: EngineName, compile: bool) -> None:
+        check_choice("engine", engine, ("auto", *ENGINES))
+        if compile and engine == "streamed":
+            raise ValueError(
+                "expected an engine that torch.compile takes whole, found 'streamed', a loop over "
+                "the tasks; give compile=False or engine='stacked'"
+            )
+        self.task_loss = task_loss
+        self.engine = engine
+        self._compile = compile
+        self._failed: set[str] = set()
+        self._engines = {
+            name: maybe_compiled(
+                partial(_constants, function, task_loss), compile and name != "streamed"
+            )
+            for name, function in ENGINES.items()
+        }
+
+    def __call__(self, params: PyTree, tasks: PyTree, n: int, aggregator: Aggregator, /) -> Run:
+        """The aggregation of one batch of n tasks, looked at by :meth:`Aggregator.verify`.
+
+        Raises:
+            ValueError: the aggregator refuses the tasks, or the engine the aggregator.
+            RuntimeError: the engine cannot run the model, or memory does not suffice.
+        """
+        check_aggregator(aggregator)
+        draws = aggregator.draw(n)
+        *others, last = self._candidates(params, n, aggregator)
+        for name in others:
+            try:
+                return self._run(name, params, tasks, aggregator, draws)
+            except RuntimeError:
+                if self._compile:  # to try again would be to compile again
+                    self._failed.add(name)
+        try:
+            return self._run(last, params, tasks, aggregator, draws)
+        except RuntimeError as error:
+            if last == "streamed":
+                raise
+            at_once = self.task_loss.map.at_once(n)
+            if self._compile:
+                without = "compile=False"
+            elif streamed_refusal(aggregator, self.task_loss) is None:
+                without = "engine='streamed'"
+            else:
+                without = "a loop of TaskBatch.add(loss, …)"
+            raise explained(error, f"engine={last!r}", at_once, without=without) from error
+
+    def unchecked(
+        self, params: PyTree, tasks: PyTree, aggregator: Aggregator, draws: Tensor | None, /
+    ) -> Aggregation:
+        """The aggregation by the engine that suits best, not looked at and with no other tried."""
+        name = self._candidates(params, task_count(tasks, "tasks"), aggregator)[0]
+        aggregation, _ = self._engines[name](params, tasks, aggregator, draws)
+        return aggregation
+
+    def _run(
+        self,
+        name: str,
+        params: PyTree,
+        tasks: PyTree,
+        aggregator: Aggregator,
+        draws: Tensor | None,
+    ) -> Run:
+        aggregation, losses = self._engines[name](params, tasks, aggregator, draws)
+        aggregator.verify(aggregation)
+        return Run(aggregation, losses, name)
+
+    def _candidates(self, params: PyTree, n: int, aggregator: Aggregator) -> list[str]:
+        """The engines to try, the best first."""
+        refusals = {
+            "stacked": None,
+            "streamed": streamed_refusal(aggregator, self.task_loss),
+            "matrix_free": matrix_free_refusal(aggregator, self.task_loss),
+            "one_backward": one_backward_refusal(aggregator, self.task_loss),
+        }
+        if self.engine != "auto":
+            if refusals[self.engine] is not None:
+                raise ValueError(
+                    f"expected an aggregator that engine={self.engine!r} can serve, found that "
+                    f"{refusals[self.engine]}; take engine='stacked'"
+                )
+            return [self.engine]
+        leaves = tree_leaves(params)
+        sparing = not self.task_loss.adapts and _are_large(leaves, n)
+        order = ["one_backward", "stacked"]
+        if aggregator.scope != "global":  # one backward pass for each group
+            order.reverse()
+        order = [*["matrix_free"] * sparing, *order, *["streamed"] * (not self._compile)]
+        if is_coarse(leaves):
+            order = [name for name in order if name in IN_FLOAT32]
+        order = [name for name in order if refusals[name] is None]
+        return sorted(order, key=self._failed.__contains__)
 
 
-def _runner(
-    loss_fn: LossFn,
-    engine: EngineName,
-    chunk_size: int | None,
-    randomness: Randomness,
-    compile: bool,
-) -> Runner:
-    return Runner(TaskLoss.plain(loss_fn, TaskMap(chunk_size, randomness)), engine, compile)
+def _are_large(leaves: list[Tensor], n: int) -> bool:
+    """Whether not to hold the gradients of n tasks is faster."""
+    size: int = n * sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    limit = STACK_BYTES if leaves[0].device.type == "cpu" else GPU_STACK_BYTES
+    return size > limit
 
 
-_compiled_runner = lru_cache(maxsize=16)(_runner)
+def _constants(
+    engine: Engine, task_loss: TaskLoss, params: PyTree, *others: Any
+) -> tuple[Aggregation, Tensor]:
+    """What an engine answers, without a graph, whatever requires a gradient."""
+    answer = engine(task_loss, tree_map(torch.Tensor.detach, params), *others)
+    result: tuple[Aggregation, Tensor] = tree_map(torch.Tensor.detach, answer)
+    return result

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from gradagree_opt.aggregation import Aggregation, Aggregator, Measured
 from gradagree_opt.annotations import Float
-from gradagree_opt.blocks import or_one
+from gradagree_opt.core.aggregation import Aggregation, Aggregator, Measured
+from gradagree_opt.core.blocks import or_one
+from gradagree_opt.core.stacks import PyTree, task_count, tree_norm
+from gradagree_opt.core.statistics import Statistics
+from gradagree_opt.core.weightings import AgreementWeighting
 from gradagree_opt.engines.losses import TaskLoss, refuse_coarse
 from gradagree_opt.engines.random_state import RandomState
 from gradagree_opt.engines.rows import Rows
-from gradagree_opt.stacks import PyTree, task_count, tree_norm
-from gradagree_opt.statistics import Statistics
-from gradagree_opt.weightings import AgreementWeighting
 
 Losses = Callable[[PyTree], Tensor]
 Pullback = Callable[[PyTree], tuple[PyTree]]

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
-from gradagree_opt.aggregation import Aggregation, Aggregator
 from gradagree_opt.annotations import Float
+from gradagree_opt.core.aggregation import Aggregation, Aggregator
+from gradagree_opt.core.stacks import PyTree, task_count
 from gradagree_opt.engines.losses import TaskLoss, refuse_coarse
-from gradagree_opt.stacks import PyTree, task_count
 
 
 def one_backward_refusal(aggregator: Aggregator, task_loss: TaskLoss, /) -> str | None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from gradagree_opt.stacks import PyTree
+from gradagree_opt.core.stacks import PyTree
 
 
 class RandomState:

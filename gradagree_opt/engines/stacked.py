@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from gradagree_opt.aggregation import Aggregation, Aggregator
 from gradagree_opt.annotations import Float
 from gradagree_opt.batchnorm import statistics_refused
+from gradagree_opt.core.aggregation import Aggregation, Aggregator
+from gradagree_opt.core.stacks import PyTree, check_floating, task_count
 from gradagree_opt.engines.errors import vmap_explained
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap, scalar_loss
-from gradagree_opt.stacks import PyTree, check_floating, task_count
 
 
 class TaskGradients(NamedTuple):

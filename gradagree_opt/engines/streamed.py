@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unflatten
 
-from gradagree_opt.aggregation import Aggregation, Aggregator, Measured
 from gradagree_opt.annotations import Bool, Float
-from gradagree_opt.blocks import or_one
+from gradagree_opt.core.aggregation import Aggregation, Aggregator, Measured
+from gradagree_opt.core.blocks import or_one
+from gradagree_opt.core.scopes import group_indices, measure_by_group
+from gradagree_opt.core.stacks import PyTree, accumulation_dtype, task_count
+from gradagree_opt.core.statistics import Statistics
 from gradagree_opt.engines.losses import TaskLoss
 from gradagree_opt.engines.random_state import RandomState
 from gradagree_opt.engines.rows import Rows
-from gradagree_opt.scopes import group_indices, measure_by_group
-from gradagree_opt.stacks import PyTree, accumulation_dtype, task_count
-from gradagree_opt.statistics import Statistics
 
 
 def streamed_refusal(aggregator: Aggregator, task_loss: TaskLoss, /) -> str | None:

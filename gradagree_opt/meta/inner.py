@@ -6,8 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
+from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.losses import LossFn
-from gradagree_opt.stacks import PyTree
 
 
 @runtime_checkable

@@ -4,15 +4,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from gradagree_opt.aggregation import Aggregation, Aggregator
-from gradagree_opt.aggregators import check_aggregator
 from gradagree_opt.batchnorm import statistics_refused
+from gradagree_opt.core.aggregation import Aggregation, Aggregator
+from gradagree_opt.core.aggregators import check_aggregator
+from gradagree_opt.core.stacks import PyTree, task_count
 from gradagree_opt.engines.compilation import maybe_compiled
 from gradagree_opt.engines.errors import vmap_explained
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskMap, scalar_loss
 from gradagree_opt.meta.inner import InnerLoop
 from gradagree_opt.meta.steps import MetaStep, check_tasks, meta_step
-from gradagree_opt.stacks import PyTree, task_count
 
 
 class Reptile:

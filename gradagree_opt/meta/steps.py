@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from gradagree_opt.aggregation import Aggregation
 from gradagree_opt.annotations import Float
-from gradagree_opt.diagnostics import Diagnostics
-from gradagree_opt.stacks import PyTree, check_floating, task_count
+from gradagree_opt.core.aggregation import Aggregation
+from gradagree_opt.core.diagnostics import Diagnostics
+from gradagree_opt.core.stacks import PyTree, check_floating, task_count
 
 
 class MetaStep(NamedTuple):

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Bool
+from gradagree_opt.core.weightings import check_choice
 from gradagree_opt.tasks.draws import random_subsets
 from gradagree_opt.tasks.protocol import Batch, Split, TaskDistribution, check_sample_arguments
-from gradagree_opt.weightings import check_choice
 
 Corruption = Literal["shuffled_labels", "label_noise", "outlier_scale", "foreign"]
 PARTS = ("support", "query")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Int
-from gradagree_opt.tasks.replacing import replacing
+from gradagree_opt.replacing import replacing
 
 SIDE = 84
 LISTS = {"train": "train.csv", "validation": "val.csv", "test": "test.csv"}

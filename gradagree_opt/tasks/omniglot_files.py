@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from gradagree_opt.core.weightings import check_choice
 from gradagree_opt.tasks.protocol import SPLITS
-from gradagree_opt.weightings import check_choice
 
 SplitScheme = Literal["vinyals", "background", "background_validation"]
 SIDE = 28

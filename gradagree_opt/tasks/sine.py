@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Float
+from gradagree_opt.core.weightings import check_choice
 from gradagree_opt.tasks.draws import random_subsets
 from gradagree_opt.tasks.protocol import Batch, Split, check_options, check_sample_arguments
-from gradagree_opt.weightings import check_choice
 
 Support = Literal["uniform", "shuffled_grid"]
 Query = Literal["uniform", "grid"]

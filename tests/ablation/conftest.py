@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 if TYPE_CHECKING:
-    from gradagree_opt.ablation.study import Study
+    from gradagree_opt.ablation.study.study import Study
 
 TINY = """\
 name: tiny
@@ -76,7 +76,7 @@ def study_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def study(study_file: Path) -> "Study":
-    from gradagree_opt.ablation.loading import load
+    from gradagree_opt.ablation.study.loading import load
 
     return load(str(study_file))
 
@@ -107,7 +107,7 @@ def write_digits(tmp_path: Path) -> WriteStudy:
 
 @pytest.fixture
 def digits(write_digits: WriteStudy) -> "Study":
-    from gradagree_opt.ablation.loading import load
+    from gradagree_opt.ablation.study.loading import load
 
     return load(str(write_digits()))
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from gradagree_opt.ablation.problem import Tasks
+from gradagree_opt.ablation.training.problem import Tasks
 from gradagree_opt.tasks import TaskDistribution
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from gradagree_opt.ablation.models import Params
-from gradagree_opt.ablation.problem import Problem, Tasks
-from gradagree_opt.ablation.records import Run, RunRecord
-from gradagree_opt.ablation.study import Study
-from gradagree_opt.ablation.training import train_runs
+from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.networks import Params
+from gradagree_opt.ablation.training.problem import Problem, Tasks
+from gradagree_opt.ablation.training.run import Run, RunRecord
+from gradagree_opt.ablation.training.training import train_runs
 from gradagree_opt.tasks import TaskDistribution
 
 

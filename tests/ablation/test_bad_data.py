@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gradagree_opt.ablation.sweep import Results, Sweep
+from gradagree_opt.ablation.runs.sweep import Results, Sweep
 from gradagree_testing.command import contents, gradagree
 from gradagree_testing.photographs import write_photographs
 from gradagree_testing.pickles import Trap

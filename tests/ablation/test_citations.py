@@ -13,12 +13,12 @@ import yaml
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
-from gradagree_opt.ablation import citations
-from gradagree_opt.ablation.citations import bibtex, entries, methods_text
-from gradagree_opt.ablation.loading import load, shipped
-from gradagree_opt.ablation.methods import Method, torchjd_aggregators
-from gradagree_opt.ablation.recorded import Config, read_config
-from gradagree_opt.ablation.sections import (
+from gradagree_opt.ablation.report import citations
+from gradagree_opt.ablation.report.citations import bibtex, entries, methods_text
+from gradagree_opt.ablation.runs.store import Config, read_config
+from gradagree_opt.ablation.study.loading import load, shipped
+from gradagree_opt.ablation.study.methods import Method, torchjd_aggregators
+from gradagree_opt.ablation.study.sections import (
     CorruptionSection,
     MAMLForm,
     MetaSGDForm,
@@ -115,7 +115,7 @@ def test_references_are_the_papers_meant(key: str, field: str, value: str) -> No
 
 
 def test_every_reference_known_is_used_by_the_template_and_the_other_way_round() -> None:
-    template = Path(citations.__file__).parent / "templates" / "methods.md.j2"
+    template = Path(citations.__file__).parents[1] / "templates" / "methods.md.j2"
     assert set(re.findall(r"@(\w+)", template.read_text())) == entries().keys()
 
 

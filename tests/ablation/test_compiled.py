@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from gradagree_opt.ablation.methods import Method
-from gradagree_opt.ablation.models import Params
-from gradagree_opt.ablation.problem import Problem, build_problem
-from gradagree_opt.ablation.records import Run
-from gradagree_opt.ablation.sections import MAMLForm
-from gradagree_opt.ablation.study import Study
-from gradagree_opt.ablation.training import run_settings, train_runs
+from gradagree_opt.ablation.study.methods import Method
+from gradagree_opt.ablation.study.sections import MAMLForm
+from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.networks import Params
+from gradagree_opt.ablation.training.problem import Problem, build_problem
+from gradagree_opt.ablation.training.run import Run
+from gradagree_opt.ablation.training.training import run_settings, train_runs
 from gradagree_opt.engines.compilation import maybe_compiled
 
 pytestmark = pytest.mark.compiled

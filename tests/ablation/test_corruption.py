@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.problem import (
+from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.study.sections import CorruptionSection
+from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.training.problem import (
     Tasks,
     TrainingTasks,
     build_problem,
     data_digest,
     evaluation_tasks,
 )
-from gradagree_opt.ablation.sections import CorruptionSection
-from gradagree_opt.ablation.study import Study, StudyError
 
 WriteStudy = Callable[..., Path]
 

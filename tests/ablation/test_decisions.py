@@ -9,14 +9,14 @@ import torch._inductor.config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradagree_opt.ablation import sweep as sweep_module
-from gradagree_opt.ablation.grouping import group_size, groups, is_compiled
-from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.models import build_module
-from gradagree_opt.ablation.problem import Problem, build_problem
-from gradagree_opt.ablation.records import Run
-from gradagree_opt.ablation.study import Study, StudyError
-from gradagree_opt.ablation.sweep import Sweep, compiles, tuning_runs
+from gradagree_opt.ablation.runs import sweep as sweep_module
+from gradagree_opt.ablation.runs.sweep import Sweep, compiles, tuning_runs
+from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.training.grouping import group_size, groups, is_compiled
+from gradagree_opt.ablation.training.networks import build_module
+from gradagree_opt.ablation.training.problem import Problem, build_problem
+from gradagree_opt.ablation.training.run import Run
 from gradagree_testing.command import gradagree
 
 METHODS = load("sine").methods

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from gradagree_opt.ablation.display import Display
-from gradagree_opt.ablation.records import Run, RunRecord
-from gradagree_opt.ablation.sections import CorruptionSection
-from gradagree_opt.ablation.study import Study
+from gradagree_opt.ablation.report.display import Display
+from gradagree_opt.ablation.study.sections import CorruptionSection
+from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.run import Run, RunRecord
 
 
 def record(study: Study, place: int, rate: float, seed: int, loss: float) -> RunRecord:

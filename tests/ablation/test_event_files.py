@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gradagree_opt.ablation.recorded import read_config, read_results
+from gradagree_opt.ablation.runs.store import read_config, read_results
 from gradagree_testing.command import gradagree
 
 pytest.importorskip("tensorboard")
@@ -104,7 +104,7 @@ def test_every_fraction_has_a_folder(swept: Path, tmp_path: Path) -> None:
     ("one", "other"), [("a/b", "a%2Fb"), ("..", "."), ("a:b", "a b"), ("../../x", "x")]
 )
 def test_every_name_of_a_method_is_a_folder_of_its_own_below(one: str, other: str) -> None:
-    from gradagree_opt.ablation.event_files import file_name
+    from gradagree_opt.ablation.report.event_files import file_name
 
     names = {file_name(one), file_name(other)}
     assert len(names) == 2
@@ -115,7 +115,7 @@ def test_without_tensorboard_one_sentence_has_the_command_and_nothing_is_done(
     study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    monkeypatch.delitem(sys.modules, "gradagree_opt.ablation.event_files", raising=False)
+    monkeypatch.delitem(sys.modules, "gradagree_opt.ablation.report.event_files", raising=False)
     result = gradagree("ablate", study_file, "--out", tmp_path / "out", "--tensorboard")
     message = result.stderr.strip()
     assert result.exit_code == 2 and "\n" not in message

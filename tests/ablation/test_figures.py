@@ -11,14 +11,14 @@ from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from scipy import stats
 
-from gradagree_opt.ablation import figures
-from gradagree_opt.ablation.matrices import agreement_matrices
-from gradagree_opt.ablation.methods import Method
-from gradagree_opt.ablation.recorded import read_config, read_results
-from gradagree_opt.ablation.records import CurvePoint, Run, RunRecord
-from gradagree_opt.ablation.study import Study
-from gradagree_opt.ablation.style import COLOURS, INK, looks, save
-from gradagree_opt.ablation.sweep import Label, Results
+from gradagree_opt.ablation.report import figures
+from gradagree_opt.ablation.report.figure_matrices import agreement_matrices
+from gradagree_opt.ablation.report.style import COLOURS, INK, looks, save
+from gradagree_opt.ablation.runs.store import read_config, read_results
+from gradagree_opt.ablation.runs.sweep import Label, Results
+from gradagree_opt.ablation.study.methods import Method
+from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.run import CurvePoint, Run, RunRecord
 
 NAMES = ["mean", "agreement", "random_weights & co"]
 # Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.

@@ -9,20 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradagree_opt.ablation.citations import methods_text
-from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.models import Params, initial_params, predict
-from gradagree_opt.ablation.problem import (
+from gradagree_opt.ablation.report.citations import methods_text
+from gradagree_opt.ablation.runs.store import Config
+from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.training.networks import Params, initial_params, predict
+from gradagree_opt.ablation.training.problem import (
     Problem,
     TrainingTasks,
     agreement_matrix,
     build_problem,
     evaluation_tasks,
 )
-from gradagree_opt.ablation.recorded import Config
-from gradagree_opt.ablation.records import Run
-from gradagree_opt.ablation.study import Study, StudyError
-from gradagree_opt.ablation.training import train_runs
+from gradagree_opt.ablation.training.run import Run
+from gradagree_opt.ablation.training.training import train_runs
 
 from .doubled import Doubled
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.problem import (
+from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.study.study import StudyError
+from gradagree_opt.ablation.training.problem import (
     TrainingTasks,
     build_problem,
     data_digest,
     evaluation_tasks,
 )
-from gradagree_opt.ablation.records import Run
-from gradagree_opt.ablation.study import StudyError
-from gradagree_opt.ablation.training import train_runs
+from gradagree_opt.ablation.training.run import Run
+from gradagree_opt.ablation.training.training import train_runs
 from gradagree_opt.cli import app
 from gradagree_opt.tasks import grouped
 from gradagree_opt.tasks.group_splits import fold_groups

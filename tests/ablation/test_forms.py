@@ -12,21 +12,21 @@ from torch.utils._pytree import tree_leaves, tree_map
 from typer.testing import CliRunner
 
 import gradagree_opt as ga
-from gradagree_opt.ablation.forms import HeadOnly, head
-from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.models import Params, build_module, initial_params, predict
-from gradagree_opt.ablation.problem import (
+from gradagree_opt.ablation.runs.sweep import Sweep
+from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.study.sections import MAMLForm, MetaSGDForm
+from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.training.forms import HeadOnly, head
+from gradagree_opt.ablation.training.networks import Params, build_module, initial_params, predict
+from gradagree_opt.ablation.training.problem import (
     Problem,
     TrainingTasks,
     build_problem,
     evaluation_tasks,
     scores_after,
 )
-from gradagree_opt.ablation.records import Run, RunRecord, Store
-from gradagree_opt.ablation.sections import MAMLForm, MetaSGDForm
-from gradagree_opt.ablation.study import Study, StudyError
-from gradagree_opt.ablation.sweep import Sweep
-from gradagree_opt.ablation.training import train_runs
+from gradagree_opt.ablation.training.run import Run, RunRecord, Store
+from gradagree_opt.ablation.training.training import train_runs
 from gradagree_opt.cli import app
 
 from .conftest import WriteStudy

@@ -12,14 +12,14 @@ import pytest
 from matplotlib.axes import Axes
 from scipy import stats
 
-from gradagree_opt.ablation.corruption import corruption
-from gradagree_opt.ablation.methods import Method
-from gradagree_opt.ablation.recorded import read_config, read_results
-from gradagree_opt.ablation.records import Run
-from gradagree_opt.ablation.sections import CorruptionSection
-from gradagree_opt.ablation.study import Study
-from gradagree_opt.ablation.style import looks
-from gradagree_opt.ablation.sweep import Results
+from gradagree_opt.ablation.report.figure_corruption import corruption
+from gradagree_opt.ablation.report.style import looks
+from gradagree_opt.ablation.runs.store import read_config, read_results
+from gradagree_opt.ablation.runs.sweep import Results
+from gradagree_opt.ablation.study.methods import Method
+from gradagree_opt.ablation.study.sections import CorruptionSection
+from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.run import Run
 from gradagree_testing.command import gradagree
 
 FRACTIONS = [0.0, 0.2, 0.5]

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from typer.testing import Result
 
-from gradagree_opt.ablation.records import RunRecord
+from gradagree_opt.ablation.training.run import RunRecord
 from gradagree_opt.tasks import MiniImageNet
 from gradagree_testing.command import TIMED, gradagree
 from gradagree_testing.photographs import write_photographs

@@ -11,21 +11,21 @@ import torch
 from gradagree_opt.adapters import plain
 
 import gradagree_opt as ga
-from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.methods import Method
-from gradagree_opt.ablation.models import (
+from gradagree_opt.ablation.section import Optimizer
+from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.study.methods import Method
+from gradagree_opt.ablation.study.sections import MAMLForm, ReptileForm
+from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.networks import (
     Params,
     batch_loss,
     build_module,
     generator,
     initial_params,
 )
-from gradagree_opt.ablation.problem import Problem, TrainingTasks, build_problem
-from gradagree_opt.ablation.records import Run
-from gradagree_opt.ablation.section import Optimizer
-from gradagree_opt.ablation.sections import MAMLForm, ReptileForm
-from gradagree_opt.ablation.study import Study
-from gradagree_opt.ablation.training import train_runs
+from gradagree_opt.ablation.training.problem import Problem, TrainingTasks, build_problem
+from gradagree_opt.ablation.training.run import Run
+from gradagree_opt.ablation.training.training import train_runs
 
 from .doubled import Doubled
 

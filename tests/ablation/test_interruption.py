@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import pytest
 
-from gradagree_opt.ablation.records import RunRecord
+from gradagree_opt.ablation.training.run import RunRecord
 
 from .conftest import WriteStudy
 
@@ -29,7 +29,7 @@ app()
 # A study that draws for ever is killed before it has ended, however busy the machine.
 NEVER_ENDING = """
 import time
-from gradagree_opt.ablation import artefacts
+from gradagree_opt.ablation.report import artefacts
 artefacts.draw = lambda *_: time.sleep(600)
 """
 RUNS = 9

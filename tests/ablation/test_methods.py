@@ -3,12 +3,12 @@
 import torch
 
 import gradagree_opt as ga
-from gradagree_opt.ablation.methods import AGGREGATORS, Method
-from gradagree_opt.ablation.models import initial_params
-from gradagree_opt.ablation.problem import build_problem
-from gradagree_opt.ablation.records import Run
-from gradagree_opt.ablation.study import Study
-from gradagree_opt.ablation.training import train_runs
+from gradagree_opt.ablation.study.methods import AGGREGATORS, Method
+from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.networks import initial_params
+from gradagree_opt.ablation.training.problem import build_problem
+from gradagree_opt.ablation.training.run import Run
+from gradagree_opt.ablation.training.training import train_runs
 
 
 def test_every_aggregator_of_the_core_is_a_method() -> None:

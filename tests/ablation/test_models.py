@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.models import (
+from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.study.sections import MLP, GroupedTasks
+from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.networks import (
     accuracy,
     batch_loss,
     build_module,
     initial_params,
     predict,
 )
-from gradagree_opt.ablation.sections import MLP, GroupedTasks
-from gradagree_opt.ablation.study import Study
 
 
 def size(module: nn.Module) -> int:

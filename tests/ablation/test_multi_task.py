@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
-from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.methods import Method
-from gradagree_opt.ablation.models import Params, build_module, initial_params
-from gradagree_opt.ablation.problem import (
+from gradagree_opt.ablation.section import Optimizer
+from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.study.methods import Method
+from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.networks import Params, build_module, initial_params
+from gradagree_opt.ablation.training.problem import (
     Problem,
     TrainingTasks,
     build_problem,
     evaluation_tasks,
     scores_after,
 )
-from gradagree_opt.ablation.records import Run
-from gradagree_opt.ablation.section import Optimizer
-from gradagree_opt.ablation.study import Study
-from gradagree_opt.ablation.training import train_runs
+from gradagree_opt.ablation.training.run import Run
+from gradagree_opt.ablation.training.training import train_runs
 from gradagree_opt.tasks import DigitPairs
 
 from .conftest import WriteStudy

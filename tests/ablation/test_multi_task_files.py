@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.study import StudyError
+from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.study.study import StudyError
 from gradagree_testing.command import contents, gradagree
 
 from .conftest import WriteStudy
@@ -129,8 +129,8 @@ def test_without_scikit_learn_the_study_is_read_and_its_run_refused_with_the_com
 ) -> None:
     program = (
         "import sys\n"
-        "from gradagree_opt.ablation.loading import load\n"
-        "from gradagree_opt.ablation.problem import build_problem\n"
+        "from gradagree_opt.ablation.study.loading import load\n"
+        "from gradagree_opt.ablation.training.problem import build_problem\n"
         f"study = load({str(write_digits())!r})\n"
         "assert 'sklearn' not in sys.modules\n"
         "sys.modules['sklearn'] = None\n"

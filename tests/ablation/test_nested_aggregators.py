@@ -6,15 +6,15 @@ import pytest
 import torch
 
 import gradagree_opt as ga
-from gradagree_opt.ablation.citations import methods_text
-from gradagree_opt.ablation.grouping import groups
-from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.methods import AGGREGATORS, Method
-from gradagree_opt.ablation.problem import build_problem
-from gradagree_opt.ablation.recorded import Config
-from gradagree_opt.ablation.records import Run, RunRecord
-from gradagree_opt.ablation.study import Study, StudyError
-from gradagree_opt.ablation.training import train_runs
+from gradagree_opt.ablation.report.citations import methods_text
+from gradagree_opt.ablation.runs.store import Config
+from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.study.methods import AGGREGATORS, Method
+from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.training.grouping import groups
+from gradagree_opt.ablation.training.problem import build_problem
+from gradagree_opt.ablation.training.run import Run, RunRecord
+from gradagree_opt.ablation.training.training import train_runs
 
 from .conftest import WriteStudy
 

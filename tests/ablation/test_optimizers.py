@@ -6,8 +6,8 @@ from typing import get_args
 import pytest
 import torch
 
-from gradagree_opt.ablation.optimizers import OPTIMIZERS
 from gradagree_opt.ablation.section import Optimizer
+from gradagree_opt.ablation.training.optimizers import OPTIMIZERS
 
 KINDS = {
     "sgd": torch.optim.SGD,

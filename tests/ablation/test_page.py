@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from gradagree_opt.ablation import figures
-from gradagree_opt.ablation.page import html, inline_svg, number_in
-from gradagree_opt.ablation.recorded import Config, read_config, read_results
-from gradagree_opt.ablation.sweep import Results
+from gradagree_opt.ablation.report import figures
+from gradagree_opt.ablation.report.page import html, inline_svg, number_in
+from gradagree_opt.ablation.runs.store import Config, read_config, read_results
+from gradagree_opt.ablation.runs.sweep import Results
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gradagree_opt.ablation import tables
-from gradagree_opt.ablation.page import html
-from gradagree_opt.ablation.recorded import Config, read_config, read_results
-from gradagree_opt.ablation.sweep import Results
+from gradagree_opt.ablation.report import tables
+from gradagree_opt.ablation.report.page import html
+from gradagree_opt.ablation.runs.store import Config, read_config, read_results
+from gradagree_opt.ablation.runs.sweep import Results
 from gradagree_testing.browser import EXECUTABLE, Browser
 
 if EXECUTABLE is None:

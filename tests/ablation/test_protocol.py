@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.models import Params, generator, predict
-from gradagree_opt.ablation.problem import (
+from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.networks import Params, generator, predict
+from gradagree_opt.ablation.training.problem import (
     Problem,
     Tasks,
     TrainingTasks,
@@ -20,9 +21,8 @@ from gradagree_opt.ablation.problem import (
     data_digest,
     evaluation_tasks,
 )
-from gradagree_opt.ablation.records import Run
-from gradagree_opt.ablation.study import Study
-from gradagree_opt.ablation.training import train_runs
+from gradagree_opt.ablation.training.run import Run
+from gradagree_opt.ablation.training.training import train_runs
 from gradagree_opt.tasks import grouped
 from gradagree_testing.photographs import write_photographs
 

@@ -11,9 +11,9 @@ from typing import TypeAlias
 import pandas as pd
 import pytest
 
-from gradagree_opt.ablation import layouts, tables
-from gradagree_opt.ablation.citations import bibtex, methods_text
-from gradagree_opt.ablation.recorded import read_config, read_results
+from gradagree_opt.ablation.report import layouts, tables
+from gradagree_opt.ablation.report.citations import bibtex, methods_text
+from gradagree_opt.ablation.runs.store import read_config, read_results
 
 DOCS = Path(__file__).parents[2] / "docs"
 RESULTS = DOCS / "results"

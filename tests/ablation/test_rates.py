@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradagree_opt.ablation import figures
-from gradagree_opt.ablation import sweep as sweep_module
-from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.models import Params, initial_params
-from gradagree_opt.ablation.notes import notes
-from gradagree_opt.ablation.problem import Problem
-from gradagree_opt.ablation.recorded import read_config, read_results
-from gradagree_opt.ablation.records import CurvePoint, Run, RunRecord
-from gradagree_opt.ablation.study import Study
-from gradagree_opt.ablation.sweep import Label, Results, Sweep, number_of_runs
+from gradagree_opt.ablation.report import figures
+from gradagree_opt.ablation.report.notes import notes
+from gradagree_opt.ablation.runs import sweep as sweep_module
+from gradagree_opt.ablation.runs.store import read_config, read_results
+from gradagree_opt.ablation.runs.sweep import Label, Results, Sweep, number_of_runs
+from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.networks import Params, initial_params
+from gradagree_opt.ablation.training.problem import Problem
+from gradagree_opt.ablation.training.run import CurvePoint, Run, RunRecord
 from gradagree_testing.command import gradagree
 
 from .conftest import WriteStudy

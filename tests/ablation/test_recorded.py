@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from gradagree_opt.ablation import sweep as sweep_module
-from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.problem import build_problem
-from gradagree_opt.ablation.recorded import read_config, read_results, resume
-from gradagree_opt.ablation.records import FORMAT
-from gradagree_opt.ablation.study import Study, StudyError
-from gradagree_opt.ablation.sweep import Sweep, tuning_runs
+from gradagree_opt.ablation.runs import sweep as sweep_module
+from gradagree_opt.ablation.runs.store import read_config, read_results, resume
+from gradagree_opt.ablation.runs.sweep import Sweep, tuning_runs
+from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.training.problem import build_problem
+from gradagree_opt.ablation.training.run import FORMAT
 from gradagree_testing.command import gradagree
 
 from .conftest import WriteStudy

@@ -8,9 +8,13 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.methods import Method
-from gradagree_opt.ablation.records import (
+from gradagree_opt.ablation.runs.sweep import final_runs, tuning_runs
+from gradagree_opt.ablation.section import Optimizer
+from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.study.methods import Method
+from gradagree_opt.ablation.study.sections import CorruptionSection, MAMLForm, MetaSGDForm
+from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.run import (
     CurvePoint,
     DamagedRecordError,
     Run,
@@ -18,11 +22,7 @@ from gradagree_opt.ablation.records import (
     Store,
     write_atomically,
 )
-from gradagree_opt.ablation.section import Optimizer
-from gradagree_opt.ablation.sections import CorruptionSection, MAMLForm, MetaSGDForm
-from gradagree_opt.ablation.study import Study
-from gradagree_opt.ablation.sweep import final_runs, tuning_runs
-from gradagree_opt.tasks.replacing import replacing
+from gradagree_opt.replacing import replacing
 
 RUN = Run(method=Method(name="mean", aggregator="mean"), rate=0.5, seed=3)
 RECORD = RunRecord(

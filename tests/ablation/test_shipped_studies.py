@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import yaml
 
-from gradagree_opt.ablation.loading import load, shipped
-from gradagree_opt.ablation.study import Study
+from gradagree_opt.ablation.study.loading import load, shipped
+from gradagree_opt.ablation.study.study import Study
 from gradagree_testing.command import gradagree
 from gradagree_testing.photographs import write_photographs
 

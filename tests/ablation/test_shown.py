@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from gradagree_opt.ablation.adaptation import adaptation
-from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.models import initial_params, predict
-from gradagree_opt.ablation.problem import build_problem, evaluation_tasks
-from gradagree_opt.ablation.records import CurvePoint, Run, RunRecord
-from gradagree_opt.ablation.study import Study
-from gradagree_opt.ablation.sweep import Label, Results
-from gradagree_opt.ablation.tables import summary
+from gradagree_opt.ablation.report.figure_adaptation import adaptation
+from gradagree_opt.ablation.report.tables import summary
+from gradagree_opt.ablation.runs.sweep import Label, Results
+from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.networks import initial_params, predict
+from gradagree_opt.ablation.training.problem import build_problem, evaluation_tasks
+from gradagree_opt.ablation.training.run import CurvePoint, Run, RunRecord
 
 ACCURACIES = {"mean": 0.25, "agreement": 0.5, "clipped": 0.375}
 

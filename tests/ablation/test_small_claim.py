@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.sweep import Sweep
-from gradagree_opt.ablation.tables import scores
+from gradagree_opt.ablation.report.tables import scores
+from gradagree_opt.ablation.runs.sweep import Sweep
+from gradagree_opt.ablation.study.loading import load
 
 CLAIM = {
     "extends": "equal-sine",

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.problem import build_problem
-from gradagree_opt.ablation.study import Study
+from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.problem import build_problem
 from gradagree_opt.tasks import grouped
 from gradagree_opt.tasks.group_splits import split_groups
 from gradagree_testing.photographs import write_photographs

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gradagree_opt.ablation.statistics import (
+from gradagree_opt.ablation.report.significance import (
     Interval,
     compare,
     effect_size,

@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 
-from gradagree_opt.ablation import loading
-from gradagree_opt.ablation.artefacts import write_config
-from gradagree_opt.ablation.loading import load, merge, shipped
-from gradagree_opt.ablation.recorded import read_config
-from gradagree_opt.ablation.study import Study, StudyError
+from gradagree_opt.ablation.report.artefacts import write_config
+from gradagree_opt.ablation.runs.store import read_config
+from gradagree_opt.ablation.study import loading
+from gradagree_opt.ablation.study.loading import load, merge, shipped
+from gradagree_opt.ablation.study.study import Study, StudyError
 
 from .conftest import WriteStudy
 
 WHOLE = {"lr": 0.02, "steps": 2}
 TEST = {"tasks": 12, "support_shots": 5, "query_shots": 7, "steps": [0, 1, 2]}
 MEAN = "{name: mean, aggregator: mean"
-SHIPPED = sorted(path.stem for path in Path(loading.__file__).with_name("studies").iterdir())
+SHIPPED = sorted(path.stem for path in (Path(loading.__file__).parents[1] / "studies").iterdir())
 
 
 def corruption(keys: str) -> tuple[str, str]:

@@ -10,12 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from gradagree_opt.ablation import sweep as sweep_module
-from gradagree_opt.ablation.methods import Method
-from gradagree_opt.ablation.parallel import execute
-from gradagree_opt.ablation.records import Run, RunRecord
-from gradagree_opt.ablation.study import Study, StudyError
-from gradagree_opt.ablation.sweep import (
+from gradagree_opt.ablation.runs import sweep as sweep_module
+from gradagree_opt.ablation.runs.processes import execute
+from gradagree_opt.ablation.runs.sweep import (
     Label,
     Results,
     Sweep,
@@ -23,6 +20,9 @@ from gradagree_opt.ablation.sweep import (
     final_runs,
     tuning_runs,
 )
+from gradagree_opt.ablation.study.methods import Method
+from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.training.run import Run, RunRecord
 from gradagree_testing.jobs import Failing
 
 

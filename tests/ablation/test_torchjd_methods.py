@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from gradagree_opt import frameworks
-from gradagree_opt.ablation.grouping import groups
-from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.methods import Method, torchjd_aggregators
-from gradagree_opt.ablation.models import Params, derived_seed, initial_params, predict
-from gradagree_opt.ablation.problem import TrainingTasks, build_problem
-from gradagree_opt.ablation.records import Run
-from gradagree_opt.ablation.sections import MAMLForm
-from gradagree_opt.ablation.study import Study, StudyError
-from gradagree_opt.ablation.sweep import Sweep
-from gradagree_opt.ablation.training import train_runs
+from gradagree_opt.ablation.runs.sweep import Sweep
+from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.study.methods import Method, torchjd_aggregators
+from gradagree_opt.ablation.study.sections import MAMLForm
+from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.training.grouping import groups
+from gradagree_opt.ablation.training.networks import Params, derived_seed, initial_params, predict
+from gradagree_opt.ablation.training.problem import TrainingTasks, build_problem
+from gradagree_opt.ablation.training.run import Run
+from gradagree_opt.ablation.training.training import train_runs
 
 from .conftest import WriteStudy
 
@@ -212,7 +212,7 @@ def test_without_torchjd_a_study_is_read_and_its_run_refused_with_the_command(
 def test_a_study_of_others_does_not_import_torchjd(study_file: Path) -> None:
     program = (
         "import sys\n"
-        "from gradagree_opt.ablation.loading import load\n"
+        "from gradagree_opt.ablation.study.loading import load\n"
         f"load({str(study_file)!r})\n"
         "assert 'torchjd' not in sys.modules"
     )

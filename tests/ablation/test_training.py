@@ -7,11 +7,12 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from gradagree_opt.ablation import training as training_module
-from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.methods import Method
-from gradagree_opt.ablation.models import Params, initial_params, predict
-from gradagree_opt.ablation.problem import (
+from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.study.methods import Method
+from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training import training as training_module
+from gradagree_opt.ablation.training.networks import Params, initial_params, predict
+from gradagree_opt.ablation.training.problem import (
     Problem,
     Tasks,
     TrainingTasks,
@@ -21,9 +22,8 @@ from gradagree_opt.ablation.problem import (
     scores_after,
     tasks_at_once,
 )
-from gradagree_opt.ablation.records import Run, RunRecord
-from gradagree_opt.ablation.study import Study
-from gradagree_opt.ablation.training import train_runs
+from gradagree_opt.ablation.training.run import Run, RunRecord
+from gradagree_opt.ablation.training.training import train_runs
 from gradagree_opt.tasks import TaskDistribution
 
 

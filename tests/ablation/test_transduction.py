@@ -7,17 +7,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gradagree_opt.ablation import models
-from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.models import Params, accuracy, conv4, mlp, predict, predict_apart
-from gradagree_opt.ablation.problem import (
+from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training import networks as models
+from gradagree_opt.ablation.training.networks import (
+    Params,
+    accuracy,
+    conv4,
+    mlp,
+    predict,
+    predict_apart,
+)
+from gradagree_opt.ablation.training.problem import (
     Problem,
     Tasks,
     build_problem,
     query_outputs,
     scores_after,
 )
-from gradagree_opt.ablation.study import Study
 
 from .conftest import WriteStudy
 

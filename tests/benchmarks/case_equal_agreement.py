@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 import gradagree_opt as ga
-from gradagree_opt.ablation.models import mlp
+from gradagree_opt.ablation.training.networks import mlp
 
 from .timing import Bar, Case, Contestant, Step
 

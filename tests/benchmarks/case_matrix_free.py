@@ -11,7 +11,7 @@ from torch.nn.functional import mse_loss
 from torchjd.autogram import Engine
 
 import gradagree_opt as ga
-from gradagree_opt.ablation.models import mlp
+from gradagree_opt.ablation.training.networks import mlp
 
 from .maml import agreement
 from .timing import Bar, Case, Contestant, Step

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import gradagree_opt as ga
-from gradagree_opt.ablation.models import conv4
+from gradagree_opt.ablation.training.networks import conv4
 
 from . import maml, maml_in_jax
 from .timing import Bar, Case, Contestant, Step

@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import mse_loss
 
-from gradagree_opt.ablation.models import mlp
+from gradagree_opt.ablation.training.networks import mlp
 from gradagree_opt.tasks import Sine
 
 from . import maml, maml_in_jax

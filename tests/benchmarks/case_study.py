@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gradagree_opt.ablation.loading import load
-from gradagree_opt.ablation.study import Study
-from gradagree_opt.ablation.sweep import Sweep
+from gradagree_opt.ablation.runs.sweep import Sweep
+from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.study.study import Study
 
 METHODS, RATES, SEEDS, ITERATIONS = 8, 3, 5, 30_000
 SHORT, LONG = 1_500, 4_500

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import gradagree_opt
-from gradagree_opt.ablation.loading import load, shipped
+from gradagree_opt.ablation.study.loading import load, shipped
 from gradagree_opt.cli import app, usable_cores
 from gradagree_testing.command import contents
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gradagree_opt as ga
-from gradagree_opt.blocks import blocks_of_all, column_blocks, unit_parts
+from gradagree_opt.core.blocks import blocks_of_all, column_blocks, unit_parts
 from gradagree_testing import reference
 from gradagree_testing.configurations import CONFIGURATIONS
 
@@ -15,7 +15,7 @@ WEIGHTED = [c for c in CONFIGURATIONS if c.weights is not None]
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """Seven columns of five tasks: a leaf is read in several parts, the last one shorter."""
-    monkeypatch.setattr("gradagree_opt.blocks.BLOCK_ENTRIES", 35)
+    monkeypatch.setattr("gradagree_opt.core.blocks.BLOCK_ENTRIES", 35)
 
 
 def stack(scale=1.0, dtype=torch.float32):
@@ -99,7 +99,7 @@ def assert_same_columns(matrix, leaves):
 
 
 def test_small_leaves_lie_side_by_side_and_others_as_they_are(monkeypatch):
-    monkeypatch.setattr("gradagree_opt.blocks.BLOCK_ENTRIES", 32 * 40)
+    monkeypatch.setattr("gradagree_opt.core.blocks.BLOCK_ENTRIES", 32 * 40)
     generator = torch.Generator().manual_seed(0)
     sizes = [3, 8, 9, 100, 2, 200, 8, 300]  # of five tasks; up to 40 entries are joined
     leaves = [torch.randn(5, size, generator=generator) for size in sizes]

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import gradagree_opt as ga
-from gradagree_opt.stacks import combine, tree_norm
+from gradagree_opt.core.stacks import combine, tree_norm
 from gradagree_testing import reference
 from gradagree_testing.reference import exact
 

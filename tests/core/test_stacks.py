@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves, tree_structure
 
 import gradagree_opt as ga
-from gradagree_opt.blocks import rows
-from gradagree_opt.stacks import leaf_paths, mask_rows
+from gradagree_opt.core.blocks import rows
+from gradagree_opt.core.stacks import leaf_paths, mask_rows
 from gradagree_testing import reference
 from gradagree_testing.reference import exact
 

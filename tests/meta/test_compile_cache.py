@@ -25,7 +25,7 @@ tasks, inner = {"support": batch, "query": batch}, ga.InnerSGD(0.1, 1)
 STEPS = {
     "MAML": "ga.MAML(loss_fn, inner, compile=True).step(params, tasks, ga.GradientAgreement())",
     "a study": """
-from gradagree_opt.ablation.grouping import OuterStep, StepInputs, stack
+from gradagree_opt.ablation.training.grouping import OuterStep, StepInputs, stack
 both, support = stack([params, params]), stack([{"support": batch}] * 2)
 step = OuterStep(ga.Reptile(loss_fn, inner), "adam", True)
 aggregator = ga.GradientAgreement(nonfinite="propagate")

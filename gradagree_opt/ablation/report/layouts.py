@@ -1,0 +1,64 @@
+"""The table of a study laid out: Markdown and terminal for people, LaTeX for papers."""
+
+import re
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from gradagree_opt.ablation.report.notes import comparison_notes, notes
+from gradagree_opt.ablation.report.tables import ADJUSTED_P, EDGE, EFFECT_SIZE, counted, summary
+from gradagree_opt.ablation.runs.sweep import Results
+
+
+def markdown(parts: Sequence[Results]) -> str:
+    table = summary(parts)
+    rows = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
+    all_notes = notes(parts) + comparison_notes(parts)
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([*lines, "", *(f"{note}  " for note in all_notes)]) + "\n"
+
+
+def latex(parts: Sequence[Results]) -> str:
+    """A booktabs table, a rule between its parts; the notes are comments above it."""
+    style = summary(parts).style.hide(axis="index").format(escape="latex")
+    style = style.format_index(escape="latex", axis="columns")
+    left = 1 + list(style.columns).index("outer rate")
+    body: str = style.to_latex(
+        hrules=True, column_format="l" * left + "r" * (len(style.columns) - left)
+    )
+    body = body.replace("±", r"$\pm$").replace(EDGE, r"$^\dagger$").replace("< 0", "$<$ 0")
+    body = re.sub(r"(?<=& )-(?=\d)", "$-$", body)
+    lines, rows = body.splitlines(keepends=True), len(parts[0].rates)
+    first = lines.index("\\midrule\n") + 1
+    for start in range(first + rows * (len(parts) - 1), first, -rows):
+        lines.insert(start, "\\midrule\n")
+    body = "".join(lines)
+    all_notes = notes(parts) + comparison_notes(parts)
+    return "".join(f"% {note}\n" for note in all_notes) + body
+
+
+def terminal(parts: Sequence[Results]) -> Table:
+    """The table without tests: eight columns are what a terminal of eighty characters holds.
+
+    With a column more for its parts it has the steps alone that rates are chosen by.
+    """
+    study = parts[0].study
+    hidden = [counted(count, "step") for count in study.test.steps if count != study.tuning.steps]
+    more = hidden if len(parts) > 1 else []
+    table = summary(parts).drop(columns=[ADJUSTED_P, EFFECT_SIZE, *more])
+    shown = Table(
+        caption=Text("\n".join(notes(parts))),
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=0,
+    )
+    for column in table.columns:
+        shown.add_column(Text(column), justify="left" if column == "method" else "right")
+    for place, row in enumerate(table.to_numpy().tolist()):
+        if place % len(study.methods) == 0:
+            shown.add_section()
+        shown.add_row(*(Text(cell.replace(" ± ", "\n± ")) for cell in row))
+    return shown

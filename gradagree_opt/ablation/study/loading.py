@@ -1,0 +1,265 @@
+"""Reading a study file, with every mistake in it named by file and line."""
+
+import json
+import os
+import re
+import reprlib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import yaml
+from pydantic import ValidationError
+
+from gradagree_opt.ablation.study.study import Study, StudyError
+
+Location: TypeAlias = tuple[int | str, ...]
+EXPECTED = "expected a study file or one of"
+OWN = ("name", "title")  # not inherited: two studies of one name would share an output folder
+
+
+def shipped() -> dict[str, Path]:
+    """The studies that come with the package, by name."""
+    folder = Path(str(files("gradagree_opt.ablation"))) / "studies"
+    return {
+        name: folder / f"{name}.yaml"
+        for name in sorted(path.stem for path in folder.glob("*.yaml"))
+    }
+
+
+def load(source: str, *, quick: bool = False) -> Study:
+    """Reads a study.
+
+    Args:
+        source: The name of a shipped study, the path of a YAML file, or the ``config.json`` that a
+            study left in its output folder. A file may say ``extends``, with another study's name
+            or its path from there, and give only what differs, its own name and title included.
+        quick: Apply the file's ``quick`` section; the study's name then ends in ``-quick``.
+
+    Raises:
+        StudyError: In one sentence naming file and line, if the file is missing, no YAML, or
+            differs from the schema.
+    """
+    path = shipped().get(source, Path(source))
+    try:
+        return resolved(path, quick)
+    except FileNotFoundError:
+        raise StudyError(f"{EXPECTED} {', '.join(shipped())}, found {source!r}") from None
+    except RecursionError:
+        raise StudyError(f"{path}: expected a study, found one nested too deeply") from None
+
+
+def resolved(path: Path, quick: bool) -> Study:
+    """The study of a file, in its quick form where that is wanted."""
+    document, root = read(path)
+    study = parse(path, document, root)
+    if study.quick is None:
+        if quick:
+            raise StudyError(f"{path}: --quick needs a 'quick' section, and there is none")
+        return study
+    root = merge_nodes(root, child(root, "quick"))
+    fast = parse(path, merge(document, document["quick"]), root, ", under --quick")
+    if fast.name != study.name:
+        place = locate(path, root, ("name",))
+        raise StudyError(f"{place}: the 'quick' section cannot rename the study")
+    return (
+        fast.model_copy(update={"name": f"{study.name}-quick", "quick": None}) if quick else study
+    )
+
+
+def read(path: Path, extending: tuple[Path, ...] = ()) -> tuple[dict[str, Any], yaml.Node]:
+    """The keys of a study file and of those it extends, and the nodes that they stand at.
+
+    Args:
+        extending: The files that extend this one.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        StudyError: It cannot be read, or extends what is no study.
+    """
+    document, root = read_file(path)
+    if "extends" not in document:
+        return document, root
+    named = document.pop("extends")
+    place = locate(path, root, ("extends",))
+    known = f"{place}: {EXPECTED} {', '.join(shipped())}"
+    if not isinstance(named, str) or not could_be_file(named):
+        raise StudyError(f"{known}, found {shown(named)}")
+    extended = shipped().get(named, path.parent / named)
+    if extended.resolve() in [file.resolve() for file in (*extending, path)]:
+        raise StudyError(f"{place}: {named!r} extends this file; one of them has to be complete")
+    try:
+        base, base_root = read(extended, (*extending, path))
+    except FileNotFoundError:
+        raise StudyError(f"{known}, found {named!r}") from None
+    for key in OWN:
+        base.pop(key, None)
+    base_root.value = [pair for pair in base_root.value if pair[0].value not in OWN]
+    return merge(base, document), merge_nodes(base_root, root)
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], yaml.Node]:
+    """The keys of one file, and its nodes."""
+    try:
+        loader = Loader(path.read_text(encoding="utf-8"))
+        loader.name = str(path)
+        root: Any = loader.get_single_node()
+        document = None if root is None else loader.construct_document(root)
+    except FileNotFoundError:
+        raise
+    except IsADirectoryError:
+        raise StudyError(
+            f"{path} is a folder; give a study file, as {path / 'config.json'}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise StudyError(f"the study file {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "unreadable characters"
+        raise StudyError(printable(f"{path}{line}: not YAML: {problem}")) from None
+    if not isinstance(document, dict):
+        raise StudyError(f"{path}: expected the keys of a study, found {document!r}")
+    if path.suffix == ".json" and isinstance(document.get("study"), dict):
+        return document["study"], child(root, "study")
+    return document, root
+
+
+def merge(document: Any, override: Any) -> Any:
+    """The document with the override's keys in place of its own.
+
+    Lists are replaced whole, and sections of another kind.
+    """
+    if not (isinstance(document, dict) and isinstance(override, dict)):
+        return override
+    if "kind" in override and override["kind"] != document.get("kind"):
+        return override
+    return document | {key: merge(document.get(key), value) for key, value in override.items()}
+
+
+def merge_nodes(root: yaml.Node, override: yaml.Node) -> yaml.Node:
+    """The nodes of what :func:`merge` gives, each with its place in its own file."""
+    if not (isinstance(root, yaml.MappingNode) and isinstance(override, yaml.MappingNode)):
+        return override
+    kinds = [getattr(child(node, "kind"), "value", None) for node in (root, override)]
+    if kinds[1] not in (None, kinds[0]):
+        return override
+    pairs = {key.value: (key, value) for key, value in root.value}
+    for key, value in override.value:
+        own = pairs.get(key.value)
+        pairs[key.value] = key, merge_nodes(own[1], value) if own else value
+    return yaml.MappingNode(root.tag, list(pairs.values()), override.start_mark, override.end_mark)
+
+
+def parse(path: Path, document: dict[str, Any], root: yaml.Node, form: str = "") -> Study:
+    """Validates a document whose keys stand at the nodes; a mistake is told of that form of it."""
+    try:
+        return Study.model_validate(document)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        # A misspelt key is also a missing one; the first is the better news.
+        problem = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+        cause = problem.get("ctx", {}).get("error")
+        place = locate(path, root, problem["loc"] + getattr(cause, "location", ()))
+        raise StudyError(printable(f"{place}: {explain(problem)}{form}")) from None
+
+
+def explain(problem: Any) -> str:
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"unknown key {problem['loc'][-1]!r}"
+        case "missing":
+            return f"the key {problem['loc'][-1]!r} is missing"
+        case "value_error":
+            return str(problem["ctx"]["error"])
+        case "union_tag_not_found":
+            return "the key 'kind' is missing"
+        case "union_tag_invalid":
+            return f"expected {problem['ctx']['expected_tags']}, found {problem['ctx']['tag']!r}"
+        case "too_short":
+            return "expected at least one entry, found none"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            message = "expected keys with their values"
+        case _:
+            message = problem["msg"].replace("Input should be", "expected")
+    return f"{message}, found {shown(problem['input'])}"
+
+
+def shown(value: Any) -> str:
+    """A value as the file may have it."""
+    try:
+        return json.dumps(value, default=str)
+    except (TypeError, ValueError):  # a date as key, a list that holds itself
+        return reprlib.repr(value)
+
+
+def printable(sentence: str) -> str:
+    """The sentence in one line, whatever the names in it are."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in sentence)
+
+
+def could_be_file(name: str) -> bool:
+    """Whether the system takes it as a name."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+
+
+def locate(path: Path, root: yaml.Node, location: Location) -> str:
+    """File and line of a pydantic location, and those of its keys that the file has."""
+    node, marked, keys = root, root, []
+    for part in location:
+        below = child(node, part)
+        if below is None:  # a missing key, or pydantic's name for a member of a union
+            continue
+        marked = key_node(node, part) or below
+        node = below
+        keys.append(str(part))
+    mark = marked.start_mark
+    place = f"{mark.name}, line {mark.line + 1}" + (f" in {'.'.join(keys)!r}" if keys else "")
+    return place if mark.name == str(path) else f"{place}, extended by {path}"
+
+
+def child(node: yaml.Node | None, part: int | str) -> Any:
+    if isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+        return node.value[part] if part < len(node.value) else None
+    if isinstance(node, yaml.MappingNode):
+        return next((value for key, value in node.value if key.value == str(part)), None)
+    return None
+
+
+def key_node(node: yaml.Node | None, part: int | str) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return next((key for key, _ in node.value if key.value == str(part)), None)
+    return None
+
+
+class Loader(yaml.SafeLoader):
+    """YAML's safe loader that also reads ``1e-3`` as a number, as JSON and YAML 1.2 do.
+
+    A key that is given twice is a mistake; YAML would take the last. So is a value that is not what
+    its tag says, or a date that does not exist, for which YAML raises whatever comes.
+    """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            problem = f"{reprlib.repr(node.value)} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if names.count(key.value) > 1:
+                problem = f"the key {key.value!r} is given more than once"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)

@@ -1,0 +1,1 @@
+"""The pipeline of an aggregation: measure, decide, apply."""

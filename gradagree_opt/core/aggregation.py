@@ -1,0 +1,300 @@
+"""Aggregator: measure the signals, decide on weights, apply them to the directions.
+
+The three steps are methods of their own, so that an engine that never holds the directions as a
+stack (a vjp, a backward pass of the weighted loss) runs the same ones.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gradagree_opt.annotations import Bool, Float
+from gradagree_opt.core.diagnostics import Diagnostics, diagnose, update_rounding
+from gradagree_opt.core.scopes import Scope, check_signal, group_indices, measure_by_group
+from gradagree_opt.core.stacks import (
+    PyTree,
+    check_stack,
+    combine,
+    full_precision,
+    mask_rows,
+    nonfinite_tasks,
+    tree_norm,
+)
+from gradagree_opt.core.statistics import Statistics
+from gradagree_opt.core.verification import troubled, verify
+from gradagree_opt.core.weightings import (
+    AN_AGGREGATOR,
+    AgreementWeighting,
+    ConstantWeighting,
+    Weighting,
+    check_choice,
+)
+
+Combine = Callable[[Tensor, list[int] | None], PyTree]
+"""From weights ``[n]``, or ``[groups, n]`` and the group of each leaf, to Σ_i w_i · direction_i."""
+
+
+class Aggregation(NamedTuple):
+    """Result of one aggregation of n tasks.
+
+    Attributes:
+        update: Σ_i w_i · direction_i, a pytree without the task axis: what an optimizer subtracts.
+        weights: ``[n]``, or ``[groups, n]`` where the scope is not "global".
+        scores: what the weights come from, shaped like them, in squared units of the signal.
+        diagnostics: plain tensors that say how the tasks agreed.
+    """
+
+    update: PyTree
+    weights: Float[Tensor, "*groups n"]
+    scores: Float[Tensor, "*groups n"]
+    diagnostics: Diagnostics
+
+
+class Measured(NamedTuple):
+    """Statistics of a batch, its non-finite tasks, and the group of every leaf.
+
+    ``scaled``: whether sums are taken in units of the largest entry, those of the update too.
+    """
+
+    statistics: Statistics
+    nonfinite: Bool[Tensor, " n"]
+    groups: list[int] | None
+    scaled: bool = True
+
+
+class Aggregator:
+    """A weighting, and how its weights are applied.
+
+    Args:
+        weighting: from statistics to weights.
+        scope: "global", one weight a task; "leaf", one for each parameter tensor; or a callable
+            from the path of a leaf to the name of its group.
+        match_norm: None, "mean", "agreement" or an aggregator of the same scope: rescale the update
+            to the norm of that method's.
+        nonfinite: "raise" names the tasks with NaN or inf, "drop" gives them weight 0,
+            "propagate" looks at nothing (no host synchronisation).
+        generator: source of randomness of a weighting that draws.
+    """
+
+    def __init__(
+        self,
+        weighting: Weighting,
+        *,
+        scope: Scope = "global",
+        match_norm: "Literal['mean', 'agreement'] | Aggregator | None" = None,
+        nonfinite: Literal["raise", "drop", "propagate"] = "raise",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not callable(scope):
+            check_choice("scope", scope, ("global", "leaf"))
+        self.reference = _reference(match_norm, scope)
+        check_choice("nonfinite", nonfinite, ("raise", "drop", "propagate"))
+        self.weighting = weighting
+        self.scope = scope
+        self.match_norm = match_norm
+        self.nonfinite = nonfinite
+        self.generator = generator
+        if generator is None and isinstance(match_norm, Aggregator):
+            self.generator = match_norm.generator
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the optional statistics that are measured for it."""
+        return self.weighting.needs | (self.reference.needs if self.reference else frozenset())
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.weighting}, scope={self.scope!r}, "
+            f"match_norm={self.match_norm!r}, nonfinite={self.nonfinite!r})"
+        )
+
+    def __call__(self, grads: PyTree, /) -> PyTree:
+        """Σ_i w_i g_i of task-stacked gradients: :meth:`aggregate`, the update alone."""
+        return self.aggregate(grads).update
+
+    def aggregate(self, directions: PyTree, /, signal: PyTree | None = None) -> Aggregation:
+        """Weights the tasks by their signals and combines their directions.
+
+        Args:
+            directions: task-stacked pytree, every leaf ``[n, *shape]``: what is combined.
+            signal: task-stacked pytree that agreement is measured on; the directions if None.
+
+        Returns:
+            The update (same structure and dtypes as the directions, without the task axis), the
+            weights, the scores and the diagnostics.
+
+        Raises:
+            ValueError: the task axes differ or are empty; a task is non-finite under
+                nonfinite="raise"; the scores cancel under degenerate="raise".
+            TypeError: a leaf is not a floating-point tensor.
+
+        Source: Eshratifar et al. 2018 (arXiv:1810.08178), algorithm 1.
+
+        >>> import gradagree_opt as ga
+        >>> grads = {"w": torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])}
+        >>> result = ga.GradientAgreement().aggregate(grads)
+        >>> result.weights
+        tensor([ 0.3333,  0.3333, -0.3333])
+        >>> result.update
+        {'w': tensor([1., 0.])}
+        """
+        n = check_stack(directions, "directions" if signal is not None else "gradients")
+        draws = self.draw(n)
+        # The look that is due finds this sound but at extreme scales. What reads more than row sums
+        # may depend on the scale, or remember what it has seen.
+        if self.nonfinite == "raise" and not self.needs & {"gramian", "directions"}:
+            result = self.aggregate_unchecked(directions, signal, draws=draws, scaled=False)
+            if self.is_sound(result):
+                return result
+        result = self.aggregate_unchecked(directions, signal, draws=draws)
+        self.verify(result)
+        return result
+
+    def aggregate_unchecked(
+        self,
+        directions: PyTree,
+        signal: PyTree | None = None,
+        *,
+        nonfinite: Bool[Tensor, " n"] | None = None,
+        draws: Float[Tensor, " n"] | None = None,
+        scaled: bool = True,
+    ) -> Aggregation:
+        """:meth:`aggregate` without the look at its result: runs under vmap and torch.compile.
+
+        Args:
+            directions: task-stacked pytree.
+            signal: task-stacked pytree, or None.
+            nonfinite: tasks known to be non-finite by other means, as by their losses.
+            draws: result of :meth:`draw`, where it was called beforehand.
+            scaled: as in :meth:`measure`.
+        """
+        n = check_stack(directions, "directions" if signal is not None else "gradients")
+        if signal is not None:
+            check_signal(signal, directions, n, self.scope)
+        if signal is not None or self.nonfinite == "drop":
+            found = nonfinite_tasks(directions, signal)
+            nonfinite = found if nonfinite is None else nonfinite | found
+        if nonfinite is not None and self.nonfinite == "drop":
+            directions = mask_rows(directions, ~nonfinite)
+            signal = None if signal is None else mask_rows(signal, ~nonfinite)
+        measured = self.measure(
+            directions if signal is None else signal,
+            nonfinite=nonfinite,
+            draws=draws,
+            scaled=scaled,
+        )
+        return self.apply(
+            measured,
+            lambda weights, groups: combine(directions, weights, groups),
+            signal_is_direction=signal is None,
+        )
+
+    def measure(
+        self,
+        signal: PyTree,
+        /,
+        *,
+        nonfinite: Bool[Tensor, " n"] | None = None,
+        draws: Float[Tensor, " n"] | None = None,
+        scaled: bool = True,
+    ) -> Measured:
+        """Statistics of a task-stacked signal: what :meth:`apply` needs to know of it.
+
+        Args:
+            signal: task-stacked pytree, every leaf ``[n, *shape]``.
+            nonfinite: tasks already known to be non-finite; "drop" gives them weight 0 and wants
+                zeros in place of their signals.
+            draws: result of :meth:`draw`, where it was called beforehand.
+            scaled: False saves the scaling, and marks all tasks as not finite where it was needed.
+        """
+        first = tree_leaves(signal)[0]
+        n = first.shape[0]
+        if nonfinite is None:
+            nonfinite = torch.zeros(n, dtype=torch.bool, device=first.device)
+        active = ~nonfinite if self.nonfinite == "drop" else torch.ones_like(nonfinite)
+        groups = group_indices(signal, self.scope)
+        statistics = measure_by_group(signal, groups, active, self.needs, scaled=scaled)
+        if draws is None:
+            draws = self.draw(n)
+        if draws is not None:
+            statistics = statistics._replace(draws=draws.to(statistics.row_sums))
+        return Measured(statistics, nonfinite | ~statistics.finite, groups, scaled)
+
+    def apply(
+        self, measured: Measured, combine_directions: Combine, /, *, signal_is_direction: bool
+    ) -> Aggregation:
+        """Decides on the weights and combines the directions with them.
+
+        Args:
+            measured: result of :meth:`measure`.
+            combine_directions: linear map from weights to Σ_i w_i · direction_i.
+            signal_is_direction: the directions are what was measured, so the statistics hold the
+                norm of their mean.
+        """
+        statistics = measured.statistics
+        with full_precision(statistics.row_sums.device):
+            decision = self.weighting(statistics)
+            reference = None if self.reference is None else self.reference(statistics)
+        update = combine_directions(decision.weights, measured.groups)
+        norm = tree_norm(update, scaled=measured.scaled)
+        if reference is not None:
+            target = combine_directions(reference.weights, measured.groups)
+            target_norm = tree_norm(target, scaled=measured.scaled)
+            there = norm > (update_rounding(statistics, decision) if signal_is_direction else 0)
+            factor = torch.where(there, target_norm / norm, torch.ones_like(norm))
+            update = tree_map(lambda leaf: (leaf * factor).to(leaf.dtype), update)
+            decision = decision._replace(weights=decision.weights * factor)
+            norm = norm * factor
+        diagnostics = diagnose(
+            statistics, decision, measured.nonfinite, norm, signal_is_direction=signal_is_direction
+        )
+        return Aggregation(update, decision.weights, decision.scores, diagnostics)
+
+    def is_sound(self, result: Aggregation, /) -> bool:
+        """One host synchronisation: whether no policy for bad tasks has anything to raise."""
+        return not troubled(result.diagnostics, **self._policies())
+
+    def verify(self, result: Aggregation, /) -> None:
+        """One host synchronisation: raises where the policies for bad tasks say so.
+
+        Raises:
+            ValueError: a task or the update is non-finite under nonfinite="raise", or the scores
+                cancel under degenerate="raise".
+        """
+        verify(result.diagnostics, **self._policies())
+
+    def _policies(self) -> dict[str, bool]:
+        return {
+            "finite": self.nonfinite == "raise",
+            "agreement": getattr(self.weighting, "degenerate", None) == "raise",
+        }
+
+    def draw(self, n: int, /) -> Float[Tensor, " n"] | None:
+        """The random numbers of one aggregation of n tasks; None if the weighting needs none."""
+        if "draws" not in self.needs:
+            return None
+        device = self.generator.device if self.generator is not None else None
+        return torch.empty(n, device=device).exponential_(generator=self.generator)
+
+
+def _reference(
+    method: Literal["mean", "agreement"] | Aggregator | None, scope: Scope
+) -> Weighting | None:
+    """The weighting whose update has the length that is matched."""
+    if not isinstance(method, Aggregator):
+        check_choice("match_norm", method, (None, "mean", "agreement"), AN_AGGREGATOR)
+        return {None: None, "mean": ConstantWeighting(), "agreement": AgreementWeighting()}[method]
+    if method.reference is not None or "directions" in method.needs:
+        raise ValueError(
+            "expected match_norm with an aggregator whose weights give its length, found "
+            f"{method}; give it without match_norm, and none of TorchJD's that takes the matrix"
+        )
+    if method.scope != scope:
+        raise ValueError(
+            f"expected match_norm with an aggregator of scope {scope!r}, found {method.scope!r}; "
+            "give both the same"
+        )
+    return method.weighting

@@ -1,0 +1,256 @@
+"""Task-stacked pytrees: every leaf is a tensor ``[n, *shape]`` whose first axis is the task.
+
+Leaves are never concatenated: each function visits them one by one.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import (
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+    tree_structure,
+    tree_unflatten,
+)
+
+from gradagree_opt.annotations import Bool, Float
+from gradagree_opt.core.blocks import (
+    absolute_maxima,
+    blocks_of_all,
+    column_blocks,
+    or_one,
+    rows,
+    unit_parts,
+)
+
+PyTree = Any
+"""A tensor, or any nesting of dicts, lists, tuples and named tuples of tensors."""
+
+
+def leaf_paths(tree: PyTree, /) -> list[str]:
+    """Names of the leaves in order, keys joined by dots.
+
+    >>> leaf_paths({"layer": {"weight": torch.zeros(2), "bias": torch.zeros(1)}})
+    ['layer.weight', 'layer.bias']
+    """
+    paths, _ = tree_flatten_with_path(tree)
+    return [".".join(_key_name(key) for key in path) for path, _ in paths]
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def task_count(
+    stack: PyTree, /, name: str, advice: str = "give every leaf the task axis first"
+) -> int:
+    """Number of tasks n that every leaf of a task-stacked pytree has as its first axis.
+
+    Args:
+        stack: pytree whose leaves are tensors ``[n, *shape]``.
+        name: what the stack holds, for the messages.
+        advice: what to do about task axes that differ.
+
+    Raises:
+        TypeError: a leaf is not a tensor.
+        ValueError: there is no leaf, no task, or the task axes differ.
+    """
+    leaves = tree_leaves(stack)
+    if not leaves:
+        raise ValueError(
+            f"expected {name} with at least one tensor, found an empty pytree; "
+            "pass a tensor [n, *shape] or a dict, list or tuple of them"
+        )
+    for index, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"expected every leaf of the {name} to be a tensor, found {type(leaf).__name__}"
+                f"{_place(stack, index)}; {_tensor_for(leaf)}"
+            )
+        if leaf.ndim == 0:
+            raise ValueError(
+                f"expected every leaf of the {name} to have the task axis first, found a tensor "
+                f"without axes{_place(stack, index)}; stack the tasks along a new axis"
+            )
+    n = int(leaves[0].shape[0])
+    for index, leaf in enumerate(leaves):
+        if leaf.shape[0] != n:
+            raise ValueError(
+                f"expected every leaf of the {name} to have the same task axis, found {n}"
+                f"{_place(stack, 0)} and {leaf.shape[0]}{_place(stack, index)}; {advice}"
+            )
+    if n == 0:
+        raise ValueError(
+            f"expected {name} of at least one task, found an empty task axis; "
+            "skip the step when the batch has no tasks"
+        )
+    return n
+
+
+def check_stack(stack: PyTree, /, name: str = "gradients") -> int:
+    """:func:`task_count` of a stack that is to be aggregated: every leaf is floating-point.
+
+    Raises:
+        TypeError: a leaf is not a floating-point tensor.
+        ValueError: as :func:`task_count`.
+    """
+    n = task_count(
+        stack,
+        name,
+        "per-parameter gradients of one task, or a list of tasks, are to be stacked first: one "
+        "tensor [n, *shape] for each parameter",
+    )
+    check_floating(stack, name)
+    return n
+
+
+def check_floating(tree: PyTree, /, name: str) -> None:
+    """TypeError or ValueError in one sentence unless every leaf is a floating-point tensor."""
+    leaves = tree_leaves(tree)
+    if not leaves:
+        raise ValueError(
+            f"expected {name} with at least one floating-point tensor, found an empty pytree"
+        )
+    for index, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+            fix = "leave out what has no gradient"
+            if isinstance(leaf, nn.Module):
+                fix = "give dict(module.named_parameters())"
+            raise TypeError(
+                f"expected floating-point {name}, found {found}{_place(tree, index)}; {fix}"
+            )
+
+
+def _tensor_for(leaf: object) -> str:
+    """What to give instead of something that is no tensor."""
+    if leaf is None:
+        return "leave the entry out, or give zeros for a parameter that a task does not use"
+    return "give torch.as_tensor(…), with the task axis first"
+
+
+def _place(tree: PyTree, index: int) -> str:
+    """Where a leaf is, for a message; nothing if it is the whole tree."""
+    path = leaf_paths(tree)[index]
+    return f" in {path!r}" if path else ""
+
+
+def accumulation_dtype(leaves: Sequence[Tensor], /) -> torch.dtype:
+    """float32, or float64 where a leaf has it: what sums over the leaves are kept in."""
+    if any(leaf.dtype == torch.float64 for leaf in leaves):
+        return torch.float64
+    return torch.float32
+
+
+def is_coarse(tensors: Iterable[Tensor], /) -> bool:
+    """Whether one of them has less than the precision of float32."""
+    return any(tensor.dtype.itemsize < torch.float32.itemsize for tensor in tensors)
+
+
+def full_precision(device: torch.device, /) -> AbstractContextManager[Any]:
+    """Switches autocast off inside the block, where it is on."""
+    kind = device.type
+    # Older torch.compile cannot ask (torch 2.11), and knows no device without autocast.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    if available and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def row_magnitudes(leaves: Sequence[Tensor], /) -> Float[Tensor, " n"]:
+    """Largest absolute entry of every task over all leaves; NaN or inf where a task has one."""
+    dtype = accumulation_dtype(leaves)
+    magnitudes = [absolute_maxima(block) for block in blocks_of_all(leaves)]
+    if not magnitudes:
+        return leaves[0].new_zeros(leaves[0].shape[0], dtype=dtype)
+    return torch.stack([magnitude.to(dtype) for magnitude in magnitudes]).amax(0)
+
+
+def tree_norm(tree: PyTree, /, *, scaled: bool = True) -> Float[Tensor, ""]:
+    """Euclidean norm over all leaves, a constant, safe at every scale that the leaves can hold.
+
+    Without scaling it is faster, and NaN where its square is not :func:`in_range`.
+    """
+    leaves = [leaf.detach() for leaf in tree_leaves(tree)]
+    dtype = accumulation_dtype(leaves)
+    parts = [torch.zeros(2, dtype=dtype, device=leaves[0].device)]
+    for size, blocks in unit_parts([leaf.unsqueeze(0) for leaf in leaves], dtype, scaled=scaled):
+        # Under vmap, a norm without dim is one over all problems (torch 2.14).
+        norms = torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks])
+        parts.append(torch.stack([size, torch.linalg.vector_norm(norms, dim=0)]))
+    sizes, norms = torch.stack(parts).unbind(1)
+    largest = sizes.amax()
+    norm: Tensor = largest * torch.linalg.vector_norm(norms * (sizes / or_one(largest)), dim=0)
+    lost = ~in_range(norm.square())
+    return norm if scaled else norm.masked_fill(lost, torch.nan)
+
+
+def in_range(square: Float[Tensor, "*shape"], /) -> Bool[Tensor, "*shape"]:
+    """Whether a sum of squares is so far from both ends of its dtype that it lost nothing there."""
+    limits = torch.finfo(square.dtype)
+    inside: Tensor = (square > limits.tiny**0.5) & (square < limits.max**0.75)
+    return inside
+
+
+def scaled_square_sums(
+    leaves: Sequence[Tensor], divisors: Float[Tensor, " n"], /
+) -> Float[Tensor, " n"]:
+    """‖g_i / divisor_i‖² of every task over all leaves."""
+    column = divisors.unsqueeze(1)
+    norms = [
+        torch.linalg.vector_norm(block / column, dim=1)
+        for block in blocks_of_all(leaves, divisors.dtype)
+    ]
+    return torch.stack(norms).square().sum(0) if norms else torch.zeros_like(divisors)
+
+
+def nonfinite_tasks(directions: PyTree, signal: PyTree | None, /) -> Bool[Tensor, " n"]:
+    """The tasks with a NaN or infinite entry in either stack."""
+    leaves = tree_leaves(directions) + ([] if signal is None else tree_leaves(signal))
+    return ~torch.isfinite(row_magnitudes([leaf.detach() for leaf in leaves]))
+
+
+def mask_rows(stack: PyTree, keep: Bool[Tensor, " n"], /) -> PyTree:
+    """The stack with zeros in place of every task that is not kept, NaN and inf included."""
+    return tree_map(
+        lambda leaf: torch.where(
+            keep.reshape(-1, *([1] * (leaf.ndim - 1))), leaf, leaf.new_zeros(())
+        ),
+        stack,
+    )
+
+
+def combine(
+    stack: PyTree, weights: Float[Tensor, "*groups n"], groups: Sequence[int] | None = None, /
+) -> PyTree:
+    """Σ_i w_i · row i for every leaf, accumulated in float32 or better, in the leaf's own dtype.
+
+    Args:
+        stack: task-stacked pytree.
+        weights: ``[n]``, or ``[groups, n]`` with the group of every leaf in ``groups``.
+        groups: index of the group of every leaf, or None where there is one for all.
+    """
+    leaves = tree_leaves(stack)
+    with full_precision(leaves[0].device):
+        sums = [
+            _weighted_sum(leaf, weights if groups is None else weights[groups[index]])
+            for index, leaf in enumerate(leaves)
+        ]
+    return tree_unflatten(sums, tree_structure(stack))
+
+
+def _weighted_sum(leaf: Tensor, weights: Tensor) -> Tensor:
+    dtype = torch.promote_types(leaf.dtype, torch.float32)
+    weights = weights.to(dtype)
+    if leaf.dtype == dtype or not leaf.numel():
+        total = torch.mv(rows(leaf).to(dtype).T, weights)
+    else:  # by blocks: no copy of the whole leaf in the larger dtype
+        total = torch.cat([torch.mv(block.T, weights) for block in column_blocks(leaf, dtype)])
+    return total.reshape(leaf.shape[1:]).to(leaf.dtype)

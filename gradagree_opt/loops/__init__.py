@@ -1,0 +1,1 @@
+"""Measure and apply inside the user's own loop."""

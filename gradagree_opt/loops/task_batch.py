@@ -1,0 +1,252 @@
+"""TaskBatch: measure and apply inside the user's own loop over the tasks of a meta-batch."""
+
+from collections.abc import Mapping
+from itertools import chain
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from gradagree_opt.core.aggregation import Aggregation, Aggregator
+from gradagree_opt.core.aggregators import check_aggregator
+from gradagree_opt.core.stacks import PyTree, is_coarse
+from gradagree_opt.core.weightings import check_choice
+from gradagree_opt.loops.adapted import Parameters, displacement, match, named, trained
+from gradagree_opt.loops.graphs import check_depends, check_loss, depends, gradients
+
+_FROM_COPY = (
+    "adapt from those that the batch was given: by clone() in learn2learn, with "
+    "copy_initial_weights=False in higher"
+)
+_FROM_OTHERS = "compute it from those that were given, not from a copy of them"
+
+
+class TaskBatch:
+    """Collects the tasks of a meta-batch in a loop, then fills ``.grad`` with their aggregation.
+
+    What is added decides what is weighted by what:
+
+    - ``add(loss, adapted=learner)``, the MAML form: signal θ − θ_i, direction ∇L_i(θ_i).
+    - ``add(adapted=learner)``, the Reptile form: signal and direction θ − θ_i.
+    - ``add(loss)``, multi-task learning: signal and direction ∇L_i(θ).
+
+    What an adapted learner shares with the module, or lacks, has not adapted: its displacement is
+    zero, and its gradient is weighted like that of the rest (GBML's transforms, MetaSGD's rates,
+    the body of ANIL). A learner of detached tensors has its gradient taken where it stands, which
+    is first-order MAML (higher's ``track_higher_grads=False``).
+
+    A parameter's hooks see the gradient of the weighted loss where one backward pass is shared, and
+    that of each task where there is one for each.
+
+    Args:
+        parameters: module, named tensors or tensors whose ``.grad`` is to be filled; those that do
+            not require a gradient are left alone.
+        aggregator: what weights the tasks.
+        memory: "graph" keeps the graphs of all losses until ``backward``, which then needs one
+            backward pass in the MAML form; "stream" runs one backward pass at every ``add``, so
+            that one task's graph is alive at a time, and keeps the gradients instead.
+
+    Raises:
+        TypeError: these are no parameters, or no aggregator.
+        ValueError: no parameter requires a gradient, one is no leaf or occurs twice, or memory is
+            neither "graph" nor "stream".
+
+    Source: Eshratifar et al. 2018, algorithm 1, both forms.
+
+    >>> import gradagree_opt as ga
+    >>> w = torch.tensor([0.0], requires_grad=True)
+    >>> batch = ga.TaskBatch([w], ga.GradientAgreement())
+    >>> for target in (1.0, 2.0, 3.0):
+    ...     batch.add(((w - target) ** 2).mean())
+    >>> result = batch.backward()
+    >>> w.grad
+    tensor([-4.6667])
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        aggregator: Aggregator,
+        *,
+        memory: Literal["graph", "stream"] = "graph",
+    ) -> None:
+        check_aggregator(aggregator)
+        check_choice("memory", memory, ("graph", "stream"))
+        self._all = named(parameters)
+        self._trained = trained(self._all)
+        self.aggregator = aggregator
+        self.memory = memory
+        self._losses: list[Tensor] = []
+        self._nonfinite: list[Tensor] = []
+        self._copies: list[dict[str, Tensor]] = []
+        self._directions: list[dict[str, Tensor]] = []
+        self._unused = set(self._trained)
+        self._displacements: list[dict[str, Tensor]] = []
+
+    def __len__(self) -> int:
+        """Number of tasks added since the last ``backward``."""
+        return max(len(self._losses), len(self._directions), len(self._displacements))
+
+    @property
+    def takes_one_backward(self) -> bool:
+        """Whether the tasks of the MAML form share one backward pass, that of the weighted loss."""
+        one_by_one = (
+            self.aggregator.nonfinite == "drop"  # 0 · NaN is NaN there
+            or "directions" in self.aggregator.needs
+            or self.aggregator.scope != "global"  # a pass for each group, where n tasks are few
+            or is_coarse([*self._trained.values(), *self._losses])  # it would add in their dtype
+        )
+        return self.memory == "graph" and not one_by_one
+
+    def add(self, loss: Tensor | None = None, /, *, adapted: Parameters | None = None) -> None:
+        """Adds one task.
+
+        Args:
+            loss: scalar, differentiable in the parameters; absent in the Reptile form.
+            adapted: the task's adapted parameters θ_i: a module, or tensors by name or in order.
+
+        Raises:
+            TypeError: ``adapted`` is neither a module nor tensors.
+            ValueError: the loss is not a scalar, or does not depend on the parameters or on those
+                adapted from them; ``adapted`` is no learner of the same model; or the form differs
+                from that of earlier tasks.
+        """
+        if loss is None and adapted is None:
+            raise ValueError(
+                "expected a loss, adapted parameters or both, found neither; call "
+                "add(loss), add(adapted=…), or add(loss, adapted=…)"
+            )
+        form = (loss is not None, adapted is not None)
+        if len(self) and form != self._form:
+            raise ValueError(
+                f"expected every task of a batch in one form, found add{_call(form)} after "
+                f"add{_call(self._form)}; call backward() first"
+            )
+        if not len(self):  # parameters may be frozen and unfrozen between batches
+            self._trained = trained(self._all)
+            self._unused = set(self._trained)
+        after = match(self._all, adapted) if adapted is not None else {}
+        displacements = [displacement(self._trained, after)] if adapted is not None else []
+        if loss is not None:
+            self._add_loss(loss, after)
+        self._displacements += displacements
+
+    def backward(self) -> Aggregation:
+        """Adds Σ_i w_i · direction_i to ``.grad`` of every parameter; ready for the next batch.
+
+        As with ``loss.backward()``, a parameter that no loss depends on keeps the ``.grad`` it has.
+        The update is dense, that of a sparse embedding too, with which SparseAdam cannot step.
+
+        Returns:
+            The aggregation; its update is a dict from parameter name (or position) to gradient.
+
+        Raises:
+            ValueError: no task was added, the graph of a loss is stale, or the aggregator refuses
+                the tasks. No ``.grad`` is touched then, and the tasks are forgotten.
+        """
+        if not len(self):
+            raise ValueError("expected at least one task, found an empty batch; call add() first")
+        try:
+            result = self._aggregate()
+            self.aggregator.verify(result)
+            unused = self._unused if self._form[0] else set()
+        finally:
+            self.clear()
+        add_to_grad({n: p for n, p in self._trained.items() if n not in unused}, result.update)
+        return result
+
+    def clear(self) -> None:
+        """Forgets the tasks added so far, and their graphs."""
+        self._losses.clear()
+        self._nonfinite.clear()
+        self._copies.clear()
+        self._directions.clear()
+        self._displacements.clear()
+
+    @property
+    def _form(self) -> tuple[bool, bool]:
+        return bool(self._losses or self._directions), bool(self._displacements)
+
+    def _add_loss(self, loss: Tensor, after: Mapping[str, Tensor]) -> None:
+        check_loss(loss, len(self))
+        own = {n: t for n, t in after.items() if n in self._trained and t is not self._all[n]}
+        own = {n: t for n, t in own.items() if t.requires_grad}
+        # A module's own parameters are no copies: they may as well be those of another model.
+        copies = {n: t for n, t in own.items() if t.is_leaf and not isinstance(t, nn.Parameter)}
+        if own and not depends(loss, own.values()):
+            raise ValueError(
+                f"expected a loss of the adapted parameters, found one for task {len(self)} that "
+                "depends on none of them; add every loss with its own learner, computed after its "
+                "last inner step"
+            )
+        start = [*self._trained.values(), *copies.values()]
+        check_depends(loss, start, len(self), advice=_FROM_COPY if after else _FROM_OTHERS)
+        if self.memory == "stream":
+            self._directions.append(self._gradient(loss, [copies], retain_graph=False))
+        else:
+            self._losses.append(loss)
+            self._copies.append(copies)
+        device = next(iter(self._trained.values())).device
+        self._nonfinite.append(~torch.isfinite(loss.detach()).to(device))
+
+    def _aggregate(self) -> Aggregation:
+        signal = _stack(self._displacements) if self._displacements else None
+        nonfinite = torch.stack(self._nonfinite) if self._nonfinite else None
+        if self._losses and signal is not None and self.takes_one_backward:
+            return self._from_one_backward(signal, nonfinite)
+        directions = self._directions or [
+            self._gradient(loss, [copies], retain_graph=loss is not self._losses[-1])
+            for loss, copies in zip(self._losses, self._copies, strict=True)
+        ]
+        if not directions:
+            return self.aggregator.aggregate_unchecked(signal)
+        return self.aggregator.aggregate_unchecked(_stack(directions), signal, nonfinite=nonfinite)
+
+    def _from_one_backward(self, signal: PyTree, nonfinite: Tensor | None) -> Aggregation:
+        losses = torch.stack(self._losses)
+        # What backward() frees is freed by the last pass.
+        passes = 1 if self.aggregator.match_norm is None else 2
+
+        def weighted(weights: Tensor, _: list[int] | None) -> PyTree:
+            nonlocal passes
+            passes -= 1
+            total = (losses * weights.to(losses)).sum()  # autocast would round a matrix product
+            return self._gradient(total, self._copies, retain_graph=passes > 0)
+
+        measured = self.aggregator.measure(signal, nonfinite=nonfinite)
+        return self.aggregator.apply(measured, weighted, signal_is_direction=False)
+
+    def _gradient(
+        self, loss: Tensor, copies: list[dict[str, Tensor]], *, retain_graph: bool
+    ) -> dict[str, Tensor]:
+        """Gradient by parameter, that of a detached copy counted for its parameter (FOMAML)."""
+        places = list(chain(self._trained.items(), *(copy.items() for copy in copies)))
+        found = gradients(loss, [tensor for _, tensor in places], retain_graph=retain_graph)
+        total = {name: torch.zeros_like(parameter) for name, parameter in self._trained.items()}
+        for (name, _), grad in zip(places, found, strict=True):
+            if grad is not None:
+                total[name] = total[name] + grad
+                self._unused.discard(name)
+        return total
+
+
+def add_to_grad(parameters: Mapping[str, Tensor], update: Mapping[str, Tensor], /) -> None:
+    """Adds an update to ``.grad`` as ``backward`` would: in place where there is one."""
+    for name, parameter in parameters.items():
+        grad = parameter.grad
+        if grad is None:
+            parameter.grad = update[name].clone()
+        elif grad.requires_grad or grad.layout != torch.strided:
+            parameter.grad = update[name] + grad
+        else:
+            grad.add_(update[name])
+
+
+def _stack(tasks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all tasks, which are taken out of them: each is held once."""
+    return {name: torch.stack([task.pop(name) for task in tasks]) for name in [*tasks[0]]}
+
+
+def _call(form: tuple[bool, bool]) -> str:
+    parts = [name for name, there in zip(("loss", "adapted=…"), form, strict=True) if there]
+    return f"({', '.join(parts)})"

@@ -1,0 +1,239 @@
+"""TaskOptimizer: an optimizer that steps on a vector of task losses."""
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from gradagree_opt.annotations import Float
+from gradagree_opt.core.aggregation import Aggregation, Aggregator
+from gradagree_opt.core.aggregators import check_aggregator
+from gradagree_opt.loops.graphs import check_depends, check_loss, gradients
+from gradagree_opt.loops.task_batch import TaskBatch
+
+Losses = Float[Tensor, " n"] | Sequence[Tensor]
+
+
+class FunctionalStep(NamedTuple):
+    """The parameters after a step that left the ones before as they were, and its aggregation."""
+
+    params: tuple[Tensor, ...]
+    aggregation: Aggregation
+
+
+class TaskOptimizer:
+    """Wraps an optimizer: ``step(losses)`` aggregates the gradients of n task losses, then steps.
+
+    Everything else (``zero_grad``, ``state_dict``, ``param_groups``) is the wrapped optimizer's;
+    a learning-rate scheduler is given that one. A GradScaler could not undo its scale before the
+    step: take a :class:`gradagree_opt.TaskBatch` there. What it steps on is what it always does:
+
+    - ``torch.optim.Optimizer`` and ``torchopt.Optimizer`` on ``.grad``; as with ``backward``, the
+      update is added to a ``.grad`` that is already there.
+    - ``torchopt.MetaOptimizer`` on the loss Σ_i w_i L_i, the weights constants, so that the step
+      is differentiable as its steps are; one more backward pass.
+    - ``torchopt.FuncOptimizer``, which holds no parameters, on the same loss in
+      ``functional_step(losses, params)``.
+
+    Args:
+        optimizer: the optimizer.
+        aggregator: what weights the tasks; signal and direction are both the loss gradient.
+
+    Raises:
+        TypeError: the optimizer is none of these, or needs a closure; or the aggregator is none.
+        ValueError: the optimizer steps on a loss, and the aggregator's scope is not "global", or it
+            gives no weights.
+
+    >>> import gradagree_opt as ga
+    >>> w = torch.tensor([0.0], requires_grad=True)
+    >>> optimizer = ga.TaskOptimizer(torch.optim.SGD([w], lr=0.1), ga.GradientAgreement())
+    >>> optimizer.zero_grad()
+    >>> result = optimizer.step((w - torch.tensor([1.0, 2.0, 3.0])) ** 2)
+    >>> w
+    tensor([0.4667], requires_grad=True)
+    """
+
+    def __init__(self, optimizer: Any, aggregator: Aggregator, /) -> None:
+        check_aggregator(aggregator)
+        # The attributes that tell TorchOpt's three kinds apart, without importing it.
+        self._functional = hasattr(optimizer, "optim_state")
+        self._differentiable = hasattr(optimizer, "param_containers_groups")
+        on_loss = self._functional or self._differentiable
+        if not on_loss:
+            check_optimizer(optimizer)
+        if on_loss and aggregator.scope != "global":
+            raise ValueError(
+                f"expected an aggregator of scope 'global' for {type(optimizer).__name__}, found "
+                f"{aggregator.scope!r}: it steps on one loss, which has one weight a task"
+            )
+        if on_loss and "directions" in aggregator.needs:
+            raise ValueError(
+                f"expected an aggregator that gives one weight a task for "
+                f"{type(optimizer).__name__}, which steps on one loss, found one whose update is "
+                "no weighted sum; wrap an optimizer that steps on .grad, as torchopt.Optimizer"
+            )
+        self.optimizer = optimizer
+        self.aggregator = aggregator
+
+    def step(self, losses: Losses, /) -> Aggregation:
+        """Aggregates the gradients of the task losses and steps the wrapped optimizer.
+
+        Args:
+            losses: ``[n]`` tensor or sequence of n scalars, one loss a task. Where the aggregator
+                is to drop a task that is not finite, a sequence: in the gradient of one tensor
+                its NaN reaches the others.
+
+        Returns:
+            The aggregation, its update by parameter position.
+
+        Raises:
+            TypeError: the wrapped optimizer holds no parameters, or ``losses`` is a closure.
+            ValueError: ``losses`` is not a vector or is empty, or the aggregator refuses the
+                gradients. No parameter, ``.grad`` or optimizer state is touched then.
+        """
+        if self._functional:
+            raise TypeError(
+                f"expected an optimizer that holds its parameters, found "
+                f"{type(self.optimizer).__name__}; call functional_step(losses, params)"
+            )
+        if self._differentiable:
+            loss, result = weighted_loss(losses, self._parameters(), self.aggregator)
+            self.optimizer.step(loss)
+            return result
+        batch = TaskBatch(self._parameters(), self.aggregator)
+        for loss in _vector(losses):
+            batch.add(loss)
+        result = batch.backward()
+        self.optimizer.step()
+        return result
+
+    def functional_step(self, losses: Losses, params: tuple[Tensor, ...], /) -> FunctionalStep:
+        """:meth:`step` of a ``torchopt.FuncOptimizer``: returns new parameters.
+
+        Args:
+            losses: ``[n]`` tensor or sequence of n scalars, one loss a task.
+            params: tuple of the parameters that the losses depend on.
+
+        Raises:
+            TypeError: the wrapped optimizer holds its parameters, or ``params`` is no tuple.
+            ValueError: as :meth:`step`.
+        """
+        if not self._functional:
+            raise TypeError(
+                f"expected a torchopt.FuncOptimizer, found {type(self.optimizer).__name__}, which "
+                "holds its parameters; call step(losses)"
+            )
+        if not isinstance(params, tuple):
+            raise TypeError(
+                f"expected a tuple of parameters, which is what torchopt.FuncOptimizer takes, "
+                f"found {type(params).__name__}; give tuple(params)"
+            )
+        loss, result = weighted_loss(losses, params, self.aggregator)
+        return FunctionalStep(self.optimizer.step(loss, params), result)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears ``.grad`` of the wrapped optimizer's parameters, unless it uses none."""
+        if not (self._functional or self._differentiable):
+            self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> Any:
+        """State of the wrapped optimizer: a dict, or what TorchOpt has in its place."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: Any, /) -> None:
+        """Loads the state of the wrapped optimizer."""
+        self.optimizer.load_state_dict(state_dict)
+
+    @property
+    def param_groups(self) -> list[Any]:
+        """Parameter groups of the wrapped optimizer."""
+        return self.optimizer.param_groups  # type: ignore[no-any-return]
+
+    def _parameters(self) -> list[Tensor]:
+        if self._differentiable:
+            groups = self.optimizer.param_containers_groups
+        else:
+            groups = [g["params"] if isinstance(g, dict) else g for g in self.param_groups]
+        return [leaf for leaf in tree_leaves(groups) if leaf is not None]
+
+
+def check_optimizer(optimizer: Any, /) -> None:
+    """Raises a TypeError unless it is an optimizer that steps on ``.grad`` without a closure."""
+    if not (hasattr(optimizer, "step") and hasattr(optimizer, "param_groups")):
+        raise TypeError(
+            f"expected an optimizer with param_groups and step(), found "
+            f"{type(optimizer).__name__}; give one as torch.optim.SGD(model.parameters(), …)"
+        )
+    for name, parameter in inspect.signature(optimizer.step).parameters.items():
+        optional = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        # Where a scheduler has wrapped step, self is among its parameters.
+        if parameter.default is parameter.empty and not optional and name != "self":
+            raise TypeError(
+                f"expected an optimizer that steps on .grad alone, found "
+                f"{type(optimizer).__name__}, whose step() needs its {name}; give one as "
+                "torch.optim.SGD(model.parameters(), …)"
+            )
+
+
+def weighted_loss(
+    losses: Losses, parameters: Sequence[Tensor], aggregator: Aggregator, /
+) -> tuple[Float[Tensor, ""], Aggregation]:
+    """Σ_i w_i L_i, whose gradient is the aggregation of the task gradients, and that aggregation.
+
+    The weights are constants, the losses keep their graphs. Tasks that the aggregator drops are
+    left out.
+
+    Raises:
+        ValueError: a parameter is frozen, a loss does not depend on the parameters, no task is
+            left, or the aggregator refuses the gradients.
+    """
+    losses = _vector(losses)
+    for position, parameter in enumerate(parameters):
+        if not parameter.requires_grad:
+            raise ValueError(
+                f"expected parameters that require a gradient, found number {position}, of shape "
+                f"{list(parameter.shape)}, frozen, by which TorchOpt would differentiate; leave it "
+                "out of what the optimizer is given"
+            )
+    tasks = [_gradients(loss, parameters, task) for task, loss in enumerate(losses)]
+    result = aggregator.aggregate([torch.stack(leaves) for leaves in zip(*tasks, strict=True)])
+    terms = [weight * loss for weight, loss in zip(result.weights, losses, strict=True)]
+    if aggregator.nonfinite == "drop":
+        # A dropped task must not reach the shared backward pass: 0 · NaN is NaN there.
+        dropped = result.diagnostics.nonfinite.tolist()
+        terms = [term for term, out in zip(terms, dropped, strict=True) if not out]
+        if not terms:
+            raise ValueError("expected a task with finite gradients, found none; skip the step")
+    return torch.stack(terms).sum(), result
+
+
+def _gradients(loss: Tensor, parameters: Sequence[Tensor], task: int) -> list[Tensor]:
+    check_loss(loss, task)
+    check_depends(loss, parameters, task, advice="compute it from those of the optimizer")
+    grads = gradients(loss, parameters, retain_graph=True)
+    return [
+        torch.zeros_like(parameter) if grad is None else grad.detach()
+        for parameter, grad in zip(parameters, grads, strict=True)
+    ]
+
+
+def _vector(losses: Losses) -> list[Tensor]:
+    if isinstance(losses, Tensor) and losses.ndim != 1:
+        raise ValueError(
+            f"expected a vector of task losses [n], found shape {list(losses.shape)}; "
+            "give one loss a task, not their mean"
+        )
+    if not isinstance(losses, Iterable):
+        raise TypeError(
+            f"expected the task losses [n], found {type(losses).__name__}; compute them before the "
+            "step, and give them in place of a closure"
+        )
+    each = list(losses.unbind()) if isinstance(losses, Tensor) else list(losses)
+    if not each:
+        raise ValueError(
+            "expected at least one task, found no losses; skip the step when there are no tasks"
+        )
+    return each

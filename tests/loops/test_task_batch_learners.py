@@ -1,0 +1,148 @@
+"""What TaskBatch takes for parameters and for the learner adapted from them."""
+
+import copy
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import gradagree_opt as ga
+
+from ..meta.loops import descend, gradient_with_graph
+from ..meta.problems import assert_same, loss_fn
+from .collecting import (
+    CASE,
+    INNER,
+    LR,
+    STEPS,
+    Network,
+    adapt,
+    add_maml_tasks,
+    add_multi_task_losses,
+    assert_filled,
+    each_aggregator,
+    each_memory,
+    parameters,
+)
+
+
+class Container(NamedTuple):
+    """How TaskBatch is given parameters, and how the adapted ones of a task."""
+
+    given: object
+    adapted: object
+
+
+CONTAINERS = {
+    "module and dict": Container(lambda module: module, dict),
+    "dicts": Container(lambda module: dict(module.named_parameters()), dict),
+    "dicts of another order": Container(
+        lambda module: dict(module.named_parameters()), lambda named: dict(reversed(named.items()))
+    ),
+    "a wrapped learner": Container(
+        lambda module: module, lambda named: {f"module.{name}": p for name, p in named.items()}
+    ),
+    "lists": Container(lambda module: list(module.parameters()), lambda named: [*named.values()]),
+    "iterators": Container(lambda module: module.parameters(), lambda named: iter(named.values())),
+}
+
+
+@each_memory
+@pytest.mark.parametrize("container", CONTAINERS.values(), ids=CONTAINERS)
+def test_parameters_come_as_a_module_by_name_or_in_order(memory, container):
+    module = Network(CASE.params)
+    batch = ga.TaskBatch(container.given(module), ga.GradientAgreement(), memory=memory)
+    add_maml_tasks(batch, module, container.adapted)
+    expected = ga.MAML(loss_fn, INNER).step(CASE.params, CASE.tasks, ga.GradientAgreement())
+    assert_filled(module, batch.backward(), expected)
+
+
+@pytest.mark.parametrize(("first", "second"), [("a", "b"), ("0", "1")])
+def test_names_decide_where_shapes_do_not(first, second):
+    params = {name: torch.zeros(2, requires_grad=True) for name in (first, second)}
+    batch = ga.TaskBatch(params, ga.Mean())
+    batch.add(adapted={second: torch.tensor([-1.0, 0.0]), first: torch.tensor([0.0, -2.0])})
+    batch.backward()
+    assert params[first].grad.tolist() == [0, 2]
+    assert params[second].grad.tolist() == [1, 0]
+
+
+def test_learners_may_be_copies_that_an_optimizer_trains():
+    module = Network(CASE.params)
+    batch = ga.TaskBatch(module, ga.GradientAgreement())
+    for task in CASE.each():
+        learner = copy.deepcopy(module)
+        optimizer = torch.optim.SGD(learner.parameters(), lr=LR)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            loss_fn(parameters(learner), task["support"]).backward()
+            optimizer.step()
+        batch.add(adapted=learner)
+    expected = ga.Reptile(loss_fn, INNER).step(CASE.params, CASE.tasks, ga.GradientAgreement())
+    assert_filled(module, batch.backward(), expected)
+
+
+@each_memory
+def test_learners_of_detached_tensors_are_first_order_maml(memory):
+    module = Network(CASE.params)
+    batch = ga.TaskBatch(module, ga.GradientAgreement(), memory=memory)
+    for task in CASE.each():
+        moved = adapt(parameters(module), task["support"], first_order=True)
+        learner = {name: p.detach().requires_grad_() for name, p in moved.items()}
+        batch.add(loss_fn(learner, task["query"]), adapted=learner)
+    fomaml = ga.MAML(loss_fn, INNER, first_order=True)
+    expected = fomaml.step(CASE.params, CASE.tasks, ga.GradientAgreement())
+    assert_filled(module, batch.backward(), expected)
+
+
+def adapt_last_layer(loss, params, support, /, *, first_order=False, steps=None):
+    """ANIL's inner loop: one step of the last layer."""
+    last = {name: p for name, p in params.items() if name.endswith("2")}
+    grads = torch.func.grad(lambda moved: loss(params | moved, support))(last)
+    return params | {name: p - LR * grads[name] for name, p in last.items()}
+
+
+@each_memory
+@each_aggregator
+def test_parameters_that_do_not_adapt_may_be_left_out_of_the_learner(memory, aggregator):
+    module = Network(CASE.params)
+    batch = ga.TaskBatch(module, aggregator(), memory=memory)
+    for task in CASE.each():
+        adapted = adapt_last_layer(loss_fn, parameters(module), task["support"])
+        last = {name: p for name, p in adapted.items() if name.endswith("2")}
+        batch.add(loss_fn(adapted, task["query"]), adapted=last)
+    anil = ga.MAML(loss_fn, adapt_last_layer)
+    assert_filled(module, batch.backward(), anil.step(CASE.params, CASE.tasks, aggregator()))
+
+
+@each_memory
+@pytest.mark.parametrize("add", [add_maml_tasks, add_multi_task_losses])
+def test_frozen_parameters_take_no_part(memory, add):
+    frozen = "bias1"
+    module = Network(CASE.params)
+    module.get_parameter(frozen).requires_grad_(False)
+    trained = {name: p for name, p in CASE.params.items() if name != frozen}
+
+    def loss_of_trained(params, batch):
+        return loss_fn(params | {frozen: CASE.params[frozen]}, batch)
+
+    batch = ga.TaskBatch(module, ga.GradientAgreement(scope="leaf"), memory=memory)
+    if add is add_maml_tasks:
+        for task in CASE.each():
+            inner = partial(gradient_with_graph, loss_of_trained, batch=task["support"])
+            start = {name: p for name, p in module.named_parameters() if name != frozen}
+            adapted = descend(inner, start, dict.fromkeys(start, LR), STEPS)[-1]
+            everything = {name: adapted.get(name, p) for name, p in module.named_parameters()}
+            batch.add(loss_of_trained(adapted, task["query"]), adapted=everything)
+        meta = ga.MAML(loss_of_trained, INNER)
+        expected = meta.step(trained, CASE.tasks, ga.GradientAgreement(scope="leaf"))
+    else:
+        add(batch, module)
+        expected = ga.aggregate_gradients(
+            loss_of_trained, trained, CASE.tasks["query"], ga.GradientAgreement(scope="leaf")
+        )
+    result = batch.backward()
+    assert module.get_parameter(frozen).grad is None
+    assert_same(result.update, expected.update, tolerance=1e-12)
+    torch.testing.assert_close(result.weights, expected.weights, rtol=1e-11, atol=1e-14)
