@@ -8,7 +8,7 @@ from torch.nn.functional import dropout
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gradagree_opt as ga
-from gradagree_opt.engines import runner
+from gradagree_opt.engines import choice
 
 from .engines.models import models
 from .meta.loops import ALGORITHMS
@@ -242,7 +242,7 @@ def test_too_many_tasks_for_the_memory_are_told_the_chunk_size():
 
 
 def test_auto_goes_on_where_the_memory_does_not_suffice(monkeypatch):
-    monkeypatch.setattr(runner, "GPU_STACK_BYTES", 2**62)
+    monkeypatch.setattr(choice, "GPU_STACK_BYTES", 2**62)
     params = torch.ones(2**28, device="cuda")
     tasks = torch.ones(600, 1, device="cuda")
     result = ga.aggregate_gradients(lambda w, x: (w * x).sum(), params, tasks, ga.Mean())
