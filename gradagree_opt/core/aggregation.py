@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.annotations import Bool, Float
-from gradagree_opt.core.diagnostics import Diagnostics, diagnose, update_rounding
+from gradagree_opt.core.diagnostics import (
+    Diagnostics,
+    diagnose,
+    troubled,
+    update_rounding,
+    verify,
+)
 from gradagree_opt.core.scopes import Scope, check_signal, group_indices, measure_by_group
 from gradagree_opt.core.stacks import (
     PyTree,
@@ -24,14 +30,13 @@ from gradagree_opt.core.stacks import (
     tree_norm,
 )
 from gradagree_opt.core.statistics import Statistics
-from gradagree_opt.core.verification import troubled, verify
-from gradagree_opt.core.weightings import (
-    AN_AGGREGATOR,
-    AgreementWeighting,
-    ConstantWeighting,
-    Weighting,
-    check_choice,
-)
+from gradagree_opt.core.weightings import UniformWeighting, Weighting
+from gradagree_opt.options import check_choice
+
+AN_AGGREGATOR = "an aggregator as gradagree_opt.Sum()"
+"""What match_norm takes besides words, for the messages."""
+
+Nonfinite = Literal["raise", "drop", "propagate"]
 
 Combine = Callable[[Tensor, list[int] | None], PyTree]
 """From weights ``[n]``, or ``[groups, n]`` and the group of each leaf, to Σ_i w_i · direction_i."""
@@ -72,8 +77,8 @@ class Aggregator:
         weighting: from statistics to weights.
         scope: "global", one weight a task; "leaf", one for each parameter tensor; or a callable
             from the path of a leaf to the name of its group.
-        match_norm: None, "mean", "agreement" or an aggregator of the same scope: rescale the update
-            to the norm of that method's.
+        match_norm: None, "mean" or an aggregator of the same scope: rescale the update to the norm
+            of that method's.
         nonfinite: "raise" names the tasks with NaN or inf, "drop" gives them weight 0,
             "propagate" looks at nothing (no host synchronisation).
         generator: source of randomness of a weighting that draws.
@@ -84,8 +89,8 @@ class Aggregator:
         weighting: Weighting,
         *,
         scope: Scope = "global",
-        match_norm: "Literal['mean', 'agreement'] | Aggregator | None" = None,
-        nonfinite: Literal["raise", "drop", "propagate"] = "raise",
+        match_norm: "Literal['mean'] | Aggregator | None" = None,
+        nonfinite: Nonfinite = "raise",
         generator: torch.Generator | None = None,
     ) -> None:
         if not callable(scope):
@@ -280,13 +285,11 @@ class Aggregator:
         return torch.empty(n, device=device).exponential_(generator=self.generator)
 
 
-def _reference(
-    method: Literal["mean", "agreement"] | Aggregator | None, scope: Scope
-) -> Weighting | None:
+def _reference(method: Literal["mean"] | Aggregator | None, scope: Scope) -> Weighting | None:
     """The weighting whose update has the length that is matched."""
     if not isinstance(method, Aggregator):
-        check_choice("match_norm", method, (None, "mean", "agreement"), AN_AGGREGATOR)
-        return {None: None, "mean": ConstantWeighting(), "agreement": AgreementWeighting()}[method]
+        check_choice("match_norm", method, (None, "mean"), AN_AGGREGATOR)
+        return None if method is None else UniformWeighting()
     if method.reference is not None or "directions" in method.needs:
         raise ValueError(
             "expected match_norm with an aggregator whose weights give its length, found "
@@ -298,3 +301,17 @@ def _reference(
             "give both the same"
         )
     return method.weighting
+
+
+def check_aggregator(aggregator: object, /) -> None:
+    """Raises a TypeError unless it is an aggregator of ours."""
+    if isinstance(aggregator, Aggregator):
+        return
+    if isinstance(aggregator, type):
+        found = f"the class {aggregator.__name__}; call it"
+    else:
+        found = (
+            f"{type(aggregator).__name__} of {type(aggregator).__module__}; wrap TorchJD's "
+            "aggregators by gradagree_opt.adapters.torchjd.from_torchjd"
+        )
+    raise TypeError(f"expected an aggregator as gradagree_opt.GradientAgreement(), found {found}")

@@ -8,10 +8,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 
 from gradagree_opt.annotations import Float
 from gradagree_opt.core.aggregation import Aggregation, Aggregator, Measured
+from gradagree_opt.core.agreement import AgreementWeighting
 from gradagree_opt.core.blocks import or_one
 from gradagree_opt.core.stacks import PyTree, task_count, tree_norm
 from gradagree_opt.core.statistics import Statistics
-from gradagree_opt.core.weightings import AgreementWeighting
 from gradagree_opt.engines.losses import TaskLoss, refuse_coarse
 from gradagree_opt.engines.random_state import RandomState
 from gradagree_opt.engines.rows import Rows
