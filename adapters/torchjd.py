@@ -198,4 +198,4 @@ def _decision(weighting: weightings.Weighting, gramian: Tensor) -> weightings.De
         raise TypeError(
             f"expected a floating-point Gramian, found {gramian.dtype}; give gramian.float()"
         )
-    return weighting(from_gramian(gramian))
+    return weightings.decide(weighting, from_gramian(gramian))

@@ -104,7 +104,7 @@ def from_torchjd(
 class OfGramian:
     """Our weighting made of TorchJD's function from a Gramian to weights."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"gramian"})
+    needs: ClassVar[frozenset[weightings.Need]] = frozenset({"gramian"})
     weigh: Callable[[Tensor], Tensor]
     scale_free: bool
 
@@ -127,7 +127,7 @@ class OfGramian:
 class Unknown:
     """The weighting of an update that is no combination with weights."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"directions"})
+    needs: ClassVar[frozenset[weightings.Need]] = frozenset({"directions"})
 
     def __call__(self, statistics: Statistics, /) -> weightings.Decision:
         unknown = torch.full_like(statistics.row_sums, torch.nan)

@@ -7,7 +7,7 @@ from gradagree_opt.core.diagnostics import Diagnostics
 from gradagree_opt.core.equal import EqualAgreement, GramianPower
 from gradagree_opt.core.robust import GeometricMedian, NormClipped
 from gradagree_opt.core.statistics import Statistics
-from gradagree_opt.core.weightings import Decision, Weighting
+from gradagree_opt.core.weightings import Decision, Need, Weighting
 from gradagree_opt.engines import (
     AggregatedGradients,
     TaskGradients,
@@ -35,6 +35,7 @@ __all__ = [
     "Mean",
     "MetaSGD",
     "MetaStep",
+    "Need",
     "NormClipped",
     "NormShare",
     "RandomWeights",

@@ -4,6 +4,7 @@ The three steps are methods of their own, so that an engine that never holds the
 stack (a vjp, a backward pass of the weighted loss) runs the same ones.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -30,7 +31,14 @@ from gradagree_opt.core.stacks import (
     tree_norm,
 )
 from gradagree_opt.core.statistics import Statistics
-from gradagree_opt.core.weightings import UniformWeighting, Weighting
+from gradagree_opt.core.weightings import (
+    Need,
+    UniformWeighting,
+    Weigh,
+    check_weighting,
+    decide,
+    needs_of,
+)
 from gradagree_opt.options import check_choice
 
 AN_AGGREGATOR = "an aggregator as gradagree_opt.Sum()"
@@ -74,7 +82,7 @@ class Aggregator:
     """A weighting, and how its weights are applied.
 
     Args:
-        weighting: from statistics to weights.
+        weighting: from statistics to weights; a function that reads row sums alone will do.
         scope: "global", one weight a task; "leaf", one for each parameter tensor; or a callable
             from the path of a leaf to the name of its group.
         match_norm: None, "mean" or an aggregator of the same scope: rescale the update to the norm
@@ -82,17 +90,22 @@ class Aggregator:
         nonfinite: "raise" names the tasks with NaN or inf, "drop" gives them weight 0,
             "propagate" looks at nothing (no host synchronisation).
         generator: source of randomness of a weighting that draws.
+
+    Raises:
+        TypeError, ValueError: the weighting is none, needs what there is not, or an option has none
+            of its values.
     """
 
     def __init__(
         self,
-        weighting: Weighting,
+        weighting: Weigh,
         *,
         scope: Scope = "global",
         match_norm: "Literal['mean'] | Aggregator | None" = None,
         nonfinite: Nonfinite = "raise",
         generator: torch.Generator | None = None,
     ) -> None:
+        check_weighting(weighting)
         if not callable(scope):
             check_choice("scope", scope, ("global", "leaf"))
         self.reference = _reference(match_norm, scope)
@@ -106,15 +119,21 @@ class Aggregator:
             self.generator = match_norm.generator
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[Need]:
         """Names of the optional statistics that are measured for it."""
-        return self.weighting.needs | (self.reference.needs if self.reference else frozenset())
+        own = needs_of(self.weighting)
+        return own if self.reference is None else own | needs_of(self.reference)
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}({self.weighting}, scope={self.scope!r}, "
-            f"match_norm={self.match_norm!r}, nonfinite={self.nonfinite!r})"
-        )
+        """What the constructor takes, but for its defaults."""
+        options = []
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            value = getattr(self, name, getattr(self.weighting, name, parameter.default))
+            if parameter.default is parameter.empty:
+                options.append(repr(value))
+            elif value != parameter.default:
+                options.append(f"{name}={value!r}")
+        return f"{type(self).__name__}({', '.join(options)})"
 
     def __call__(self, grads: PyTree, /) -> PyTree:
         """Σ_i w_i g_i of task-stacked gradients: :meth:`aggregate`, the update alone."""
@@ -241,8 +260,8 @@ class Aggregator:
         """
         statistics = measured.statistics
         with full_precision(statistics.row_sums.device):
-            decision = self.weighting(statistics)
-            reference = None if self.reference is None else self.reference(statistics)
+            decision = decide(self.weighting, statistics)
+            reference = None if self.reference is None else decide(self.reference, statistics)
         update = combine_directions(decision.weights, measured.groups)
         norm = tree_norm(update, scaled=measured.scaled)
         if reference is not None:
@@ -285,7 +304,7 @@ class Aggregator:
         return torch.empty(n, device=device).exponential_(generator=self.generator)
 
 
-def _reference(method: Literal["mean"] | Aggregator | None, scope: Scope) -> Weighting | None:
+def _reference(method: Literal["mean"] | Aggregator | None, scope: Scope) -> Weigh | None:
     """The weighting whose update has the length that is matched."""
     if not isinstance(method, Aggregator):
         check_choice("match_norm", method, (None, "mean"), AN_AGGREGATOR)

@@ -11,7 +11,7 @@ from gradagree_opt.core.aggregation import AN_AGGREGATOR, Aggregator, Nonfinite
 from gradagree_opt.core.scopes import Scope
 from gradagree_opt.core.stacks import PyTree, check_stack
 from gradagree_opt.core.statistics import Statistics
-from gradagree_opt.core.weightings import Decision, in_squared_units, uniform
+from gradagree_opt.core.weightings import Decision, Need, in_squared_units, uniform
 from gradagree_opt.options import check_choice
 
 
@@ -42,7 +42,7 @@ class AgreementWeighting:
             )
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[Need]:
         if self.similarity == "cosine":
             return frozenset({"cosine_row_sums"})
         return frozenset(() if self.include_self else {"other_row_sums", "squared_norms"})

@@ -9,7 +9,7 @@ from gradagree_opt.core.aggregation import AN_AGGREGATOR, Aggregator, Nonfinite
 from gradagree_opt.core.agreement import GradientAgreement
 from gradagree_opt.core.scopes import Scope
 from gradagree_opt.core.statistics import Statistics
-from gradagree_opt.core.weightings import Decision, UniformWeighting, plain_decision, uniform
+from gradagree_opt.core.weightings import Decision, Need, UniformWeighting, plain_decision, uniform
 from gradagree_opt.options import check_choice
 
 
@@ -67,7 +67,7 @@ class Sum(Aggregator):
 class NormShareWeighting:
     """w_i = ‖g_i‖² / Σ_j ‖g_j‖²: where agreement tends among nearly orthogonal tasks."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"squared_norms"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"squared_norms"})
 
     def __call__(self, statistics: Statistics, /) -> Decision:
         norms = statistics.squared_norms
@@ -93,7 +93,7 @@ class NormShare(Aggregator):
 class RandomWeighting:
     """Uniform on the weights that are positive and sum to 1: exponential draws over their sum."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"draws"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"draws"})
 
     def __call__(self, statistics: Statistics, /) -> Decision:
         assert statistics.draws is not None

@@ -4,8 +4,9 @@ A weighting works on the last axis, so the same code weights all parameters at o
 of them at a time. Its fields are its options; it holds no state.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,29 +23,101 @@ class Decision(NamedTuple):
     degenerate: Bool[Tensor, "*groups"]
 
 
+Need = Literal[
+    "squared_norms",
+    "relative_norms",
+    "other_row_sums",
+    "cosine_row_sums",
+    "cosines",
+    "gramian",
+    "draws",
+    "directions",
+]
+"""What a weighting may ask for beside the row sums, each a field of :class:`Statistics`.
+
+With "cosine_row_sums" comes "nonzero", with "cosines" also "relative_norms". "directions" is no
+statistic: no weights tell the update, so the aggregator reads the directions one by one.
+"""
+
+
 @runtime_checkable
 class Weighting(Protocol):
-    """What an aggregator asks of a weighting."""
+    """From the statistics of n tasks to their weights: what an aggregator asks of a weighting.
+
+    A function will do, where it reads the row sums alone; and one that returns the weights ``[n]``
+    in the place of a :class:`Decision`. It works on the last axis, so that it serves every scope.
+
+    >>> import torch
+    >>> import gradagree_opt as ga
+    >>> def sign(statistics: ga.Statistics) -> torch.Tensor:
+    ...     return statistics.row_sums.sign() / statistics.active.sum()
+    >>> ga.Aggregator(sign).aggregate(torch.tensor([[3.0], [1.0], [-1.0]])).weights
+    tensor([ 0.3333,  0.3333, -0.3333])
+    """
 
     @property
-    def needs(self) -> frozenset[str]:
-        """Names of the optional statistics it reads.
+    def needs(self) -> frozenset[Need]:
+        """Names of the optional statistics that it reads."""
 
-        They are "squared_norms", "relative_norms", "other_row_sums", "cosine_row_sums" (and with
-        these "nonzero"), "cosines" (and with these "relative_norms"), "draws" and "gramian"; and
-        "directions" where no weights tell the update, so that the aggregator reads the directions
-        one by one.
-        """
-
-    def __call__(self, statistics: Statistics, /) -> Decision:
+    def __call__(self, statistics: Statistics, /) -> Decision | Tensor:
         """The weights of the tasks."""
+
+
+Weigh = Weighting | Callable[[Statistics], Decision | Tensor]
+"""What an aggregator takes as its weighting."""
+
+
+def needs_of(weighting: object, /) -> frozenset[Need]:
+    """What a weighting needs; a plain function, nothing but the row sums."""
+    return getattr(weighting, "needs", frozenset())
+
+
+def check_weighting(weighting: object, /) -> None:
+    """TypeError or ValueError in one sentence unless it is a weighting, of needs that there are."""
+    if isinstance(weighting, type) or not callable(weighting):
+        found = repr(weighting)
+        if isinstance(weighting, type):
+            found = f"the class {weighting.__name__}; call it"
+        raise TypeError(
+            "expected a weighting as a function from gradagree_opt.Statistics to n weights, found "
+            f"{found}"
+        )
+    unknown = set(getattr(weighting, "needs", ())).difference(get_args(Need))
+    if unknown:
+        raise ValueError(
+            f"expected needs of {type(weighting).__name__} among {', '.join(get_args(Need))}; "
+            f"found {', '.join(sorted(map(repr, unknown)))}"
+        )
+
+
+def decide(weighting: Weigh, statistics: Statistics, /) -> Decision:
+    """What a weighting decides, checked: a weight for every task.
+
+    Raises:
+        TypeError, ValueError: it returns anything else.
+    """
+    decision: object = weighting(statistics)
+    if isinstance(decision, Tensor):
+        decision = plain_decision(decision, statistics)
+    if not isinstance(decision, Decision):
+        raise TypeError(
+            "expected weights or a gradagree_opt.Decision from the weighting, found "
+            f"{type(decision).__name__}; return one weight a task"
+        )
+    shape, expected = decision.weights.shape, statistics.row_sums.shape
+    if shape != expected:
+        raise ValueError(
+            f"expected weights of shape {list(expected)} from the weighting, found {list(shape)}; "
+            "work on the last axis of the statistics, that of the tasks"
+        )
+    return decision
 
 
 @dataclass(frozen=True)
 class UniformWeighting:
     """The same weight for every task: 1/n for the mean, 1 for the sum."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[Need]] = frozenset()
     total: Literal["mean", "sum"] = "mean"
 
     def __call__(self, statistics: Statistics, /) -> Decision:
