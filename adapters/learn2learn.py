@@ -21,7 +21,6 @@ from gradagree_opt.loops.adapted import displacement, match, trained
 from gradagree_opt.loops.graphs import check_depends, dependencies
 from gradagree_opt.loops.task_batch import add_to_grad
 from gradagree_opt.meta.steps import MetaStep, check_tasks
-from gradagree_opt.meta.steps import meta_step as with_losses
 from gradagree_opt.options import check_count
 from gradagree_opt.tasks.tasksets import Tasksets
 
@@ -112,7 +111,7 @@ def meta_step(
     aggregation = aggregator.aggregate(directions, signal)
     statistics.follow(buffers)
     add_to_grad(parameters, aggregation.update)
-    return with_losses(aggregation, losses, "stacked")
+    return MetaStep(*aggregation, losses=losses, engine="stacked")
 
 
 class _Task(nn.Module):

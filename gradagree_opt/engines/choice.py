@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.annotations import Float
 from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
+from gradagree_opt.core.diagnostics import Diagnostics
 from gradagree_opt.core.stacks import PyTree, is_coarse, task_count
 from gradagree_opt.engines.compilation import maybe_compiled
 from gradagree_opt.engines.errors import explained
@@ -39,10 +40,23 @@ GPU_STACK_BYTES = 2**30
 """The same on a GPU, roughly: at 0.7 GiB, holding them took 0.6 of the time."""
 
 
-class Run(NamedTuple):
-    """The aggregation of a batch, the losses of its tasks, and the engine that ran."""
+class AggregatedGradients(NamedTuple):
+    """Gradients of n tasks as one update: an :class:`~gradagree_opt.Aggregation` and its losses.
 
-    aggregation: Aggregation
+    Attributes:
+        update: a descent gradient, a pytree like the (meta-)parameters: what an optimizer
+            subtracts. Nothing is changed until it does.
+        weights: ``[n]``, or ``[groups, n]`` where the scope is not "global".
+        scores: what the weights come from.
+        diagnostics: plain tensors that say how the tasks agreed.
+        losses: ``[n]``, of every task (in meta-learning, after adaptation).
+        engine: name of the engine that ran.
+    """
+
+    update: PyTree
+    weights: Float[Tensor, "*groups n"]
+    scores: Float[Tensor, "*groups n"]
+    diagnostics: Diagnostics
     losses: Float[Tensor, " n"]
     engine: str
 
@@ -78,7 +92,9 @@ class Runner:
             for name, function in ENGINES.items()
         }
 
-    def __call__(self, params: PyTree, tasks: PyTree, n: int, aggregator: Aggregator, /) -> Run:
+    def __call__(
+        self, params: PyTree, tasks: PyTree, n: int, aggregator: Aggregator, /
+    ) -> AggregatedGradients:
         """The aggregation of one batch of n tasks, looked at by :meth:`Aggregator.verify`.
 
         Raises:
@@ -123,10 +139,10 @@ class Runner:
         tasks: PyTree,
         aggregator: Aggregator,
         draws: Tensor | None,
-    ) -> Run:
+    ) -> AggregatedGradients:
         aggregation, losses = self._engines[name](params, tasks, aggregator, draws)
         aggregator.verify(aggregation)
-        return Run(aggregation, losses, name)
+        return AggregatedGradients(*aggregation, losses=losses, engine=name)
 
     def _candidates(self, params: PyTree, n: int, aggregator: Aggregator) -> list[str]:
         """The engines to try, the best first."""

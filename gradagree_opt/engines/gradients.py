@@ -1,27 +1,11 @@
 """Gradients of n tasks and their aggregation in one call."""
 
 from functools import lru_cache
-from typing import NamedTuple
 
-from torch import Tensor
-
-from gradagree_opt.annotations import Float
 from gradagree_opt.core.aggregation import Aggregator
-from gradagree_opt.core.diagnostics import Diagnostics
 from gradagree_opt.core.stacks import PyTree, check_floating, task_count
-from gradagree_opt.engines.choice import EngineName, Runner
+from gradagree_opt.engines.choice import AggregatedGradients, EngineName, Runner
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap
-
-
-class AggregatedGradients(NamedTuple):
-    """An :class:`~gradagree_opt.Aggregation` with the losses ``[n]`` and the engine that ran."""
-
-    update: PyTree
-    weights: Float[Tensor, "*groups n"]
-    scores: Float[Tensor, "*groups n"]
-    diagnostics: Diagnostics
-    losses: Float[Tensor, " n"]
-    engine: str
 
 
 def aggregate_gradients(
@@ -78,8 +62,7 @@ changes BatchNorm's running statistics |
     check_floating(params, "parameters")
     make = _compiled_runner if compile else _runner
     n = task_count(tasks, "tasks")
-    run = make(loss_fn, engine, chunk_size, randomness, compile)(params, tasks, n, aggregator)
-    return AggregatedGradients(*run.aggregation, losses=run.losses, engine=run.engine)
+    return make(loss_fn, engine, chunk_size, randomness, compile)(params, tasks, n, aggregator)
 
 
 def _runner(

@@ -11,7 +11,7 @@ from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.choice import EngineName, Runner
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap, scalar_loss
 from gradagree_opt.meta.inner import InnerLoop, InnerSGD
-from gradagree_opt.meta.steps import MetaStep, check_tasks, meta_step
+from gradagree_opt.meta.steps import MetaStep, check_tasks
 from gradagree_opt.options import check_choice
 
 
@@ -79,8 +79,7 @@ class MAML:
         """
         n = check_tasks(params, tasks, "support", "query")
         with statistics_refused():
-            run = self._run(params, tasks, n, aggregator)
-        return meta_step(run.aggregation, run.losses, run.engine)
+            return self._run(params, tasks, n, aggregator)
 
     def aggregate_unchecked(
         self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /, *, draws: Tensor | None

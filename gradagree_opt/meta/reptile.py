@@ -11,7 +11,7 @@ from gradagree_opt.engines.compilation import maybe_compiled
 from gradagree_opt.engines.errors import vmap_explained
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskMap, scalar_loss
 from gradagree_opt.meta.inner import InnerLoop
-from gradagree_opt.meta.steps import MetaStep, check_tasks, meta_step
+from gradagree_opt.meta.steps import MetaStep, check_tasks
 
 
 class Reptile:
@@ -71,7 +71,7 @@ class Reptile:
             displacements, losses = self._displacements(params, tasks, n)
         aggregation = self._aggregate(aggregator, displacements, aggregator.draw(n))
         aggregator.verify(aggregation)
-        return meta_step(aggregation, losses, "stacked")
+        return MetaStep(*aggregation, losses=losses, engine="stacked")
 
     def aggregate_unchecked(
         self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /, *, draws: Tensor | None
