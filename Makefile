@@ -10,7 +10,7 @@ VENV ?= .venv
 DEVICE ?= cpu
 BIN := $(abspath $(VENV))/bin
 
-# Frameworks whose adapters are tested; learn2learn is built below, and Ray has no test yet.
+# Frameworks whose adapters are tested; learn2learn is built below.
 EXTRAS := ablation,higher,learn2learn,lightning,tensorboard,torchjd,torchopt
 
 # One process per core, one thread per process.

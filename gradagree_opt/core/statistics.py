@@ -28,7 +28,7 @@ class Statistics(NamedTuple):
     """What is known of the signals g_i of n tasks; one row for each group of leaves, if grouped.
 
     Attributes:
-        row_sums: s_i = g_i · Σ_j g_j, in units of scale² (PAPER: step 3 of the algorithm).
+        row_sums: s_i = g_i · Σ_j g_j, in units of scale² (Eshratifar et al. 2018, algorithm 1).
         squared_norms: ‖g_i‖², in units of scale²; None from an engine that forms no gradient of a
             single task, which no weighting that asked for them is given.
         other_row_sums: Σ_{j≠i} g_i · g_j, in units of scale², or None where no weighting asked for

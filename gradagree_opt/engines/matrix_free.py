@@ -54,7 +54,7 @@ def matrix_free(
     Raises:
         RuntimeError: the parameters or the losses have less than the precision of float32.
 
-    Source: PAPER, "the row sums without the N×d matrix".
+    Source: ours; docs/engines.md.
     """
     n = task_count(tasks, "tasks")
     refuse_coarse(tree_leaves(params))
