@@ -24,6 +24,7 @@ SECTIONS = {
     "Equal Agreement on sines": "equal-sine",
     "Equal Agreement where half of the tasks are spoilt": "equal-sine-corrupted",
     "One family: the error over the power of the Gram matrix": "gramian-powers",
+    "What the damping of Equal Agreement costs": "damping",
     "Equal Agreement in multi-task learning": "multi-task-digits",
     "Sines": "sine",
     "Corrupted tasks": "sine-corrupted",
@@ -182,6 +183,19 @@ def test_the_curve_over_the_powers_is_that_of_the_recorded_table() -> None:
         cell = rows[f"k = {power:g}" if power else "mean"][STEPS]
         assert f"{drawn[power]:.4f}" == cell.split()[0]
     assert len(drawn) == 6
+
+
+def test_the_curve_over_the_damping_is_that_of_the_recorded_table() -> None:
+    script = runpy.run_path(str(DOCS / "figures/damping.py"))
+    [line, *_] = script["draw"]().axes[0].lines
+    drawn = dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
+    rows = {label: row[STEPS] for (_, label), row in recorded("damping").items()}
+    mean = rows.pop("mean").split()[0]
+    assert {f"λ = {x:g}": f"{y:.4f}" for x, y in drawn.items()} == {
+        label: cell.split()[0] for label, cell in rows.items()
+    }
+    dashed = next(line for line in script["draw"]().axes[0].lines if line.get_label() == "mean")
+    assert f"{dashed.get_ydata()[0]:.4f}" == mean
 
 
 def test_what_is_said_of_step_length_is_of_the_mean_at_agreements_length() -> None:
