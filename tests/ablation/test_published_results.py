@@ -22,8 +22,9 @@ INTERVAL = re.compile(r"[+-]?\d+\.\d+ ± \d+\.\d+")
 STUDIES = sorted(path.parent for path in RESULTS.glob("*/config.json"))
 SECTIONS = {
     "Equal Agreement on sines": "equal-sine",
-    "Equal Agreement where half of the tasks are spoilt": "equal-sine-corrupted",
+    "Equal Agreement where tasks are spoilt": "equal-sine-corrupted",
     "One family: the error over the power of the Gram matrix": "gramian-powers",
+    "Equal Agreement in MAML": "equal-sine-maml",
     "What the damping of Equal Agreement costs": "damping",
     "Equal Agreement in multi-task learning": "multi-task-digits",
     "Sines": "sine",
@@ -32,7 +33,8 @@ SECTIONS = {
 }
 SUMMARY = {
     "sines, rates chosen on other seeds": ("equal-sine", ""),
-    "sines, half of the tasks shuffled, 2000 steps": ("equal-sine-corrupted", ""),
+    "sines, half of the tasks shuffled, 2000 steps": ("equal-sine-corrupted", "50 %"),
+    "Finn's sines, Adam outside, 2000 steps": ("equal-sine-maml", ""),
     "sines": ("sine", ""),
     "sines, half of the tasks corrupted": ("sine-corrupted", "50 %"),
     "spruces: their growth, from five measurements": ("grouped", ""),
