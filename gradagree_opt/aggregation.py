@@ -15,9 +15,9 @@ from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.diagnostics import Diagnostics, diagnose, update_rounding
 from gradagree_opt.scopes import Scope, check_signal, group_indices, measure_by_group
 from gradagree_opt.stacks import (
+    Combination,
     PyTree,
     check_stack,
-    combine,
     full_precision,
     mask_rows,
     nonfinite_tasks,
@@ -188,7 +188,7 @@ class Aggregator:
         )
         return self.apply(
             measured,
-            lambda weights, groups: combine(directions, weights, groups),
+            Combination(directions, scaled),
             signal_is_direction=signal is None,
         )
 
@@ -238,11 +238,10 @@ class Aggregator:
         with full_precision(statistics.row_sums.device):
             decision = self.weighting(statistics)
             reference = None if self.reference is None else self.reference(statistics)
-        update = combine_directions(decision.weights, measured.groups)
-        norm = tree_norm(update, scaled=measured.scaled)
+        combined = _with_norm(combine_directions, measured)
+        update, norm = combined(decision.weights)
         if reference is not None:
-            target = combine_directions(reference.weights, measured.groups)
-            target_norm = tree_norm(target, scaled=measured.scaled)
+            _, target_norm = combined(reference.weights)
             there = norm > (update_rounding(statistics, decision) if signal_is_direction else 0)
             factor = torch.where(there, target_norm / norm, torch.ones_like(norm))
             update = tree_map(lambda leaf: (leaf * factor).to(leaf.dtype), update)
@@ -278,6 +277,20 @@ class Aggregator:
             return None
         device = self.generator.device if self.generator is not None else None
         return torch.empty(n, device=device).exponential_(generator=self.generator)
+
+
+def _with_norm(
+    combine_directions: Combine, measured: Measured
+) -> Callable[[Tensor], tuple[PyTree, Tensor]]:
+    """From weights to the update and its norm, which a stack's combination tells along with it."""
+
+    def combined(weights: Tensor) -> tuple[PyTree, Tensor]:
+        if isinstance(combine_directions, Combination):
+            return combine_directions.and_norm(weights, measured.groups)
+        update = combine_directions(weights, measured.groups)
+        return update, tree_norm(update, scaled=measured.scaled)
+
+    return combined
 
 
 def _reference(

@@ -5,6 +5,7 @@ Leaves are never concatenated: each function visits them one by one.
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from gradagree_opt.blocks import (
     rows,
     unit_parts,
 )
+from gradagree_opt.devices import fused_kernels
 
 PyTree = Any
 """A tensor, or any nesting of dicts, lists, tuples and named tuples of tensors."""
@@ -214,7 +216,11 @@ def scaled_square_sums(
 def nonfinite_tasks(directions: PyTree, signal: PyTree | None, /) -> Bool[Tensor, " n"]:
     """The tasks with a NaN or infinite entry in either stack."""
     leaves = tree_leaves(directions) + ([] if signal is None else tree_leaves(signal))
-    return ~torch.isfinite(row_magnitudes([leaf.detach() for leaf in leaves]))
+    leaves = [leaf.detach() for leaf in leaves]
+    if kernels := fused_kernels(leaves):
+        finite: Tensor = kernels.row_sums(leaves).finite
+        return ~finite
+    return ~torch.isfinite(row_magnitudes(leaves))
 
 
 def mask_rows(stack: PyTree, keep: Bool[Tensor, " n"], /) -> PyTree:
@@ -225,6 +231,34 @@ def mask_rows(stack: PyTree, keep: Bool[Tensor, " n"], /) -> PyTree:
         ),
         stack,
     )
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Σ_i w_i · row i of a task-stacked pytree as a function of the weights, and its norm.
+
+    ``scaled``: of the norm, as in :func:`tree_norm`.
+    """
+
+    stack: PyTree
+    scaled: bool
+
+    def __call__(
+        self, weights: Float[Tensor, "*groups n"], groups: Sequence[int] | None, /
+    ) -> PyTree:
+        """:func:`combine` of the stack."""
+        return self.and_norm(weights, groups)[0]
+
+    def and_norm(
+        self, weights: Float[Tensor, "*groups n"], groups: Sequence[int] | None, /
+    ) -> tuple[PyTree, Float[Tensor, ""]]:
+        """:func:`combine` of the stack and :func:`tree_norm` of that, in one launch on a GPU."""
+        leaves = tree_leaves(self.stack)
+        if kernels := fused_kernels(leaves):
+            sums, norm = kernels.combine(leaves, weights, groups)
+            return tree_unflatten(sums, tree_structure(self.stack)), norm
+        update = combine(self.stack, weights, groups)
+        return update, tree_norm(update, scaled=self.scaled)
 
 
 def combine(
