@@ -52,6 +52,21 @@ def fused_kernels(leaves: Sequence[Tensor], /, *, gramian: bool = False) -> Any:
     return _fused()
 
 
+def runs_at_once(tensor: Tensor, /) -> bool:
+    """Whether what is computed from it later is what would be computed from it now.
+
+    Not so inside a transform, under a compiler or a tracer, and in a graph of CUDA's that is being
+    captured.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) is Tensor
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._len_torch_dispatch_stack()
+        and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
 @cache
 def _fused() -> ModuleType | None:
     try:

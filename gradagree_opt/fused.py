@@ -5,6 +5,7 @@ and leaves its sums in a table that a second, small launch adds up, always in on
 found by a table of pointers. Nothing here waits for the device.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -57,15 +58,16 @@ def row_sums(leaves: Sequence[Tensor], groups: Sequence[int] | None = None, /) -
     stack = _Stack(leaves, groups)
     plan, n, new = stack.plan, stack.n, stack.new
     parts = new(plan.programs * (1 + 3 * n))
-    stack.launch(kernels.measure, parts)
+    stack.read(kernels.measure, parts)
     shape = stack.groups
     values, scale = new(4, *shape, n), new(*shape)
     finite = torch.empty(*shape, n, dtype=torch.bool, device=parts.device)
     rows = min(32, stack.rows)
-    kernels.finish[plan.groups, triton.cdiv(n, rows)](
-        parts, plan.ranges, values, scale, finite, n, plan.programs, len(plan.kinds),
-        ROWS=rows, PARTS=max(1, 2048 // rows),
-    )  # fmt: skip
+    grid = plan.groups, triton.cdiv(n, rows), 1
+    numbers = n, plan.programs, len(plan.kinds)
+    results = values, scale, finite
+    of = rows, max(1, 2048 // rows)
+    _launch(kernels.finish, grid, parts, plan.ranges, *results, *numbers, of=of)
     sums, squares, units, lengths = values.unbind()
     return Sums(sums, squares, units, lengths, finite, scale)
 
@@ -80,12 +82,12 @@ def inner_products(
     stack = _Stack(leaves, groups, least=16, programs=GRAMIAN_PROGRAMS)
     plan, n, new = stack.plan, stack.n, stack.new
     parts = new(plan.programs * n * (1 + n))
-    stack.launch(kernels.measure_products, parts)
+    stack.read(kernels.measure_products, parts)
     units, products = new(*stack.groups, n), new(*stack.groups, n, n)
-    kernels.finish_products[plan.groups, n](
-        parts, plan.ranges, units, products, n, plan.programs, len(plan.kinds),
-        ROWS=stack.rows, PARTS=max(1, 2048 // stack.rows),
-    )  # fmt: skip
+    numbers = n, plan.programs, len(plan.kinds)
+    of = stack.rows, max(1, 2048 // stack.rows)
+    grid = plan.groups, n, 1
+    _launch(kernels.finish_products, grid, parts, plan.ranges, units, products, *numbers, of=of)
     return units, products
 
 
@@ -104,11 +106,15 @@ def combine(
     """
     stack = _Stack(leaves, groups)
     plan, new = stack.plan, stack.new
-    sums = [torch.empty(leaf.shape[1:], dtype=leaf.dtype, device=leaf.device) for leaf in leaves]
+    device = stack.place[0]
+    sums = [
+        torch.empty(shape, dtype=leaf.dtype, device=device)
+        for shape, leaf in zip(plan.shapes, leaves, strict=True)
+    ]
     parts, norm = new(2 * plan.programs), new()
     outs = _table(tuple(map(Tensor.data_ptr, sums)), *stack.place)
-    stack.launch(kernels.apply, parts, outs, weights.contiguous())
-    kernels.finish_norm[(1,)](parts, norm, plan.programs, PARTS=1024)
+    stack.read(kernels.apply, parts, outs, weights.contiguous())
+    _launch(kernels.finish_norm, (1, 1, 1), parts, norm, plan.programs, of=(1024,))
     return sums, norm
 
 
@@ -121,6 +127,8 @@ class _Plan(NamedTuple):
         firsts: first segment of every program, and their number.
         ranges: of every group and dtype the first program and the last.
         kinds: of every dtype its first program and how many there are.
+        copied: leaves whose columns have no one stride.
+        shapes: of every leaf that of a task.
     """
 
     layouts: Tensor
@@ -131,6 +139,8 @@ class _Plan(NamedTuple):
     programs: int
     groups: int
     columns: int
+    copied: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
 
 
 class _Stack:
@@ -148,42 +158,69 @@ class _Stack:
         device = leaves[0].device
         self.place = device, _stream(device)
         self.rows = max(least, triton.next_power_of_2(n))
-        self.matrices = [leaf if leaf.is_contiguous() else _matrix(leaf) for leaf in leaves]
-        layouts = tuple(map(_layout, self.matrices))
         kinds = tuple([leaf.dtype for leaf in leaves])
-        self.groups = () if groups is None else (max(groups) + 1,)
         self.plan = _plan(
-            layouts, kinds, None if groups is None else tuple(groups), self.rows, programs, device
+            tuple([leaf.shape for leaf in leaves]),
+            tuple([leaf.stride() for leaf in leaves]),
+            kinds,
+            None if groups is None else tuple(groups),
+            self.rows,
+            programs,
+            device,
         )
+        self.groups = () if groups is None else (self.plan.groups,)
         self.dtype = torch.float64 if torch.float64 in kinds else torch.float32
-        self.pointers = _table(tuple(map(Tensor.data_ptr, self.matrices)), *self.place)
+        pointers = [leaf.data_ptr() for leaf in leaves]
+        self.copies = {index: leaves[index].contiguous() for index in self.plan.copied}
+        for index, copy in self.copies.items():
+            pointers[index] = copy.data_ptr()
+        self.pointers = _table(tuple(pointers), *self.place)
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.place[0])
 
-    def launch(self, kernel: Any, parts: Tensor, *others: Tensor) -> None:
-        """Reads the leaves, those of one dtype at a time."""
+    def read(self, kernel: Any, parts: Tensor, *others: Tensor) -> None:
+        """Launches a kernel that reads the leaves, those of one dtype at a time."""
         plan = self.plan
         for kind, first, count in plan.kinds:
             if count:
-                kernel[(count,)](
-                    self.pointers, plan.layouts, plan.segments, plan.firsts, parts, *others,
-                    self.n, first, plan.programs, KIND=KINDS[kind], ROWS=self.rows,
-                    COLUMNS=plan.columns, num_warps=WARPS,
-                )  # fmt: skip
+                numbers = self.n, first, plan.programs
+                tables = self.pointers, plan.layouts, plan.segments, plan.firsts
+                constants = KINDS[kind], self.rows, plan.columns
+                _launch(kernel, (count, 1, 1), *tables, parts, *others, *numbers, of=constants)
 
 
-def _matrix(leaf: Tensor) -> Tensor:
-    return leaf.flatten(1) if leaf.ndim > 1 else leaf.unsqueeze(1)
+def _launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, of: tuple[Any, ...]) -> None:
+    """Launches a kernel of these constants, without a look at its arguments once it is known.
+
+    The kernels are compiled for no certain numbers nor alignments, only for the dtypes.
+    """
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    key = kernel, tensors[0].device, of, tuple([tensor.dtype for tensor in tensors])
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[grid](*arguments, *of, num_warps=WARPS) or kernel
+    elif compiled is kernel:  # of the interpreter
+        kernel[grid](*arguments, *of)
+    else:
+        compiled[grid](*arguments, *of)
 
 
-def _layout(leaf: Tensor) -> tuple[int, int, int]:
-    """Columns, and the strides of rows and columns."""
-    if leaf.is_contiguous():
-        width = leaf.numel() // leaf.shape[0]
-        return width, width, 1
-    row, column = leaf.stride()
-    return leaf.shape[1], row, column
+_compiled: dict[Any, Any] = {}
+
+
+def _collapsed(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """Columns, and the strides of rows and columns; None where columns have no one stride."""
+    width, column = 1, 1
+    for size, stride in zip(reversed(shape[1:]), reversed(strides[1:]), strict=True):
+        if size == 1:
+            continue
+        if width == 1:
+            column = stride
+        elif stride != width * column:
+            return None
+        width *= size
+    return width, strides[0], column
 
 
 def _stream(device: torch.device) -> int:
@@ -204,13 +241,22 @@ def _on_device(numbers: Any, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _plan(
-    layouts: tuple[tuple[int, int, int], ...],
+    shapes: tuple[tuple[int, ...], ...],
+    strides: tuple[tuple[int, ...], ...],
     kinds: tuple[torch.dtype, ...],
     groups: tuple[int, ...] | None,
     rows: int,
     programs: int,
     device: torch.device,
 ) -> _Plan:
+    layouts, copied = [], []
+    for leaf, (shape, stride) in enumerate(zip(shapes, strides, strict=True)):
+        layout = _collapsed(shape, stride)
+        if layout is None:
+            copied.append(leaf)
+            width = math.prod(shape[1:])
+            layout = width, width, 1
+        layouts.append(layout)
     columns = min(COLUMNS, max(8, TILE // rows))
     of_leaf = groups or (0,) * len(layouts)
     number = max(of_leaf) + 1
@@ -240,9 +286,11 @@ def _plan(
                         firsts.append(len(segments))
             ranges.append((start, len(firsts) - 1))
         launches.append((kind, first, len(firsts) - 1 - first))
-    strides = [(row, column) for _, row, column in layouts]
+    places = [
+        (row, column, group) for (_, row, column), group in zip(layouts, of_leaf, strict=True)
+    ]
     return _Plan(
-        layouts=_on_device([(*s, g) for s, g in zip(strides, of_leaf, strict=True)], device),
+        layouts=_on_device(places, device),
         segments=_on_device(segments or [(0, 0, 0)], device),
         firsts=_on_device(firsts, device),
         ranges=_on_device(ranges, device),
@@ -250,6 +298,8 @@ def _plan(
         programs=len(firsts) - 1,
         groups=number,
         columns=columns,
+        copied=tuple(copied),
+        shapes=tuple([tuple(shape[1:]) for shape in shapes]),
     )
 
 

@@ -9,6 +9,12 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
+_compiled = triton.jit(
+    do_not_specialize=["n", "first", "programs", "kinds"],
+    do_not_specialize_on_alignment=["weights"],
+)
+"""Once for all numbers of tasks: the host may then launch it without a look at its arguments."""
+
 
 @triton.jit
 @no_type_check
@@ -57,7 +63,7 @@ def _sizes(x, axis: tl.constexpr):
     return tl.max(tl.where(sizes < float("inf"), sizes, 0.0), axis)
 
 
-@triton.jit
+@_compiled
 @no_type_check
 def measure(
     pointers, layouts, segments, firsts, parts, n, first, programs,
@@ -90,7 +96,7 @@ def measure(
     tl.store(tasks + 2 * n, dots, rows < n)
 
 
-@triton.jit
+@_compiled
 @no_type_check
 def finish(
     parts, ranges, values, scales, finite, n, programs, kinds,
@@ -132,7 +138,7 @@ def finish(
     tl.store(scales + group + tl.arange(0, 1), tl.where(scale > 0, scale, 1.0))
 
 
-@triton.jit
+@_compiled
 @no_type_check
 def measure_products(
     pointers, layouts, segments, firsts, parts, n, first, programs,
@@ -161,7 +167,7 @@ def measure_products(
     tl.store(parts + programs * n + program * n * n + places, products, mask)
 
 
-@triton.jit
+@_compiled
 @no_type_check
 def finish_products(
     parts, ranges, scales, values, n, programs, kinds, ROWS: tl.constexpr, PARTS: tl.constexpr
@@ -191,7 +197,7 @@ def finish_products(
     tl.store(scales + group * n + task + tl.arange(0, 1), unit)
 
 
-@triton.jit
+@_compiled
 @no_type_check
 def apply(
     pointers, layouts, segments, firsts, parts, outs, weights, n, first, programs,
@@ -224,7 +230,7 @@ def apply(
     tl.store(parts + programs + program + tl.arange(0, 1), square)
 
 
-@triton.jit
+@_compiled
 @no_type_check
 def finish_norm(parts, norm, programs, PARTS: tl.constexpr):
     unit = tl.zeros([1], parts.dtype.element_ty)

@@ -103,7 +103,7 @@ def test_every_aggregator_keeps_the_contract(configuration: Configuration, sampl
 @pytest.mark.parametrize("configuration", SOME, ids=str)
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.__name__)
 @pytest.mark.parametrize(
-    ("dtype", "scale"), [NUMBERS[i] for i in (1, 3, 6)] if DEVICE == "cpu" else NUMBERS
+    ("dtype", "scale"), [NUMBERS[i] for i in (1, 6)] if DEVICE == "cpu" else NUMBERS
 )
 def test_every_number_keeps_the_contract(
     configuration: Configuration, sampler: Sampler, dtype: torch.dtype, scale: float
