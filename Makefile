@@ -24,6 +24,7 @@ demo: $(VENV)/.study
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder  # what a file shares is made once
 	$(BIN)/pytest -n 2 -m compiled
+	DEVICE=$(DEVICE) $(BIN)/pytest -n 2 -m fused tests/core
 
 bench: $(VENV)/.bench
 	cd tests && env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks --out ../docs \

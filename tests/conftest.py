@@ -24,6 +24,10 @@ def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
     command_line = pluginmanager.get_plugin("pytestconfig").known_args_namespace
     if command_line.markexpr == "compiled":
         return  # torch.compile cannot trace through the checks
+    if command_line.markexpr == "fused":
+        if os.environ.get("DEVICE", "cpu") == "cpu":
+            os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads as it is imported
+        return  # beartype would look at every value that the interpreter passes
     if "gradagree_opt" in sys.modules:
         raise pytest.UsageError(
             "expected tests/conftest.py to switch on the shape checks of gradagree_opt before it "
