@@ -22,6 +22,7 @@ from gradagree_opt.loops.graphs import check_depends, dependencies
 from gradagree_opt.loops.task_batch import add_to_grad
 from gradagree_opt.meta.steps import MetaStep, check_tasks
 from gradagree_opt.meta.steps import meta_step as with_losses
+from gradagree_opt.one_process import check_one_process
 from gradagree_opt.options import check_count
 from gradagree_opt.tasks.tasksets import Tasksets
 
@@ -68,7 +69,8 @@ def meta_step(
         TypeError: the algorithm or the aggregator is none.
         ValueError: the tasks are not task-stacked; a parameter is frozen or unused and the
             algorithm does not allow it; a module is recurrent; the loss has parameters that are not
-            the learner's, or none; or the aggregator refuses the tasks. Nothing is changed then.
+            the learner's, or none; several ranks train; or the aggregator refuses the tasks.
+            Nothing is changed then.
 
     Source: Eshratifar et al. 2018, algorithm 1, the MAML form.
 
@@ -85,6 +87,7 @@ def meta_step(
     check_aggregator(aggregator)
     _check_algorithm(algorithm, steps)
     parameters = trained(dict(algorithm.named_parameters()))
+    check_one_process(parameters.values(), algorithm)
     n = check_tasks(parameters, tasks, "support", "query")
     statistics = RunningStatistics(algorithm)
     run = _Task(algorithm, scalar_loss(loss_fn), steps)

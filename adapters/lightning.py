@@ -41,7 +41,8 @@ class AgreementCallback(pl.Callback):
         TypeError: ``aggregator`` is no aggregator.
         ValueError: when ``Trainer.fit`` starts, for ``accumulate_grad_batches=1``, manual
             optimization, more than one device, another such callback, or a GradScaler with an
-            aggregator that stops at its overflows; at a loss that depends on no parameter.
+            aggregator that stops at its overflows; at a loss that depends on no parameter, or a
+            parameter with hooks on the accumulation of its gradient.
 
     Source: Eshratifar et al. 2018, algorithm 1, without an inner loop.
 
@@ -98,6 +99,13 @@ class AgreementCallback(pl.Callback):
     ) -> None:
         check_depends(loss, _trained(trainer), len(self._tasks), advice="compute it by the module")
         for parameter in _trained(trainer):
+            if parameter._post_accumulate_grad_hooks:
+                raise ValueError(
+                    "expected parameters that the optimizer of the Trainer steps on, found one "
+                    "with register_post_accumulate_grad_hook, which would see the gradient of "
+                    "every task by itself; remove the hook, or use ManualTaskBatch, after whose "
+                    "aggregation it runs"
+                )
             parameter.grad = None
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

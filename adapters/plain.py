@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.stacks import PyTree, check_floating, leaf_paths
 from gradagree_opt.loops.adapted import trained
+from gradagree_opt.loops.task_batch import run_accumulation_hooks
 from gradagree_opt.loops.task_optimizer import check_optimizer
 from gradagree_opt.meta import MetaStep
 
@@ -95,6 +96,7 @@ def train(
         result = meta.step(detached, task_source(iteration), aggregator)
         for leaf, update in zip(leaves, tree_leaves(result.update), strict=True):
             leaf.grad = update
+            run_accumulation_hooks(leaf)
         optimizer.step()
         if callback is not None and callback(iteration, result):
             break

@@ -18,6 +18,7 @@ from gradagree_opt.engines.matrix_free import matrix_free, matrix_free_refusal
 from gradagree_opt.engines.one_backward import one_backward, one_backward_refusal
 from gradagree_opt.engines.stacked import stacked
 from gradagree_opt.engines.streamed import streamed, streamed_refusal
+from gradagree_opt.one_process import check_one_process
 from gradagree_opt.options import check_choice
 
 EngineName = Literal["auto", "stacked", "streamed", "matrix_free", "one_backward"]
@@ -82,10 +83,12 @@ class Runner:
         """The aggregation of one batch of n tasks, looked at by :meth:`Aggregator.verify`.
 
         Raises:
-            ValueError: the aggregator refuses the tasks, or the engine the aggregator.
+            ValueError: the aggregator refuses the tasks, or the engine the aggregator; or several
+                ranks train.
             RuntimeError: the engine cannot run the model, or memory does not suffice.
         """
         check_aggregator(aggregator)
+        check_one_process(tree_leaves(params))
         draws = aggregator.draw(n)
         *others, last = self._candidates(params, n, aggregator)
         for name in others:

@@ -64,7 +64,8 @@ changes BatchNorm's running statistics |
 
     Raises:
         ValueError, TypeError: as :func:`task_gradients` (under "streamed" a model may change its
-            buffers) and :meth:`Aggregator.aggregate`; or the engine cannot serve the aggregator.
+            buffers) and :meth:`Aggregator.aggregate`; or the engine cannot serve the aggregator,
+            or several ranks train.
         RuntimeError: the engine cannot run the model, or memory does not suffice.
 
     >>> import torch

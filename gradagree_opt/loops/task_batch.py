@@ -11,6 +11,7 @@ from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggreg
 from gradagree_opt.core.stacks import PyTree, is_coarse
 from gradagree_opt.loops.adapted import Parameters, displacement, match, named, trained
 from gradagree_opt.loops.graphs import check_depends, check_loss, depends, gradients
+from gradagree_opt.one_process import check_one_process
 from gradagree_opt.options import check_choice
 
 _FROM_COPY = (
@@ -34,8 +35,10 @@ class TaskBatch:
     the body of ANIL). A learner of detached tensors has its gradient taken where it stands, which
     is first-order MAML (higher's ``track_higher_grads=False``).
 
-    A parameter's hooks see the gradient of the weighted loss where one backward pass is shared, and
-    that of each task where there is one for each.
+    A parameter's hooks (``register_hook``) see the gradient of the weighted loss where one backward
+    pass is shared, and that of each task where there is one for each. What hangs on the
+    accumulation (``register_post_accumulate_grad_hook``, as an optimizer in the backward pass) runs
+    once, when the update is in ``.grad``.
 
     Args:
         parameters: module, named tensors or tensors whose ``.grad`` is to be filled; those that do
@@ -48,7 +51,8 @@ class TaskBatch:
     Raises:
         TypeError: these are no parameters, or no aggregator.
         ValueError: no parameter requires a gradient, one is no leaf or occurs twice, or memory is
-            neither "graph" nor "stream".
+            neither "graph" nor "stream"; or several ranks train: a module in
+            DistributedDataParallel, parameters of FSDP, a process group of more than one rank.
 
     Source: Eshratifar et al. 2018, algorithm 1, both forms.
 
@@ -73,6 +77,7 @@ class TaskBatch:
         check_choice("memory", memory, ("graph", "stream"))
         self._all = named(parameters)
         self._trained = trained(self._all)
+        check_one_process(self._trained.values(), parameters)
         self.aggregator = aggregator
         self.memory = memory
         self._losses: list[Tensor] = []
@@ -124,6 +129,7 @@ class TaskBatch:
         if not len(self):  # parameters may be frozen and unfrozen between batches
             self._trained = trained(self._all)
             self._unused = set(self._trained)
+            check_one_process(self._trained.values())
         after = match(self._all, adapted) if adapted is not None else {}
         displacements = [displacement(self._trained, after)] if adapted is not None else []
         if loss is not None:
@@ -230,15 +236,31 @@ class TaskBatch:
 
 
 def add_to_grad(parameters: Mapping[str, Tensor], update: Mapping[str, Tensor], /) -> None:
-    """Adds an update to ``.grad`` as ``backward`` would: in place where there is one."""
+    """Adds an update to ``.grad`` as ``backward`` would, and runs what hangs on that."""
+    accumulated = {}
     for name, parameter in parameters.items():
         grad = parameter.grad
-        if grad is None:
-            parameter.grad = update[name].clone()
-        elif grad.requires_grad or grad.layout != torch.strided:
-            parameter.grad = update[name] + grad
+        plain = grad is None or (grad.layout == torch.strided and not grad.requires_grad)
+        # Its own hooks have seen the gradients of the tasks, and are not to see their sum.
+        if plain and not parameter._backward_hooks:
+            accumulated[name] = parameter
         else:
-            grad.add_(update[name])
+            if grad is None:
+                parameter.grad = update[name].clone()
+            elif plain:
+                grad.add_(update[name])
+            else:
+                parameter.grad = update[name] + grad
+            run_accumulation_hooks(parameter)
+    if accumulated:
+        updates = [update[name] for name in accumulated]
+        torch.autograd.backward([*accumulated.values()], updates)
+
+
+def run_accumulation_hooks(parameter: Tensor, /) -> None:
+    """Runs the hooks of ``register_post_accumulate_grad_hook``, as ``backward`` would."""
+    for hook in tuple((parameter._post_accumulate_grad_hooks or {}).values()):
+        hook(parameter)
 
 
 def _stack(tasks: list[dict[str, Tensor]]) -> dict[str, Tensor]:

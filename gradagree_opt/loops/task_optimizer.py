@@ -12,6 +12,7 @@ from gradagree_opt.annotations import Float
 from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
 from gradagree_opt.loops.graphs import check_depends, check_loss, gradients
 from gradagree_opt.loops.task_batch import TaskBatch
+from gradagree_opt.one_process import check_one_process
 
 Losses = Float[Tensor, " n"] | Sequence[Tensor]
 
@@ -190,6 +191,7 @@ def weighted_loss(
             left, or the aggregator refuses the gradients.
     """
     losses = _vector(losses)
+    check_one_process(parameters)
     for position, parameter in enumerate(parameters):
         if not parameter.requires_grad:
             raise ValueError(

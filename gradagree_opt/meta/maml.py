@@ -3,7 +3,7 @@
 from typing import Literal
 
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
@@ -12,6 +12,7 @@ from gradagree_opt.engines.choice import EngineName, Runner
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap, scalar_loss
 from gradagree_opt.meta.inner import InnerLoop, InnerSGD
 from gradagree_opt.meta.steps import MetaStep, check_tasks, meta_step
+from gradagree_opt.one_process import check_whole
 from gradagree_opt.options import check_choice
 
 
@@ -75,7 +76,8 @@ class MAML:
 
         Raises:
             ValueError, TypeError: the tasks are not task-stacked, the loss is not a scalar, the
-                model changes its buffers, or the aggregator refuses the signals.
+                model changes its buffers, the aggregator refuses the signals, or several ranks
+                train.
         """
         n = check_tasks(params, tasks, "support", "query")
         with statistics_refused():
@@ -95,6 +97,7 @@ class MAML:
 
     def adapt(self, params: PyTree, support: PyTree, /, *, steps: int | None = None) -> PyTree:
         """Parameters adapted to the support set of one task, in ``steps`` inner steps."""
+        check_whole(tree_leaves(params))
         return self._adapt(params, support, steps)
 
     def _adapt(self, params: PyTree, support: PyTree, steps: int | None = None) -> PyTree:
