@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_map
 from gradagree_opt.batchnorm import RunningStatistics, statistics_refused
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.stacks import PyTree
+from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import scalar_loss
+from gradagree_opt.engines.random_state import draws_of_each_task
 from gradagree_opt.frameworks import require
 from gradagree_opt.functional import call_with
 from gradagree_opt.loops.adapted import displacement, match, trained
@@ -104,7 +106,11 @@ def meta_step(
         chunk_size=chunk_size,
     )
     params = tree_map(torch.Tensor.detach, parameters)
-    with statistics_refused():
+    with (
+        statistics_refused(),
+        left_as_found((loss_fn, algorithm)),
+        draws_of_each_task("different", (loss_fn, algorithm)),
+    ):
         directions, (signal, losses, buffers) = gradient(params, statistics.for_tasks(n), tasks)
     if losses.requires_grad:
         raise ValueError(

@@ -11,6 +11,7 @@ from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.core.aggregation import Aggregation, Aggregator
 from gradagree_opt.core.stacks import PyTree, check_floating, task_count
 from gradagree_opt.engines.errors import vmap_explained
+from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap, scalar_loss
 from gradagree_opt.one_process import check_whole
 
@@ -61,9 +62,14 @@ def task_gradients(
     check_whole(tree_leaves(params))
     n = task_count(tasks, "tasks")
     gradient_and_loss = torch.func.grad_and_value(scalar_loss(loss_fn))
-    each = TaskMap(chunk_size, randomness)
+    each = TaskMap(chunk_size, randomness, loss_fn)
     without = "ga.aggregate_gradients(…, engine='streamed')"
-    with vmap_explained("vmap(grad)", each.at_once(n), without=without), statistics_refused():
+    at_once = each.at_once(n)
+    with (
+        vmap_explained("vmap(grad)", at_once, without=without),
+        statistics_refused(),
+        left_as_found(loss_fn),
+    ):
         return TaskGradients(*each(gradient_and_loss, params, tasks, n, differentiated=True))
 
 

@@ -9,6 +9,7 @@ from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.choice import EngineName, Runner
+from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap, scalar_loss
 from gradagree_opt.meta.inner import InnerLoop, InnerSGD
 from gradagree_opt.meta.steps import MetaStep, check_tasks, meta_step
@@ -62,7 +63,7 @@ class MAML:
         self.inner = inner
         self.first_order = first_order
         self.signal = signal
-        task_map = TaskMap(chunk_size, randomness)
+        task_map = TaskMap(chunk_size, randomness, (loss_fn, inner))
         task_loss = TaskLoss(self._query_loss, signal == "gradient", task_map, adapts=True)
         self._run = Runner(task_loss, engine, compile)
 
@@ -98,7 +99,8 @@ class MAML:
     def adapt(self, params: PyTree, support: PyTree, /, *, steps: int | None = None) -> PyTree:
         """Parameters adapted to the support set of one task, in ``steps`` inner steps."""
         check_whole(tree_leaves(params))
-        return self._adapt(params, support, steps)
+        with statistics_refused(), left_as_found((self.loss_fn, self.inner)):
+            return self._adapt(params, support, steps)
 
     def _adapt(self, params: PyTree, support: PyTree, steps: int | None = None) -> PyTree:
         return self.inner(self.loss_fn, params, support, first_order=self.first_order, steps=steps)

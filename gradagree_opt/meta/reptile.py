@@ -9,6 +9,7 @@ from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggreg
 from gradagree_opt.core.stacks import PyTree, task_count
 from gradagree_opt.engines.compilation import maybe_compiled
 from gradagree_opt.engines.errors import vmap_explained
+from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskMap, scalar_loss
 from gradagree_opt.meta.inner import InnerLoop
 from gradagree_opt.meta.steps import MetaStep, check_tasks, meta_step
@@ -46,7 +47,7 @@ class Reptile:
     ) -> None:
         self.loss_fn = scalar_loss(loss_fn)
         self.inner = inner
-        self._map = TaskMap(chunk_size, randomness)
+        self._map = TaskMap(chunk_size, randomness, (loss_fn, inner))
         # Two graphs: a new aggregator need not compile the inner loops again.
         self._displacements = maybe_compiled(self._displacements_of, compile)
         self._aggregate = maybe_compiled(_aggregate, compile)
@@ -70,7 +71,11 @@ class Reptile:
         check_one_process(tree_leaves(params))
         n = check_tasks(params, tasks, "support")
         without = "a loop of TaskBatch.add(adapted=…)"
-        with vmap_explained("vmap", self._map.at_once(n), without=without), statistics_refused():
+        with (
+            vmap_explained("vmap", self._map.at_once(n), without=without),
+            statistics_refused(),
+            left_as_found(self._map.source),
+        ):
             displacements, losses = self._displacements(params, tasks, n)
         aggregation = self._aggregate(aggregator, displacements, aggregator.draw(n))
         aggregator.verify(aggregation)
@@ -91,7 +96,8 @@ class Reptile:
     def adapt(self, params: PyTree, support: PyTree, /, *, steps: int | None = None) -> PyTree:
         """Parameters adapted to the support set of one task, in ``steps`` inner steps."""
         check_whole(tree_leaves(params))
-        return self.inner(self.loss_fn, params, support, steps=steps)
+        with statistics_refused(), left_as_found((self.loss_fn, self.inner)):
+            return self.inner(self.loss_fn, params, support, steps=steps)
 
     def _displacements_of(self, params: PyTree, tasks: PyTree, n: int) -> tuple[PyTree, Tensor]:
         params = tree_map(lambda p: p.detach(), params)
