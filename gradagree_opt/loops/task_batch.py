@@ -42,7 +42,8 @@ class TaskBatch:
 
     Args:
         parameters: module, named tensors or tensors whose ``.grad`` is to be filled; those that do
-            not require a gradient are left alone.
+            not require a gradient are left alone. Every batch looks anew at the parameters of a
+            module, a mapping or a list, as of a new head.
         aggregator: what weights the tasks.
         memory: "graph" keeps the graphs of all losses until ``backward``, which then needs one
             backward pass in the MAML form; "stream" runs one backward pass at every ``add``, so
@@ -75,6 +76,8 @@ class TaskBatch:
     ) -> None:
         check_aggregator(aggregator)
         check_choice("memory", memory, ("graph", "stream"))
+        # A module may be given new parts between batches; an iterator can be read once.
+        self._source = parameters if isinstance(parameters, nn.Module | Mapping | list) else None
         self._all = named(parameters)
         self._trained = trained(self._all)
         check_one_process(self._trained.values(), parameters)
@@ -126,7 +129,8 @@ class TaskBatch:
                 f"expected every task of a batch in one form, found add{_call(form)} after "
                 f"add{_call(self._form)}; call backward() first"
             )
-        if not len(self):  # parameters may be frozen and unfrozen between batches
+        if not len(self):  # parameters may be replaced, frozen and unfrozen between batches
+            self._all = self._found()
             self._trained = trained(self._all)
             self._unused = set(self._trained)
             check_one_process(self._trained.values())
@@ -146,12 +150,13 @@ class TaskBatch:
             The aggregation; its update is a dict from parameter name (or position) to gradient.
 
         Raises:
-            ValueError: no task was added, the graph of a loss is stale, or the aggregator refuses
-                the tasks. No ``.grad`` is touched then, and the tasks are forgotten.
+            ValueError: no task was added, the graph of a loss is stale, a parameter was replaced
+                since the first task, or the aggregator refuses the tasks. No ``.grad`` is touched then, and the tasks are forgotten.
         """
         if not len(self):
             raise ValueError("expected at least one task, found an empty batch; call add() first")
         try:
+            self._check_same_parameters()
             result = self._aggregate()
             self.aggregator.verify(result)
             unused = self._unused if self._form[0] else set()
@@ -167,6 +172,19 @@ class TaskBatch:
         self._copies.clear()
         self._directions.clear()
         self._displacements.clear()
+
+    def _found(self) -> dict[str, Tensor]:
+        """The parameters as they are now."""
+        return self._all if self._source is None else named(self._source)
+
+    def _check_same_parameters(self) -> None:
+        found = self._found()
+        for name in dict.fromkeys([*self._all, *found]):
+            if self._all.get(name) is not found.get(name):
+                raise ValueError(
+                    f"expected the same parameters from the first task of a batch to backward(), "
+                    f"found {name!r} replaced, added or removed; change the model between batches"
+                )
 
     @property
     def _form(self) -> tuple[bool, bool]:
