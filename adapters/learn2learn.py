@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from gradagree_opt.batchnorm import RunningStatistics, statistics_refused
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
+from gradagree_opt.core.diagnostics import check_some_task
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import scalar_loss
@@ -119,6 +120,7 @@ def meta_step(
             "adapt(), or freeze them with requires_grad_(False)"
         )
     aggregation = aggregator.aggregate(directions, signal)
+    check_some_task(aggregation.diagnostics, aggregator.nonfinite)
     statistics.follow(buffers)
     add_to_grad(parameters, aggregation.update)
     return with_losses(aggregation, losses, "stacked")

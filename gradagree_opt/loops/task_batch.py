@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
+from gradagree_opt.core.diagnostics import check_some_task
 from gradagree_opt.core.stacks import PyTree, is_coarse
 from gradagree_opt.loops.adapted import Parameters, displacement, match, named, trained
 from gradagree_opt.loops.graphs import check_depends, check_loss, depends, gradients
@@ -151,7 +152,8 @@ class TaskBatch:
 
         Raises:
             ValueError: no task was added, the graph of a loss is stale, a parameter was replaced
-                since the first task, or the aggregator refuses the tasks. No ``.grad`` is touched then, and the tasks are forgotten.
+                since the first task, or the aggregator refuses the tasks or drops all
+                of them. No ``.grad`` is touched then, and the tasks are forgotten.
         """
         if not len(self):
             raise ValueError("expected at least one task, found an empty batch; call add() first")
@@ -159,6 +161,7 @@ class TaskBatch:
             self._check_same_parameters()
             result = self._aggregate()
             self.aggregator.verify(result)
+            check_some_task(result.diagnostics, self.aggregator.nonfinite)
             unused = self._unused if self._form[0] else set()
         finally:
             self.clear()
@@ -273,6 +276,15 @@ def add_to_grad(parameters: Mapping[str, Tensor], update: Mapping[str, Tensor], 
     if accumulated:
         updates = [update[name] for name in accumulated]
         torch.autograd.backward([*accumulated.values()], updates)
+
+
+def check_no_accumulation_hooks(parameter: Tensor, /, *, advice: str) -> None:
+    """Raises a ValueError where what hangs on ``.grad`` would see the tasks one by one."""
+    if parameter._post_accumulate_grad_hooks:
+        raise ValueError(
+            "expected no hook of register_post_accumulate_grad_hook, found one, which would see "
+            f"the gradient of every task by itself; {advice}"
+        )
 
 
 def run_accumulation_hooks(parameter: Tensor, /) -> None:
