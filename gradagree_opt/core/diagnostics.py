@@ -228,6 +228,24 @@ def _correlation(pair: Float[Tensor, "2 *groups n"]) -> Float[Tensor, "*groups"]
     return deviations.prod(0).sum(-1) / deviations.square().sum(-1).prod(0).sqrt()
 
 
+def check_some_task(diagnostics: Diagnostics, nonfinite: str, /) -> None:
+    """One host synchronisation under "drop": raises where no task is left to step on.
+
+    Args:
+        diagnostics: of the aggregation.
+        nonfinite: the aggregator's policy.
+
+    Raises:
+        ValueError: a step of zeros would still be one of weight decay and momentum.
+    """
+    if nonfinite == "drop" and bool(diagnostics.nonfinite.all()):
+        raise ValueError(
+            "expected a task that is finite, found NaN or inf in all "
+            f"{len(diagnostics.nonfinite)}, which nonfinite='drop' leaves out; skip the step, and if the next ones end here too, "
+            "look for NaN in the parameters"
+        )
+
+
 def troubled(diagnostics: Diagnostics, /, *, finite: bool, agreement: bool) -> bool:
     """Whether :func:`verify` raises: one host synchronisation, or none if nothing is asked for."""
     flags = []

@@ -27,8 +27,8 @@ def aggregate_gradients(
     | "stacked" | n · d | one vmapped backward pass | what vmap and grad of torch.func run |
     | "matrix_free" | d | two backward passes, one Jacobian-vector product | the same, and forward \
 mode or a second derivative |
-    | "streamed" | d | three backward passes a task, one task after the other | every; each pass \
-changes BatchNorm's running statistics |
+    | "streamed" | d | three backward passes a task, one task after the other | every; its \
+buffers, as BatchNorm's running statistics, end as of one pass |
 
     Args:
         loss_fn: ``loss_fn(params, batch) -> scalar`` of one task.
@@ -48,7 +48,8 @@ changes BatchNorm's running statistics |
 
     Raises:
         ValueError, TypeError: as :func:`task_gradients` (under "streamed" a model may change its
-            buffers) and :meth:`Aggregator.aggregate`; or the engine cannot serve the aggregator.
+            buffers) and :meth:`Aggregator.aggregate`; or the engine cannot serve the aggregator,
+            or several ranks train.
         RuntimeError: the engine cannot run the model, or memory does not suffice.
 
     >>> import torch
@@ -72,7 +73,8 @@ def _runner(
     randomness: Randomness,
     compile: bool,
 ) -> Runner:
-    return Runner(TaskLoss.plain(loss_fn, TaskMap(chunk_size, randomness)), engine, compile)
+    task_map = TaskMap(chunk_size, randomness, loss_fn)
+    return Runner(TaskLoss.plain(loss_fn, task_map), engine, compile)
 
 
 _compiled_runner = lru_cache(maxsize=16)(_runner)

@@ -13,8 +13,9 @@ from gradagree_opt.core.blocks import or_one
 from gradagree_opt.core.scopes import group_indices, measure_by_group
 from gradagree_opt.core.stacks import PyTree, accumulation_dtype, task_count
 from gradagree_opt.core.statistics import Statistics
+from gradagree_opt.engines.kept import Model
 from gradagree_opt.engines.losses import TaskLoss
-from gradagree_opt.engines.random_state import RandomState
+from gradagree_opt.engines.random_state import RandomState, check_same_losses
 from gradagree_opt.engines.rows import Rows
 
 
@@ -133,14 +134,16 @@ def _measured_in_two_passes(
 
 
 class _Stream:
-    """The gradients of the tasks, made anew with the same random numbers at every pass."""
+    """The gradients of the tasks, each pass of the same random numbers and buffers."""
 
     def __init__(self, task_loss: TaskLoss, params: PyTree, tasks: PyTree) -> None:
         self.params = params
         self._task_loss = task_loss
         self._tasks = tasks
         self.n = task_count(tasks, "tasks")
-        self._random_state = RandomState(params, tasks)
+        self._random_state = RandomState(params, tasks, source=task_loss.map.source)
+        self._model = Model(task_loss.map.source)
+        self._losses: Tensor | None = None
         self._leaves = [leaf.detach().requires_grad_() for leaf in tree_leaves(params)]
         self._dtype = accumulation_dtype(self._leaves)
 
@@ -149,19 +152,23 @@ class _Stream:
         with torch.no_grad():
             known = [self._task_loss.function(self.params, task)[1] for task in self._each()]
         signals, losses = tree_map(lambda *leaves: torch.stack(leaves), *known)
+        self._compare(losses)
         return losses, signals
 
     def gradients(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """Loss of every task and the leaves of its gradient, in float32 or better."""
         at = tree_unflatten(self._leaves, tree_structure(self.params))
+        losses = Rows(self.n)
         for task in self._each():
             with torch.enable_grad():
                 loss, _ = self._task_loss.function(at, task)
+            losses.append(loss.detach().unsqueeze(0))
             if not loss.requires_grad:  # of no parameter
                 yield loss, self.zeros()
                 continue
             found = torch.autograd.grad(loss, self._leaves, materialize_grads=True)
             yield loss.detach(), [gradient.to(self._dtype) for gradient in found]
+        self._compare(losses.stack)
 
     def zeros(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Leaves of zeros, to add gradients to: of their own dtype if none is given."""
@@ -173,8 +180,16 @@ class _Stream:
         cast = [a.to(b.dtype) for a, b in zip(leaves, self._leaves, strict=True)]
         return tree_unflatten(cast, tree_structure(self.params))
 
+    def _compare(self, losses: Tensor) -> None:
+        """One host synchronisation: whether a pass has drawn what the first one drew."""
+        if self._losses is None:
+            self._losses = losses
+        else:
+            check_same_losses(self._losses, losses)
+
     def _each(self) -> Iterator[PyTree]:
         self._random_state.restore()
+        self._model.restore()
         return self._task_loss.map.one_by_one(self.params, self._tasks, self.n)
 
 

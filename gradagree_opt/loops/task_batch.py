@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
+from gradagree_opt.core.diagnostics import check_some_task
 from gradagree_opt.core.stacks import PyTree, is_coarse
 from gradagree_opt.loops.adapted import Parameters, displacement, match, named, trained
 from gradagree_opt.loops.graphs import check_depends, check_loss, depends, gradients
+from gradagree_opt.one_process import check_one_process
 from gradagree_opt.options import check_choice
 
 _FROM_COPY = (
@@ -34,12 +36,15 @@ class TaskBatch:
     the body of ANIL). A learner of detached tensors has its gradient taken where it stands, which
     is first-order MAML (higher's ``track_higher_grads=False``).
 
-    A parameter's hooks see the gradient of the weighted loss where one backward pass is shared, and
-    that of each task where there is one for each.
+    A parameter's hooks (``register_hook``) see the gradient of the weighted loss where one backward
+    pass is shared, and that of each task where there is one for each. What hangs on the
+    accumulation (``register_post_accumulate_grad_hook``, as an optimizer in the backward pass) runs
+    once, when the update is in ``.grad``.
 
     Args:
         parameters: module, named tensors or tensors whose ``.grad`` is to be filled; those that do
-            not require a gradient are left alone.
+            not require a gradient are left alone. Every batch looks anew at the parameters of a
+            module, a mapping or a list, as of a new head.
         aggregator: what weights the tasks.
         memory: "graph" keeps the graphs of all losses until ``backward``, which then needs one
             backward pass in the MAML form; "stream" runs one backward pass at every ``add``, so
@@ -48,7 +53,8 @@ class TaskBatch:
     Raises:
         TypeError: these are no parameters, or no aggregator.
         ValueError: no parameter requires a gradient, one is no leaf or occurs twice, or memory is
-            neither "graph" nor "stream".
+            neither "graph" nor "stream"; or several ranks train: a module in
+            DistributedDataParallel, parameters of FSDP, a process group of more than one rank.
 
     Source: Eshratifar et al. 2018, algorithm 1, both forms.
 
@@ -71,8 +77,11 @@ class TaskBatch:
     ) -> None:
         check_aggregator(aggregator)
         check_choice("memory", memory, ("graph", "stream"))
+        # A module may be given new parts between batches; an iterator can be read once.
+        self._source = parameters if isinstance(parameters, nn.Module | Mapping | list) else None
         self._all = named(parameters)
         self._trained = trained(self._all)
+        check_one_process(self._trained.values(), parameters)
         self.aggregator = aggregator
         self.memory = memory
         self._losses: list[Tensor] = []
@@ -121,9 +130,11 @@ class TaskBatch:
                 f"expected every task of a batch in one form, found add{_call(form)} after "
                 f"add{_call(self._form)}; call backward() first"
             )
-        if not len(self):  # parameters may be frozen and unfrozen between batches
+        if not len(self):  # parameters may be replaced, frozen and unfrozen between batches
+            self._all = self._found()
             self._trained = trained(self._all)
             self._unused = set(self._trained)
+            check_one_process(self._trained.values())
         after = match(self._all, adapted) if adapted is not None else {}
         displacements = [displacement(self._trained, after)] if adapted is not None else []
         if loss is not None:
@@ -140,14 +151,17 @@ class TaskBatch:
             The aggregation; its update is a dict from parameter name (or position) to gradient.
 
         Raises:
-            ValueError: no task was added, the graph of a loss is stale, or the aggregator refuses
-                the tasks. No ``.grad`` is touched then, and the tasks are forgotten.
+            ValueError: no task was added, the graph of a loss is stale, a parameter was replaced
+                since the first task, or the aggregator refuses the tasks or drops all
+                of them. No ``.grad`` is touched then, and the tasks are forgotten.
         """
         if not len(self):
             raise ValueError("expected at least one task, found an empty batch; call add() first")
         try:
+            self._check_same_parameters()
             result = self._aggregate()
             self.aggregator.verify(result)
+            check_some_task(result.diagnostics, self.aggregator.nonfinite)
             unused = self._unused if self._form[0] else set()
         finally:
             self.clear()
@@ -161,6 +175,19 @@ class TaskBatch:
         self._copies.clear()
         self._directions.clear()
         self._displacements.clear()
+
+    def _found(self) -> dict[str, Tensor]:
+        """The parameters as they are now."""
+        return self._all if self._source is None else named(self._source)
+
+    def _check_same_parameters(self) -> None:
+        found = self._found()
+        for name in dict.fromkeys([*self._all, *found]):
+            if self._all.get(name) is not found.get(name):
+                raise ValueError(
+                    f"expected the same parameters from the first task of a batch to backward(), "
+                    f"found {name!r} replaced, added or removed; change the model between batches"
+                )
 
     @property
     def _form(self) -> tuple[bool, bool]:
@@ -230,15 +257,40 @@ class TaskBatch:
 
 
 def add_to_grad(parameters: Mapping[str, Tensor], update: Mapping[str, Tensor], /) -> None:
-    """Adds an update to ``.grad`` as ``backward`` would: in place where there is one."""
+    """Adds an update to ``.grad`` as ``backward`` would, and runs what hangs on that."""
+    accumulated = {}
     for name, parameter in parameters.items():
         grad = parameter.grad
-        if grad is None:
-            parameter.grad = update[name].clone()
-        elif grad.requires_grad or grad.layout != torch.strided:
-            parameter.grad = update[name] + grad
+        plain = grad is None or (grad.layout == torch.strided and not grad.requires_grad)
+        # Its own hooks have seen the gradients of the tasks, and are not to see their sum.
+        if plain and not parameter._backward_hooks:
+            accumulated[name] = parameter
         else:
-            grad.add_(update[name])
+            if grad is None:
+                parameter.grad = update[name].clone()
+            elif plain:
+                grad.add_(update[name])
+            else:
+                parameter.grad = update[name] + grad
+            run_accumulation_hooks(parameter)
+    if accumulated:
+        updates = [update[name] for name in accumulated]
+        torch.autograd.backward([*accumulated.values()], updates)
+
+
+def check_no_accumulation_hooks(parameter: Tensor, /, *, advice: str) -> None:
+    """Raises a ValueError where what hangs on ``.grad`` would see the tasks one by one."""
+    if parameter._post_accumulate_grad_hooks:
+        raise ValueError(
+            "expected no hook of register_post_accumulate_grad_hook, found one, which would see "
+            f"the gradient of every task by itself; {advice}"
+        )
+
+
+def run_accumulation_hooks(parameter: Tensor, /) -> None:
+    """Runs the hooks of ``register_post_accumulate_grad_hook``, as ``backward`` would."""
+    for hook in tuple((parameter._post_accumulate_grad_hooks or {}).values()):
+        hook(parameter)
 
 
 def _stack(tasks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
