@@ -17,9 +17,9 @@ from gradagree_opt.engines.losses import scalar_loss
 from gradagree_opt.frameworks import require
 from gradagree_opt.loops.graphs import check_depends
 from gradagree_opt.loops.task_batch import TaskBatch
-from gradagree_opt.meta.inner import check_count
 from gradagree_opt.meta.steps import MetaStep, check_tasks
 from gradagree_opt.meta.steps import meta_step as with_losses
+from gradagree_opt.options import check_count
 
 require("higher")
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from gradagree_opt.batchnorm import RunningStatistics, statistics_refused
-from gradagree_opt.core.aggregation import Aggregator
-from gradagree_opt.core.aggregators import check_aggregator
+from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.losses import scalar_loss
 from gradagree_opt.frameworks import require
@@ -21,9 +20,9 @@ from gradagree_opt.functional import call_with
 from gradagree_opt.loops.adapted import displacement, match, trained
 from gradagree_opt.loops.graphs import check_depends, dependencies
 from gradagree_opt.loops.task_batch import add_to_grad
-from gradagree_opt.meta.inner import check_count
 from gradagree_opt.meta.steps import MetaStep, check_tasks
 from gradagree_opt.meta.steps import meta_step as with_losses
+from gradagree_opt.options import check_count
 from gradagree_opt.tasks.tasksets import Tasksets
 
 require("learn2learn")

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gradagree_opt.annotations import Float
-from gradagree_opt.core.aggregation import Aggregation, Aggregator
-from gradagree_opt.core.aggregators import check_aggregator
+from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
 from gradagree_opt.core.diagnostics import Diagnostics
 from gradagree_opt.frameworks import require
 from gradagree_opt.loops.adapted import Parameters

@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from gradagree_opt.core import equal, weightings
+from gradagree_opt.core import agreement, equal, weightings
 from gradagree_opt.core.statistics import from_gramian
 from gradagree_opt.frameworks import require
 
@@ -59,7 +59,7 @@ class AgreementWeighting(Weighting[PSDMatrix]):
         degenerate: Literal["uniform", "zero", "raise"] = "uniform",
     ) -> None:
         super().__init__()
-        self.decide = weightings.AgreementWeighting(
+        self.decide = agreement.AgreementWeighting(
             similarity=similarity,
             include_self=include_self,
             negative=negative,
@@ -198,4 +198,4 @@ def _decision(weighting: weightings.Weighting, gramian: Tensor) -> weightings.De
         raise TypeError(
             f"expected a floating-point Gramian, found {gramian.dtype}; give gramian.float()"
         )
-    return weighting(from_gramian(gramian))
+    return weightings.decide(weighting, from_gramian(gramian))

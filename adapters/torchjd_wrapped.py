@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 from gradagree_opt.core import weightings
 from gradagree_opt.core.aggregation import Aggregation, Combine, Measured
 from gradagree_opt.core.aggregation import Aggregator as OurAggregator
+from gradagree_opt.core.agreement import GradientAgreement
 from gradagree_opt.core.blocks import or_one
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.core.statistics import Statistics
@@ -94,6 +95,8 @@ def from_torchjd(
         return OfMatrix(aggregator, nonfinite=nonfinite)
     if scale_free is None:
         scale_free = not any(isinstance(module, OF_UNITS) for module in aggregator.modules())
+    if match_norm == "agreement":
+        match_norm = GradientAgreement()
     return OurAggregator(OfGramian(weigh, scale_free), match_norm=match_norm, nonfinite=nonfinite)
 
 
@@ -101,7 +104,7 @@ def from_torchjd(
 class OfGramian:
     """Our weighting made of TorchJD's function from a Gramian to weights."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"gramian"})
+    needs: ClassVar[frozenset[weightings.Need]] = frozenset({"gramian"})
     weigh: Callable[[Tensor], Tensor]
     scale_free: bool
 
@@ -124,7 +127,7 @@ class OfGramian:
 class Unknown:
     """The weighting of an update that is no combination with weights."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"directions"})
+    needs: ClassVar[frozenset[weightings.Need]] = frozenset({"directions"})
 
     def __call__(self, statistics: Statistics, /) -> weightings.Decision:
         unknown = torch.full_like(statistics.row_sums, torch.nan)

@@ -14,13 +14,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.annotations import Float
-from gradagree_opt.core.aggregation import Aggregator
-from gradagree_opt.core.aggregators import check_aggregator
+from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.diagnostics import Diagnostics
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines import LossFn
 from gradagree_opt.frameworks import require
-from gradagree_opt.meta.inner import check_count
+from gradagree_opt.options import check_count
 
 require("torchopt")
 

@@ -1,17 +1,13 @@
 """Gradient Agreement for meta-learning: aggregate over tasks by how well they agree."""
 
 from gradagree_opt.core.aggregation import Aggregation, Aggregator
-from gradagree_opt.core.aggregators import (
-    GradientAgreement,
-    Mean,
-    NormShare,
-    RandomWeights,
-    Sum,
-    agreement_weights,
-)
+from gradagree_opt.core.agreement import GradientAgreement, agreement_weights
+from gradagree_opt.core.controls import Mean, NormShare, RandomWeights, Sum
 from gradagree_opt.core.diagnostics import Diagnostics
 from gradagree_opt.core.equal import EqualAgreement, GramianPower
 from gradagree_opt.core.robust import GeometricMedian, NormClipped
+from gradagree_opt.core.statistics import Statistics
+from gradagree_opt.core.weightings import Decision, Need, Weighting
 from gradagree_opt.engines import (
     AggregatedGradients,
     TaskGradients,
@@ -29,6 +25,7 @@ __all__ = [
     "AggregatedGradients",
     "Aggregation",
     "Aggregator",
+    "Decision",
     "Diagnostics",
     "EqualAgreement",
     "GeometricMedian",
@@ -38,14 +35,17 @@ __all__ = [
     "Mean",
     "MetaSGD",
     "MetaStep",
+    "Need",
     "NormClipped",
     "NormShare",
     "RandomWeights",
     "Reptile",
+    "Statistics",
     "Sum",
     "TaskBatch",
     "TaskGradients",
     "TaskOptimizer",
+    "Weighting",
     "aggregate_gradients",
     "agreement_weights",
     "task_gradients",

@@ -69,6 +69,13 @@ def test_studies_on_the_pages_load(body: str, tmp_path: Path) -> None:
     assert study.name in body
 
 
+def test_the_page_shows_the_weighting_that_the_contract_is_checked_on() -> None:
+    [shown] = re.findall(
+        r"```python\n(.*?)```", (DOCS / "own-weighting.md").read_text("utf-8"), re.DOTALL
+    )
+    assert shown in (DOCS / "own_weighting.py").read_text("utf-8")
+
+
 def test_every_test_that_a_page_names_is_there() -> None:
     page = (DOCS / "equal-agreement.md").read_text("utf-8")
     tests = (ROOT / "tests/core/test_equal_agreement.py").read_text("utf-8")

@@ -4,6 +4,7 @@ The three steps are methods of their own, so that an engine that never holds the
 stack (a vjp, a backward pass of the weighted loss) runs the same ones.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -12,7 +13,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.annotations import Bool, Float
-from gradagree_opt.core.diagnostics import Diagnostics, diagnose, update_rounding
+from gradagree_opt.core.diagnostics import (
+    Diagnostics,
+    diagnose,
+    troubled,
+    update_rounding,
+    verify,
+)
 from gradagree_opt.core.scopes import Scope, check_signal, group_indices, measure_by_group
 from gradagree_opt.core.stacks import (
     PyTree,
@@ -24,14 +31,20 @@ from gradagree_opt.core.stacks import (
     tree_norm,
 )
 from gradagree_opt.core.statistics import Statistics
-from gradagree_opt.core.verification import troubled, verify
 from gradagree_opt.core.weightings import (
-    AN_AGGREGATOR,
-    AgreementWeighting,
-    ConstantWeighting,
-    Weighting,
-    check_choice,
+    Need,
+    UniformWeighting,
+    Weigh,
+    check_weighting,
+    decide,
+    needs_of,
 )
+from gradagree_opt.options import check_choice
+
+AN_AGGREGATOR = "an aggregator as gradagree_opt.Sum()"
+"""What match_norm takes besides words, for the messages."""
+
+Nonfinite = Literal["raise", "drop", "propagate"]
 
 Combine = Callable[[Tensor, list[int] | None], PyTree]
 """From weights ``[n]``, or ``[groups, n]`` and the group of each leaf, to Σ_i w_i · direction_i."""
@@ -69,25 +82,30 @@ class Aggregator:
     """A weighting, and how its weights are applied.
 
     Args:
-        weighting: from statistics to weights.
+        weighting: from statistics to weights; a function that reads row sums alone will do.
         scope: "global", one weight a task; "leaf", one for each parameter tensor; or a callable
             from the path of a leaf to the name of its group.
-        match_norm: None, "mean", "agreement" or an aggregator of the same scope: rescale the update
-            to the norm of that method's.
+        match_norm: None, "mean" or an aggregator of the same scope: rescale the update to the norm
+            of that method's.
         nonfinite: "raise" names the tasks with NaN or inf, "drop" gives them weight 0,
             "propagate" looks at nothing (no host synchronisation).
         generator: source of randomness of a weighting that draws.
+
+    Raises:
+        TypeError, ValueError: the weighting is none, needs what there is not, or an option has none
+            of its values.
     """
 
     def __init__(
         self,
-        weighting: Weighting,
+        weighting: Weigh,
         *,
         scope: Scope = "global",
-        match_norm: "Literal['mean', 'agreement'] | Aggregator | None" = None,
-        nonfinite: Literal["raise", "drop", "propagate"] = "raise",
+        match_norm: "Literal['mean'] | Aggregator | None" = None,
+        nonfinite: Nonfinite = "raise",
         generator: torch.Generator | None = None,
     ) -> None:
+        check_weighting(weighting)
         if not callable(scope):
             check_choice("scope", scope, ("global", "leaf"))
         self.reference = _reference(match_norm, scope)
@@ -101,15 +119,21 @@ class Aggregator:
             self.generator = match_norm.generator
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[Need]:
         """Names of the optional statistics that are measured for it."""
-        return self.weighting.needs | (self.reference.needs if self.reference else frozenset())
+        own = needs_of(self.weighting)
+        return own if self.reference is None else own | needs_of(self.reference)
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}({self.weighting}, scope={self.scope!r}, "
-            f"match_norm={self.match_norm!r}, nonfinite={self.nonfinite!r})"
-        )
+        """What the constructor takes, but for its defaults."""
+        options = []
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            value = getattr(self, name, getattr(self.weighting, name, parameter.default))
+            if parameter.default is parameter.empty:
+                options.append(repr(value))
+            elif value != parameter.default:
+                options.append(f"{name}={value!r}")
+        return f"{type(self).__name__}({', '.join(options)})"
 
     def __call__(self, grads: PyTree, /) -> PyTree:
         """Σ_i w_i g_i of task-stacked gradients: :meth:`aggregate`, the update alone."""
@@ -236,8 +260,8 @@ class Aggregator:
         """
         statistics = measured.statistics
         with full_precision(statistics.row_sums.device):
-            decision = self.weighting(statistics)
-            reference = None if self.reference is None else self.reference(statistics)
+            decision = decide(self.weighting, statistics)
+            reference = None if self.reference is None else decide(self.reference, statistics)
         update = combine_directions(decision.weights, measured.groups)
         norm = tree_norm(update, scaled=measured.scaled)
         if reference is not None:
@@ -280,13 +304,11 @@ class Aggregator:
         return torch.empty(n, device=device).exponential_(generator=self.generator)
 
 
-def _reference(
-    method: Literal["mean", "agreement"] | Aggregator | None, scope: Scope
-) -> Weighting | None:
+def _reference(method: Literal["mean"] | Aggregator | None, scope: Scope) -> Weigh | None:
     """The weighting whose update has the length that is matched."""
     if not isinstance(method, Aggregator):
-        check_choice("match_norm", method, (None, "mean", "agreement"), AN_AGGREGATOR)
-        return {None: None, "mean": ConstantWeighting(), "agreement": AgreementWeighting()}[method]
+        check_choice("match_norm", method, (None, "mean"), AN_AGGREGATOR)
+        return None if method is None else UniformWeighting()
     if method.reference is not None or "directions" in method.needs:
         raise ValueError(
             "expected match_norm with an aggregator whose weights give its length, found "
@@ -298,3 +320,17 @@ def _reference(
             "give both the same"
         )
     return method.weighting
+
+
+def check_aggregator(aggregator: object, /) -> None:
+    """Raises a TypeError unless it is an aggregator of ours."""
+    if isinstance(aggregator, Aggregator):
+        return
+    if isinstance(aggregator, type):
+        found = f"the class {aggregator.__name__}; call it"
+    else:
+        found = (
+            f"{type(aggregator).__name__} of {type(aggregator).__module__}; wrap TorchJD's "
+            "aggregators by gradagree_opt.adapters.torchjd.from_torchjd"
+        )
+    raise TypeError(f"expected an aggregator as gradagree_opt.GradientAgreement(), found {found}")

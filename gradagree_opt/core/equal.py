@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Bool, Float
-from gradagree_opt.core.aggregation import Aggregator
-from gradagree_opt.core.aggregators import Nonfinite
+from gradagree_opt.core.aggregation import Aggregator, Nonfinite
 from gradagree_opt.core.positive_definite import power, solve
 from gradagree_opt.core.scopes import Scope
 from gradagree_opt.core.statistics import Statistics
-from gradagree_opt.core.weightings import Decision, check_choice, check_positive, is_finite_number
+from gradagree_opt.core.weightings import Decision, Need
+from gradagree_opt.options import check_choice, check_positive, is_finite_number
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class EqualWeighting:
     :class:`EqualAgreement`.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"cosines"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"cosines"})
     damping: float = 0.01
     similarity: Literal["inner", "cosine"] = "cosine"
 
@@ -62,7 +62,7 @@ class PowerWeighting:
     The options are those of :class:`GramianPower`.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"cosines"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"cosines"})
     power: float | int
     damping: float = 0.01
 

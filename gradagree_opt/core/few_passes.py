@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.core.aggregation import Aggregation, Aggregator, Combine, Measured
+from gradagree_opt.core.agreement import AgreementWeighting
 from gradagree_opt.core.statistics import Statistics
-from gradagree_opt.core.weightings import AgreementWeighting
 
 
 def weighted_loss_refusal(aggregator: Aggregator, /) -> str | None:

@@ -7,19 +7,18 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Float
-from gradagree_opt.core.aggregation import Aggregator
-from gradagree_opt.core.aggregators import Nonfinite
+from gradagree_opt.core.aggregation import Aggregator, Nonfinite
 from gradagree_opt.core.positive_definite import diagonal
 from gradagree_opt.core.scopes import Scope
 from gradagree_opt.core.statistics import Statistics
-from gradagree_opt.core.weightings import Decision, plain_decision, uniform
+from gradagree_opt.core.weightings import Decision, Need, plain_decision, uniform
 
 
 @dataclass(frozen=True)
 class NormClippedWeighting:
     """w_i = min(1, τ / ‖g_i‖) / n, τ the median norm of the tasks that are not zero."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"relative_norms"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"relative_norms"})
 
     def __call__(self, statistics: Statistics, /) -> Decision:
         return plain_decision(clipped(statistics), statistics)
@@ -29,7 +28,7 @@ class NormClippedWeighting:
 class GeometricMedianWeighting:
     """w_i ∝ 1 / ‖g_i − m‖, m = Σ w_j g_j of the step before; first the mean of clipped norms."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"cosines"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"cosines"})
     iterations: ClassVar[int] = 16
     smoothing: ClassVar[float] = 1e-3  # of the median norm: a distance below it counts as this one
 

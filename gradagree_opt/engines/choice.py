@@ -9,10 +9,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.annotations import Float
-from gradagree_opt.core.aggregation import Aggregation, Aggregator
-from gradagree_opt.core.aggregators import check_aggregator
+from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
 from gradagree_opt.core.stacks import PyTree, is_coarse, task_count
-from gradagree_opt.core.weightings import check_choice
 from gradagree_opt.engines.compilation import maybe_compiled
 from gradagree_opt.engines.errors import explained
 from gradagree_opt.engines.losses import TaskLoss
@@ -20,6 +18,7 @@ from gradagree_opt.engines.matrix_free import matrix_free, matrix_free_refusal
 from gradagree_opt.engines.one_backward import one_backward, one_backward_refusal
 from gradagree_opt.engines.stacked import stacked
 from gradagree_opt.engines.streamed import streamed, streamed_refusal
+from gradagree_opt.options import check_choice
 
 EngineName = Literal["auto", "stacked", "streamed", "matrix_free", "one_backward"]
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gradagree_opt.core.stacks import PyTree, is_coarse
-from gradagree_opt.core.weightings import check_choice
 from gradagree_opt.engines.normalization import AffineApart
 from gradagree_opt.engines.random_state import RandomState
+from gradagree_opt.options import check_choice
 
 LossFn = Callable[[PyTree, PyTree], Tensor]
 """``loss_fn(params, batch) -> scalar`` of one task."""

@@ -71,7 +71,7 @@ class Gradients(Protocol):
     n: int
 
     def gradients(self) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
-        """Loss and leaves of the gradient of every task, the same at each call; float32 or better."""
+        """Loss and gradient of every task in turn, the same at each call; float32 or better."""
 
 
 def weighted_sum(stream: Gradients, weights: Tensor, groups: list[int] | None, /) -> PyTree:

@@ -7,12 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gradagree_opt.core.aggregation import Aggregation, Aggregator
-from gradagree_opt.core.aggregators import check_aggregator
+from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
 from gradagree_opt.core.stacks import PyTree, is_coarse
-from gradagree_opt.core.weightings import check_choice
 from gradagree_opt.loops.adapted import Parameters, displacement, match, named, trained
 from gradagree_opt.loops.graphs import check_depends, check_loss, depends, gradients
+from gradagree_opt.options import check_choice
 
 _FROM_COPY = (
     "adapt from those that the batch was given: by clone() in learn2learn, with "

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from gradagree_opt.annotations import Float
-from gradagree_opt.core.aggregation import Aggregation, Aggregator
-from gradagree_opt.core.aggregators import check_aggregator
+from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
 from gradagree_opt.loops.graphs import check_depends, check_loss, gradients
 from gradagree_opt.loops.task_batch import TaskBatch
 

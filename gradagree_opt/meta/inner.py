@@ -1,6 +1,5 @@
 """Inner loops: how the parameters adapt to the support set of one task."""
 
-import operator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -8,6 +7,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.losses import LossFn
+from gradagree_opt.options import check_count
 
 
 @runtime_checkable
@@ -97,14 +97,3 @@ class InnerSGD:
             )
         start = step * self.batch_size % sizes[0]
         return tree_map(lambda leaf: leaf[start : start + self.batch_size], support)
-
-
-def check_count(name: str, count: int, /, *, least: int = 0) -> int:
-    """The number of inner steps or the like, or a ValueError in one sentence."""
-    try:
-        number = operator.index(count)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise ValueError(f"expected {name} to be an integer of {least} or more, found {count!r}")
-    return number

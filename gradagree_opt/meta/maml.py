@@ -6,14 +6,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gradagree_opt.batchnorm import statistics_refused
-from gradagree_opt.core.aggregation import Aggregation, Aggregator
-from gradagree_opt.core.aggregators import check_aggregator
+from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
 from gradagree_opt.core.stacks import PyTree
-from gradagree_opt.core.weightings import check_choice
 from gradagree_opt.engines.choice import EngineName, Runner
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap, scalar_loss
 from gradagree_opt.meta.inner import InnerLoop, InnerSGD
 from gradagree_opt.meta.steps import MetaStep, check_tasks, meta_step
+from gradagree_opt.options import check_choice
 
 
 class MAML:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Bool
-from gradagree_opt.core.weightings import check_choice
+from gradagree_opt.options import check_choice
 from gradagree_opt.tasks.draws import random_subsets
 from gradagree_opt.tasks.protocol import Batch, Split, TaskDistribution, check_sample_arguments
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Float, Int
-from gradagree_opt.core.weightings import check_choice
 from gradagree_opt.frameworks import FRAMEWORKS, require
+from gradagree_opt.options import check_choice
 from gradagree_opt.tasks.draws import random_subsets
 from gradagree_opt.tasks.group_splits import fold_groups, split_groups
 from gradagree_opt.tasks.protocol import SPLITS, Batch, Split, check_options, check_sample_arguments

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from gradagree_opt.core.weightings import check_choice
+from gradagree_opt.options import check_choice
 from gradagree_opt.tasks.protocol import SPLITS
 
 SplitScheme = Literal["vinyals", "background", "background_validation"]

@@ -5,7 +5,7 @@ from typing import Literal, Protocol, get_args, runtime_checkable
 import torch
 from torch import Tensor
 
-from gradagree_opt.core.weightings import check_choice
+from gradagree_opt.options import check_choice
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)

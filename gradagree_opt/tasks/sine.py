@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Float
-from gradagree_opt.core.weightings import check_choice
+from gradagree_opt.options import check_choice
 from gradagree_opt.tasks.draws import random_subsets
 from gradagree_opt.tasks.protocol import Batch, Split, check_options, check_sample_arguments
 

@@ -1,8 +1,11 @@
 """Every aggregator that a contract is checked on, with the weights it should give."""
 
+import runpy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,6 +57,9 @@ class Configuration:
         usual = {torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
         return max(usual, self.magnifies * torch.finfo(dtype).eps)
 
+
+OWN = runpy.run_path(str(Path(__file__).parents[3] / "docs" / "own_weighting.py"))
+"""The example of a weighting of one's own, of the documentation."""
 
 AXES: dict[str, tuple[Any, ...]] = {
     "similarity": ("inner", "cosine"),
@@ -198,6 +204,7 @@ CONFIGURATIONS = (
     ),
     Configuration("sum", ga.Sum, lambda gram: reference.uniform(gram) * len(gram)),
     Configuration("norm-share", ga.NormShare, reference.norm_shares),
+    Configuration("own", partial(ga.Aggregator, OWN["LengthShare"]()), reference.length_shares),
     Configuration(
         "random",
         lambda **others: ga.RandomWeights(torch.Generator().manual_seed(0), **others),

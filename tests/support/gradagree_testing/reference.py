@@ -75,6 +75,12 @@ def norm_shares(gram: Array) -> Array:
     return squares / squares.sum() if squares.sum() else uniform(gram)
 
 
+def length_shares(gram: Array) -> Array:
+    """‖g_i‖ / Σ_j ‖g_j‖; uniform where all are zero."""
+    lengths = np.array([math.sqrt(square) for square in np.diag(gram)])
+    return lengths / lengths.sum() if lengths.sum() else uniform(gram)
+
+
 def relative_norms(gram: Array) -> Array:
     """‖g_i‖ in units of the median of those that are not zero; zeros where all are."""
     norms = np.array([math.sqrt(square) for square in np.diag(gram)])

@@ -1,24 +1,90 @@
-"""The aggregators by name: Gradient Agreement and the methods it is compared with."""
+"""Gradient Agreement: its weighting, its aggregator, and its weights alone."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Float
-from gradagree_opt.core.aggregation import Aggregator
+from gradagree_opt.core.aggregation import AN_AGGREGATOR, Aggregator, Nonfinite
 from gradagree_opt.core.scopes import Scope
 from gradagree_opt.core.stacks import PyTree, check_stack
-from gradagree_opt.core.weightings import (
-    AN_AGGREGATOR,
-    AgreementWeighting,
-    ConstantWeighting,
-    NormShareWeighting,
-    RandomWeighting,
-    check_choice,
-)
+from gradagree_opt.core.statistics import Statistics
+from gradagree_opt.core.weightings import Decision, Need, in_squared_units, uniform
+from gradagree_opt.options import check_choice
 
-Nonfinite = Literal["raise", "drop", "propagate"]
+
+@dataclass(frozen=True)
+class AgreementWeighting:
+    """w_i = s_i / Σ_k |s_k| (Eshratifar et al. 2018, equation of the task weights) and its axes.
+
+    The options are those of :class:`gradagree_opt.GradientAgreement`.
+    """
+
+    similarity: Literal["inner", "cosine"] = "inner"
+    include_self: bool = True
+    negative: Literal["keep", "clip"] = "keep"
+    normalization: Literal["l1", "softmax"] = "l1"
+    temperature: float = 1.0
+    degenerate: Literal["uniform", "zero", "raise"] = "uniform"
+
+    def __post_init__(self) -> None:
+        check_choice("similarity", self.similarity, ("inner", "cosine"))
+        check_choice("include_self", self.include_self, (True, False))
+        check_choice("negative", self.negative, ("keep", "clip"))
+        check_choice("normalization", self.normalization, ("l1", "softmax"))
+        check_choice("degenerate", self.degenerate, ("uniform", "zero", "raise"))
+        if not self.temperature > 0:
+            raise ValueError(
+                f"expected a positive temperature, found {self.temperature!r}; "
+                "small values sharpen the weights, large ones flatten them"
+            )
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        if self.similarity == "cosine":
+            return frozenset({"cosine_row_sums"})
+        return frozenset(() if self.include_self else {"other_row_sums", "squared_norms"})
+
+    def __call__(self, statistics: Statistics, /) -> Decision:
+        scores, terms = self._scores(statistics)
+        if self.negative == "clip":
+            scores = scores.clamp(min=0)
+        total = scores.abs().sum(-1, keepdim=True)
+        degenerate = (total <= _rounding(terms)) & torch.isfinite(total)
+        shares = scores / torch.where(degenerate, torch.ones_like(total), total)
+        if self.normalization == "softmax":
+            shares = self._softmax(shares, statistics.active)
+        fallback = uniform(statistics)
+        if self.degenerate == "zero":
+            fallback = torch.zeros_like(fallback)
+        weights = torch.where(degenerate, fallback, shares)
+        if self.similarity == "inner":
+            scores = in_squared_units(scores, statistics)
+        return Decision(weights, scores, degenerate.squeeze(-1))
+
+    def _scores(self, statistics: Statistics) -> tuple[Tensor, Tensor]:
+        """Σ_j g_i · g_j of every task, and the size of the terms, by which it is rounded."""
+        norms = statistics.squared_norms
+        if self.similarity == "cosine":
+            scores = statistics.cosine_row_sums
+            assert scores is not None and statistics.nonzero is not None
+            own = statistics.nonzero.to(scores.dtype)
+            return (scores if self.include_self else scores - own), own
+        if self.include_self:
+            scores = statistics.row_sums
+            return scores, torch.zeros_like(scores) if norms is None else norms
+        assert statistics.other_row_sums is not None and norms is not None
+        lengths = norms.sqrt()
+        products = lengths.unsqueeze(-1) * lengths.unsqueeze(-2)
+        return statistics.other_row_sums, products.sum(-1) - lengths.square()
+
+    def _softmax(self, shares: Tensor, active: Tensor) -> Tensor:
+        """Softmax of the scores in units of their mean absolute value, so of no scale."""
+        logits = shares * active.sum() / self.temperature
+        weights = logits.masked_fill(~active, float("-inf")).softmax(-1)
+        return torch.where(active, weights, torch.zeros_like(weights))
 
 
 class GradientAgreement(Aggregator):
@@ -84,103 +150,6 @@ class GradientAgreement(Aggregator):
         super().__init__(weighting, scope=scope, match_norm=match_norm, nonfinite=nonfinite)
 
 
-class Mean(Aggregator):
-    """The plain average over tasks: what Gradient Agreement is swapped in for.
-
-    Args:
-        match_norm: an aggregator, whose update's length the mean's direction gets: the control that
-            tells a method from the size of its steps. "agreement" is Gradient Agreement, whose step
-            is never shorter than the mean's. The norm is that over all parameters.
-        nonfinite: as in :class:`GradientAgreement`.
-
-    Raises:
-        ValueError: match_norm is of another kind, has a match_norm of its own, or is one of
-            TorchJD's that give no weights.
-
-    >>> import gradagree_opt as ga
-    >>> ga.Mean()(torch.tensor([[2.0], [4.0]]))
-    tensor([3.])
-    >>> ga.Mean(match_norm=ga.Sum())(torch.tensor([[2.0], [4.0]]))
-    tensor([6.])
-    """
-
-    def __init__(
-        self,
-        *,
-        match_norm: Literal["agreement"] | Aggregator | None = None,
-        nonfinite: Nonfinite = "raise",
-    ) -> None:
-        scope: Scope = "global"
-        if isinstance(match_norm, Aggregator):
-            scope = match_norm.scope
-        else:
-            check_choice("match_norm", match_norm, (None, "agreement"), AN_AGGREGATOR)
-        super().__init__(
-            ConstantWeighting("mean"), scope=scope, match_norm=match_norm, nonfinite=nonfinite
-        )
-
-
-class Sum(Aggregator):
-    """The sum over tasks; its outer rate is n times smaller than the mean's.
-
-    >>> import gradagree_opt as ga
-    >>> ga.Sum()(torch.tensor([[2.0], [4.0]]))
-    tensor([6.])
-    """
-
-    def __init__(self, *, nonfinite: Nonfinite = "raise") -> None:
-        super().__init__(ConstantWeighting("sum"), nonfinite=nonfinite)
-
-
-class NormShare(Aggregator):
-    """Control: w_i = ‖g_i‖² / Σ_j ‖g_j‖², Gradient Agreement's limit for orthogonal tasks.
-
-    >>> import gradagree_opt as ga
-    >>> ga.NormShare().aggregate(torch.tensor([[1.0], [3.0]])).weights
-    tensor([0.1000, 0.9000])
-    """
-
-    def __init__(self, *, nonfinite: Nonfinite = "raise") -> None:
-        super().__init__(NormShareWeighting(), nonfinite=nonfinite)
-
-
-class RandomWeights(Aggregator):
-    """Control: positive random weights of sum 1, drawn anew for every batch.
-
-    The weights are uniform on the simplex (exponential draws over their sum).
-
-    Args:
-        generator: source of the draws.
-
-    >>> import gradagree_opt as ga
-    >>> random = ga.RandomWeights(torch.Generator().manual_seed(0))
-    >>> float(random.aggregate(torch.ones(4, 2)).weights.sum().round(decimals=6))
-    1.0
-    """
-
-    def __init__(self, generator: torch.Generator, /, *, nonfinite: Nonfinite = "raise") -> None:
-        if not isinstance(generator, torch.Generator):
-            raise TypeError(
-                f"expected a torch.Generator, found {type(generator).__name__}; "
-                "pass torch.Generator().manual_seed(seed)"
-            )
-        super().__init__(RandomWeighting(), nonfinite=nonfinite, generator=generator)
-
-
-def check_aggregator(aggregator: object, /) -> None:
-    """Raises a TypeError unless it is an aggregator of ours."""
-    if isinstance(aggregator, Aggregator):
-        return
-    if isinstance(aggregator, type):
-        found = f"the class {aggregator.__name__}; call it"
-    else:
-        found = (
-            f"{type(aggregator).__name__} of {type(aggregator).__module__}; wrap TorchJD's "
-            "aggregators by gradagree_opt.adapters.torchjd.from_torchjd"
-        )
-    raise TypeError(f"expected an aggregator as gradagree_opt.GradientAgreement(), found {found}")
-
-
 def agreement_weights(
     signal: PyTree,
     /,
@@ -222,3 +191,15 @@ def agreement_weights(
         .aggregate(signal)
         .weights
     )
+
+
+def _rounding(terms: Tensor) -> Tensor:
+    """What Σ|s_i| can be from rounding alone, as its terms cancel.
+
+    Each entry of Σ g_j carries about √n roundings, so the scores of n tasks stay below a small
+    multiple of eps · √n · Σ‖g_i‖² when the exact sum is zero; of the other tasks alone, likewise
+    with Σ_{j≠i} ‖g_i‖ ‖g_j‖.
+    """
+    eps = torch.finfo(terms.dtype).eps
+    tolerance: float = 8 * eps * terms.shape[-1] ** 0.5
+    return tolerance * terms.sum(-1, keepdim=True)

@@ -1,0 +1,42 @@
+"""Options that are none of their choices, in one sentence."""
+
+import operator
+import sys
+from typing import TypeGuard
+
+
+def check_choice(option: str, value: object, choices: tuple[object, ...], /, *others: str) -> None:
+    """ValueError in one sentence unless the value is one of the choices.
+
+    ``others`` say in words what else the caller takes, and has looked for.
+    """
+    if value not in choices:
+        expected = ", ".join([*(repr(choice) for choice in choices), *others])
+        raise ValueError(f"expected {option} to be one of {expected}; found {value!r}")
+
+
+def check_positive(option: str, value: object, /) -> None:
+    """ValueError in one sentence unless the value is a positive finite number."""
+    if not is_finite_number(value) or not value > 0:
+        raise ValueError(
+            f"expected a positive number for {option}, found {value!r}; give an int or a float "
+            "above 0"
+        )
+
+
+def is_finite_number(value: object, /) -> TypeGuard[int | float]:
+    """Whether it is an int or a float, not a bool, that a float holds."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max
+
+
+def check_count(name: str, count: int, /, *, least: int = 0) -> int:
+    """The number of inner steps or the like, or a ValueError in one sentence."""
+    try:
+        number = operator.index(count)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise ValueError(f"expected {name} to be an integer of {least} or more, found {count!r}")
+    return number

@@ -1,0 +1,98 @@
+"""A weighting of one's own: taken as it is, or refused in one sentence when it is given."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+import gradagree_opt as ga
+from gradagree_opt.core.agreement import AgreementWeighting
+
+STACK = torch.tensor([[3.0, 0.0], [1.0, 1.0], [-1.0, 2.0]])
+
+
+def scores(statistics: ga.Statistics) -> torch.Tensor:
+    return statistics.row_sums / statistics.row_sums.abs().sum(-1, keepdim=True)
+
+
+def test_a_function_weights_as_the_class_of_the_same_formula():
+    for scope in ("global", "leaf"):
+        own = ga.Aggregator(scores, scope=scope).aggregate([STACK, -STACK])
+        ours = ga.GradientAgreement(scope=scope).aggregate([STACK, -STACK])
+        assert torch.equal(own.weights, ours.weights)
+        assert torch.equal(own.update[1], ours.update[1])
+        assert not own.diagnostics.degenerate.any()
+
+
+def test_a_function_serves_every_engine_and_as_the_length_of_another():
+    loss_fn = lambda w, x: ((w - x) ** 2).sum()  # noqa: E731 - two of one line
+    take = partial(ga.aggregate_gradients, loss_fn, torch.zeros(2), STACK)
+    for engine in ("stacked", "matrix_free", "streamed"):
+        update = take(ga.Aggregator(scores), engine=engine).update
+        torch.testing.assert_close(update, take(ga.GradientAgreement()).update)
+    length = ga.Mean(match_norm=ga.Aggregator(scores))(STACK).norm()
+    torch.testing.assert_close(length, ga.GradientAgreement()(STACK).norm())
+
+
+class Misspelt:
+    needs = frozenset({"squared_norm"})
+
+    def __call__(self, statistics: ga.Statistics) -> torch.Tensor:
+        return scores(statistics)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "error", "parts"),
+    [
+        (AgreementWeighting, TypeError, ("a weighting", "the class AgreementWeighting", "call it")),
+        ("agreement", TypeError, ("a weighting", "'agreement'")),
+        (None, TypeError, ("a weighting", "None")),
+        (Misspelt(), ValueError, ("squared_norms", "found 'squared_norm'")),
+    ],
+)
+def test_what_is_no_weighting_is_refused_when_it_is_given(
+    weighting: Any, error: type[Exception], parts: tuple[str, ...], without_type_checks: None
+):
+    with pytest.raises(error) as caught:
+        ga.Aggregator(weighting)
+    assert all(part in str(caught.value) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "found"),
+    [
+        (lambda statistics: statistics.row_sums.sum(), ValueError, "[]"),
+        (lambda statistics: statistics.row_sums[:2], ValueError, "[2]"),
+        (lambda statistics: 1.0, TypeError, "float"),
+        (lambda statistics: None, TypeError, "NoneType"),
+    ],
+)
+def test_what_are_no_weights_is_refused(
+    answer: Any, error: type[Exception], found: str, without_type_checks: None
+):
+    with pytest.raises(error, match="weighting") as caught:
+        ga.Aggregator(answer)(STACK)
+    assert f"found {found}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "aggregator",
+    [
+        ga.Mean(),
+        ga.Mean(match_norm="agreement"),
+        ga.Sum(nonfinite="drop"),
+        ga.GradientAgreement(similarity="cosine", scope="leaf", degenerate="zero"),
+        ga.EqualAgreement(damping=0.1, match_norm=ga.NormShare(), nonfinite="propagate"),
+        ga.GramianPower(-0.5, match_norm="mean"),
+        ga.GeometricMedian(),
+    ],
+    ids=repr,
+)
+def test_an_aggregator_shows_what_makes_it_again(aggregator: ga.Aggregator):
+    again = eval(repr(aggregator), {name: getattr(ga, name) for name in ga.__all__})
+    assert type(again) is type(aggregator)
+    assert again.weighting == aggregator.weighting
+    assert (again.scope, again.nonfinite) == (aggregator.scope, aggregator.nonfinite)
+    assert again.reference == aggregator.reference
+    assert torch.equal(again(STACK), aggregator(STACK))
