@@ -67,6 +67,26 @@ def measured_by(
     return Measured(statistics, nonfinite, None)
 
 
+def apply_unscaled(
+    aggregator: Aggregator, measured: Measured, combine_directions: Combine, /, *, waits: bool
+) -> Aggregation:
+    """:meth:`Aggregator.apply`, the norm of the update in one read of it where that is enough.
+
+    Args:
+        aggregator: what weights the tasks.
+        measured: what is known of the signals, which are the directions.
+        combine_directions: linear map from weights to Σ_i w_i g_i.
+        waits: whether the host may wait for the device to learn whether it is enough.
+    """
+    if not waits or aggregator.reference is not None:
+        return aggregator.apply(measured, combine_directions, signal_is_direction=True)
+    plain = measured._replace(scaled=False)
+    result = aggregator.apply(plain, combine_directions, signal_is_direction=True)
+    if torch.isfinite(result.diagnostics.update_norm):
+        return result
+    return aggregator.apply(measured, lambda *_: result.update, signal_is_direction=True)
+
+
 def apply_row_sums(
     aggregator: Aggregator,
     measured: Measured,
@@ -74,6 +94,8 @@ def apply_row_sums(
     norm: Float[Tensor, ""],
     eps: float,
     /,
+    *,
+    waits: bool = False,
 ) -> Aggregation:
     """:meth:`Aggregator.apply` where Σ g_j may be made of rounding, which no norm tells.
 
@@ -86,12 +108,15 @@ def apply_row_sums(
         combine_directions: linear map from weights to Σ_i w_i g_i.
         norm: ‖Σ g_j‖.
         eps: to which the gradients are rounded.
+        waits: whether the host may wait for the device to save what is not needed.
     """
     row_sums = measured.statistics.row_sums
-    aggregation = aggregator.apply(measured, combine_directions, signal_is_direction=True)
+    aggregation = apply_unscaled(aggregator, measured, combine_directions, waits=waits)
     rounding = 8 * eps * row_sums.shape[-1] ** 1.5
     size = aggregation.weights.abs().sum()  # 1, unless the update has another one's length
     cancelled = norm * size <= rounding * aggregation.diagnostics.update_norm
+    if waits and not cancelled:
+        return aggregation
     nothing = measured.statistics._replace(row_sums=torch.zeros_like(row_sums))
     fallback = aggregator.apply(
         measured._replace(statistics=nothing),

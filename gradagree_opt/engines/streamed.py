@@ -13,14 +13,20 @@ from gradagree_opt.core.blocks import or_one
 from gradagree_opt.core.scopes import group_indices, measure_by_group
 from gradagree_opt.core.stacks import PyTree, accumulation_dtype, task_count
 from gradagree_opt.core.statistics import Statistics
+from gradagree_opt.core.weightings import Need
 from gradagree_opt.engines.losses import TaskLoss
 from gradagree_opt.engines.random_state import RandomState
 from gradagree_opt.engines.rows import Rows
 
+STREAMED: frozenset[Need] = frozenset(
+    {"draws", "squared_norms", "cosine_row_sums", "other_row_sums"}
+)
+"""What a weighting may ask for of gradients of which one exists at a time."""
+
 
 def streamed_refusal(aggregator: Aggregator, task_loss: TaskLoss, /) -> str | None:
     """Why the engine cannot serve an aggregator, in half a sentence; None where it can."""
-    known = {"draws", "squared_norms", "cosine_row_sums", "other_row_sums"}
+    known = STREAMED
     if not task_loss.signal_is_gradient:
         known |= {"relative_norms", "cosines", "gramian"}  # of a stack that is held
     missing = sorted(aggregator.needs - known)
