@@ -94,6 +94,7 @@ class RandomWeighting:
     """Uniform on the weights that are positive and sum to 1: exponential draws over their sum."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"draws"})
+    reads_signal: ClassVar[bool] = False
 
     def __call__(self, statistics: Statistics, /) -> Decision:
         assert statistics.draws is not None

@@ -46,6 +46,8 @@ class Weighting(Protocol):
 
     A function will do, where it reads the row sums alone; and one that returns the weights ``[n]``
     in the place of a :class:`Decision`. It works on the last axis, so that it serves every scope.
+    One whose weights do not depend on the signals says so by an attribute ``reads_signal = False``:
+    nothing is measured for it then, where that saves a pass, and the row sums are NaN.
 
     >>> import torch
     >>> import gradagree_opt as ga
@@ -118,6 +120,7 @@ class UniformWeighting:
     """The same weight for every task: 1/n for the mean, 1 for the sum."""
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    reads_signal: ClassVar[bool] = False
     total: Literal["mean", "sum"] = "mean"
 
     def __call__(self, statistics: Statistics, /) -> Decision:

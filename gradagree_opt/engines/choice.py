@@ -184,7 +184,7 @@ class Runner:
                 )
             return [self.engine]
         leaves = tree_leaves(params)
-        sparing = not self.task_loss.adapts and _are_large(leaves, n)
+        sparing = not self.task_loss.adapts and are_large(leaves, n)
         order = ["one_backward", "stacked"]
         if aggregator.scope != "global":  # one backward pass for each group
             order.reverse()
@@ -195,7 +195,7 @@ class Runner:
         return sorted(order, key=self._failed.__contains__)
 
 
-def _are_large(leaves: list[Tensor], n: int) -> bool:
+def are_large(leaves: list[Tensor], n: int, /) -> bool:
     """Whether not to hold the gradients of n tasks is faster."""
     size: int = n * sum(leaf.numel() * leaf.element_size() for leaf in leaves)
     limit = STACK_BYTES if leaves[0].device.type == "cpu" else GPU_STACK_BYTES

@@ -7,11 +7,10 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from gradagree_opt.annotations import Float
-from gradagree_opt.core.aggregation import Aggregation, Aggregator, Measured
-from gradagree_opt.core.agreement import AgreementWeighting
+from gradagree_opt.core.aggregation import Aggregation, Aggregator
 from gradagree_opt.core.blocks import or_one
+from gradagree_opt.core.few_passes import apply_row_sums, measured_by, row_sums_refusal
 from gradagree_opt.core.stacks import PyTree, task_count, tree_norm
-from gradagree_opt.core.statistics import Statistics
 from gradagree_opt.engines.losses import TaskLoss, refuse_coarse
 from gradagree_opt.engines.random_state import RandomState, check_same_losses
 from gradagree_opt.engines.rows import Rows
@@ -24,16 +23,10 @@ def matrix_free_refusal(aggregator: Aggregator, task_loss: TaskLoss, /) -> str |
     """Why the engine cannot serve an aggregator, in half a sentence; None where it can."""
     if not task_loss.signal_is_gradient:
         return "its signal is not the gradient"
-    missing = sorted(aggregator.needs - {"draws"})
-    if missing:
-        return f"its weighting reads {', '.join(missing)}, which no row sum tells"
-    if aggregator.scope != "global":
-        return f"scope={aggregator.scope!r} needs the row sums of each group"
-    if isinstance(aggregator.reference, AgreementWeighting):
-        return "match_norm='agreement' needs the norms of the gradients where they cancel"
-    if aggregator.nonfinite == "drop":
+    refusal = row_sums_refusal(aggregator)
+    if refusal is None and aggregator.nonfinite == "drop":
         return "nonfinite='drop' needs the gradient of each task"
-    return None
+    return refusal
 
 
 def matrix_free(
@@ -69,7 +62,7 @@ def matrix_free(
         products.append(chunk.times(params, tree_unflatten(leaves, structure)))
     leaves.clear()
     row_sums = products.stack.to(scale.dtype) / scale
-    measured = _measured(row_sums, losses, scale, draws)
+    measured = measured_by(row_sums, scale, ~torch.isfinite(losses), draws)
 
     def weighted(weights: Tensor, _: list[int] | None) -> PyTree:
         update: PyTree = None
@@ -77,25 +70,8 @@ def matrix_free(
             update = _plus(update, chunk.weighted_gradient(params, part.to(losses)))
         return update
 
-    aggregation = aggregator.apply(measured, weighted, signal_is_direction=True)
-    # Σ g_j made of rounding gives scores of rounding, and an update of the gradients' own length.
-    rounding = 8 * torch.finfo(losses.dtype).eps * n**1.5
-    size = aggregation.weights.abs().sum()  # 1, unless the update has another one's length
-    cancelled = norm * size <= rounding * aggregation.diagnostics.update_norm
-    nothing = measured.statistics._replace(row_sums=torch.zeros_like(row_sums))
-    fallback = aggregator.apply(
-        measured._replace(statistics=nothing),
-        lambda weights, _: weights.new_zeros(1),
-        signal_is_direction=True,
-    )
-    degenerate = cancelled & fallback.diagnostics.degenerate
-    rest = tree_map(
-        lambda a, b: torch.where(degenerate, a, b), tuple(fallback[1:]), tuple(aggregation[1:])
-    )
-    leaves, structure = tree_flatten(aggregation.update)
-    del aggregation
-    _replace_each(leaves, lambda leaf: torch.where(degenerate, leaf.new_zeros(()), leaf))
-    return Aggregation(tree_unflatten(leaves, structure), *rest), losses
+    eps = torch.finfo(losses.dtype).eps
+    return apply_row_sums(aggregator, measured, weighted, norm, eps), losses
 
 
 def _losses_and_sum(
@@ -202,20 +178,6 @@ def _chunks(task_loss: TaskLoss, params: PyTree, tasks: PyTree, n: int) -> list[
     same = task_loss.map.randomness == "same"
     state = RandomState(params, tasks, source=source) if same else None
     return [_Chunk(task_loss, part, keep=len(parts) == 1, state=state) for part in parts]
-
-
-def _measured(row_sums: Tensor, losses: Tensor, scale: Tensor, draws: Tensor | None) -> Measured:
-    finite = torch.isfinite(losses)
-    statistics = Statistics(
-        row_sums=row_sums,
-        squared_norms=None,
-        cosine_row_sums=None,
-        finite=finite,
-        active=torch.ones_like(finite),
-        scale=scale,
-        draws=None if draws is None else draws.to(row_sums),
-    )
-    return Measured(statistics, ~finite, None)
 
 
 def _jacobian_times(losses_of: Losses, params: PyTree, direction: PyTree) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from gradagree_opt.annotations import Float
 from gradagree_opt.core.aggregation import Aggregation, Aggregator
+from gradagree_opt.core.few_passes import weighted_loss_refusal
 from gradagree_opt.core.stacks import PyTree, task_count
 from gradagree_opt.engines.losses import TaskLoss, refuse_coarse
 
@@ -16,11 +17,7 @@ def one_backward_refusal(aggregator: Aggregator, task_loss: TaskLoss, /) -> str 
     """Why the engine cannot serve an aggregator, in half a sentence; None where it can."""
     if task_loss.signal_is_gradient:
         return "its signal is the gradient, which no forward pass tells"
-    if "directions" in aggregator.needs:
-        return "its update is no weighted sum, and needs the gradient of each task"
-    if aggregator.nonfinite == "drop":  # 0 · NaN is NaN
-        return "nonfinite='drop' must keep a task out of the backward pass that all share"
-    return None
+    return weighted_loss_refusal(aggregator)
 
 
 def one_backward(

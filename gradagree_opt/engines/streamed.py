@@ -1,7 +1,7 @@
 """The streamed engine: one task's gradient at a time, by first-order autograd alone."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,15 +13,21 @@ from gradagree_opt.core.blocks import or_one
 from gradagree_opt.core.scopes import group_indices, measure_by_group
 from gradagree_opt.core.stacks import PyTree, accumulation_dtype, task_count
 from gradagree_opt.core.statistics import Statistics
+from gradagree_opt.core.weightings import Need
 from gradagree_opt.engines.kept import Model
 from gradagree_opt.engines.losses import TaskLoss
 from gradagree_opt.engines.random_state import RandomState, check_same_losses
 from gradagree_opt.engines.rows import Rows
 
+STREAMED: frozenset[Need] = frozenset(
+    {"draws", "squared_norms", "cosine_row_sums", "other_row_sums"}
+)
+"""What a weighting may ask for of gradients of which one exists at a time."""
+
 
 def streamed_refusal(aggregator: Aggregator, task_loss: TaskLoss, /) -> str | None:
     """Why the engine cannot serve an aggregator, in half a sentence; None where it can."""
-    known = {"draws", "squared_norms", "cosine_row_sums", "other_row_sums"}
+    known = STREAMED
     if not task_loss.signal_is_gradient:
         known |= {"relative_norms", "cosines", "gramian"}  # of a stack that is held
     missing = sorted(aggregator.needs - known)
@@ -52,21 +58,42 @@ def streamed(
             "take torch.no_grad(), or no such block"
         )
     stream = _Stream(task_loss, params, tasks)
-    measure = _measured_in_two_passes if task_loss.signal_is_gradient else _measured_forward
-    measured, losses = measure(stream, aggregator, draws)
+    if task_loss.signal_is_gradient:
+        measured, losses = measured_in_two_passes(stream, aggregator, draws)
+    else:
+        measured, losses = _measured_forward(stream, aggregator, draws)
+    aggregation = aggregator.apply(
+        measured,
+        lambda weights, groups: weighted_sum(stream, weights, groups),
+        signal_is_direction=task_loss.signal_is_gradient,
+    )
+    return aggregation, losses
 
-    def weighted(weights: Tensor, groups: list[int] | None) -> PyTree:
-        total = stream.zeros()
-        for index, (_, gradient) in enumerate(stream.gradients()):
-            each = _by_leaf(weights[..., index], groups, len(total))
-            for place, (leaf, weight) in enumerate(zip(gradient, each, strict=True)):
-                # 0 · NaN is NaN: a task of weight 0 is left out.
-                part = torch.where(weight == 0, torch.zeros_like(leaf), weight.to(leaf) * leaf)
-                total[place] = total[place] + part
-        return stream.like_params(total)
 
-    signal_is_direction = task_loss.signal_is_gradient
-    return aggregator.apply(measured, weighted, signal_is_direction=signal_is_direction), losses
+@runtime_checkable
+class Gradients(Protocol):
+    """The gradients of n tasks, one at a time."""
+
+    params: PyTree
+    n: int
+
+    def gradients(self) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
+        """Loss and gradient of every task in turn, the same at each call; float32 or better."""
+
+
+def weighted_sum(stream: Gradients, weights: Tensor, groups: list[int] | None, /) -> PyTree:
+    """Σ_i w_i g_i in one pass, in the dtypes and the structure of the parameters."""
+    total = _zeros(stream)
+    for index, (_, gradient) in enumerate(stream.gradients()):
+        each = _by_leaf(weights[..., index], groups, len(total))
+        for place, (leaf, weight) in enumerate(zip(gradient, each, strict=True)):
+            # 0 · NaN is NaN: a task of weight 0 is left out.
+            part = torch.where(weight == 0, torch.zeros_like(leaf), weight.to(leaf) * leaf)
+            total[place] = total[place] + part
+        del gradient, leaf, part  # before the next one is made
+    leaves = tree_leaves(stream.params)
+    cast = [a.to(b.dtype) for a, b in zip(total, leaves, strict=True)]
+    return tree_unflatten(cast, tree_structure(stream.params))
 
 
 def _measured_forward(
@@ -77,8 +104,8 @@ def _measured_forward(
     return aggregator.measure(signal, nonfinite=~torch.isfinite(losses), draws=draws), losses
 
 
-def _measured_in_two_passes(
-    stream: "_Stream", aggregator: Aggregator, draws: Tensor | None
+def measured_in_two_passes(
+    stream: Gradients, aggregator: Aggregator, draws: Tensor | None, /
 ) -> tuple[Measured, Tensor]:
     """Statistics of the gradients: norms and Σ g_j in one pass, products with it in another."""
     groups = group_indices(stream.params, aggregator.scope)
@@ -87,7 +114,8 @@ def _measured_in_two_passes(
     # Σ_j g_j − g_i of one task far larger than the others is rounding in float32.
     others = "other_row_sums" in aggregator.needs
     losses, scales, squares, finite = (Rows(stream.n) for _ in range(4))
-    total, unit_total = stream.zeros(torch.float64 if others else None), stream.zeros()
+    total = _zeros(stream, torch.float64 if others else None)
+    unit_total = _zeros(stream) if cosine else []
     for loss, gradient in stream.gradients():
         one = _measure_one(gradient, groups)
         sound = one.finite & torch.isfinite(loss)
@@ -96,27 +124,34 @@ def _measured_in_two_passes(
         ):
             results.append(value.unsqueeze(0))
         kept = _kept(gradient, sound) if drop else gradient
-        total = _sums(total, kept)
+        _add(total, kept)
         if cosine:
-            unit_total = _sums(unit_total, _units(kept, one, groups))
+            _add(unit_total, _units(kept, one, groups))
+        del gradient, kept  # before the next one is made
     active = finite.stack if drop else torch.ones_like(finite.stack)
     # A scale of 1 stands for zeros too, which say nothing of the others.
     says = active.reshape(-1, *[1] * (scales.stack.ndim - 1)) & (squares.stack != 0)
     sizes = torch.where(says, scales.stack, torch.zeros_like(scales.stack))
     scale = or_one(sizes.amax(0))
+    shares = sizes / scale
+    of_total, whole = _measure_one(total, groups), torch.ones_like(scale)
     dots, other_dots, cosines = Rows(stream.n), Rows(stream.n), Rows(stream.n)
-    ones = torch.ones_like(scale)
     for index, (_, gradient) in enumerate(stream.gradients()):
         kept = _kept(gradient, finite.stack[index]) if drop else gradient
-        dots.append(_dot(kept, total, groups, scale).unsqueeze(0))
+        one = _One(finite.stack[index], scales.stack[index], squares.stack[index])
+        dots.append(_dot(kept, one, total, of_total, groups, scale).unsqueeze(0))
         if others:
             rest = [a - b for a, b in zip(total, kept, strict=True)]
-            other_dots.append(_dot(kept, rest, groups, scale).unsqueeze(0))
+            of_rest = _measure_one(rest, groups)
+            other_dots.append(_dot(kept, one, rest, of_rest, groups, scale).unsqueeze(0))
+            del rest
         if cosine:
-            one = _One(finite.stack[index], scales.stack[index], squares.stack[index])
             units = _units(kept, one, groups)
-            cosines.append(_dot(units, unit_total, groups, ones).unsqueeze(0))
-    shares = sizes / scale
+            of_unit = _One(one.finite, whole, whole)
+            product = _dot(units, of_unit, unit_total, of_unit, groups, whole)
+            cosines.append(product.unsqueeze(0))
+            del units
+        del gradient, kept  # before the next one is made
     draws = aggregator.draw(stream.n) if draws is None else draws
     squared_norms = torch.where(shares == 0, shares, shares.square() * squares.stack).movedim(0, -1)
     statistics = Statistics(
@@ -164,21 +199,17 @@ class _Stream:
                 loss, _ = self._task_loss.function(at, task)
             losses.append(loss.detach().unsqueeze(0))
             if not loss.requires_grad:  # of no parameter
-                yield loss, self.zeros()
+                yield loss, _zeros(self)
                 continue
-            found = torch.autograd.grad(loss, self._leaves, materialize_grads=True)
-            yield loss.detach(), [gradient.to(self._dtype) for gradient in found]
+            # Held by no name here, so that it is gone when the next one is made.
+            yield (
+                loss.detach(),
+                [
+                    gradient.to(self._dtype)
+                    for gradient in torch.autograd.grad(loss, self._leaves, materialize_grads=True)
+                ],
+            )
         self._compare(losses.stack)
-
-    def zeros(self, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Leaves of zeros, to add gradients to: of their own dtype if none is given."""
-        dtype = dtype or self._dtype
-        return [torch.zeros_like(leaf, dtype=dtype).detach() for leaf in self._leaves]
-
-    def like_params(self, leaves: list[Tensor]) -> PyTree:
-        """The leaves in the dtypes and the structure of the parameters."""
-        cast = [a.to(b.dtype) for a, b in zip(leaves, self._leaves, strict=True)]
-        return tree_unflatten(cast, tree_structure(self.params))
 
     def _compare(self, losses: Tensor) -> None:
         """One host synchronisation: whether a pass has drawn what the first one drew."""
@@ -201,30 +232,44 @@ class _One(NamedTuple):
     square: Float[Tensor, "*groups"]
 
 
-def _measure_one(gradient: list[Tensor], groups: list[int] | None) -> _One:
-    measured = _measure([leaf.unsqueeze(0) for leaf in gradient], groups)
+def _measure_one(gradient: Sequence[Tensor], groups: list[int] | None) -> _One:
+    rows = [leaf.unsqueeze(0) for leaf in gradient]
+    active = torch.ones(1, dtype=torch.bool, device=rows[0].device)
+    measured = measure_by_group(rows, groups, active, frozenset(), scaled=True)
     assert measured.squared_norms is not None
     return _One(measured.finite.squeeze(0), measured.scale, measured.squared_norms.squeeze(-1))
 
 
-def _measure(
-    leaves: list[Tensor], groups: list[int] | None, needs: frozenset[str] = frozenset()
-) -> Statistics:
-    active = torch.ones(leaves[0].shape[0], dtype=torch.bool, device=leaves[0].device)
-    return measure_by_group(leaves, groups, active, needs, scaled=True)
-
-
 def _dot(
-    a: list[Tensor], b: list[Tensor], groups: list[int] | None, scale: Tensor
+    a: Sequence[Tensor],
+    of_a: _One,
+    b: Sequence[Tensor],
+    of_b: _One,
+    groups: list[int] | None,
+    scale: Tensor,
 ) -> Float[Tensor, "*groups"]:
-    """Inner product of two gradients in each group, in units of scale²."""
-    pair = [torch.stack(leaves) for leaves in zip(a, b, strict=True)]
-    measured = _measure(pair, groups, frozenset({"gramian"}))
-    assert measured.gramian is not None
-    return measured.gramian[..., 0, 1] * (measured.scale / scale).square()
+    """Inner product of two gradients in each group, in units of scale², each in its own first."""
+    each = [
+        torch.dot((x / s).to(y.dtype).flatten(), (y / t).flatten())
+        for x, s, y, t in zip(
+            a,
+            _by_leaf(of_a.scale, groups, len(a)),
+            b,
+            _by_leaf(of_b.scale, groups, len(b)),
+            strict=True,
+        )
+    ]
+    dots = torch.stack(each)
+    if groups is None:
+        products = dots.sum()
+    else:
+        members = torch.tensor(groups, device=dots.device)
+        products = dots.new_zeros(scale.shape).index_add(0, members, dots)
+    shares = [torch.where(of.square == 0, 0, of.scale / scale) for of in (of_a, of_b)]
+    return products * shares[0] * shares[1]
 
 
-def _units(gradient: list[Tensor], one: _One, groups: list[int] | None) -> list[Tensor]:
+def _units(gradient: Sequence[Tensor], one: _One, groups: list[int] | None) -> list[Tensor]:
     """The gradient by its norm in each group; zero for a zero gradient."""
     scale, norm = one.scale, or_one(one.square).sqrt()
     return [
@@ -243,10 +288,19 @@ def _by_leaf(values: Tensor, groups: list[int] | None, leaves: int) -> list[Tens
     return [values if groups is None else values[groups[index]] for index in range(leaves)]
 
 
-def _kept(gradient: list[Tensor], sound: Tensor) -> list[Tensor]:
+def _kept(gradient: Sequence[Tensor], sound: Tensor) -> list[Tensor]:
     """The gradient, or zeros where its task is not sound."""
     return [torch.where(sound, leaf, torch.zeros_like(leaf)) for leaf in gradient]
 
 
-def _sums(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
-    return [x + y for x, y in zip(a, b, strict=True)]
+def _add(total: list[Tensor], part: Sequence[Tensor]) -> None:
+    """Adds to the total leaf by leaf, so that one leaf is there twice at a time."""
+    for place, leaf in enumerate(part):
+        total[place] = total[place] + leaf
+
+
+def _zeros(stream: Gradients, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Leaves of zeros, to add gradients to: of float32 or better if no dtype is given."""
+    leaves = tree_leaves(stream.params)
+    dtype = dtype or accumulation_dtype(leaves)
+    return [torch.zeros_like(leaf, dtype=dtype).detach() for leaf in leaves]

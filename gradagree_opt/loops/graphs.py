@@ -1,9 +1,12 @@
 """Autograd graphs: what a loss was computed from, and its gradients or one sentence."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node, get_gradient_edge
 
 
@@ -22,14 +25,20 @@ def dependencies(loss: Tensor, tensors: Sequence[Tensor], /) -> Iterator[int]:
     """
     if not loss.requires_grad:
         return
-    wanted = {_edge(tensor): at for at, tensor in enumerate(tensors) if tensor.requires_grad}
+    # A leaf is known by itself: to ask for its edge would take as long as the walk.
+    wanted = {
+        id(tensor) if tensor.is_leaf else _edge(tensor): at
+        for at, tensor in enumerate(tensors)
+        if tensor.requires_grad
+    }
     pending: list[tuple[Node | None, int]] = [_edge(loss)]
     visited = set()
     while pending:
         edge = pending.pop()
         node = edge[0]
-        if edge in wanted:
-            yield wanted.pop(edge)
+        place = id(node.variable) if type(node).__name__ == "AccumulateGrad" else edge
+        if place in wanted:
+            yield wanted.pop(place)
         elif node is not None and node not in visited:
             visited.add(node)
             pending += node.next_functions
@@ -78,17 +87,67 @@ def check_depends(
         )
 
 
+class Survey(NamedTuple):
+    """What a walk through the graphs of several losses finds.
+
+    Attributes:
+        shared: whether two of them have more in common than leaves.
+        foreign: nodes that are not PyTorch's own, whose backward pass is somebody else's code.
+    """
+
+    shared: bool
+    foreign: list[Node]
+
+
+def survey(losses: Sequence[Tensor], /) -> Survey:
+    """Walks through the graphs of the losses, each node once.
+
+    >>> w = torch.ones(3, requires_grad=True)
+    >>> survey((2 * w).unbind()).shared, survey([w.sum(), w.max()]).shared
+    (True, False)
+    """
+    shared, foreign = False, []
+    visited: set[Node] = set()
+    for loss in losses:
+        own: set[Node] = set()
+        pending: list[Node | None] = [_edge(loss)[0]]
+        while pending:
+            node = pending.pop()
+            if node is None or node in own:
+                continue
+            if node in visited:
+                shared = shared or bool(node.next_functions)
+                continue
+            own.add(node)
+            if isinstance(node, BackwardCFunction) or type(node).__name__ == "CppFunction":
+                foreign.append(node)
+            pending += [following for following, _ in node.next_functions]
+        visited |= own
+    return Survey(shared, foreign)
+
+
 def gradients(
     loss: Tensor, tensors: Sequence[Tensor], /, *, retain_graph: bool
 ) -> Sequence[Tensor | None]:
     """Gradients of a loss, None for a tensor that it does not depend on.
 
     Raises:
+        ValueError: as :func:`stale_graphs`.
+    """
+    with stale_graphs():
+        return torch.autograd.grad(loss, tensors, retain_graph=retain_graph, allow_unused=True)
+
+
+@contextmanager
+def stale_graphs() -> Iterator[None]:
+    """A backward pass of losses within, whose error about a stale graph becomes one sentence.
+
+    Raises:
         ValueError: the graph of the loss is stale: a backward pass has freed it, or an optimizer
             step has changed the tensors it holds.
     """
     try:
-        return torch.autograd.grad(loss, tensors, retain_graph=retain_graph, allow_unused=True)
+        yield
     except RuntimeError as error:
         if "second time" in str(error):
             raise ValueError(

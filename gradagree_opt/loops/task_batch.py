@@ -1,17 +1,19 @@
 """TaskBatch: measure and apply inside the user's own loop over the tasks of a meta-batch."""
 
 from collections.abc import Mapping
-from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
 from gradagree_opt.core.diagnostics import check_some_task
+from gradagree_opt.core.few_passes import weighted_loss_refusal
 from gradagree_opt.core.stacks import PyTree, is_coarse
 from gradagree_opt.loops.adapted import Parameters, displacement, match, named, trained
-from gradagree_opt.loops.graphs import check_depends, check_loss, depends, gradients
+from gradagree_opt.loops.graphs import check_depends, check_loss, depends
+from gradagree_opt.loops.loss_graph import LossGraph
+from gradagree_opt.loops.multi_task import aggregate_losses
 from gradagree_opt.one_process import check_one_process
 from gradagree_opt.options import check_choice
 
@@ -88,7 +90,7 @@ class TaskBatch:
         self._nonfinite: list[Tensor] = []
         self._copies: list[dict[str, Tensor]] = []
         self._directions: list[dict[str, Tensor]] = []
-        self._unused = set(self._trained)
+        self._used: set[str] = set()
         self._displacements: list[dict[str, Tensor]] = []
 
     def __len__(self) -> int:
@@ -99,8 +101,7 @@ class TaskBatch:
     def takes_one_backward(self) -> bool:
         """Whether the tasks of the MAML form share one backward pass, that of the weighted loss."""
         one_by_one = (
-            self.aggregator.nonfinite == "drop"  # 0 · NaN is NaN there
-            or "directions" in self.aggregator.needs
+            weighted_loss_refusal(self.aggregator) is not None
             or self.aggregator.scope != "global"  # a pass for each group, where n tasks are few
             or is_coarse([*self._trained.values(), *self._losses])  # it would add in their dtype
         )
@@ -133,7 +134,7 @@ class TaskBatch:
         if not len(self):  # parameters may be replaced, frozen and unfrozen between batches
             self._all = self._found()
             self._trained = trained(self._all)
-            self._unused = set(self._trained)
+            self._used = set()
             check_one_process(self._trained.values())
         after = match(self._all, adapted) if adapted is not None else {}
         displacements = [displacement(self._trained, after)] if adapted is not None else []
@@ -148,7 +149,9 @@ class TaskBatch:
         The update is dense, that of a sparse embedding too, with which SparseAdam cannot step.
 
         Returns:
-            The aggregation; its update is a dict from parameter name (or position) to gradient.
+            The aggregation; its update is a dict from parameter name (or position) to gradient. A
+            parameter that had no ``.grad`` has that tensor now, and not a copy of it: clone what
+            is to outlive a change of ``.grad`` in place, as by clipping.
 
         Raises:
             ValueError: no task was added, the graph of a loss is stale, a parameter was replaced
@@ -162,10 +165,10 @@ class TaskBatch:
             result = self._aggregate()
             self.aggregator.verify(result)
             check_some_task(result.diagnostics, self.aggregator.nonfinite)
-            unused = self._unused if self._form[0] else set()
+            used = self._used if self._form[0] else set(self._trained)
         finally:
             self.clear()
-        add_to_grad({n: p for n, p in self._trained.items() if n not in unused}, result.update)
+        add_to_grad({n: p for n, p in self._trained.items() if n in used}, result.update)
         return result
 
     def clear(self) -> None:
@@ -208,7 +211,7 @@ class TaskBatch:
         start = [*self._trained.values(), *copies.values()]
         check_depends(loss, start, len(self), advice=_FROM_COPY if after else _FROM_OTHERS)
         if self.memory == "stream":
-            self._directions.append(self._gradient(loss, [copies], retain_graph=False))
+            self._directions.append(self._gradient(loss, copies, retain_graph=False))
         else:
             self._losses.append(loss)
             self._copies.append(copies)
@@ -217,43 +220,47 @@ class TaskBatch:
 
     def _aggregate(self) -> Aggregation:
         signal = _stack(self._displacements) if self._displacements else None
-        nonfinite = torch.stack(self._nonfinite) if self._nonfinite else None
-        if self._losses and signal is not None and self.takes_one_backward:
-            return self._from_one_backward(signal, nonfinite)
+        if not self._nonfinite:
+            return self.aggregator.aggregate_unchecked(signal)
+        nonfinite = torch.stack(self._nonfinite)
+        if self._losses:
+            graph = LossGraph(self._losses, self._trained, self._copies)
+            result = None
+            if signal is None:
+                result = aggregate_losses(graph, nonfinite, self.aggregator)
+            elif self.takes_one_backward:
+                result = self._from_one_backward(graph, signal, nonfinite)
+            if result is not None:
+                self._used |= graph.used
+                return result
         directions = self._directions or [
-            self._gradient(loss, [copies], retain_graph=loss is not self._losses[-1])
+            self._gradient(loss, copies, retain_graph=loss is not self._losses[-1])
             for loss, copies in zip(self._losses, self._copies, strict=True)
         ]
-        if not directions:
-            return self.aggregator.aggregate_unchecked(signal)
         return self.aggregator.aggregate_unchecked(_stack(directions), signal, nonfinite=nonfinite)
 
-    def _from_one_backward(self, signal: PyTree, nonfinite: Tensor | None) -> Aggregation:
-        losses = torch.stack(self._losses)
+    def _from_one_backward(
+        self, graph: LossGraph, signal: PyTree, nonfinite: Tensor
+    ) -> Aggregation:
         # What backward() frees is freed by the last pass.
         passes = 1 if self.aggregator.match_norm is None else 2
 
         def weighted(weights: Tensor, _: list[int] | None) -> PyTree:
             nonlocal passes
             passes -= 1
-            total = (losses * weights.to(losses)).sum()  # autocast would round a matrix product
-            return self._gradient(total, self._copies, retain_graph=passes > 0)
+            return graph.weighted(weights, retain_graph=passes > 0)
 
         measured = self.aggregator.measure(signal, nonfinite=nonfinite)
         return self.aggregator.apply(measured, weighted, signal_is_direction=False)
 
     def _gradient(
-        self, loss: Tensor, copies: list[dict[str, Tensor]], *, retain_graph: bool
+        self, loss: Tensor, copies: dict[str, Tensor], *, retain_graph: bool
     ) -> dict[str, Tensor]:
         """Gradient by parameter, that of a detached copy counted for its parameter (FOMAML)."""
-        places = list(chain(self._trained.items(), *(copy.items() for copy in copies)))
-        found = gradients(loss, [tensor for _, tensor in places], retain_graph=retain_graph)
-        total = {name: torch.zeros_like(parameter) for name, parameter in self._trained.items()}
-        for (name, _), grad in zip(places, found, strict=True):
-            if grad is not None:
-                total[name] = total[name] + grad
-                self._unused.discard(name)
-        return total
+        graph = LossGraph([loss], self._trained, [copies])
+        gradient = graph.gradient(0, retain_graph=retain_graph)
+        self._used |= graph.used
+        return gradient
 
 
 def add_to_grad(parameters: Mapping[str, Tensor], update: Mapping[str, Tensor], /) -> None:
@@ -267,7 +274,7 @@ def add_to_grad(parameters: Mapping[str, Tensor], update: Mapping[str, Tensor], 
             accumulated[name] = parameter
         else:
             if grad is None:
-                parameter.grad = update[name].clone()
+                parameter.grad = update[name]
             elif plain:
                 grad.add_(update[name])
             else:
@@ -275,7 +282,21 @@ def add_to_grad(parameters: Mapping[str, Tensor], update: Mapping[str, Tensor], 
             run_accumulation_hooks(parameter)
     if accumulated:
         updates = [update[name] for name in accumulated]
-        torch.autograd.backward([*accumulated.values()], updates)
+        with torch.enable_grad():
+            _Delivered.apply(updates, *accumulated.values()).backward()
+
+
+class _Delivered(torch.autograd.Function):
+    """A loss whose gradients are given: what accumulates them may take them as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(gradient.detach() for gradient in ctx.gradients)
 
 
 def check_no_accumulation_hooks(parameter: Tensor, /, *, advice: str) -> None:

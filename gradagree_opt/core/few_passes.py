@@ -1,0 +1,134 @@
+"""Which aggregations few backward passes can serve, and what is to be known of their signals.
+
+Beside the stack of all gradients stand two ways that form none of a single task: one backward pass
+of the weighted loss, once the weights are known; and the row sums s = J (Jᵀ 1) to find them by.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from gradagree_opt.annotations import Bool, Float
+from gradagree_opt.core.aggregation import Aggregation, Aggregator, Combine, Measured
+from gradagree_opt.core.agreement import AgreementWeighting
+from gradagree_opt.core.statistics import Statistics
+
+
+def weighted_loss_refusal(aggregator: Aggregator, /) -> str | None:
+    """Why no backward pass of the weighted loss gives the update, in half a sentence; or None."""
+    if "directions" in aggregator.needs:
+        return "its update is no weighted sum, and needs the gradient of each task"
+    if aggregator.nonfinite == "drop":  # 0 · NaN is NaN
+        return "nonfinite='drop' must keep a task out of the backward pass that all share"
+    return None
+
+
+def row_sums_refusal(aggregator: Aggregator, /) -> str | None:
+    """Why the row sums do not tell the weights, in half a sentence; None where they do."""
+    missing = sorted(aggregator.needs - {"draws"})
+    if missing:
+        return f"its weighting reads {', '.join(missing)}, which no row sum tells"
+    if aggregator.scope != "global":
+        return f"scope={aggregator.scope!r} needs the row sums of each group"
+    if isinstance(aggregator.reference, AgreementWeighting):
+        return "match_norm='agreement' needs the norms of the gradients where they cancel"
+    return None
+
+
+def reads_signal(aggregator: Aggregator, /) -> bool:
+    """Whether the weights, or the length that the update gets, depend on the signals."""
+    return aggregator.reference is not None or getattr(aggregator.weighting, "reads_signal", True)
+
+
+def measured_by(
+    row_sums: Float[Tensor, " n"],
+    scale: Float[Tensor, ""],
+    nonfinite: Bool[Tensor, " n"],
+    draws: Float[Tensor, " n"] | None,
+    /,
+) -> Measured:
+    """What is known of signals whose norms are not.
+
+    Args:
+        row_sums: in units of scale²; NaN where no weighting reads them.
+        scale: power of two or not, positive.
+        nonfinite: the tasks whose loss is not finite.
+        draws: result of :meth:`Aggregator.draw`.
+    """
+    statistics = Statistics(
+        row_sums=row_sums,
+        squared_norms=None,
+        cosine_row_sums=None,
+        finite=~nonfinite,
+        active=torch.ones_like(nonfinite),
+        scale=scale,
+        draws=None if draws is None else draws.to(row_sums),
+    )
+    return Measured(statistics, nonfinite, None)
+
+
+def apply_unscaled(
+    aggregator: Aggregator, measured: Measured, combine_directions: Combine, /, *, waits: bool
+) -> Aggregation:
+    """:meth:`Aggregator.apply`, the norm of the update in one read of it where that is enough.
+
+    Args:
+        aggregator: what weights the tasks.
+        measured: what is known of the signals, which are the directions.
+        combine_directions: linear map from weights to Σ_i w_i g_i.
+        waits: whether the host may wait for the device to learn whether it is enough.
+    """
+    if not waits or aggregator.reference is not None:
+        return aggregator.apply(measured, combine_directions, signal_is_direction=True)
+    plain = measured._replace(scaled=False)
+    result = aggregator.apply(plain, combine_directions, signal_is_direction=True)
+    if torch.isfinite(result.diagnostics.update_norm):
+        return result
+    return aggregator.apply(measured, lambda *_: result.update, signal_is_direction=True)
+
+
+def apply_row_sums(
+    aggregator: Aggregator,
+    measured: Measured,
+    combine_directions: Combine,
+    norm: Float[Tensor, ""],
+    eps: float,
+    /,
+    *,
+    waits: bool = False,
+) -> Aggregation:
+    """:meth:`Aggregator.apply` where Σ g_j may be made of rounding, which no norm tells.
+
+    Row sums of rounding give an update of the gradients' own length: there it becomes zero, and the
+    rest that of row sums that are zero.
+
+    Args:
+        aggregator: one that :func:`row_sums_refusal` finds nothing against.
+        measured: result of :func:`measured_by`.
+        combine_directions: linear map from weights to Σ_i w_i g_i.
+        norm: ‖Σ g_j‖.
+        eps: to which the gradients are rounded.
+        waits: whether the host may wait for the device to save what is not needed.
+    """
+    row_sums = measured.statistics.row_sums
+    aggregation = apply_unscaled(aggregator, measured, combine_directions, waits=waits)
+    rounding = 8 * eps * row_sums.shape[-1] ** 1.5
+    size = aggregation.weights.abs().sum()  # 1, unless the update has another one's length
+    cancelled = norm * size <= rounding * aggregation.diagnostics.update_norm
+    if waits and not cancelled:
+        return aggregation
+    nothing = measured.statistics._replace(row_sums=torch.zeros_like(row_sums))
+    fallback = aggregator.apply(
+        measured._replace(statistics=nothing),
+        lambda weights, _: weights.new_zeros(1),
+        signal_is_direction=True,
+    )
+    degenerate = cancelled & fallback.diagnostics.degenerate
+    rest = tree_map(
+        lambda a, b: torch.where(degenerate, a, b), tuple(fallback[1:]), tuple(aggregation[1:])
+    )
+    leaves, structure = tree_flatten(aggregation.update)
+    del aggregation
+    for index, leaf in enumerate(leaves):  # each in the memory that the one before it has left
+        leaves[index] = torch.where(degenerate, leaf.new_zeros(()), leaf)
+    return Aggregation(tree_unflatten(leaves, structure), *rest)

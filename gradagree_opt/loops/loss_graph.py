@@ -1,0 +1,156 @@
+"""The graph that the losses of n tasks hang on: sums of their gradients, by passes over it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from gradagree_opt.core.blocks import or_one
+from gradagree_opt.core.stacks import accumulation_dtype, is_coarse, tree_norm
+from gradagree_opt.loops.graphs import Survey, gradients, stale_graphs, survey
+
+
+class LossGraph:
+    """Losses of n tasks, from whose graph sums of their gradients are taken.
+
+    Args:
+        losses: n scalars.
+        parameters: the leaves, by name, that gradients are taken of.
+        copies: detached copies of parameters, whose gradients count for these (FOMAML).
+
+    Attributes:
+        n: number of tasks.
+        params: the parameters.
+        used: names of the parameters that a pass has found a gradient of.
+    """
+
+    def __init__(
+        self,
+        losses: Sequence[Tensor],
+        parameters: Mapping[str, Tensor],
+        copies: Sequence[Mapping[str, Tensor]] = (),
+    ) -> None:
+        self.n = len(losses)
+        self.params = dict(parameters)
+        self.used: set[str] = set()
+        self._losses = list(losses)
+        self._places = list(chain(parameters.items(), *(copy.items() for copy in copies)))
+        self._tensors = [tensor for _, tensor in self._places]
+
+    @cached_property
+    def survey(self) -> Survey:
+        """What the losses share, and whose code takes part in their backward pass."""
+        return survey(self._losses)
+
+    @property
+    def weights(self) -> Tensor:
+        """Ones ``[n]``, of the dtype and on the device of an aggregation."""
+        dtype = accumulation_dtype([*self._losses, *self._tensors])
+        return torch.ones(self.n, dtype=dtype, device=self._tensors[0].device)
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether a sum over tasks would be rounded to less than float32."""
+        return is_coarse([*self._losses, *self._tensors])
+
+    @property
+    def eps(self) -> float:
+        """To which the gradients are rounded."""
+        return max(torch.finfo(t.dtype).eps for t in (*self._losses, *self._tensors))
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether a hook looks at the gradient of a parameter before it is accumulated."""
+        return any(getattr(tensor, "_backward_hooks", None) for tensor in self.params.values())
+
+    def gradient(self, task: int, *, retain_graph: bool) -> dict[str, Tensor]:
+        """∇L_i by name, zeros where the loss does not depend on a parameter."""
+        loss = self._losses[task]
+        return self._by_name(gradients(loss, self._tensors, retain_graph=retain_graph))
+
+    def gradients(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Loss and gradient of every task in turn, in float32 or better."""
+        dtype, device = accumulation_dtype(self._tensors), self._tensors[0].device
+        for task, loss in enumerate(self._losses):  # held by no name, so that one exists at a time
+            yield (
+                loss.detach().to(device),
+                [grad.to(dtype) for grad in self.gradient(task, retain_graph=True).values()],
+            )
+
+    def weighted(self, weights: Tensor, *, retain_graph: bool = False) -> dict[str, Tensor]:
+        """Σ_i w_i ∇L_i by name, zeros where no loss depends on a parameter."""
+        with stale_graphs():
+            found = torch.autograd.grad(
+                self._losses,
+                self._tensors,
+                self._cotangents(weights),
+                retain_graph=retain_graph,
+                allow_unused=True,
+            )
+        return self._by_name(found)
+
+    def row_sums(self, *, waits: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """g_i · Σ_j g_j ``[n]`` in units of scale², the scale, and ‖Σ_j g_j‖.
+
+        One backward pass gives Σ_j g_j = Jᵀ 1, one through it the rest: v ↦ Jᵀ v is linear, so that
+        its own vjp is the Jacobian.
+
+        Args:
+            waits: whether the host may wait for the device to save a copy of Σ_j g_j.
+
+        Raises:
+            ValueError: the graph of a loss is stale.
+            RuntimeError: the graph cannot be differentiated twice.
+        """
+        handles = [node.register_hook(_refuse_cut) for node in self.survey.foreign]
+        try:
+            with torch.enable_grad():
+                weights = self.weights.requires_grad_()
+                cotangents = self._cotangents(weights)
+            with stale_graphs():
+                found = torch.autograd.grad(
+                    self._losses, self._tensors, cotangents, create_graph=True, allow_unused=True
+                )
+        finally:
+            for handle in handles:
+                handle.remove()
+        sums = [each for each in found if each is not None and each.requires_grad]
+        if not sums or any(each.layout != torch.strided for each in sums):
+            raise RuntimeError("gradients that are constant or sparse")
+        del found
+        directions = [each.detach() for each in sums]
+        norm = tree_norm(directions, scaled=not waits)
+        scale = torch.ones_like(norm)
+        if not waits or not torch.isfinite(norm):
+            norm = tree_norm(directions)
+            scale = or_one(norm)
+            for index, each in enumerate(directions):
+                directions[index] = each / scale.to(each)
+        (rows,) = torch.autograd.grad(sums, weights, directions)
+        return rows.to(norm) / scale, scale, norm
+
+    def _cotangents(self, weights: Tensor) -> list[Tensor]:
+        pairs = zip(weights.unbind(), self._losses, strict=True)
+        return [weight.to(loss.device, loss.dtype) for weight, loss in pairs]
+
+    def _by_name(self, found: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """Gradients by parameter, dense, that of a copy counted for its parameter."""
+        total: dict[str, Tensor] = {}
+        for (name, _), grad in zip(self._places, found, strict=True):
+            if grad is not None:
+                self.used.add(name)
+                dense = grad if grad.layout == torch.strided else grad.to_dense()
+                total[name] = total[name] + dense if name in total else dense
+        return {n: total[n] if n in total else torch.zeros_like(p) for n, p in self.params.items()}
+
+
+def _refuse_cut(outgoing: tuple[Tensor | None, ...], incoming: tuple[Tensor | None, ...]) -> None:
+    """A node's hook: RuntimeError where its backward pass is no part of the graph.
+
+    So it is with a kernel of somebody's own that does not say ``once_differentiable``.
+    """
+    depends = any(grad is not None and grad.requires_grad for grad in incoming)
+    if depends and any(grad is not None and not grad.requires_grad for grad in outgoing):
+        raise RuntimeError("a backward pass that cannot be differentiated")

@@ -1,0 +1,109 @@
+"""Multi-task learning on the graph that is there: no gradient of a task where none is read."""
+
+import torch
+from torch import Tensor
+
+from gradagree_opt.annotations import Bool
+from gradagree_opt.core.aggregation import Aggregation, Aggregator
+from gradagree_opt.core.few_passes import (
+    apply_row_sums,
+    apply_unscaled,
+    measured_by,
+    reads_signal,
+    row_sums_refusal,
+    weighted_loss_refusal,
+)
+from gradagree_opt.core.stacks import PyTree
+from gradagree_opt.engines.choice import are_large
+from gradagree_opt.engines.streamed import STREAMED, measured_in_two_passes, weighted_sum
+from gradagree_opt.loops.loss_graph import LossGraph
+
+FEW = 2
+"""So many gradients take no more backward passes than their row sums do."""
+TOLERANCE = 0.01
+"""How far Σ_i g_i · S may be from S · S, a share of it: what is further off is no row sum."""
+
+
+def aggregate_losses(
+    graph: LossGraph, nonfinite: Bool[Tensor, " n"], aggregator: Aggregator, /
+) -> Aggregation | None:
+    """The aggregation of the gradients of n losses, by few passes over their graph.
+
+    Weights that read no gradient take one backward pass, those that read row sums alone three. What
+    is left takes two of each task, and one more, where holding their gradients is slower.
+
+    Args:
+        graph: of the losses; alive afterwards where the answer is None.
+        nonfinite: the tasks whose loss is not finite.
+        aggregator: what weights the tasks.
+
+    Returns:
+        None where the gradients of all tasks are to be held: they are few or small, the aggregator
+        reads more of them, or one is not finite and is to be named or dropped.
+
+    Raises:
+        ValueError: the graph of a loss is stale.
+    """
+    large = are_large([*graph.params.values()], graph.n)
+    if aggregator.scope == "global" and not graph.is_coarse:
+        if not reads_signal(aggregator) and weighted_loss_refusal(aggregator) is None:
+            return _unread(graph, nonfinite, aggregator)
+        told = row_sums_refusal(aggregator) is None and not graph.is_hooked
+        if told and (large or (graph.n > FEW and graph.survey.shared)):
+            result = _by_row_sums(graph, nonfinite, aggregator)
+            if result is not None:
+                return result
+    if large and not graph.is_hooked and aggregator.needs <= STREAMED:
+        return _streamed(graph, aggregator)
+    return None
+
+
+def _unread(graph: LossGraph, nonfinite: Tensor, aggregator: Aggregator) -> Aggregation:
+    """The mean and its like: one backward pass of the weighted loss, nothing measured."""
+    unknown = graph.weights * torch.nan
+    draws = aggregator.draw(graph.n)
+    measured = measured_by(unknown, unknown.new_ones(()), nonfinite, draws)
+    return apply_unscaled(
+        aggregator,
+        measured,
+        lambda weights, _: graph.weighted(weights),
+        waits=aggregator.nonfinite != "propagate",
+    )
+
+
+def _by_row_sums(graph: LossGraph, nonfinite: Tensor, aggregator: Aggregator) -> Aggregation | None:
+    """Σ g_j, every g_i · Σ_j g_j, and the weighted loss; None where these say nothing."""
+    waits = aggregator.nonfinite != "propagate"
+    try:
+        row_sums, scale, norm = graph.row_sums(waits=waits)
+    except RuntimeError:  # a graph without second derivatives
+        return None
+    if waits:
+        square = (norm / scale).square()
+        sound = (row_sums.sum() - square).abs() <= TOLERANCE * square
+        if not bool(sound & ~nonfinite.any()):
+            return None
+    measured = measured_by(row_sums, scale, nonfinite, aggregator.draw(graph.n))
+    again = aggregator.reference is not None  # a second pass, for the norm to match
+    return apply_row_sums(
+        aggregator,
+        measured,
+        lambda weights, _: graph.weighted(weights, retain_graph=again),
+        norm,
+        graph.eps,
+        waits=waits,
+    )
+
+
+def _streamed(graph: LossGraph, aggregator: Aggregator) -> Aggregation:
+    """One gradient at a time, twice; then the weighted loss, where the tasks may share a pass."""
+    measured, _ = measured_in_two_passes(graph, aggregator, None)
+    apart = weighted_loss_refusal(aggregator) is not None or aggregator.scope != "global"
+    again = aggregator.reference is not None
+
+    def weighted(weights: Tensor, groups: list[int] | None) -> PyTree:
+        if apart or graph.is_coarse:
+            return weighted_sum(graph, weights, groups)
+        return graph.weighted(weights, retain_graph=again)
+
+    return aggregator.apply(measured, weighted, signal_is_direction=True)
