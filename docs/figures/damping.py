@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from gradagree_opt.ablation.style import COLOURS, INK, STYLE, legend, plain_log, save
+from gradagree_opt.ablation.report.style import COLOURS, INK, STYLE, legend, plain_log, save
 
 TABLE = Path(__file__).parents[1] / "results/damping/table.csv"
 NAME = "λ = "
