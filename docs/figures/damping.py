@@ -10,9 +10,10 @@ from pathlib import Path
 
 import matplotlib
 import pandas as pd
-from gradagree_opt.ablation.style import COLOURS, INK, STYLE, legend, plain_log, save
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
+
+from gradagree_opt.ablation.report.style import COLOURS, INK, STYLE, legend, plain_log, save
 
 TABLE = Path(__file__).parents[1] / "results/damping/table.csv"
 NAME = "λ = "
