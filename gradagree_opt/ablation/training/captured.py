@@ -1,5 +1,6 @@
 """Work on a GPU that is recorded once and then replayed, without the host between its kernels."""
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,50 +12,43 @@ WARM_UPS = 2
 """Calls before the one that may not wait: in them libraries make their handles, compilers code."""
 
 
-def captured(
-    function: Callable[[], None],
-    changed: Sequence[Tensor],
-    device: torch.device,
-    tell: Callable[[str], None],
-) -> Callable[[], None]:
-    """The function as a CUDA graph; itself on a CPU, or where it cannot be captured.
+class NotCapturedError(Exception):
+    """A function that cannot be a CUDA graph; the message says why."""
+
+
+def captured(function: Callable[[], None], changed: Sequence[Tensor]) -> Callable[[], None]:
+    """A function of a GPU as one CUDA graph.
 
     It is called a few times. What these calls change is put back.
 
     Args:
-        function: Reads and writes tensors that stay where they are.
-        changed: Those that it writes and that later calls read.
-        device: Where they are. On a GPU the current stream must not be the default one; the graph
-            has to be replayed on it, as the graphs of other streams may run at the same time.
-        tell: Called with the reason where it cannot be captured.
+        function: Reads and writes tensors that stay where they are. The current stream must not be
+            the default one, and the graph has to be replayed on it: the workspaces that libraries
+            have are those of a stream, and graphs of other streams may run at the same time.
+        changed: Those tensors that it writes and that later calls read.
+
+    Raises:
+        NotCapturedError: It waits for the device, or does something else that a graph cannot hold.
     """
-    if device.type == "cpu":
-        return function
     before = [tensor.clone() for tensor in changed]
     try:
         return record(function)
     except RuntimeError as error:
-        torch.cuda.synchronize(device)
-        tell(str(error).partition("\n")[0])
-        return function
+        torch.cuda.synchronize()
+        raise NotCapturedError(str(error).partition("\n")[0]) from error
     finally:
         for tensor, content in zip(changed, before, strict=True):
             tensor.copy_(content)
 
 
 def record(function: Callable[[], None]) -> Callable[[], None]:
-    """Its replay.
-
-    Raises:
-        RuntimeError: It waits for the device, or does something else that a graph cannot hold.
-    """
+    """Its replay; a RuntimeError where there is none."""
     for _ in range(WARM_UPS):
         function()
     with waiting_refused():  # a capture that fails leaves more behind than a warm-up that does
         function()
     graph = torch.cuda.CUDAGraph()
-    # A stream of its own: the workspaces of the libraries, which replays use too, belong to one.
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+    with uncollected(), torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         function()
     replay: Callable[[], None] = graph.replay
     return replay
@@ -71,6 +65,18 @@ def waiting_refused() -> Iterator[None]:
             yield
         finally:
             torch.cuda.set_sync_debug_mode(before)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage is collected: an older graph that is thrown away may spoil the one that begins."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+import gradagree_opt as ga
 from gradagree_opt.ablation.study.study import Study
-from gradagree_opt.ablation.training.captured import captured
+from gradagree_opt.ablation.training.captured import NotCapturedError, captured
 from gradagree_opt.ablation.training.checkpoint import State
 from gradagree_opt.ablation.training.grouping import StepInputs, stack
 from gradagree_opt.ablation.training.networks import Params, generator
 from gradagree_opt.ablation.training.problem import Problem, TrainingTasks, pinned
 from gradagree_opt.ablation.training.run import Run
+from gradagree_opt.core.aggregation import without_diagnostics
 from gradagree_opt.core.diagnostics import Diagnostics
 
 Tell = Callable[[str], None]
@@ -48,7 +50,7 @@ class Program:
         done: Outer steps.
         params: After them, leaves ``[runs, *shape]``; the next step changes them in place.
         state: Of the optimizer, likewise.
-        diagnostics: Of the last step, until the next.
+        diagnostics: Of the last step that :meth:`advance` did.
     """
 
     diagnostics: Diagnostics
@@ -61,19 +63,14 @@ class Program:
         initial: Sequence[Params],
         tell: Tell,
     ) -> None:
-        self.study, self.method, self.device, self.tell = (
-            study,
-            runs[0].method,
-            problem.device,
-            tell,
-        )
+        self.study, self.device, self.tell = study, problem.device, tell
+        self.method = runs[0].method
         seeds = list(dict.fromkeys(run.seed for run in runs))
         self.sources = [TrainingTasks(study, problem, seed) for seed in seeds]
         self.aggregators = [run.method.build(generator(run.seed, "weights")) for run in runs]
         self.rates = torch.tensor([run.rate for run in runs])
         outer_step = problem.outer_steps[study.optimizer(self.method)]
-        step = outer_step.alone if self.method.of_torchjd else outer_step
-        self.step = partial(step, self.aggregators[0])
+        self.step = outer_step.alone if self.method.of_torchjd else outer_step
         place = partial(tree_map, lambda leaf: leaf.to(self.device))
         self.params: Params = place(stack(list(initial)))
         self.state = place(outer_step.initial(list(initial)))
@@ -83,7 +80,7 @@ class Program:
         self.position = torch.zeros(1, dtype=torch.long, device=self.device)
         self.block: Block | None = None
         self.done = 0
-        self._next: Callable[[], None] | None = None
+        self._steps: dict[bool, Callable[[], None]] = {}
 
     @property
     def block_end(self) -> int:
@@ -98,21 +95,43 @@ class Program:
     @property
     def changing(self) -> list[Tensor]:
         """What a step writes and the next one reads."""
-        return [*tree_leaves(self.params), *tree_leaves(self.state), self.position]
+        return [*tree_leaves([self.params, self.state]), self.position]
 
     def advance(self, upto: int) -> None:
         """Does the outer steps up to a number of them, not beyond the end of the block."""
         if self.at_end_of_block:
             self.load()
-        if self._next is None:
-            # TorchJD solves on the host, and may remember the batches that it has seen.
-            device = torch.device("cpu") if self.method.of_torchjd else self.device
-            self._next = captured(self.outer_step, self.changing, device, self.not_captured)
-        for _ in range(self.done, upto):
-            self._next()
+        if not self._steps:
+            self.make_steps()
+        for _ in range(self.done, upto - 1):
+            self._steps[False]()
+        self._steps[True]()
         self.done = upto
 
-    def outer_step(self) -> None:
+    def make_steps(self) -> None:
+        """The step, by whether its diagnostics are read: on a GPU, those before it go without."""
+        aggregator = self.aggregators[0]
+        described = partial(self.outer_step, aggregator)
+        self._steps = {True: described, False: described}
+        if self.device.type == "cpu" or self.method.of_torchjd:  # which solves on the host
+            return
+        quiet = partial(self.outer_step, without_diagnostics(aggregator))
+        for step, function in ((False, quiet), (True, described)):
+            try:
+                self._steps[step] = captured(function, self.changing)
+            except NotCapturedError as failure:
+                self.tell(
+                    f"the outer steps of {self.method.name!r} cannot be one CUDA graph and are "
+                    f"done operation by operation, which takes longer: {failure}"
+                )
+                return
+
+    def release(self) -> None:
+        """Gives the graphs and their memory back; no step comes after it."""
+        self._steps.clear()
+        self.block = None
+
+    def outer_step(self, aggregator: ga.Aggregator) -> None:
         assert self.block is not None
         at = self.first + self.position
         n = self.study.meta_batch
@@ -124,10 +143,8 @@ class Program:
         if draws is not None:
             draws = draws.index_select(0, self.position).squeeze(0)
         rows = StepInputs(self.params, self.state, rates, tasks, draws)
-        params, state, aggregation = self.step(rows)
-        for old, new in ((self.params, params), (self.state, state)):
-            for leaf, value in zip(tree_leaves(old), tree_leaves(new), strict=True):
-                leaf.copy_(value)
+        params, state, aggregation = self.step(aggregator, rows)
+        torch._foreach_copy_(tree_leaves([self.params, self.state]), tree_leaves([params, state]))
         self.diagnostics = aggregation.diagnostics
         self.position += 1
 
@@ -152,12 +169,6 @@ class Program:
         for each, saved in zip(self.aggregators, state["generators"], strict=True):
             if each.generator is not None:
                 each.generator.set_state(saved)
-
-    def not_captured(self, reason: str) -> None:
-        self.tell(
-            f"the outer steps of {self.method.name!r} cannot be one CUDA graph and are done "
-            f"operation by operation, which takes longer: {reason}"
-        )
 
     def load(self) -> None:
         """Brings the next block to the device, which does not wait for it."""

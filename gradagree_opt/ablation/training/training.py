@@ -99,6 +99,7 @@ def training(
         if checkpoint is not None and at_rest and checkpoint.due:
             checkpoint.write(group.saved() | {"seconds": clock() - start})
         yield
+    group.program.release()
     tested = yield from group.test()
     seconds = (clock() - start) / len(runs)
     hardware = describe(problem.device, study.tf32)
