@@ -23,9 +23,10 @@ try:
     from gradagree_opt.ablation.report.citations import bibtex, methods_text
     from gradagree_opt.ablation.report.display import Display
     from gradagree_opt.ablation.runs.store import read_config, read_results
-    from gradagree_opt.ablation.runs.sweep import Results, Sweep, compiles
+    from gradagree_opt.ablation.runs.sweep import CHECKPOINT_SECONDS, Results, Sweep, compiles
     from gradagree_opt.ablation.study.loading import load, read, shipped
-    from gradagree_opt.ablation.study.study import Study, StudyError
+    from gradagree_opt.ablation.study.study import Study, StudyError, named_device
+    from gradagree_opt.ablation.training.devices import choose_device, describe
     from gradagree_opt.ablation.training.run import RunRecord
     from gradagree_opt.doctor import main as try_packages
 except ModuleNotFoundError as missing:
@@ -87,6 +88,18 @@ def ablate(
         ),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = usable_cores(),
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="auto (a GPU where there is one), cpu, cuda or cuda:1. A GPU does all runs in one "
+            "process.",
+            show_default="the study's, auto unless it says",
+        ),
+    ] = None,
+    checkpoint_seconds: Annotated[
+        float,
+        typer.Option(min=0, help="After so many, unfinished runs are saved, to go on from there."),
+    ] = CHECKPOINT_SECONDS,
     tensorboard: Annotated[
         bool,
         typer.Option(
@@ -106,18 +119,22 @@ def ablate(
     """
     try:
         write_events = event_writer() if tensorboard else None
-        loaded = load(study, quick=quick)
+        loaded = on_device(load(study, quick=quick), device)
+        place = choose_device(loaded.device)
+        hardware = describe(place, loaded.tf32)
         folder = out or Path("runs") / loaded.name
         check_text([study, str(folder), str(data)])
-        sweeps = [Sweep(part, folder, data, warn) for part in loaded.parts()]
-        compiled = compiles(loaded, warn)
+        sweeps = [
+            Sweep(part, folder, data, warn, place, checkpoint_seconds) for part in loaded.parts()
+        ]
+        compiled = compiles(loaded, warn, place)
         for sweep in sweeps:
             sweep.compiled = compiled
         prepare_folder(folder, loaded)
-        if sentence := other_versions(folder, loaded):
+        if sentence := other_versions(folder, loaded, hardware):
             warn(sentence)
         command, digests = ["gradagree", *sys.argv[1:]], [sweep.digest for sweep in sweeps]
-        config = write_config(folder, loaded, command, data, digests)
+        config = write_config(folder, loaded, command, data, digests, hardware)
     except StudyError as mistake:
         raise refusal(mistake) from None
     except OSError as failure:
@@ -192,6 +209,20 @@ def cite(
         warn(f"this text is of the finished study: {unfinished}")
     typer.echo(methods_text(config))
     typer.echo(bibtex(config), nl=False)
+
+
+def on_device(study: Study, name: str | None) -> Study:
+    """The study on the device that the command names, where it names one.
+
+    Raises:
+        StudyError: That is not how a device is named.
+    """
+    if name is None:
+        return study
+    try:
+        return study.model_copy(update={"device": named_device(name)})
+    except ValueError as mistake:
+        raise StudyError(f"--device: {mistake}") from None
 
 
 def refusal(mistake: StudyError) -> typer.Exit:

@@ -189,6 +189,7 @@ def test_corrupted_tasks_are_owned_up_to(config: Config) -> None:
 
 
 SILENT = {"name", "title", "quick", "compile"}  # the numbers do not depend on them
+SILENT |= {"device", "tf32"}  # told by the hardware of the configuration
 UNADAPTED = {"tuning.steps", "test.steps", "test.support_shots", "test.transductive"}
 """Settings that multi-task training has one value for."""
 

@@ -9,7 +9,7 @@ import torch._inductor.config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradagree_opt.ablation.runs import sweep as sweep_module
+from gradagree_opt.ablation.runs import job as job_module
 from gradagree_opt.ablation.runs.sweep import Sweep, compiles, tuning_runs
 from gradagree_opt.ablation.study.loading import load
 from gradagree_opt.ablation.study.study import Study, StudyError
@@ -136,11 +136,11 @@ def test_the_workers_do_as_the_parent_has_decided_under_the_keys_of_the_study(
     study = study.model_copy(update={"compile": True})
     asked: list[bool] = []
 
-    def seen(decided: Study, data: Path | None) -> Problem:
+    def seen(decided: Study, data: Path | None, *device: torch.device) -> Problem:
         asked.append(decided.compile is True)
-        return build_problem(decided.model_copy(update={"compile": False}), data)
+        return build_problem(decided.model_copy(update={"compile": False}), data, *device)
 
-    monkeypatch.setattr(sweep_module, "build_problem", seen)
+    monkeypatch.setattr(job_module, "build_problem", seen)
     for compiled in (True, False):
         sweep = Sweep(study, tmp_path / str(compiled), None, print)
         sweep.compiled = compiled

@@ -9,7 +9,7 @@ import pytest
 
 from gradagree_opt.ablation.report import figures
 from gradagree_opt.ablation.report.notes import notes
-from gradagree_opt.ablation.runs import sweep as sweep_module
+from gradagree_opt.ablation.runs import job as job_module
 from gradagree_opt.ablation.runs.store import read_config, read_results
 from gradagree_opt.ablation.runs.sweep import Label, Results, Sweep, number_of_runs
 from gradagree_opt.ablation.study.loading import load
@@ -57,7 +57,7 @@ class Pretended:
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
     runs = Pretended()
-    monkeypatch.setattr(sweep_module, "train_runs", runs.train_runs)
+    monkeypatch.setattr(job_module, "train_runs", runs.train_runs)
     return runs
 
 

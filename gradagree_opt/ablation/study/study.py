@@ -1,6 +1,7 @@
 """A study: its sections together, and what they have to agree on."""
 
 import json
+import re
 from functools import reduce
 from typing import Annotated, Any, Literal
 
@@ -41,6 +42,13 @@ class StudyError(ValueError):
     """A mistake in a study file, an option or an output folder, told in one sentence."""
 
 
+def named_device(name: str) -> str:
+    """The name, if it is one that a study may give."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
+        raise ValueError(f"expected the device auto, cpu, cuda or cuda:1, found {name!r}")
+    return name
+
+
 class Study(Section):
     """Everything that defines a study; the fields are explained in ``studies/sine.yaml``."""
 
@@ -65,6 +73,8 @@ class Study(Section):
     iterations: PositiveInt
     meta_batch: PositiveInt
     compile: Literal["auto", True, False] = "auto"
+    device: Annotated[str, AfterValidator(named_device)] = "auto"
+    tf32: bool = False
     seeds: Seeds
     tuning: Tuning
     test: Test

@@ -1,7 +1,7 @@
 """What all runs of a study have in common: task distributions, network and meta-learners."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -14,6 +14,8 @@ from gradagree_opt.ablation.kinds.distributions import Source, at_seed, data_ten
 from gradagree_opt.ablation.section import Optimizer
 from gradagree_opt.ablation.study.sections import DRAWING, MAMLForm, MetaSGDForm
 from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.checkpoint import State
+from gradagree_opt.ablation.training.devices import CPU
 from gradagree_opt.ablation.training.forms import Learner, evaluator, learner
 from gradagree_opt.ablation.training.grouping import OuterStep, is_compiled
 from gradagree_opt.ablation.training.multi_task import MultiTask
@@ -41,6 +43,10 @@ from gradagree_opt.tasks import Batch
 from gradagree_opt.tasks.protocol import Split
 
 Tasks: TypeAlias = dict[str, Batch]
+TrainingBatch: TypeAlias = dict[str, tuple[Tensor, ...]]
+"""Examples by part; the factor of a flipped task's displacement beside them."""
+Drawn: TypeAlias = dict[tuple[int, int], tuple[TrainingBatch, tuple[Tensor, Tensor]]]
+"""By seed and number of a block its tasks, and the states of the generators after it."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,8 @@ class Problem:
         score: What the test reports: the loss in regression, the accuracy for classes.
         chunk_size: The most tasks that are adapted at once, None for all.
         transductive: Whether the examples of a query set are predicted as one batch.
+        device: Where runs are trained and tested.
+        drawn: Blocks of training tasks that several groups of runs on a GPU are about to read.
     """
 
     training: Source
@@ -69,9 +77,11 @@ class Problem:
     score: Criterion
     chunk_size: int | None = None
     transductive: bool = True
+    device: torch.device = CPU
+    drawn: Drawn = field(default_factory=dict)
 
 
-def build_problem(study: Study, data: Path | None) -> Problem:
+def build_problem(study: Study, data: Path | None, device: torch.device = CPU) -> Problem:
     module = build_module(study)
     loss = batch_loss(study, module)
     trainer = learner(study, loss, module)
@@ -89,6 +99,7 @@ def build_problem(study: Study, data: Path | None) -> Problem:
         score=criterion(study) if study.classes is None else accuracy,
         chunk_size=tasks_at_once(study),
         transductive=study.test.transductive,
+        device=device,
     )
 
 
@@ -115,11 +126,14 @@ class TrainingTasks:
     Tasks are drawn many steps at a time, since a draw costs as much as a compiled outer step;
     photographs, which would take gigabytes, one step at a time. Where some tasks are flipped, each
     support set has the factor of its displacement beside its examples.
+
+    They are drawn on the CPU whatever the device is: a seed has the same tasks on all of them.
     """
 
     BLOCK = 100
 
     def __init__(self, study: Study, problem: Problem, seed: int) -> None:
+        self.seed, self.device, self.kept = seed, problem.device, problem.drawn
         self.distribution = at_seed(problem.training, seed)
         self.meta_batch = study.meta_batch
         scores_queries = isinstance(study.form, MAMLForm | MetaSGDForm)
@@ -128,24 +142,70 @@ class TrainingTasks:
         self.flip, self.fraction = study.flip, study.fraction
         self.flips = generator(seed, "flips")
         self.steps = self.BLOCK if input_size(study) <= DRAWING else 1
-        self.block: dict[str, tuple[Tensor, ...]] = {}
+        self.number = 0
+        self.block: TrainingBatch = {}
 
-    def __call__(self, iteration: int) -> dict[str, tuple[Tensor, ...]]:
+    def __call__(self, iteration: int) -> TrainingBatch:
+        """The tasks of an outer step; the steps are asked for one after the other."""
         position = iteration % self.steps
         if position == 0:
-            n_tasks = self.steps * self.meta_batch
-            block = self.distribution.sample(n_tasks, split="train", generator=self.generator)
-            self.block = {part: block[part] for part in self.parts}
-            if self.flip is not None:
-                spoilt = torch.rand(n_tasks, generator=self.flips) < self.fraction
-                self.block["support"] += (torch.where(spoilt, self.flip, 1.0),)
+            self.block = self.draw()
         rows = slice(position * self.meta_batch, (position + 1) * self.meta_batch)
         return {part: tuple(leaf[rows] for leaf in batch) for part, batch in self.block.items()}
 
+    def draw(self) -> TrainingBatch:
+        """The tasks of the next steps, leaves ``[steps · n, *shape]``.
+
+        Where groups on a GPU train side by side, the first draws for all; others take its place in
+        the stream of random numbers too.
+        """
+        key = self.seed, self.number
+        self.number += 1
+        if key in self.kept:
+            found, states = self.kept[key]
+            self.generator.set_state(states[0])
+            self.flips.set_state(states[1])
+            return found
+        block: TrainingBatch = tree_map(partial(pinned, device=self.device), self.draw_anew())
+        if self.device.type != "cpu":
+            self.kept[key] = block, (self.generator.get_state(), self.flips.get_state())
+            for seed, number in list(self.kept):
+                if seed == self.seed and number < self.number - 2:
+                    del self.kept[seed, number]
+        return block
+
+    def saved(self) -> State:
+        """Where the stream of blocks is, for :meth:`restore`."""
+        generators = self.generator.get_state(), self.flips.get_state()
+        return {"number": self.number, "generators": generators}
+
+    def restore(self, state: State) -> None:
+        """Goes on with the block that would have been drawn next."""
+        self.number = state["number"]
+        for each, saved in zip((self.generator, self.flips), state["generators"], strict=True):
+            each.set_state(saved)
+
+    def draw_anew(self) -> TrainingBatch:
+        n_tasks = self.steps * self.meta_batch
+        drawn = self.distribution.sample(n_tasks, split="train", generator=self.generator)
+        block: TrainingBatch = {part: drawn[part] for part in self.parts}
+        if self.flip is not None:
+            spoilt = torch.rand(n_tasks, generator=self.flips) < self.fraction
+            block["support"] += (torch.where(spoilt, self.flip, 1.0),)
+        return block
+
+
+def pinned(leaf: Tensor, device: torch.device) -> Tensor:
+    """Where the leaf can be copied to the device from while the host goes on."""
+    return leaf if device.type == "cpu" else leaf.pin_memory()
+
 
 def evaluation_tasks(problem: Problem, n_tasks: int, split: Split, seed: int) -> Tasks:
+    """The tasks of the test protocol for one seed, drawn on the CPU, brought to the device."""
     distribution = at_seed(problem.evaluation, seed)
-    return distribution.sample(n_tasks, split=split, generator=generator(seed, split))
+    tasks = distribution.sample(n_tasks, split=split, generator=generator(seed, split))
+    placed: Tasks = tree_map(lambda leaf: leaf.to(problem.device), tasks)
+    return placed
 
 
 def scores_after(
@@ -202,7 +262,7 @@ def agreement_matrix(problem: Problem, params: Params, support: tuple[Tensor, ..
         inner_loop = partial(learner.adapt, params)
         adapted = torch.vmap(inner_loop, chunk_size=problem.chunk_size)(support)
         signals = tree_map(torch.sub, network_params(params), adapted)
-    active = torch.ones(len(support[0]), dtype=torch.bool)
+    active = torch.ones(len(support[0]), dtype=torch.bool, device=support[0].device)
     gramian = measure(tree_leaves(signals), active, frozenset({"gramian"})).gramian
     assert gramian is not None
     lengths = or_one(gramian.diagonal().sqrt())
