@@ -15,7 +15,7 @@ from gradagree_opt.core.few_passes import (
 )
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.choice import are_large
-from gradagree_opt.engines.streamed import STREAMED, measured_in_two_passes, weighted_sum
+from gradagree_opt.engines.streamed import measured_in_two_passes, weighted_sum
 from gradagree_opt.loops.loss_graph import LossGraph
 
 FEW = 2
@@ -49,11 +49,12 @@ def aggregate_losses(
         if not reads_signal(aggregator) and weighted_loss_refusal(aggregator) is None:
             return _unread(graph, nonfinite, aggregator)
         told = row_sums_refusal(aggregator) is None and not graph.is_hooked
-        if told and (large or (graph.n > FEW and graph.survey.shared)):
+        if told and (large or graph.is_listened_to or (graph.n > FEW and graph.survey.shared)):
             result = _by_row_sums(graph, nonfinite, aggregator)
             if result is not None:
                 return result
-    if large and not graph.is_hooked and aggregator.needs <= STREAMED:
+    # What reads more than row sums is measured faster on a stack.
+    if large and not graph.is_hooked and aggregator.needs <= {"draws"}:
         return _streamed(graph, aggregator)
     return None
 

@@ -36,16 +36,20 @@ class TaskBatch:
     the body of ANIL). A learner of detached tensors has its gradient taken where it stands, which
     is first-order MAML (higher's ``track_higher_grads=False``).
 
-    A parameter's hooks see the gradient of the weighted loss where one backward pass is shared, and
-    that of each task where there is one for each.
+    A parameter's hooks see the gradient of the weighted loss where one backward pass is shared (the
+    MAML form; weights that read no gradient), and that of each task where there is one for each.
+    Its hooks after accumulation, as of an optimizer in the backward pass, run once, after all that
+    may be refused, where one backward pass of the weighted loss gives the update: not with a scope,
+    half precision, ``nonfinite="drop"`` or ``memory="stream"``. They cost one more pass.
 
     Args:
         parameters: module, named tensors or tensors whose ``.grad`` is to be filled; those that do
             not require a gradient are left alone.
         aggregator: what weights the tasks.
         memory: "graph" keeps the graphs of all losses until ``backward``, which then needs one
-            backward pass in the MAML form; "stream" runs one backward pass at every ``add``, so
-            that one task's graph is alive at a time, and keeps the gradients instead.
+            backward pass in the MAML form, and few in multi-task learning where the losses share a
+            graph; "stream" runs one backward pass at every ``add``, so that one task's graph is
+            alive at a time, and keeps the gradients instead.
 
     Raises:
         TypeError: these are no parameters, or no aggregator.
@@ -152,7 +156,7 @@ class TaskBatch:
         try:
             result = self._aggregate()
             self.aggregator.verify(result)
-            if self._last_pass is not None and self._last_pass.is_listened_to:
+            if self._last_pass is not None:
                 self._last_pass.accumulate(result.weights)
             else:
                 used = self._used if self._form[0] else self._trained
@@ -198,28 +202,32 @@ class TaskBatch:
 
     def _aggregate(self) -> Aggregation:
         signal = _stack(self._displacements) if self._displacements else None
-        nonfinite = torch.stack(self._nonfinite) if self._nonfinite else None
-        graph = LossGraph(self._losses, self._trained, self._copies) if self._losses else None
-        result = None
-        if graph is not None and signal is None:
-            result = aggregate_losses(graph, nonfinite, self.aggregator)
-        elif graph is not None and self.takes_one_backward:
-            result = self._from_one_backward(graph, signal, nonfinite)
-        if result is not None:
-            self._used |= graph.used
-            self._last_pass = graph
-            return result
-        directions = self._directions or [
-            self._gradient(loss, copies, retain_graph=loss is not self._losses[-1])
-            for loss, copies in zip(self._losses, self._copies, strict=True)
-        ]
-        if not directions:
+        if not self._form[0]:
             return self.aggregator.aggregate_unchecked(signal)
+        nonfinite, directions = torch.stack(self._nonfinite), self._directions
+        if self._losses:
+            graph = LossGraph(self._losses, self._trained, self._copies)
+            if graph.is_listened_to and self.takes_one_backward:
+                self._last_pass = graph
+            result = self._from_few_passes(graph, signal, nonfinite)
+            self._used |= graph.used
+            if result is not None:
+                return result
+            last = None if self._last_pass else self._losses[-1]
+            directions = [
+                self._gradient(loss, copies, retain_graph=loss is not last)
+                for loss, copies in zip(self._losses, self._copies, strict=True)
+            ]
         return self.aggregator.aggregate_unchecked(_stack(directions), signal, nonfinite=nonfinite)
 
-    def _from_one_backward(
+    def _from_few_passes(
         self, graph: LossGraph, signal: PyTree, nonfinite: Tensor
-    ) -> Aggregation:
+    ) -> Aggregation | None:
+        """The aggregation by passes that all tasks share; None where each is to have its own."""
+        if signal is None:
+            return aggregate_losses(graph, nonfinite, self.aggregator)
+        if not self.takes_one_backward:
+            return None
         # What backward() frees is freed by the last pass.
         passes = 1 if self.aggregator.match_norm is None else 2
 

@@ -55,6 +55,9 @@ def test_losses_alone_are_multi_task_learning(memory, aggregator):
     add_multi_task_losses(batch, module)
     result = batch.backward()
     expected = ga.aggregate_gradients(loss_fn, CASE.params, CASE.tasks["query"], aggregator())
+    if result.scores.isnan().all():  # not measured
+        assert memory == "graph" and isinstance(aggregator(), ga.Mean | ga.Sum | ga.RandomWeights)
+        expected = expected._replace(scores=result.scores)
     assert_filled(module, result, expected)
 
 
@@ -134,11 +137,15 @@ def test_a_parameter_that_no_task_uses_is_left_without_grad_as_by_backward(memor
     assert unused.grad is None
 
 
-def test_later_changes_of_grad_do_not_reach_the_result():
+@pytest.mark.parametrize("add", [add_maml_tasks, add_multi_task_losses])
+def test_grad_is_the_update_itself_where_there_was_none_and_apart_from_it_where_there_was(add):
     module = Network(CASE.params)
-    batch = ga.TaskBatch(module, ga.Mean())
-    add_multi_task_losses(batch, module)
-    result = batch.backward()
-    before = copy.deepcopy(result.update)
+    batch = ga.TaskBatch(module, ga.GradientAgreement())
+    add(batch, module)
+    first = batch.backward().update
+    assert all(p.grad is first[name] for name, p in module.named_parameters())
+    add(batch, module)
+    second = batch.backward().update
+    before = copy.deepcopy(second)
     module.zero_grad(set_to_none=False)
-    assert_same(result.update, before, tolerance=0)
+    assert_same(second, before, tolerance=0)
