@@ -143,9 +143,7 @@ class TaskBatch:
         The update is dense, that of a sparse embedding too, with which SparseAdam cannot step.
 
         Returns:
-            The aggregation; its update is a dict from parameter name (or position) to gradient. A
-            parameter that had no ``.grad`` has that tensor now, and not a copy of it: clone what
-            is to outlive a change of ``.grad`` in place, as by clipping.
+            The aggregation; its update is a dict from parameter name (or position) to gradient.
 
         Raises:
             ValueError: no task was added, the graph of a loss is stale, or the aggregator refuses
@@ -254,7 +252,7 @@ def add_to_grad(parameters: Mapping[str, Tensor], update: Mapping[str, Tensor], 
     for name, parameter in parameters.items():
         grad = parameter.grad
         if grad is None:
-            parameter.grad = update[name]
+            parameter.grad = update[name].clone()  # optimizers change it in its place
         elif grad.requires_grad or grad.layout != torch.strided:
             parameter.grad = update[name] + grad
         else:

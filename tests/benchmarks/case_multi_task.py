@@ -31,8 +31,11 @@ class Net(nn.Module):
         pairs = zip(self.heads, self.y, strict=True)
         return [(head(shared) - y).square().mean() for head, y in pairs]
 
-    def gradients(self) -> dict[str, Tensor]:
-        return {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+    def take_gradients(self) -> dict[str, Tensor]:
+        """``.grad`` by name, which is left empty: it counts among the memory of a step."""
+        found = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+        self.zero_grad()
+        return found
 
 
 def case() -> Case:
@@ -54,6 +57,7 @@ def case() -> Case:
             Bar(OURS, PLAIN, 3, True),
             Bar(MEAN, PLAIN, 1.05, True),
         ],
+        rounds=7,
     )
 
 
@@ -62,9 +66,8 @@ def ours(aggregator: ga.Aggregator) -> Step:
     optimizer = ga.TaskOptimizer(torch.optim.SGD(net.parameters(), lr=0.0), aggregator)
 
     def step() -> dict[str, Tensor]:
-        optimizer.zero_grad()
         optimizer.step(net.losses())
-        return net.gradients()
+        return net.take_gradients()
 
     return step
 
@@ -76,7 +79,6 @@ def by_hand() -> Step:
     optimizer = torch.optim.SGD(params, lr=0.0)
 
     def step() -> dict[str, Tensor]:
-        optimizer.zero_grad()
         rows = []
         for loss in net.losses():
             grads = torch.autograd.grad(loss, params, retain_graph=True, materialize_grads=True)
@@ -86,7 +88,7 @@ def by_hand() -> Step:
         for parameter, part in zip(params, update, strict=True):
             parameter.grad = part.view_as(parameter)
         optimizer.step()
-        return net.gradients()
+        return net.take_gradients()
 
     return step
 
@@ -96,9 +98,8 @@ def plain() -> Step:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
 
     def step() -> dict[str, Tensor]:
-        optimizer.zero_grad()
         torch.stack(net.losses()).mean().backward()
         optimizer.step()
-        return net.gradients()
+        return net.take_gradients()
 
     return step

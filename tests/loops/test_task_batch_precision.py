@@ -90,7 +90,6 @@ def test_update_under_bfloat16_autocast_is_close_to_that_of_float32(memory, maml
     model = network()
     updates = []
     for autocast in (False, True):
-        model.zero_grad()
         batch = ga.TaskBatch(model, aggregator(), memory=memory)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             add_tasks(batch, model, draw(0), maml)
