@@ -62,7 +62,8 @@ class Aggregation(NamedTuple):
     Attributes:
         update: Σ_i w_i · direction_i, a pytree without the task axis: what an optimizer subtracts.
         weights: ``[n]``, or ``[groups, n]`` where the scope is not "global".
-        scores: what the weights come from, shaped like them, in squared units of the signal.
+        scores: what the weights come from, shaped like them, in squared units of the signal; NaN
+            where the weights come from none, and none were measured.
         diagnostics: plain tensors that say how the tasks agreed, computed when first looked at.
     """
 

@@ -13,21 +13,15 @@ from gradagree_opt.core.blocks import or_one
 from gradagree_opt.core.scopes import group_indices, measure_by_group
 from gradagree_opt.core.stacks import PyTree, accumulation_dtype, task_count
 from gradagree_opt.core.statistics import Statistics
-from gradagree_opt.core.weightings import Need
 from gradagree_opt.engines.kept import Model
 from gradagree_opt.engines.losses import TaskLoss
 from gradagree_opt.engines.random_state import RandomState, check_same_losses
 from gradagree_opt.engines.rows import Rows
 
-STREAMED: frozenset[Need] = frozenset(
-    {"draws", "squared_norms", "cosine_row_sums", "other_row_sums"}
-)
-"""What a weighting may ask for of gradients of which one exists at a time."""
-
 
 def streamed_refusal(aggregator: Aggregator, task_loss: TaskLoss, /) -> str | None:
     """Why the engine cannot serve an aggregator, in half a sentence; None where it can."""
-    known = STREAMED
+    known = {"draws", "squared_norms", "cosine_row_sums", "other_row_sums"}
     if not task_loss.signal_is_gradient:
         known |= {"relative_norms", "cosines", "gramian"}  # of a stack that is held
     missing = sorted(aggregator.needs - known)
@@ -116,8 +110,10 @@ def measured_in_two_passes(
     losses, scales, squares, finite = (Rows(stream.n) for _ in range(4))
     total = _zeros(stream, torch.float64 if others else None)
     unit_total = _zeros(stream) if cosine else []
+    waits, scaled = aggregator.nonfinite != "propagate", []
     for loss, gradient in stream.gradients():
-        one = _measure_one(gradient, groups)
+        one = _measure_one(gradient, groups, waits=waits)
+        scaled.append(one.scaled)
         sound = one.finite & torch.isfinite(loss)
         for results, value in zip(
             (losses, scales, squares, finite), (loss, one.scale, one.square, sound), strict=True
@@ -134,20 +130,20 @@ def measured_in_two_passes(
     sizes = torch.where(says, scales.stack, torch.zeros_like(scales.stack))
     scale = or_one(sizes.amax(0))
     shares = sizes / scale
-    of_total, whole = _measure_one(total, groups), torch.ones_like(scale)
+    of_total, whole = _measure_one(total, groups, waits=waits), torch.ones_like(scale)
     dots, other_dots, cosines = Rows(stream.n), Rows(stream.n), Rows(stream.n)
     for index, (_, gradient) in enumerate(stream.gradients()):
         kept = _kept(gradient, finite.stack[index]) if drop else gradient
-        one = _One(finite.stack[index], scales.stack[index], squares.stack[index])
+        one = _One(finite.stack[index], scales.stack[index], squares.stack[index], scaled[index])
         dots.append(_dot(kept, one, total, of_total, groups, scale).unsqueeze(0))
         if others:
             rest = [a - b for a, b in zip(total, kept, strict=True)]
-            of_rest = _measure_one(rest, groups)
+            of_rest = _measure_one(rest, groups, waits=waits)
             other_dots.append(_dot(kept, one, rest, of_rest, groups, scale).unsqueeze(0))
             del rest
         if cosine:
             units = _units(kept, one, groups)
-            of_unit = _One(one.finite, whole, whole)
+            of_unit = _One(one.finite, whole, whole, scaled=False)
             product = _dot(units, of_unit, unit_total, of_unit, groups, whole)
             cosines.append(product.unsqueeze(0))
             del units
@@ -225,19 +221,28 @@ class _Stream:
 
 
 class _One(NamedTuple):
-    """What is known of one gradient: whether it is finite, and in each group scale and ‖g‖²."""
+    """What is known of one gradient: whether it is finite, and in each group scale and ‖g‖².
+
+    ``scaled``: whether a scale may be another than 1.
+    """
 
     finite: Bool[Tensor, ""]
     scale: Float[Tensor, "*groups"]
     square: Float[Tensor, "*groups"]
+    scaled: bool = True
 
 
-def _measure_one(gradient: Sequence[Tensor], groups: list[int] | None) -> _One:
+def _measure_one(gradient: Sequence[Tensor], groups: list[int] | None, *, waits: bool) -> _One:
+    """``waits``: whether the host may wait to learn that no scale is needed, which is faster."""
     rows = [leaf.unsqueeze(0) for leaf in gradient]
     active = torch.ones(1, dtype=torch.bool, device=rows[0].device)
-    measured = measure_by_group(rows, groups, active, frozenset(), scaled=True)
+    measured = measure_by_group(rows, groups, active, frozenset(), scaled=not waits)
+    scaled = not waits or not bool(measured.finite.all())
+    if waits and scaled:
+        measured = measure_by_group(rows, groups, active, frozenset(), scaled=True)
     assert measured.squared_norms is not None
-    return _One(measured.finite.squeeze(0), measured.scale, measured.squared_norms.squeeze(-1))
+    square = measured.squared_norms.squeeze(-1)
+    return _One(measured.finite.squeeze(0), measured.scale, square, scaled)
 
 
 def _dot(
@@ -250,14 +255,8 @@ def _dot(
 ) -> Float[Tensor, "*groups"]:
     """Inner product of two gradients in each group, in units of scale², each in its own first."""
     each = [
-        torch.dot((x / s).to(y.dtype).flatten(), (y / t).flatten())
-        for x, s, y, t in zip(
-            a,
-            _by_leaf(of_a.scale, groups, len(a)),
-            b,
-            _by_leaf(of_b.scale, groups, len(b)),
-            strict=True,
-        )
+        torch.dot(x.to(y.dtype).flatten(), y.flatten())
+        for x, y in zip(_in_units(a, of_a, groups), _in_units(b, of_b, groups), strict=True)
     ]
     dots = torch.stack(each)
     if groups is None:
@@ -267,6 +266,15 @@ def _dot(
         products = dots.new_zeros(scale.shape).index_add(0, members, dots)
     shares = [torch.where(of.square == 0, 0, of.scale / scale) for of in (of_a, of_b)]
     return products * shares[0] * shares[1]
+
+
+def _in_units(gradient: Sequence[Tensor], one: _One, groups: list[int] | None) -> Iterator[Tensor]:
+    """The leaves in units of their group's scale, one by one."""
+    if not one.scaled:
+        yield from gradient
+        return
+    scales = _by_leaf(one.scale, groups, len(gradient))
+    yield from (leaf / scale for leaf, scale in zip(gradient, scales, strict=True))
 
 
 def _units(gradient: Sequence[Tensor], one: _One, groups: list[int] | None) -> list[Tensor]:
@@ -294,9 +302,9 @@ def _kept(gradient: Sequence[Tensor], sound: Tensor) -> list[Tensor]:
 
 
 def _add(total: list[Tensor], part: Sequence[Tensor]) -> None:
-    """Adds to the total leaf by leaf, so that one leaf is there twice at a time."""
-    for place, leaf in enumerate(part):
-        total[place] = total[place] + leaf
+    """Adds to the total in its place."""
+    for mine, leaf in zip(total, part, strict=True):
+        mine.add_(leaf)
 
 
 def _zeros(stream: Gradients, dtype: torch.dtype | None = None) -> list[Tensor]:

@@ -36,7 +36,8 @@ def dependencies(loss: Tensor, tensors: Sequence[Tensor], /) -> Iterator[int]:
     while pending:
         edge = pending.pop()
         node = edge[0]
-        place = id(node.variable) if type(node).__name__ == "AccumulateGrad" else edge
+        leaf = getattr(node, "variable", None) if _is_leaf(node) else None
+        place = edge if leaf is None else id(leaf)
         if place in wanted:
             yield wanted.pop(place)
         elif node is not None and node not in visited:
@@ -119,7 +120,7 @@ def survey(losses: Sequence[Tensor], /) -> Survey:
                 shared = shared or bool(node.next_functions)
                 continue
             own.add(node)
-            if isinstance(node, BackwardCFunction) or type(node).__name__ == "CppFunction":
+            if issubclass(type(node), BackwardCFunction) or type(node).__name__ == "CppFunction":
                 foreign.append(node)
             pending += [following for following, _ in node.next_functions]
         visited |= own
@@ -161,6 +162,10 @@ def stale_graphs() -> Iterator[None]:
                 "tensors changed since; compute and add the losses after the optimizer's last step"
             ) from error
         raise
+
+
+def _is_leaf(node: Node | None) -> bool:
+    return type(node).__name__ == "AccumulateGrad"
 
 
 def _edge(tensor: Tensor) -> tuple[Node | None, int]:

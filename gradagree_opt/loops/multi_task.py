@@ -15,7 +15,7 @@ from gradagree_opt.core.few_passes import (
 )
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.choice import are_large
-from gradagree_opt.engines.streamed import STREAMED, measured_in_two_passes, weighted_sum
+from gradagree_opt.engines.streamed import measured_in_two_passes, weighted_sum
 from gradagree_opt.loops.loss_graph import LossGraph
 
 FEW = 2
@@ -53,7 +53,8 @@ def aggregate_losses(
             result = _by_row_sums(graph, nonfinite, aggregator)
             if result is not None:
                 return result
-    if large and not graph.is_hooked and aggregator.needs <= STREAMED:
+    # What reads more than row sums is measured faster on a stack.
+    if large and not graph.is_hooked and aggregator.needs <= {"draws"}:
         return _streamed(graph, aggregator)
     return None
 

@@ -1,7 +1,7 @@
 """TaskBatch: measure and apply inside the user's own loop over the tasks of a meta-batch."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +49,9 @@ class TaskBatch:
             module, a mapping or a list, as of a new head.
         aggregator: what weights the tasks.
         memory: "graph" keeps the graphs of all losses until ``backward``, which then needs one
-            backward pass in the MAML form; "stream" runs one backward pass at every ``add``, so
-            that one task's graph is alive at a time, and keeps the gradients instead.
+            backward pass in the MAML form, and few in multi-task learning where the losses share a
+            graph; "stream" runs one backward pass at every ``add``, so that one task's graph is
+            alive at a time, and keeps the gradients instead.
 
     Raises:
         TypeError: these are no parameters, or no aggregator.
@@ -149,9 +150,7 @@ class TaskBatch:
         The update is dense, that of a sparse embedding too, with which SparseAdam cannot step.
 
         Returns:
-            The aggregation; its update is a dict from parameter name (or position) to gradient. A
-            parameter that had no ``.grad`` has that tensor now, and not a copy of it: clone what
-            is to outlive a change of ``.grad`` in place, as by clipping.
+            The aggregation; its update is a dict from parameter name (or position) to gradient.
 
         Raises:
             ValueError: no task was added, the graph of a loss is stale, a parameter was replaced
@@ -220,28 +219,29 @@ class TaskBatch:
 
     def _aggregate(self) -> Aggregation:
         signal = _stack(self._displacements) if self._displacements else None
-        if not self._nonfinite:
+        if not self._form[0]:
             return self.aggregator.aggregate_unchecked(signal)
-        nonfinite = torch.stack(self._nonfinite)
+        nonfinite, directions = torch.stack(self._nonfinite), self._directions
         if self._losses:
             graph = LossGraph(self._losses, self._trained, self._copies)
-            result = None
-            if signal is None:
-                result = aggregate_losses(graph, nonfinite, self.aggregator)
-            elif self.takes_one_backward:
-                result = self._from_one_backward(graph, signal, nonfinite)
+            result = self._from_few_passes(graph, signal, nonfinite)
+            self._used |= graph.used
             if result is not None:
-                self._used |= graph.used
                 return result
-        directions = self._directions or [
-            self._gradient(loss, copies, retain_graph=loss is not self._losses[-1])
-            for loss, copies in zip(self._losses, self._copies, strict=True)
-        ]
+            directions = [
+                self._gradient(loss, copies, retain_graph=loss is not self._losses[-1])
+                for loss, copies in zip(self._losses, self._copies, strict=True)
+            ]
         return self.aggregator.aggregate_unchecked(_stack(directions), signal, nonfinite=nonfinite)
 
-    def _from_one_backward(
+    def _from_few_passes(
         self, graph: LossGraph, signal: PyTree, nonfinite: Tensor
-    ) -> Aggregation:
+    ) -> Aggregation | None:
+        """The aggregation by passes that all tasks share; None where each is to have its own."""
+        if signal is None:
+            return aggregate_losses(graph, nonfinite, self.aggregator)
+        if not self.takes_one_backward:
+            return None
         # What backward() frees is freed by the last pass.
         passes = 1 if self.aggregator.match_norm is None else 2
 
@@ -274,7 +274,7 @@ def add_to_grad(parameters: Mapping[str, Tensor], update: Mapping[str, Tensor], 
             accumulated[name] = parameter
         else:
             if grad is None:
-                parameter.grad = update[name]
+                parameter.grad = update[name].clone()
             elif plain:
                 grad.add_(update[name])
             else:
@@ -282,21 +282,7 @@ def add_to_grad(parameters: Mapping[str, Tensor], update: Mapping[str, Tensor], 
             run_accumulation_hooks(parameter)
     if accumulated:
         updates = [update[name] for name in accumulated]
-        with torch.enable_grad():
-            _Delivered.apply(updates, *accumulated.values()).backward()
-
-
-class _Delivered(torch.autograd.Function):
-    """A loss whose gradients are given: what accumulates them may take them as they are."""
-
-    @staticmethod
-    def forward(ctx: Any, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return parameters[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(gradient.detach() for gradient in ctx.gradients)
+        torch.autograd.backward([*accumulated.values()], updates)
 
 
 def check_no_accumulation_hooks(parameter: Tensor, /, *, advice: str) -> None:

@@ -28,7 +28,10 @@ from .timing import (
     use_device,
 )
 
-ON_DEVICES = ("sine_maml", "omniglot_maml", "aggregation", "equal_agreement", "matrix_free")
+ON_DEVICES = (
+    *("sine_maml", "omniglot_maml", "aggregation", "equal_agreement"),
+    *("matrix_free", "multi_task"),
+)
 CASES = (*ON_DEVICES, "growth", "study")
 
 

@@ -55,6 +55,9 @@ def test_losses_alone_are_multi_task_learning(memory, aggregator):
     add_multi_task_losses(batch, module)
     result = batch.backward()
     expected = ga.aggregate_gradients(loss_fn, CASE.params, CASE.tasks["query"], aggregator())
+    if result.scores.isnan().all():  # not measured
+        assert memory == "graph" and isinstance(aggregator(), ga.Mean | ga.Sum | ga.RandomWeights)
+        expected = expected._replace(scores=result.scores)
     assert_filled(module, result, expected)
 
 
