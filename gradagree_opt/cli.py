@@ -1,6 +1,5 @@
 """The ``gradagree`` command."""
 
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -12,20 +11,16 @@ try:
     import typer
     from rich.console import Console
 
+    from gradagree_opt.ablation.conduct import prepare, usable_cores
     from gradagree_opt.ablation.report import layouts
-    from gradagree_opt.ablation.report.artefacts import (
-        check_text,
-        other_versions,
-        prepare_folder,
-        write_artefacts,
-        write_config,
-    )
+    from gradagree_opt.ablation.report.artefacts import check_text, write_artefacts
     from gradagree_opt.ablation.report.citations import bibtex, methods_text
     from gradagree_opt.ablation.report.display import Display
     from gradagree_opt.ablation.runs.store import read_config, read_results
-    from gradagree_opt.ablation.runs.sweep import Results, Sweep, compiles
+    from gradagree_opt.ablation.runs.sweep import Part
+    from gradagree_opt.ablation.section import StudyError
     from gradagree_opt.ablation.study.loading import load, read, shipped
-    from gradagree_opt.ablation.study.study import Study, StudyError
+    from gradagree_opt.ablation.study.study import Study
     from gradagree_opt.ablation.training.run import RunRecord
     from gradagree_opt.doctor import main as try_packages
 except ModuleNotFoundError as missing:
@@ -46,11 +41,6 @@ except ImportError as broken:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
-
-
-def usable_cores() -> int:
-    """Those that this process may run on, where the system says so."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @app.callback()
@@ -108,34 +98,26 @@ def ablate(
         write_events = event_writer() if tensorboard else None
         loaded = load(study, quick=quick)
         folder = out or Path("runs") / loaded.name
-        check_text([study, str(folder), str(data)])
-        sweeps = [Sweep(part, folder, data, warn) for part in loaded.parts()]
-        compiled = compiles(loaded, warn)
-        for sweep in sweeps:
-            sweep.compiled = compiled
-        prepare_folder(folder, loaded)
-        if sentence := other_versions(folder, loaded):
-            warn(sentence)
-        command, digests = ["gradagree", *sys.argv[1:]], [sweep.digest for sweep in sweeps]
-        config = write_config(folder, loaded, command, data, digests)
+        command = ["gradagree", *sys.argv[1:]]
+        check_text([study])
+        prepared = prepare(loaded, folder, data, command, warn)
     except StudyError as mistake:
         raise refusal(mistake) from None
     except OSError as failure:
         errors.print(f"gradagree: {failure}; nothing was run", markup=False)
         raise typer.Exit(1) from None
     try:
-        display = Display(loaded.title, sum(sweep.iterations for sweep in sweeps), errors)
+        display = Display(loaded.title, prepared.iterations, errors)
 
         def ended(part: Study, record: RunRecord, found: bool) -> None:
             display.end(part, record, found=found)
-            display.resize(sum(sweep.iterations for sweep in sweeps))
+            display.resize(prepared.iterations)
             if write_events is not None:
-                share = f"corrupted-{part.fraction:g}" if len(sweeps) > 1 else ""
+                share = f"corrupted-{part.fraction:g}" if len(prepared.sweeps) > 1 else ""
                 write_events(folder / "tensorboard" / share, part, record)
 
         with display.live():
-            results = [sweep.run(jobs, display.advance, ended) for sweep in sweeps]
-        write_artefacts(folder, results, config)
+            results = prepared.run(jobs, display.advance, ended)
     except (OSError, BrokenProcessPool, StudyError) as failure:
         errors.print(f"gradagree: {failure}; the finished runs are in {folder}", markup=False)
         raise typer.Exit(1) from None
@@ -145,7 +127,7 @@ def ablate(
             markup=False,
         )
         raise typer.Exit(130) from None
-    show(results, folder)
+    show(results.parts, folder)
 
 
 @app.command()
@@ -217,7 +199,7 @@ def warn(sentence: str) -> None:
     errors.print(sentence, markup=False)
 
 
-def show(results: list[Results], folder: Path) -> None:
+def show(results: list[Part], folder: Path) -> None:
     console = Console()
     console.print(layouts.terminal(results))
     console.print(f"written to {folder}", markup=False, soft_wrap=True)

@@ -76,6 +76,11 @@ def test_the_page_shows_the_weighting_that_the_contract_is_checked_on() -> None:
     assert shown in (DOCS / "own_weighting.py").read_text("utf-8")
 
 
+def test_the_page_shows_the_study_of_ones_own_that_the_tests_run() -> None:
+    shown = (DOCS / "own_study.yaml").read_text("utf-8")
+    assert f"```yaml\n{shown}```" in (DOCS / "studies.md").read_text("utf-8")
+
+
 def test_every_test_that_a_page_names_is_there() -> None:
     page = (DOCS / "equal-agreement.md").read_text("utf-8")
     tests = (ROOT / "tests/core/test_equal_agreement.py").read_text("utf-8")

@@ -11,8 +11,9 @@ import pytest
 from gradagree_opt.ablation.runs import sweep as sweep_module
 from gradagree_opt.ablation.runs.store import read_config, read_results, resume
 from gradagree_opt.ablation.runs.sweep import Sweep, tuning_runs
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.loading import load
-from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.problem import build_problem
 from gradagree_opt.ablation.training.run import FORMAT
 from gradagree_testing.command import gradagree

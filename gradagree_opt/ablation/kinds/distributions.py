@@ -4,13 +4,16 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from gradagree_opt.ablation.kinds.own import OwnTasks
 from gradagree_opt.ablation.kinds.tasksets import tasksets
+from gradagree_opt.ablation.own import told
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.sections import (
     CorruptionSection,
     DigitsTasks,
@@ -20,7 +23,7 @@ from gradagree_opt.ablation.study.sections import (
     OmniglotTasks,
     Test,
 )
-from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.networks import input_size
 from gradagree_opt.tasks import (
     Corrupted,
@@ -34,7 +37,7 @@ from gradagree_opt.tasks import (
 )
 from gradagree_opt.tasks.grouped import Dataset
 from gradagree_opt.tasks.omniglot_files import SplitScheme, read_folder, read_npz
-from gradagree_opt.tasks.protocol import Split
+from gradagree_opt.tasks.protocol import SPLITS, Split
 
 ORIGINS = {
     "sine": "made up",
@@ -94,17 +97,33 @@ def check_task(study: Study, distribution: TaskDistribution, split: Split) -> No
     shots = study.tasks if split == "train" else study.test
     try:
         tasks = distribution.sample(1, split=split, generator=torch.Generator().manual_seed(0))
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        parts = [(part, *check_batch(tasks[part])) for part in ("support", "query")]
+    except Exception as error:  # it may be the user's, and raise anything
         classes = f" of {study.way} classes" if study.way else ""
         raise StudyError(
             f"no {split} task{classes} with {shots.support_shots} support and {shots.query_shots} "
-            f"query examples{' each' if classes else ''} can be drawn: {error}"
+            f"query examples{' each' if classes else ''} can be drawn: {told(error)}"
         ) from None
-    for part, each in (("support", shots.support_shots), ("query", shots.query_shots)):
+    for part, x, y in parts:
+        each = shots.support_shots if part == "support" else shots.query_shots
         try:
-            check_examples(study, *tasks[part], each)
+            check_examples(study, x, y, each)
         except ValueError as error:
             raise StudyError(f"the {part} examples of a {split} task: {error}") from None
+
+
+def check_batch(batch: Any) -> tuple[Tensor, Tensor]:
+    """The inputs and targets of one task, or a ValueError."""
+    match batch:
+        case (Tensor(ndim=n_x, dtype=dtype) as x, Tensor(ndim=n_y) as y) if min(n_x, n_y) > 1:
+            if len(x) == len(y) == 1 and dtype == torch.float32:
+                return x, y
+    found = [
+        (list(each.shape), each.dtype) for each in tree_leaves(batch) if hasattr(each, "shape")
+    ]
+    raise ValueError(
+        f"expected inputs and targets [1, examples, …], inputs as torch.float32, found {found}"
+    )
 
 
 def check_examples(study: Study, x: Tensor, y: Tensor, shots: int) -> None:
@@ -119,6 +138,9 @@ def check_examples(study: Study, x: Tensor, y: Tensor, shots: int) -> None:
     if study.way is None:
         if y.shape[1] != shots:
             raise ValueError(f"expected {shots}, found {y.shape[1]}")
+        if list(y.shape[2:]) != [study.outputs]:
+            found = list(y.shape[2:])
+            raise ValueError(f"expected targets of shape {[study.outputs]} each, found {found}")
         return
     if y.dtype != torch.int64:
         raise ValueError(f"expected classes as torch.int64, found {y.dtype}")
@@ -143,6 +165,11 @@ def made(
         )
     if isinstance(tasks, Learn2LearnTasks):
         return tasksets(tasks, test, data)
+    if isinstance(tasks, OwnTasks):
+        return (
+            tasks.distribution(data, tasks.support_shots, tasks.query_shots),
+            tasks.distribution(data, test.support_shots, test.query_shots),
+        )
     if data is not None:
         origin = ORIGINS[tasks.kind]
         raise StudyError(f"{tasks.kind} tasks are {origin}: this study takes no --data")
@@ -285,13 +312,13 @@ def data_tensors(distribution: Source) -> list[Tensor]:
         return [distribution.x, distribution.y, *distribution.rows.values()]
     if isinstance(distribution, MiniImageNet):
         return [tensor for images in distribution.images.values() for tensor in images]
-    if hasattr(distribution, "tasksets"):  # learn2learn's, of which only tasks are seen
-        drawn = [
-            distribution.sample(8, split=split, generator=torch.Generator().manual_seed(0))
-            for split in distribution.tasksets
-        ]
-        return tree_leaves(drawn)
     if isinstance(distribution, Corrupted):
         parts = [distribution.base, distribution.foreign]
         return [tensor for part in parts if part is not None for tensor in data_tensors(part)]
-    return []
+    if isinstance(distribution, Sine | Lines):
+        return []
+    drawn = [  # the user's, of which only tasks are seen
+        distribution.sample(8, split=split, generator=torch.Generator().manual_seed(0))
+        for split in getattr(distribution, "tasksets", SPLITS)
+    ]
+    return tree_leaves(drawn)

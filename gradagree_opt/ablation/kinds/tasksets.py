@@ -1,13 +1,12 @@
 """The tasks of a study that come from learn2learn, by a function of the user's."""
 
-import importlib
-import sys
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from gradagree_opt.ablation import own
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.sections import Learn2LearnTasks, Test
-from gradagree_opt.ablation.study.study import StudyError
 from gradagree_opt.tasks import TaskDistribution
 
 
@@ -23,7 +22,7 @@ def tasksets(
         from gradagree_opt.tasks.tasksets import Tasksets, seeded
 
         with seeded(0):
-            parts = called(tasks, test, data)
+            parts = call(tasks, test, data)
         training = Tasksets(*parts, shots=tasks.support_shots)
         check_apart(training.tasksets)
         return training, Tasksets(*parts, shots=test.support_shots)
@@ -31,27 +30,18 @@ def tasksets(
         raise StudyError(f"the tasksets of {tasks.tasksets}: {error}") from None
 
 
-def called(tasks: Learn2LearnTasks, test: Test, data: Path | None) -> Any:
-    """What the function that the study names returns.
-
-    Raises:
-        ValueError: It raises anything, or cannot be called.
-    """
-    module, name = tasks.tasksets.split(":")
+def call(tasks: Learn2LearnTasks, test: Test, data: Path | None) -> Any:
+    """What the function that the study names returns."""
     root = {} if data is None else {"root": str(data)}
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        return getattr(importlib.import_module(module), name)(
-            train_ways=tasks.way,
-            train_samples=tasks.support_shots + tasks.query_shots,
-            test_ways=tasks.way,
-            test_samples=test.support_shots + test.query_shots,
-            **root,
-            **tasks.options,
-        )
-    except Exception as error:  # it is the user's, and may raise anything
-        raise ValueError(f"{type(error).__name__}: {error}".splitlines()[0]) from None
+    return own.call(
+        tasks.tasksets,
+        train_ways=tasks.way,
+        train_samples=tasks.support_shots + tasks.query_shots,
+        test_ways=tasks.way,
+        test_samples=test.support_shots + test.query_shots,
+        **root,
+        **tasks.options,
+    )
 
 
 def check_apart(tasksets: dict[str, Any]) -> None:

@@ -18,8 +18,9 @@ from gradagree_opt.ablation.report.figure_corruption import corruption
 from gradagree_opt.ablation.report.figure_matrices import agreement_matrices
 from gradagree_opt.ablation.report.page import html
 from gradagree_opt.ablation.runs.store import CONFIG, Config, needed_packages
-from gradagree_opt.ablation.runs.sweep import Results
-from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.runs.sweep import Part
+from gradagree_opt.ablation.section import StudyError
+from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.networks import Params
 from gradagree_opt.ablation.training.problem import build_problem
 from gradagree_opt.ablation.training.run import FORMAT, Store, write_atomically, write_first
@@ -144,7 +145,7 @@ def write_config(
     return config
 
 
-def write_artefacts(folder: Path, parts: Sequence[Results], config: Config) -> None:
+def write_artefacts(folder: Path, parts: Sequence[Part], config: Config) -> None:
     """Tables, figures, the page and what to cite; the same runs give the same files."""
     write_atomically(folder / "results.csv", tables.all_runs(parts).to_csv(index=False).encode())
     write_atomically(folder / "table.csv", tables.numbers(parts).to_csv(index=False).encode())
@@ -159,7 +160,7 @@ def write_artefacts(folder: Path, parts: Sequence[Results], config: Config) -> N
     write_atomically(folder / "report.html", html(parts, config, pictures).encode())
 
 
-def draw(folder: Path, parts: Sequence[Results], config: Config) -> dict[str, Figure]:
+def draw(folder: Path, parts: Sequence[Part], config: Config) -> dict[str, Figure]:
     """The figures of a study, by name: of all its parts, then of the last."""
     results = parts[-1]
     with matplotlib.rc_context(style.STYLE):
@@ -180,7 +181,7 @@ def draw(folder: Path, parts: Sequence[Results], config: Config) -> dict[str, Fi
     return pictures
 
 
-def trained_params(folder: Path, results: Results, digest: str | None) -> dict[str, Params]:
+def trained_params(folder: Path, results: Part, digest: str | None) -> dict[str, Params]:
     """The parameters of each method's first seed, those that are kept."""
     store = Store(folder)
     keys = {name: results.final(name)[0].run.key(results.study, digest) for name in results.rates}

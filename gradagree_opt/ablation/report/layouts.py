@@ -9,10 +9,10 @@ from rich.text import Text
 
 from gradagree_opt.ablation.report.notes import comparison_notes, notes
 from gradagree_opt.ablation.report.tables import ADJUSTED_P, EDGE, EFFECT_SIZE, counted, summary
-from gradagree_opt.ablation.runs.sweep import Results
+from gradagree_opt.ablation.runs.sweep import Part
 
 
-def markdown(parts: Sequence[Results]) -> str:
+def markdown(parts: Sequence[Part]) -> str:
     table = summary(parts)
     rows = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
     all_notes = notes(parts) + comparison_notes(parts)
@@ -20,7 +20,7 @@ def markdown(parts: Sequence[Results]) -> str:
     return "\n".join([*lines, "", *(f"{note}  " for note in all_notes)]) + "\n"
 
 
-def latex(parts: Sequence[Results]) -> str:
+def latex(parts: Sequence[Part]) -> str:
     """A booktabs table, a rule between its parts; the notes are comments above it."""
     style = summary(parts).style.hide(axis="index").format(escape="latex")
     style = style.format_index(escape="latex", axis="columns")
@@ -39,7 +39,7 @@ def latex(parts: Sequence[Results]) -> str:
     return "".join(f"% {note}\n" for note in all_notes) + body
 
 
-def terminal(parts: Sequence[Results]) -> Table:
+def terminal(parts: Sequence[Part]) -> Table:
     """The table without tests: eight columns are what a terminal of eighty characters holds.
 
     With a column more for its parts it has the steps alone that rates are chosen by.

@@ -15,7 +15,7 @@ from gradagree_opt.ablation.report.citations import bibtex, methods_text
 from gradagree_opt.ablation.report.notes import comparison_notes, notes
 from gradagree_opt.ablation.report.style import INK, save
 from gradagree_opt.ablation.runs.store import Config
-from gradagree_opt.ablation.runs.sweep import Results
+from gradagree_opt.ablation.runs.sweep import Part
 
 CAPTIONS = {
     "learning-curves": "Validation loss through training: mean over seeds, and its 95 % interval.",
@@ -67,7 +67,7 @@ class Picture(NamedTuple):
     svg: Markup
 
 
-def html(parts: Sequence[Results], config: Config, figures: Mapping[str, Figure]) -> str:
+def html(parts: Sequence[Part], config: Config, figures: Mapping[str, Figure]) -> str:
     """The page: tables, figures, configuration, and how to cite."""
     environment = Environment(
         loader=PackageLoader("gradagree_opt.ablation"), autoescape=True, trim_blocks=True
@@ -94,7 +94,7 @@ def html(parts: Sequence[Results], config: Config, figures: Mapping[str, Figure]
     )
 
 
-def caption(name: str, parts: Sequence[Results]) -> str:
+def caption(name: str, parts: Sequence[Part]) -> str:
     """What a figure shows; of several parts, all figures but one show the last."""
     if len(parts) == 1 or name == "corruption":
         return CAPTIONS[name]
@@ -102,7 +102,7 @@ def caption(name: str, parts: Sequence[Results]) -> str:
     return f"{CAPTIONS[name]} Trained with {share} of the training tasks corrupted."
 
 
-def every_run(parts: Sequence[Results]) -> pd.DataFrame:
+def every_run(parts: Sequence[Part]) -> pd.DataFrame:
     """Every run after the number of steps that the rates are tuned for, as text."""
     steps = parts[0].study.tuning.steps
     runs = tables.all_runs(parts)

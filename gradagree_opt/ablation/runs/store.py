@@ -10,10 +10,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from gradagree_opt.ablation.study.loading import load
 from gradagree_opt.ablation.training.run import FORMAT, DamagedRecordError, Run, RunRecord, Store
-from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.section import StudyError
+from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.runs.sweep import (
     Label,
-    Results,
+    Part,
     choose_rates,
     final_runs,
     number_of_runs,
@@ -98,7 +99,7 @@ def read_config(folder: Path) -> Config:
         raise StudyError(f"{path}: the entry {place!r} is another version's or damaged") from None
 
 
-def read_results(folder: Path, config: Config) -> list[Results]:
+def read_results(folder: Path, config: Config) -> list[Part]:
     """The finished study, each of its parts.
 
     Raises:
@@ -113,7 +114,7 @@ def read_results(folder: Path, config: Config) -> list[Results]:
     return parts
 
 
-def read_part(folder: Path, config: Config, study: Study) -> Results:
+def read_part(folder: Path, config: Config, study: Study) -> Part:
     """What is finished of a part of the study."""
     find = partial(finished, Store(folder), study, config.digest(study))
     records: dict[Label, RunRecord] = {}
@@ -126,7 +127,7 @@ def read_part(folder: Path, config: Config, study: Study) -> Results:
     ]
     found = study.model_copy(update={"methods": tuned})
     rates = choose_rates(found, records)
-    return Results(study, records | find(final_runs(found, rates)), rates)
+    return Part(study, records | find(final_runs(found, rates)), rates)
 
 
 def finished(

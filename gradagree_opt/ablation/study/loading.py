@@ -4,6 +4,7 @@ import json
 import os
 import re
 import reprlib
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,8 +12,11 @@ from typing import Any, TypeAlias
 import yaml
 from pydantic import ValidationError
 
-from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.section import StudyError
+from gradagree_opt.ablation.study.study import Study
 
+GIVEN = Path("the study that is given")
+"""What stands for the file of a study that is given as a mapping."""
 Location: TypeAlias = tuple[int | str, ...]
 EXPECTED = "expected a study file or one of"
 OWN = ("name", "title")  # not inherited: two studies of one name would share an output folder
@@ -27,31 +31,36 @@ def shipped() -> dict[str, Path]:
     }
 
 
-def load(source: str, *, quick: bool = False) -> Study:
+def load(source: str | Mapping[str, Any], *, quick: bool = False) -> Study:
     """Reads a study.
 
     Args:
         source: The name of a shipped study, the path of a YAML file, or the ``config.json`` that a
-            study left in its output folder. A file may say ``extends``, with another study's name
-            or its path from there, and give only what differs, its own name and title included.
+            study left in its output folder; or what a file says, as a mapping. A file may say
+            ``extends``, with another study's name or its path from there, and give only what
+            differs, its own name and title included.
         quick: Apply the file's ``quick`` section; the study's name then ends in ``-quick``.
 
     Raises:
         StudyError: In one sentence naming file and line, if the file is missing, no YAML, or
             differs from the schema.
     """
-    path = shipped().get(source, Path(source))
     try:
-        return resolved(path, quick)
+        if isinstance(source, Mapping):
+            path = GIVEN
+            document, root = extended(path, *read_mapping(source))
+        else:
+            path = shipped().get(source, Path(source))
+            document, root = read(path)
+        return resolved(path, document, root, quick)
     except FileNotFoundError:
         raise StudyError(f"{EXPECTED} {', '.join(shipped())}, found {source!r}") from None
     except RecursionError:
         raise StudyError(f"{path}: expected a study, found one nested too deeply") from None
 
 
-def resolved(path: Path, quick: bool) -> Study:
+def resolved(path: Path, document: dict[str, Any], root: yaml.Node, quick: bool) -> Study:
     """The study of a file, in its quick form where that is wanted."""
-    document, root = read(path)
     study = parse(path, document, root)
     if study.quick is None:
         if quick:
@@ -77,7 +86,13 @@ def read(path: Path, extending: tuple[Path, ...] = ()) -> tuple[dict[str, Any], 
         FileNotFoundError: There is no such file.
         StudyError: It cannot be read, or extends what is no study.
     """
-    document, root = read_file(path)
+    return extended(path, *read_file(path), extending)
+
+
+def extended(
+    path: Path, document: dict[str, Any], root: yaml.Node, extending: tuple[Path, ...] = ()
+) -> tuple[dict[str, Any], yaml.Node]:
+    """The keys and nodes of a file together with those of what it extends; as :func:`read`."""
     if "extends" not in document:
         return document, root
     named = document.pop("extends")
@@ -85,17 +100,29 @@ def read(path: Path, extending: tuple[Path, ...] = ()) -> tuple[dict[str, Any], 
     known = f"{place}: {EXPECTED} {', '.join(shipped())}"
     if not isinstance(named, str) or not could_be_file(named):
         raise StudyError(f"{known}, found {shown(named)}")
-    extended = shipped().get(named, path.parent / named)
-    if extended.resolve() in [file.resolve() for file in (*extending, path)]:
+    other = shipped().get(named, path.parent / named)
+    if other.resolve() in [file.resolve() for file in (*extending, path)]:
         raise StudyError(f"{place}: {named!r} extends this file; one of them has to be complete")
     try:
-        base, base_root = read(extended, (*extending, path))
+        base, base_root = read(other, (*extending, path))
     except FileNotFoundError:
         raise StudyError(f"{known}, found {named!r}") from None
     for key in OWN:
         base.pop(key, None)
     base_root.value = [pair for pair in base_root.value if pair[0].value not in OWN]
     return merge(base, document), merge_nodes(base_root, root)
+
+
+def read_mapping(given: Mapping[str, Any]) -> tuple[dict[str, Any], yaml.Node]:
+    """The keys of a study that is given as a mapping, and nodes that have no lines to name."""
+    try:
+        loader = Loader(yaml.safe_dump(dict(given), sort_keys=False))
+    except yaml.YAMLError:
+        raise StudyError(f"{GIVEN}: expected what a study file may say, found {given!r}") from None
+    loader.name = str(GIVEN)
+    root: Any = loader.get_single_node()
+    document: dict[str, Any] = loader.construct_document(root)
+    return document, root
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], yaml.Node]:
@@ -217,7 +244,8 @@ def locate(path: Path, root: yaml.Node, location: Location) -> str:
         node = below
         keys.append(str(part))
     mark = marked.start_mark
-    place = f"{mark.name}, line {mark.line + 1}" + (f" in {'.'.join(keys)!r}" if keys else "")
+    line = "" if mark.name == str(GIVEN) else f", line {mark.line + 1}"
+    place = f"{mark.name}{line}" + (f" in {'.'.join(keys)!r}" if keys else "")
     return place if mark.name == str(path) else f"{place}, extended by {path}"
 
 

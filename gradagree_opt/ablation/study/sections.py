@@ -12,7 +12,16 @@ from pydantic import (
     model_validator,
 )
 
-from gradagree_opt.ablation.section import LocatedError, Optimizer, Rates, Section, Seeds
+from gradagree_opt.ablation.kinds.measures import ACCURACY, ERROR, STANDARDISED_ERROR, Measure
+from gradagree_opt.ablation.section import (
+    LocatedError,
+    Optimizer,
+    Options,
+    Rates,
+    Reference,
+    Section,
+    Seeds,
+)
 from gradagree_opt.tasks.corrupted import Corruption
 from gradagree_opt.tasks.digits import CLASSES, PICTURE
 from gradagree_opt.tasks.group_splits import FEWEST_FOLDS
@@ -28,6 +37,7 @@ Network = Literal["finn", "nichol"]
 
 
 class SineTasks(Section):
+    measure: ClassVar[Measure] = ERROR
     kind: Literal["sine"]
     ranges: Literal["paper", "finn"] = "paper"
     support: Literal["uniform", "shuffled_grid"] = "uniform"
@@ -38,6 +48,7 @@ class SineTasks(Section):
 class OmniglotTasks(Section):
     """Omniglot; the split ``background`` is the ``background_validation`` of the distribution."""
 
+    measure: ClassVar[Measure] = ACCURACY
     kind: Literal["omniglot"]
     split: Literal["vinyals", "background"] = "vinyals"
     rotations: bool = False
@@ -47,6 +58,7 @@ class OmniglotTasks(Section):
 
 
 class MiniImageNetTasks(Section):
+    measure: ClassVar[Measure] = ACCURACY
     kind: Literal["mini-imagenet"]
     way: Annotated[int, Field(ge=2)] = 5
     support_shots: PositiveInt
@@ -62,8 +74,9 @@ class Learn2LearnTasks(Section):
     and the ``options``, and gives the training, validation and test taskset.
     """
 
+    measure: ClassVar[Measure] = ACCURACY
     kind: Literal["learn2learn"]
-    tasksets: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+    tasksets: Reference
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     inputs: PositiveInt = DRAWING
     way: Annotated[int, Field(ge=2)] = 5
@@ -74,6 +87,7 @@ class Learn2LearnTasks(Section):
 class GroupedTasks(Section):
     """Groups of a data set; of several folds, seed s tests on the one of number s modulo folds."""
 
+    measure: ClassVar[Measure] = STANDARDISED_ERROR
     kind: Literal["grouped"]
     dataset: Dataset
     folds: Annotated[int, Field(ge=FEWEST_FOLDS)] | None = None
@@ -84,6 +98,7 @@ class GroupedTasks(Section):
 class DigitsTasks(Section):
     """Pairs of digits; training has a minibatch of ``support_shots`` pictures for all tasks."""
 
+    measure: ClassVar[Measure] = ACCURACY
     kind: Literal["digits"]
     support_shots: PositiveInt
     query_shots: ClassVar[int] = 1
@@ -145,6 +160,18 @@ class Conv4(Section):
     kind: Literal["conv4"]
     filters: PositiveInt = 32
     network: Network | None = None
+
+
+class OwnModel(Section):
+    """A network of the user's own.
+
+    ``make`` names, as ``module:name``, what is called with ``inputs``, the numbers in one example,
+    ``outputs`` and the ``options``, and gives an ``nn.Module``.
+    """
+
+    kind: Literal["own"]
+    make: Reference
+    options: Options = Field(default_factory=dict)
 
 
 class ReptileForm(Section):

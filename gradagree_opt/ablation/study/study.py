@@ -11,6 +11,8 @@ from pydantic import (
     model_validator,
 )
 
+from gradagree_opt.ablation import own
+from gradagree_opt.ablation.kinds.own import OwnTasks
 from gradagree_opt.ablation.section import LocatedError, Optimizer, Section, Seeds, unique
 from gradagree_opt.ablation.study.methods import Method
 from gradagree_opt.ablation.study.sections import (
@@ -29,6 +31,7 @@ from gradagree_opt.ablation.study.sections import (
     Network,
     OmniglotTasks,
     Outer,
+    OwnModel,
     ReptileForm,
     SineTasks,
     Test,
@@ -37,12 +40,12 @@ from gradagree_opt.ablation.study.sections import (
 from gradagree_opt.tasks.digits import QUESTIONS
 
 
-class StudyError(ValueError):
-    """A mistake in a study file, an option or an output folder, told in one sentence."""
-
-
 class Study(Section):
-    """Everything that defines a study; the fields are explained in ``studies/sine.yaml``."""
+    """Everything that defines a study; the fields are explained in ``studies/sine.yaml``.
+
+    Attributes:
+        code: SHA-256 of the modules that it names, by their names: filled in where it is run.
+    """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     title: Annotated[str, Field(pattern=r"^[^\r\n]+$")]
@@ -52,10 +55,11 @@ class Study(Section):
         | OmniglotTasks
         | MiniImageNetTasks
         | Learn2LearnTasks
-        | DigitsTasks,
+        | DigitsTasks
+        | OwnTasks,
         Field(discriminator="kind"),
     ]
-    model: Annotated[MLP | Conv4, Field(discriminator="kind")]
+    model: Annotated[MLP | Conv4 | OwnModel, Field(discriminator="kind")]
     form: Annotated[
         ReptileForm | MAMLForm | MetaSGDForm | MultiTaskForm, Field(discriminator="kind")
     ]
@@ -71,6 +75,7 @@ class Study(Section):
     methods: Annotated[list[Method], Field(min_length=1), AfterValidator(unique)]
     baseline: str
     quick: dict[str, Any] | None = None
+    code: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def suited(self) -> "Study":
@@ -171,7 +176,7 @@ class Study(Section):
         if foreign == getattr(self.tasks, "dataset", ""):
             message = f"the tasks of {foreign} are the study's own, not foreign"
             raise LocatedError(message, "corruption", "foreign")
-        normalized = self.model.kind == "conv4" or self.model.batch_norm
+        normalized = self.model.kind == "conv4" or getattr(self.model, "batch_norm", False)
         if kind == "outlier_scale" and self.way is not None and normalized:
             message = "BatchNorm divides the scale of drawings out again; take shuffled_labels"
             raise LocatedError(message, "corruption", "kind")
@@ -214,6 +219,8 @@ class Study(Section):
     @model_validator(mode="after")
     def tried(self) -> "Study":
         for index, method in enumerate(self.methods):
+            if method.references:
+                continue
             try:
                 method.try_on(self.meta_batch)
             except ImportError:
@@ -278,6 +285,31 @@ class Study(Section):
     def classes(self) -> int | None:
         """Classes that the network tells apart, None for regression."""
         return getattr(self.tasks, "classes", self.way)
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that the network gives for one example."""
+        own: int = getattr(self.tasks, "outputs", 1)
+        return self.classes or own
+
+    def references(self, *methods: Method) -> list[str]:
+        """What it names of the user's own, as ``module:name``: its tasks, network, and methods."""
+        makes = [getattr(section, "make", None) for section in (self.tasks, self.model)]
+        named = [make for make in makes if make is not None]
+        return named + [name for method in methods for name in method.references]
+
+    def with_code(self) -> "Study":
+        """The study with the hashes of the modules that it names, as they are now.
+
+        Raises:
+            StudyError: A module is not found.
+        """
+        return self.model_copy(update={"code": own.digests(self.references(*self.methods))})
+
+    def code_of(self, method: Method) -> dict[str, str]:
+        """Those of the hashes that a run of the method is filed under."""
+        modules = {own.module_of(name) for name in self.references(method)}
+        return {name: digest for name, digest in self.code.items() if name in modules}
 
     @property
     def adapts(self) -> bool:

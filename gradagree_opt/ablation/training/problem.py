@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.ablation.kinds.distributions import Source, at_seed, data_tensors, distributions
-from gradagree_opt.ablation.section import Optimizer
+from gradagree_opt.ablation.own import told
+from gradagree_opt.ablation.section import Optimizer, StudyError
 from gradagree_opt.ablation.study.sections import DRAWING, MAMLForm, MetaSGDForm
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.forms import Learner, evaluator, learner
@@ -28,6 +29,7 @@ from gradagree_opt.ablation.training.networks import (
     build_module,
     criterion,
     generator,
+    initial_params,
     input_size,
     network_params,
     predict,
@@ -76,7 +78,7 @@ def build_problem(study: Study, data: Path | None) -> Problem:
     loss = batch_loss(study, module)
     trainer = learner(study, loss, module)
     training, evaluation = distributions(study, data)
-    return Problem(
+    problem = Problem(
         training=training,
         evaluation=evaluation,
         module=module,
@@ -90,6 +92,28 @@ def build_problem(study: Study, data: Path | None) -> Problem:
         chunk_size=tasks_at_once(study),
         transductive=study.test.transductive,
     )
+    if study.references():
+        try_network(study, problem)
+    return problem
+
+
+def try_network(study: Study, problem: Problem) -> None:
+    """Adapts once as the test does: the network, or the tasks, are the user's own.
+
+    Raises:
+        StudyError: It is no function of a batch, cannot be vmapped, or raises anything.
+    """
+    params, seed = initial_params(study, study.seeds[0]), study.seeds[0]
+    tasks = evaluation_tasks(problem, study.meta_batch, "validation", seed)
+    try:
+        outputs = query_outputs(problem, before_adaptation(params, study.meta_batch), tasks)
+        expected = [*tasks["query"][0].shape[:2], study.outputs]
+        if list(outputs.shape) != expected:
+            raise ValueError(f"expected outputs {expected[1:]}, found {list(outputs.shape[1:])}")
+        scores_after(problem, problem.loss, params, tasks, [1])
+    except Exception as error:  # as much as the user's code may raise
+        name = getattr(study.model, "make", study.model.kind)
+        raise StudyError(f"the model {name} on a task of the study: {told(error)}") from None
 
 
 def tasks_at_once(study: Study) -> int:

@@ -1,0 +1,104 @@
+"""A study from its file to its report: what the command and Python have in common."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from gradagree_opt.ablation.report import tables
+from gradagree_opt.ablation.report.artefacts import (
+    check_text,
+    other_versions,
+    prepare_folder,
+    write_artefacts,
+    write_config,
+)
+from gradagree_opt.ablation.runs.processes import Report
+from gradagree_opt.ablation.runs.store import Config
+from gradagree_opt.ablation.runs.sweep import Ended, Part, Sweep, compiles
+from gradagree_opt.ablation.study.study import Study
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a study found.
+
+    Attributes:
+        folder: Where the runs, tables, figures and ``report.html`` are.
+        parts: The study at each fraction of corrupted tasks; one part, where none are.
+        config: The study as it was run, and what it ran on.
+    """
+
+    folder: Path
+    parts: list[Part]
+    config: Config
+
+    @property
+    def runs(self) -> pd.DataFrame:
+        """Every run, tuning and final: one row for each number of gradient steps at the test."""
+        return tables.all_runs(self.parts)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The methods, the best first: means, intervals, differences and tests as numbers."""
+        return tables.numbers(self.parts)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A study whose data are read and whose folder is its own; nothing is trained yet."""
+
+    study: Study
+    folder: Path
+    config: Config
+    sweeps: list[Sweep]
+
+    @property
+    def iterations(self) -> int:
+        """The outer steps of all its runs, as far as is known."""
+        return sum(sweep.iterations for sweep in self.sweeps)
+
+    def run(self, jobs: int, report: Report, ended: Ended = lambda *_: None) -> Results:
+        """Does what is missing, and writes tables, figures and page."""
+        parts = [sweep.run(jobs, report, ended) for sweep in self.sweeps]
+        write_artefacts(self.folder, parts, self.config)
+        return Results(self.folder, parts, self.config)
+
+
+def prepare(
+    study: Study,
+    folder: Path,
+    data: Path | None,
+    command: Sequence[str],
+    warn: Callable[[str], None],
+) -> Prepared:
+    """Everything that can refuse a study, done before anything is trained or written.
+
+    Args:
+        command: What does the same again.
+        warn: Called with one sentence for each thing to know.
+
+    Raises:
+        StudyError: The data, a package, the user's own code or the folder is not as it should be.
+        OSError: The folder cannot be written to after all.
+    """
+    check_text([*command, str(folder), str(data)])
+    study = study.with_code()
+    sweeps = [Sweep(part, folder, data, warn) for part in study.parts()]
+    compiled = compiles(study, warn)
+    for sweep in sweeps:
+        sweep.compiled = compiled
+    prepare_folder(folder, study)
+    if sentence := other_versions(folder, study):
+        warn(sentence)
+    digests = [sweep.digest for sweep in sweeps]
+    return Prepared(
+        study, folder, write_config(folder, study, list(command), data, digests), sweeps
+    )
+
+
+def usable_cores() -> int:
+    """Those that this process may run on, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
