@@ -16,8 +16,8 @@ try:
     from gradagree_opt.ablation.report.artefacts import check_text, write_artefacts
     from gradagree_opt.ablation.report.citations import bibtex, methods_text
     from gradagree_opt.ablation.report.display import Display
+    from gradagree_opt.ablation.report.report import Report, build_report
     from gradagree_opt.ablation.runs.store import read_config, read_results
-    from gradagree_opt.ablation.runs.sweep import Part
     from gradagree_opt.ablation.section import StudyError
     from gradagree_opt.ablation.study.loading import load, read, shipped
     from gradagree_opt.ablation.study.study import Study
@@ -127,7 +127,7 @@ def ablate(
             markup=False,
         )
         raise typer.Exit(130) from None
-    show(results.parts, folder)
+    show(results.report, folder)
 
 
 @app.command()
@@ -140,14 +140,14 @@ def report(
     try:
         check_text([str(folder)])
         config = read_config(folder)
-        results = read_results(folder, config)
-        write_artefacts(folder, results, config)
+        found = build_report(read_results(folder, config))
+        write_artefacts(folder, found, config)
     except StudyError as mistake:
         raise refusal(mistake) from None
     except OSError as failure:
         errors.print(f"gradagree: {failure}", markup=False)
         raise typer.Exit(1) from None
-    show(results, folder)
+    show(found, folder)
 
 
 @app.command()
@@ -199,7 +199,7 @@ def warn(sentence: str) -> None:
     errors.print(sentence, markup=False)
 
 
-def show(results: list[Part], folder: Path) -> None:
+def show(report: Report, folder: Path) -> None:
     console = Console()
-    console.print(layouts.terminal(results))
+    console.print(layouts.terminal(report))
     console.print(f"written to {folder}", markup=False, soft_wrap=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from gradagree_opt.ablation.report import tables
 from gradagree_opt.ablation.report.artefacts import (
     check_text,
     other_versions,
@@ -15,9 +14,9 @@ from gradagree_opt.ablation.report.artefacts import (
     write_artefacts,
     write_config,
 )
-from gradagree_opt.ablation.runs.processes import Report
+from gradagree_opt.ablation.report.report import Report, build_report
 from gradagree_opt.ablation.runs.store import Config
-from gradagree_opt.ablation.runs.sweep import Ended, Part, Sweep, compiles
+from gradagree_opt.ablation.runs.sweep import Ended, Sweep, compiles
 from gradagree_opt.ablation.study.study import Study
 
 
@@ -27,23 +26,23 @@ class Results:
 
     Attributes:
         folder: Where the runs, tables, figures and ``report.html`` are.
-        parts: The study at each fraction of corrupted tasks; one part, where none are.
+        report: The tables, computed from the runs of each part of the study.
         config: The study as it was run, and what it ran on.
     """
 
     folder: Path
-    parts: list[Part]
+    report: Report
     config: Config
 
     @property
     def runs(self) -> pd.DataFrame:
         """Every run, tuning and final: one row for each number of gradient steps at the test."""
-        return tables.all_runs(self.parts)
+        return self.report.runs
 
     @property
     def table(self) -> pd.DataFrame:
         """The methods, the best first: means, intervals, differences and tests as numbers."""
-        return tables.numbers(self.parts)
+        return self.report.numbers
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,18 @@ class Prepared:
         """The outer steps of all its runs, as far as is known."""
         return sum(sweep.iterations for sweep in self.sweeps)
 
-    def run(self, jobs: int, report: Report, ended: Ended = lambda *_: None) -> Results:
-        """Does what is missing, and writes tables, figures and page."""
-        parts = [sweep.run(jobs, report, ended) for sweep in self.sweeps]
-        write_artefacts(self.folder, parts, self.config)
-        return Results(self.folder, parts, self.config)
+    def run(
+        self, jobs: int, advance: Callable[[int], None], ended: Ended = lambda *_: None
+    ) -> Results:
+        """Does what is missing, and writes tables, figures and page.
+
+        Args:
+            advance: Called with numbers of outer steps, as they are done.
+            ended: Called for each run, as it ends or is found finished.
+        """
+        report = build_report([sweep.run(jobs, advance, ended) for sweep in self.sweeps])
+        write_artefacts(self.folder, report, self.config)
+        return Results(self.folder, report, self.config)
 
 
 def prepare(

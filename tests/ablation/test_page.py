@@ -8,6 +8,7 @@ import pytest
 
 from gradagree_opt.ablation.report import figures
 from gradagree_opt.ablation.report.page import html, inline_svg, number_in
+from gradagree_opt.ablation.report.report import build_report
 from gradagree_opt.ablation.runs.store import Config, read_config, read_results
 from gradagree_opt.ablation.runs.sweep import Part
 
@@ -27,7 +28,7 @@ def test_what_a_study_file_says_is_text_never_markup(results: Part, config: Conf
     title = '<script>alert(1)</script> & "co"'
     study = results.study.model_copy(update={"title": title})
     page = html(
-        [Part(study, results.records, results.rates)],
+        build_report([Part(study, results.records, results.rates)]),
         config.model_copy(update={"study": study}),
         {},
     )
@@ -57,7 +58,7 @@ def test_seeds_are_shown_as_they_are_and_told_apart(results: Part, config: Confi
         )
         for (name, rate, seed), record in results.records.items()
     }
-    page = html([Part(study, records, results.rates)], config, {})
+    page = html(build_report([Part(study, records, results.rates)]), config, {})
     cells = re.findall(r'<td data-number="([\d.]+)">(2024\d+)</td>', page)
     assert sorted(int(text) for _, text in cells) == sorted(seed for _, _, seed in records)
     assert all(float(number) == int(text) for number, text in cells)

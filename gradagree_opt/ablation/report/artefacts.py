@@ -11,12 +11,13 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from gradagree_opt.ablation.report import figures, layouts, style, tables
+from gradagree_opt.ablation.report import figures, layouts, style
 from gradagree_opt.ablation.report.citations import bibtex, has_data_of_r, methods_text
 from gradagree_opt.ablation.report.figure_adaptation import adaptation
 from gradagree_opt.ablation.report.figure_corruption import corruption
 from gradagree_opt.ablation.report.figure_matrices import agreement_matrices
 from gradagree_opt.ablation.report.page import html
+from gradagree_opt.ablation.report.report import Report
 from gradagree_opt.ablation.runs.store import CONFIG, Config, needed_packages
 from gradagree_opt.ablation.runs.sweep import Part
 from gradagree_opt.ablation.section import StudyError
@@ -145,19 +146,19 @@ def write_config(
     return config
 
 
-def write_artefacts(folder: Path, parts: Sequence[Part], config: Config) -> None:
+def write_artefacts(folder: Path, report: Report, config: Config) -> None:
     """Tables, figures, the page and what to cite; the same runs give the same files."""
-    write_atomically(folder / "results.csv", tables.all_runs(parts).to_csv(index=False).encode())
-    write_atomically(folder / "table.csv", tables.numbers(parts).to_csv(index=False).encode())
-    write_atomically(folder / "table.md", layouts.markdown(parts).encode())
-    write_atomically(folder / "table.tex", layouts.latex(parts).encode())
+    write_atomically(folder / "results.csv", report.runs.to_csv(index=False).encode())
+    write_atomically(folder / "table.csv", report.numbers.to_csv(index=False).encode())
+    write_atomically(folder / "table.md", layouts.markdown(report).encode())
+    write_atomically(folder / "table.tex", layouts.latex(report).encode())
     write_atomically(folder / "methods.md", methods_text(config).encode())
     write_atomically(folder / "references.bib", bibtex(config).encode())
-    pictures = draw(folder, parts, config)
+    pictures = draw(folder, report.parts, config)
     for name, figure in pictures.items():
         for kind in ("png", "pdf"):
             write_atomically(folder / f"{name}.{kind}", style.save(figure, kind))
-    write_atomically(folder / "report.html", html(parts, config, pictures).encode())
+    write_atomically(folder / "report.html", html(report, config, pictures).encode())
 
 
 def draw(folder: Path, parts: Sequence[Part], config: Config) -> dict[str, Figure]:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from gradagree_opt.ablation.report.tables import (
     ADJUSTED_P,
     EDGE,
+    Comparisons,
     after,
-    comparisons,
     counted,
 )
 from gradagree_opt.ablation.runs.sweep import Part
@@ -98,9 +98,9 @@ def unseen_tasks(study: Study) -> str:
     return f"tasks drawn from unseen groups (one of {study.tasks.folds} folds at each seed)"
 
 
-def comparison_notes(parts: Sequence[Part]) -> list[str]:
+def comparison_notes(parts: Sequence[Part], comparisons: Comparisons) -> list[str]:
     """What a reader of the p-values and effect sizes must know, where there are any."""
-    compared = [found for part in comparisons(parts) for found in part.values()]
+    compared = [found for part in comparisons for found in part.values()]
     tested = sum(not math.isnan(comparison.p) for comparison in compared)
     lines = []
     if tested:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
+from typing import TypeAlias
 
 import pandas as pd
 
@@ -17,6 +18,8 @@ from gradagree_opt.ablation.runs.sweep import Part
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.run import RunRecord
 
+Comparisons: TypeAlias = list[dict[str, Comparison]]
+"""Of each part, every method but the baseline with it."""
 EDGE = "†"
 ADJUSTED_P = "p (Holm)"
 EFFECT_SIZE = "effect size"
@@ -97,10 +100,10 @@ def ranked(results: Part) -> list[str]:
     return sorted(results.rates, key=place)
 
 
-def summary(parts: Sequence[Part]) -> pd.DataFrame:
+def summary(parts: Sequence[Part], compared: Comparisons) -> pd.DataFrame:
     """The table's cells as text, the best method of each part first."""
     labels = [f"{100 * fraction:g} %" for fraction in fractions(parts)]
-    return below_one_another(map(summary_of, parts, comparisons(parts)), CORRUPTED, labels)
+    return below_one_another(map(summary_of, parts, compared), CORRUPTED, labels)
 
 
 def summary_of(results: Part, compared: Mapping[str, Comparison]) -> pd.DataFrame:
@@ -128,7 +131,7 @@ def summary_of(results: Part, compared: Mapping[str, Comparison]) -> pd.DataFram
     return table
 
 
-def comparisons(parts: Sequence[Part]) -> list[dict[str, Comparison]]:
+def comparisons(parts: Sequence[Part]) -> Comparisons:
     """In each part every method but the baseline compared with it.
 
     After the steps that rates are chosen by; p-values are adjusted over all parts.
@@ -154,9 +157,9 @@ def size_text(size: float) -> str:
     return "" if math.isnan(size) else f"{size:+.2f}"
 
 
-def numbers(parts: Sequence[Part]) -> pd.DataFrame:
+def numbers(parts: Sequence[Part], compared: Comparisons) -> pd.DataFrame:
     """The table's cells as numbers that are not rounded, scores as the runs have them."""
-    tables = map(numbers_of, parts, comparisons(parts))
+    tables = map(numbers_of, parts, compared)
     return below_one_another(tables, "fraction", fractions(parts))
 
 
