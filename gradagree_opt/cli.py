@@ -14,6 +14,7 @@ try:
     from gradagree_opt.ablation.conduct import prepare, usable_cores
     from gradagree_opt.ablation.report import layouts
     from gradagree_opt.ablation.report.artefacts import check_text, write_artefacts
+    from gradagree_opt.ablation.report.beside import compare_folders
     from gradagree_opt.ablation.report.citations import bibtex, methods_text
     from gradagree_opt.ablation.report.display import Display
     from gradagree_opt.ablation.report.report import Report, build_report
@@ -21,7 +22,7 @@ try:
     from gradagree_opt.ablation.section import StudyError
     from gradagree_opt.ablation.study.loading import load, read, shipped
     from gradagree_opt.ablation.study.study import Study
-    from gradagree_opt.ablation.training.run import RunRecord
+    from gradagree_opt.ablation.training.run import RunRecord, write_atomically
     from gradagree_opt.doctor import main as try_packages
 except ModuleNotFoundError as missing:
     if missing.name and missing.name.startswith("gradagree_opt"):
@@ -132,13 +133,29 @@ def ablate(
 
 @app.command()
 def report(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="The output folder of a finished study.")
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="The output folder of a finished study, or several."),
     ],
+    out: Annotated[
+        Path | None, typer.Option(help="Of several folders: also write the table, as Markdown.")
+    ] = None,
 ) -> None:
-    """Writes the tables and figures of a study anew from its recorded runs; nothing is trained."""
+    """Writes the tables and figures of a study anew from its recorded runs; nothing is trained.
+
+    Of several studies, shows their methods in one table, on the same tasks and seeds.
+    """
     try:
-        check_text([str(folder)])
+        check_text(list(map(str, folders)))
+        if len(folders) > 1:
+            beside = compare_folders(folders)
+            if out is not None:
+                write_atomically(out, layouts.markdown(beside).encode())
+            show(beside, out)
+            return
+        if out is not None:
+            raise StudyError("--out is for several folders; one is written to itself")
+        [folder] = folders
         config = read_config(folder)
         found = build_report(read_results(folder, config))
         write_artefacts(folder, found, config)
@@ -199,7 +216,9 @@ def warn(sentence: str) -> None:
     errors.print(sentence, markup=False)
 
 
-def show(report: Report, folder: Path) -> None:
+def show(report: Report, written: Path | None) -> None:
+    """Prints the table, and where all of it is written."""
     console = Console()
     console.print(layouts.terminal(report))
-    console.print(f"written to {folder}", markup=False, soft_wrap=True)
+    if written is not None:
+        console.print(f"written to {written}", markup=False, soft_wrap=True)
