@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ try:
     import typer
     from rich.console import Console
 
-    from gradagree_opt.ablation.conduct import prepare, usable_cores
+    from gradagree_opt.ablation.conduct import build_sweeps, foresee, prepare, usable_cores
     from gradagree_opt.ablation.report import layouts
     from gradagree_opt.ablation.report.artefacts import check_text, write_artefacts
     from gradagree_opt.ablation.report.beside import compare_folders
@@ -44,8 +45,19 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gradagree-opt {version('gradagree-opt')}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Its version."),
+    ] = False,
+) -> None:
     """Gradient Agreement for meta-learning: ablation studies."""
 
 
@@ -57,6 +69,23 @@ def list_studies(wanted: bool) -> bool:
             typer.echo(f"{name:{width}}  {read(studies[name])[0]['title']}")
         raise typer.Exit
     return wanted
+
+
+def parse_seeds(text: str | None) -> list[int] | None:
+    """The seeds of ``0,1,2`` or ``0-4``.
+
+    Raises:
+        StudyError: It is neither.
+    """
+    if text is None:
+        return None
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.strip().isdecimal() or (dash and not last.strip().isdecimal()):
+            raise StudyError(f"expected --seeds as 0,1,2 or 0-4, found {text!r}")
+        seeds += range(int(first), int(last if dash else first) + 1)
+    return seeds
 
 
 @app.command()
@@ -86,6 +115,16 @@ def ablate(
             "run's when it ends, or when it is found finished.",
         ),
     ] = False,
+    seeds: Annotated[
+        str | None, typer.Option(help="In place of the study's: 0,1,2 or 0-4.", show_default=False)
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option(help="In place of the study's.", show_default=False)
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only say how many runs there are, and how long they take."),
+    ] = False,
     _list: Annotated[
         bool,
         typer.Option("--list", callback=list_studies, is_eager=True, help="The shipped studies."),
@@ -97,10 +136,13 @@ def ablate(
     """
     try:
         write_events = event_writer() if tensorboard else None
-        loaded = load(study, quick=quick)
+        loaded = load(study, quick=quick, seeds=parse_seeds(seeds), iterations=iterations)
         folder = out or Path("runs") / loaded.name
         command = ["gradagree", *sys.argv[1:]]
-        check_text([study])
+        check_text([study, str(folder)])
+        if dry_run:
+            typer.echo(foresee(build_sweeps(loaded, folder, data, warn), jobs))
+            return
         prepared = prepare(loaded, folder, data, command, warn)
     except StudyError as mistake:
         raise refusal(mistake) from None

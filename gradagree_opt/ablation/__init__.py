@@ -17,6 +17,8 @@ def ablate(
     data: str | PathLike[str] | None = None,
     jobs: int | None = None,
     quick: bool = False,
+    seeds: list[int] | None = None,
+    iterations: int | None = None,
 ) -> "Results":
     """Runs a study, or what is missing of it, and writes its report, as ``gradagree ablate`` does.
 
@@ -28,6 +30,8 @@ def ablate(
         jobs: processes, all cores if it is None. More than one start this program's main module
             anew, so a script calls this below ``if __name__ == "__main__":``.
         quick: whether to run the study's small form.
+        seeds: in place of the study's.
+        iterations: in place of the study's.
 
     Returns:
         The folder, every run as a DataFrame ``.runs``, and the table as a DataFrame ``.table``.
@@ -42,13 +46,13 @@ def ablate(
             compiler.
 
     >>> import tempfile
-    >>> study = {"extends": "sine", "name": "two", "title": "Two methods", "compile": False,
-    ...          "iterations": 2, "seeds": [0, 1], "outer": {"rates": [0.5]}, "baseline": "mean",
+    >>> study = {"extends": "sine", "name": "two", "title": "Two methods",
+    ...          "outer": {"rates": [0.5]}, "baseline": "mean", "compile": False,
     ...          "test": {"tasks": 5}, "tuning": {"tasks": 5},
     ...          "methods": [{"name": "mean", "aggregator": "mean"},
     ...                      {"name": "agreement", "aggregator": "gradient_agreement"}]}
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     results = ablate(study, out=folder, jobs=1)
+    ...     results = ablate(study, out=folder, jobs=1, seeds=[0, 1], iterations=2)
     >>> results.runs.columns.tolist()
     ['method', 'rate', 'seed', 'chosen', 'validation_loss', 'steps', 'mse']
     >>> len(results.runs)  # two methods, two seeds, five numbers of gradient steps at the test
@@ -68,7 +72,8 @@ def ablate(
         warnings.warn(sentence, stacklevel=3)
 
     count = usable_cores() if jobs is None else check_count("jobs", jobs, least=1)
-    loaded = load(study if isinstance(study, Mapping) else str(study), quick=quick)
+    source = study if isinstance(study, Mapping) else str(study)
+    loaded = load(source, quick=quick, seeds=seeds, iterations=iterations)
     folder = None if data is None else Path(data)
     prepared = prepare(loaded, Path(out), folder, ["python", *sys.argv], warn)
     try:

@@ -15,9 +15,12 @@ from gradagree_opt.ablation.report.artefacts import (
     write_config,
 )
 from gradagree_opt.ablation.report.report import Report, build_report
+from gradagree_opt.ablation.report.tables import counted
+from gradagree_opt.ablation.runs.expected import TIMED_STEPS, duration, expect
 from gradagree_opt.ablation.runs.store import Config
 from gradagree_opt.ablation.runs.sweep import Ended, Sweep, compiles
 from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.grouping import is_compiled
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,37 @@ class Prepared:
         return Results(self.folder, report, self.config)
 
 
+def build_sweeps(
+    study: Study, folder: Path, data: Path | None, warn: Callable[[str], None]
+) -> list[Sweep]:
+    """The parts of the study with their data; nothing is trained or written.
+
+    Raises:
+        StudyError: The data, a package or the user's own code is not as it should be.
+    """
+    return [Sweep(part, folder, data, warn) for part in study.with_code().parts()]
+
+
+def foresee(sweeps: Sequence[Sweep], jobs: int) -> str:
+    """How many runs a study has, and how long the missing ones take, in sentences."""
+    found = expect(sweeps)
+    missing = found.runs - found.finished
+    text = f"{counted(found.runs, 'run')}, of which {found.finished} are finished"
+    if found.most_added:
+        text += f"; up to {found.most_added} more, if the best rate is at an edge"
+    if not missing:
+        return f"{text}."
+    used = min(jobs, missing)
+    text += f". The others take about {duration(found.seconds / used)} "
+    text += f"with {counted(used, 'process', 'processes')}"
+    if found.timed:
+        text += f", by {TIMED_STEPS} timed steps of {', '.join(found.timed)}"
+        text += ", not compiled as they will be" * any(is_compiled(s.study) for s in sweeps)
+    else:
+        text += ", as those did"
+    return f"{text}."
+
+
 def prepare(
     study: Study,
     folder: Path,
@@ -92,7 +126,7 @@ def prepare(
     """
     check_text([*command, str(folder), str(data)])
     study = study.with_code()
-    sweeps = [Sweep(part, folder, data, warn) for part in study.parts()]
+    sweeps = build_sweeps(study, folder, data, warn)
     compiled = compiles(study, warn)
     for sweep in sweeps:
         sweep.compiled = compiled

@@ -79,8 +79,8 @@ def scores(records: list[RunRecord], steps: int) -> dict[int, float]:
     return {record.run.seed: record.test[steps] for record in records}
 
 
-def counted(count: int, thing: str) -> str:
-    return f"1 {thing}" if count == 1 else f"{count} {thing}s"
+def counted(count: int, thing: str, things: str | None = None) -> str:
+    return f"1 {thing}" if count == 1 else f"{count} {things or thing + 's'}"
 
 
 def after(study: Study, steps: int) -> str:

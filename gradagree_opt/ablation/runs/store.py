@@ -105,7 +105,8 @@ def read_results(folder: Path, config: Config) -> list[Part]:
     Raises:
         StudyError: Runs are missing; the sentence has their number and the command that does them.
     """
-    parts = [read_part(folder, config, part) for part in config.study.parts()]
+    store = Store(folder)
+    parts = [recorded(store, part, config.digest(part)) for part in config.study.parts()]
     total = sum(number_of_runs(part.study, part.records) for part in parts)
     if missing := total - sum(len(part.records) for part in parts):
         raise StudyError(
@@ -114,9 +115,9 @@ def read_results(folder: Path, config: Config) -> list[Part]:
     return parts
 
 
-def read_part(folder: Path, config: Config, study: Study) -> Part:
+def recorded(store: Store, study: Study, digest: str | None) -> Part:
     """What is finished of a part of the study."""
-    find = partial(finished, Store(folder), study, config.digest(study))
+    find = partial(finished, store, study, digest)
     records: dict[Label, RunRecord] = {}
     for _ in range(1 + study.outer.extend):
         records |= find([run for run in tuning_runs(study, records) if run.label not in records])

@@ -31,7 +31,13 @@ def shipped() -> dict[str, Path]:
     }
 
 
-def load(source: str | Mapping[str, Any], *, quick: bool = False) -> Study:
+def load(
+    source: str | Mapping[str, Any],
+    *,
+    quick: bool = False,
+    seeds: list[int] | None = None,
+    iterations: int | None = None,
+) -> Study:
     """Reads a study.
 
     Args:
@@ -40,6 +46,8 @@ def load(source: str | Mapping[str, Any], *, quick: bool = False) -> Study:
             ``extends``, with another study's name or its path from there, and give only what
             differs, its own name and title included.
         quick: Apply the file's ``quick`` section; the study's name then ends in ``-quick``.
+        seeds: Take the place of the study's, those of its quick form too.
+        iterations: Likewise.
 
     Raises:
         StudyError: In one sentence naming file and line, if the file is missing, no YAML, or
@@ -52,28 +60,38 @@ def load(source: str | Mapping[str, Any], *, quick: bool = False) -> Study:
         else:
             path = shipped().get(source, Path(source))
             document, root = read(path)
-        return resolved(path, document, root, quick)
+        given = {"seeds": seeds, "iterations": iterations}
+        changes = {key: value for key, value in given.items() if value is not None}
+        return resolve(path, document, root, quick, changes)
     except FileNotFoundError:
         raise StudyError(f"{EXPECTED} {', '.join(shipped())}, found {source!r}") from None
     except RecursionError:
         raise StudyError(f"{path}: expected a study, found one nested too deeply") from None
 
 
-def resolved(path: Path, document: dict[str, Any], root: yaml.Node, quick: bool) -> Study:
-    """The study of a file, in its quick form where that is wanted."""
+def resolve(
+    path: Path, document: dict[str, Any], root: yaml.Node, quick: bool, changes: dict[str, Any]
+) -> Study:
+    """The study of a file, in its quick form where that is wanted, with the changes in the end."""
     study = parse(path, document, root)
+    options = [f"--{key}" for key in changes]
     if study.quick is None:
         if quick:
             raise StudyError(f"{path}: --quick needs a 'quick' section, and there is none")
-        return study
-    root = merge_nodes(root, child(root, "quick"))
-    fast = parse(path, merge(document, document["quick"]), root, ", under --quick")
-    if fast.name != study.name:
-        place = locate(path, root, ("name",))
-        raise StudyError(f"{place}: the 'quick' section cannot rename the study")
-    return (
-        fast.model_copy(update={"name": f"{study.name}-quick", "quick": None}) if quick else study
-    )
+    else:
+        whole = merge_nodes(root, child(root, "quick"))
+        fast = parse(path, merge(document, document["quick"]), whole, ", under --quick")
+        if fast.name != study.name:
+            place = locate(path, whole, ("name",))
+            raise StudyError(f"{place}: the 'quick' section cannot rename the study")
+        if quick:
+            name = {"name": f"{study.name}-quick", "quick": None}
+            document, root = merge(document, document["quick"]) | name, whole
+            study = fast.model_copy(update=name)
+            options = ["--quick", *options]
+    if changes:
+        study = parse(path, document | changes, root, f", under {' '.join(options)}")
+    return study
 
 
 def read(path: Path, extending: tuple[Path, ...] = ()) -> tuple[dict[str, Any], yaml.Node]:
