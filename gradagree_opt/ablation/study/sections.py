@@ -1,6 +1,6 @@
 """The sections of a study file, each by itself."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Discriminator,
@@ -12,7 +12,6 @@ from pydantic import (
     model_validator,
 )
 
-from gradagree_opt.ablation.kinds.measures import ACCURACY, ERROR, STANDARDISED_ERROR, Measure
 from gradagree_opt.ablation.section import (
     LocatedError,
     Optimizer,
@@ -23,8 +22,6 @@ from gradagree_opt.ablation.section import (
     Seeds,
 )
 from gradagree_opt.tasks.corrupted import Corruption
-from gradagree_opt.tasks.digits import CLASSES, PICTURE
-from gradagree_opt.tasks.group_splits import FEWEST_FOLDS
 from gradagree_opt.tasks.grouped import Dataset
 
 DRAWING = 28 * 28
@@ -34,76 +31,6 @@ NEEDED_OPTIONS = {
 }
 """The kinds of corruption that each of its further keys goes with."""
 Network = Literal["finn", "nichol"]
-
-
-class SineTasks(Section):
-    measure: ClassVar[Measure] = ERROR
-    kind: Literal["sine"]
-    ranges: Literal["paper", "finn"] = "paper"
-    support: Literal["uniform", "shuffled_grid"] = "uniform"
-    support_shots: PositiveInt
-    query_shots: PositiveInt = 1
-
-
-class OmniglotTasks(Section):
-    """Omniglot; the split ``background`` is the ``background_validation`` of the distribution."""
-
-    measure: ClassVar[Measure] = ACCURACY
-    kind: Literal["omniglot"]
-    split: Literal["vinyals", "background"] = "vinyals"
-    rotations: bool = False
-    way: Annotated[int, Field(ge=2)] = 5
-    support_shots: PositiveInt
-    query_shots: PositiveInt = 1
-
-
-class MiniImageNetTasks(Section):
-    measure: ClassVar[Measure] = ACCURACY
-    kind: Literal["mini-imagenet"]
-    way: Annotated[int, Field(ge=2)] = 5
-    support_shots: PositiveInt
-    query_shots: PositiveInt = 1
-
-
-class Learn2LearnTasks(Section):
-    """Tasksets of learn2learn, made by a function of the user's.
-
-    ``tasksets`` names it as ``module:function``, in a module that Python finds from the current
-    folder. It is called as ``learn2learn.vision.benchmarks.get_tasksets`` is: with ``train_ways``,
-    ``train_samples``, ``test_ways``, ``test_samples``, ``root`` (the --data, where there is some)
-    and the ``options``, and gives the training, validation and test taskset.
-    """
-
-    measure: ClassVar[Measure] = ACCURACY
-    kind: Literal["learn2learn"]
-    tasksets: Reference
-    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    inputs: PositiveInt = DRAWING
-    way: Annotated[int, Field(ge=2)] = 5
-    support_shots: PositiveInt
-    query_shots: PositiveInt = 1
-
-
-class GroupedTasks(Section):
-    """Groups of a data set; of several folds, seed s tests on the one of number s modulo folds."""
-
-    measure: ClassVar[Measure] = STANDARDISED_ERROR
-    kind: Literal["grouped"]
-    dataset: Dataset
-    folds: Annotated[int, Field(ge=FEWEST_FOLDS)] | None = None
-    support_shots: PositiveInt
-    query_shots: PositiveInt = 1
-
-
-class DigitsTasks(Section):
-    """Pairs of digits; training has a minibatch of ``support_shots`` pictures for all tasks."""
-
-    measure: ClassVar[Measure] = ACCURACY
-    kind: Literal["digits"]
-    support_shots: PositiveInt
-    query_shots: ClassVar[int] = 1
-    inputs: ClassVar[int] = PICTURE
-    classes: ClassVar[int] = CLASSES
 
 
 def one_or_list(value: Any) -> Literal["one", "list"]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.ablation.kinds.distributions import Source, at_seed, data_tensors, distributions
+from gradagree_opt.ablation.kinds.kind import Kind
 from gradagree_opt.ablation.own import told
 from gradagree_opt.ablation.section import Optimizer, StudyError
 from gradagree_opt.ablation.study.sections import DRAWING, MAMLForm, MetaSGDForm
@@ -30,7 +31,6 @@ from gradagree_opt.ablation.training.networks import (
     criterion,
     generator,
     initial_params,
-    input_size,
     network_params,
     predict,
     predict_apart,
@@ -50,6 +50,7 @@ class Problem:
     """A study made ready to run.
 
     Attributes:
+        tasks: The section of the study that they come from.
         training: Tasks that the meta-learner is trained on; :func:`at_seed` has those of a seed.
         evaluation: Tasks of the test protocol, drawn for validation and for the test; likewise.
         learner: What trains the network.
@@ -61,6 +62,7 @@ class Problem:
         transductive: Whether the examples of a query set are predicted as one batch.
     """
 
+    tasks: Kind
     training: Source
     evaluation: Source
     module: nn.Module
@@ -79,6 +81,7 @@ def build_problem(study: Study, data: Path | None) -> Problem:
     trainer = learner(study, loss, module)
     training, evaluation = distributions(study, data)
     problem = Problem(
+        tasks=study.tasks,
         training=training,
         evaluation=evaluation,
         module=module,
@@ -119,12 +122,12 @@ def try_network(study: Study, problem: Problem) -> None:
 def tasks_at_once(study: Study) -> int:
     """The most tasks of the test protocol that are adapted at once."""
     examples = study.test.support_shots * (study.way or 1)
-    return max(1, INPUTS_AT_ONCE // (input_size(study) * examples))
+    return max(1, INPUTS_AT_ONCE // (study.tasks.input_size * examples))
 
 
 def data_digest(problem: Problem) -> str | None:
     """A hash of the data and of how they are split; None for tasks that are made up."""
-    tensors = data_tensors(problem.training)
+    tensors = data_tensors(problem.tasks, problem.training)
     if not tensors:
         return None
     digest = hashlib.sha256()
@@ -151,7 +154,7 @@ class TrainingTasks:
         self.generator = generator(seed, "train")
         self.flip, self.fraction = study.flip, study.fraction
         self.flips = generator(seed, "flips")
-        self.steps = self.BLOCK if input_size(study) <= DRAWING else 1
+        self.steps = self.BLOCK if study.tasks.input_size <= DRAWING else 1
         self.block: dict[str, tuple[Tensor, ...]] = {}
 
     def __call__(self, iteration: int) -> dict[str, tuple[Tensor, ...]]:
