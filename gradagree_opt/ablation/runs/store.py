@@ -8,10 +8,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from gradagree_opt.ablation.study.loading import load
-from gradagree_opt.ablation.training.run import FORMAT, DamagedRecordError, Run, RunRecord, Store
-from gradagree_opt.ablation.section import StudyError
-from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.runs.sweep import (
     Label,
     Part,
@@ -20,6 +16,10 @@ from gradagree_opt.ablation.runs.sweep import (
     number_of_runs,
     tuning_runs,
 )
+from gradagree_opt.ablation.section import StudyError
+from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.run import FORMAT, DamagedRecordError, Run, RunRecord, Store
 
 CONFIG = "config.json"
 PACKAGES = ("gradagree-opt", "torch", "numpy", "scipy", "pandas", "matplotlib")

@@ -11,13 +11,18 @@ from typing import TypeAlias
 
 from torch import Generator
 
-from gradagree_opt.ablation.training.grouping import compiler_failure, group_size, groups, is_compiled
-from gradagree_opt.ablation.study.methods import Method
 from gradagree_opt.ablation.runs.processes import Report, execute
+from gradagree_opt.ablation.section import StudyError
+from gradagree_opt.ablation.study.methods import Method
+from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.grouping import (
+    compiler_failure,
+    group_size,
+    groups,
+    is_compiled,
+)
 from gradagree_opt.ablation.training.problem import Problem, build_problem, data_digest
 from gradagree_opt.ablation.training.run import DamagedRecordError, Run, RunRecord, Store
-from gradagree_opt.ablation.section import StudyError
-from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.training import train_runs
 
 Label: TypeAlias = tuple[str, float, int]
