@@ -13,6 +13,8 @@ import yaml
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
+from gradagree_opt.ablation.kinds.omniglot import OmniglotTasks
+from gradagree_opt.ablation.kinds.sine import SineTasks
 from gradagree_opt.ablation.report import citations
 from gradagree_opt.ablation.report.citations import bibtex, entries, methods_text
 from gradagree_opt.ablation.runs.store import Config, read_config
@@ -22,8 +24,6 @@ from gradagree_opt.ablation.study.sections import (
     CorruptionSection,
     MAMLForm,
     MetaSGDForm,
-    OmniglotTasks,
-    SineTasks,
 )
 from gradagree_opt.cli import app
 
@@ -114,9 +114,11 @@ def test_references_are_the_papers_meant(key: str, field: str, value: str) -> No
     assert parse(entries()[key])[key][field] == value
 
 
-def test_every_reference_known_is_used_by_the_template_and_the_other_way_round() -> None:
-    template = Path(citations.__file__).parents[1] / "templates" / "methods.md.j2"
-    assert set(re.findall(r"@(\w+)", template.read_text())) == entries().keys()
+def test_every_reference_known_is_used_and_the_other_way_round() -> None:
+    room = Path(citations.__file__).parents[1]
+    sources = [room / "templates" / "methods.md.j2", *room.glob("kinds/*.py"), citations.__file__]
+    text = "".join(Path(source).read_text("utf-8") for source in sources)
+    assert set(re.findall(r"(?:\[|; )@(\w+)", text)) == entries().keys()
 
 
 def test_a_reptile_study_of_the_papers_sines_cites_reptile_and_the_paper(config: Config) -> None:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from gradagree_opt.ablation.runs import job as job_module
 from gradagree_opt.ablation.runs.sweep import Sweep, compiles, tuning_runs
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.loading import load
-from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.grouping import group_size, groups, is_compiled
 from gradagree_opt.ablation.training.networks import build_module
 from gradagree_opt.ablation.training.problem import Problem, build_problem

@@ -15,14 +15,15 @@ from gradagree_opt.ablation.runs import sweep as sweep_module
 from gradagree_opt.ablation.runs.processes import execute
 from gradagree_opt.ablation.runs.sweep import (
     Label,
-    Results,
+    Part,
     Sweep,
     choose_rates,
     final_runs,
     tuning_runs,
 )
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.methods import Method
-from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.run import Run, RunRecord
 from gradagree_testing.jobs import Failing
 
@@ -35,7 +36,7 @@ def ignore(_: object) -> None:
     pass
 
 
-def without_seconds(results: Results) -> dict[Label, dict[str, object]]:
+def without_seconds(results: Part) -> dict[Label, dict[str, object]]:
     return {label: r.model_dump(exclude={"seconds"}) for label, r in results.records.items()}
 
 
@@ -88,10 +89,10 @@ def test_a_rate_at_either_end_of_several_is_at_the_edge(study: Study) -> None:
     outer = study.outer.model_copy(update={"rates": [0.5, 0.25, 1.0]})
     names = [method.name for method in study.methods]
     chosen = dict(zip(names, (0.5, 0.25, 1.0), strict=True))
-    results = Results(study.model_copy(update={"outer": outer}), {}, chosen)
+    results = Part(study.model_copy(update={"outer": outer}), {}, chosen)
     assert [results.at_edge(name) for name in names] == [False, True, True]
     only = study.outer.model_copy(update={"rates": [0.5]})
-    single = Results(study.model_copy(update={"outer": only}), {}, dict.fromkeys(names, 0.5))
+    single = Part(study.model_copy(update={"outer": only}), {}, dict.fromkeys(names, 0.5))
     assert not single.at_edge(names[0])
 
 

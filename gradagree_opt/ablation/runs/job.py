@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from gradagree_opt.ablation.runs.processes import Report
-from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.section import StudyError
+from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.checkpoint import Checkpoint, Checkpoints
 from gradagree_opt.ablation.training.devices import CPU
 from gradagree_opt.ablation.training.grouping import groups

@@ -16,8 +16,9 @@ from torch import Generator
 
 from gradagree_opt.ablation.runs.job import Job
 from gradagree_opt.ablation.runs.processes import Report, execute
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.methods import Method
-from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.checkpoint import Checkpoints
 from gradagree_opt.ablation.training.devices import CPU, describe
 from gradagree_opt.ablation.training.grouping import (
@@ -38,7 +39,7 @@ Ended: TypeAlias = Callable[[Study, RunRecord, bool], None]
 
 
 @dataclass(frozen=True)
-class Results:
+class Part:
     """A finished study at one fraction of corrupted tasks.
 
     Attributes:
@@ -135,12 +136,14 @@ def number_of_runs(study: Study, records: Records) -> int:
     return sum(count_runs(study, method, records) for method in study.methods)
 
 
-def check_installed(study: Study) -> None:
-    """Raises a StudyError where a package that a method needs is missing."""
+def check_methods(study: Study) -> None:
+    """Raises a StudyError where a package is missing, or a method of the user's own does not do."""
     for method in study.methods:
         try:
+            if method.references:
+                method.try_own(study.meta_batch)
             method.build(Generator())
-        except ImportError as error:
+        except (ImportError, ValueError) as error:
             raise StudyError(f"the method {method.name!r}: {error}") from None
 
 
@@ -196,7 +199,7 @@ class Sweep:
         self.study, self.data, self.warn, self.device = study, data, warn, device
         self.checkpoint_seconds = checkpoint_seconds
         self.store = Store(folder)
-        check_installed(study)
+        check_methods(study)
         problem = build_problem(study, data)
         self.digest = data_digest(problem)
         self.group_size = group_size(study, problem.module)
@@ -212,7 +215,7 @@ class Sweep:
         """The outer steps of the whole study, finished runs included, as far as is known."""
         return self.study.iterations * number_of_runs(self.study, self.records)
 
-    def run(self, jobs: int, report: Report, ended: Ended = lambda *_: None) -> Results:
+    def run(self, jobs: int, report: Report, ended: Ended = lambda *_: None) -> Part:
         """Does what is missing, with that many processes; on a GPU with one.
 
         Args:
@@ -223,7 +226,7 @@ class Sweep:
             self.complete(tuning_runs(self.study, self.records), jobs, report, ended)
         rates = choose_rates(self.study, self.records)
         self.complete(final_runs(self.study, rates), jobs, report, ended)
-        return Results(self.study, self.records, rates)
+        return Part(self.study, self.records, rates)
 
     def complete(
         self, runs: list[Run], jobs: int, report: Report, ended: Ended = lambda *_: None

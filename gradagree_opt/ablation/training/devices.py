@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from gradagree_opt.ablation.study.study import StudyError
+from gradagree_opt.ablation.section import StudyError
 
 CPU = torch.device("cpu")
 Arithmetic: TypeAlias = Literal["float32", "TF32"]

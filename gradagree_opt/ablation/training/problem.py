@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.ablation.kinds.distributions import Source, at_seed, data_tensors, distributions
-from gradagree_opt.ablation.section import Optimizer
+from gradagree_opt.ablation.kinds.kind import Kind
+from gradagree_opt.ablation.own import told
+from gradagree_opt.ablation.section import Optimizer, StudyError
 from gradagree_opt.ablation.study.sections import DRAWING, MAMLForm, MetaSGDForm
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.checkpoint import State
@@ -30,7 +32,7 @@ from gradagree_opt.ablation.training.networks import (
     build_module,
     criterion,
     generator,
-    input_size,
+    initial_params,
     network_params,
     predict,
     predict_apart,
@@ -54,6 +56,7 @@ class Problem:
     """A study made ready to run.
 
     Attributes:
+        tasks: The section of the study that they come from.
         training: Tasks that the meta-learner is trained on; :func:`at_seed` has those of a seed.
         evaluation: Tasks of the test protocol, drawn for validation and for the test; likewise.
         learner: What trains the network.
@@ -67,6 +70,7 @@ class Problem:
         drawn: Blocks of training tasks that several groups of runs on a GPU are about to read.
     """
 
+    tasks: Kind
     training: Source
     evaluation: Source
     module: nn.Module
@@ -86,7 +90,8 @@ def build_problem(study: Study, data: Path | None, device: torch.device = CPU) -
     loss = batch_loss(study, module)
     trainer = learner(study, loss, module)
     training, evaluation = distributions(study, data)
-    return Problem(
+    problem = Problem(
+        tasks=study.tasks,
         training=training,
         evaluation=evaluation,
         module=module,
@@ -101,17 +106,39 @@ def build_problem(study: Study, data: Path | None, device: torch.device = CPU) -
         transductive=study.test.transductive,
         device=device,
     )
+    if study.references():
+        try_network(study, problem)
+    return problem
+
+
+def try_network(study: Study, problem: Problem) -> None:
+    """Adapts once as the test does: the network, or the tasks, are the user's own.
+
+    Raises:
+        StudyError: It is no function of a batch, cannot be vmapped, or raises anything.
+    """
+    params, seed = initial_params(study, study.seeds[0]), study.seeds[0]
+    tasks = evaluation_tasks(problem, study.meta_batch, "validation", seed)
+    try:
+        outputs = query_outputs(problem, before_adaptation(params, study.meta_batch), tasks)
+        expected = [*tasks["query"][0].shape[:2], study.outputs]
+        if list(outputs.shape) != expected:
+            raise ValueError(f"expected outputs {expected[1:]}, found {list(outputs.shape[1:])}")
+        scores_after(problem, problem.loss, params, tasks, [1])
+    except Exception as error:  # as much as the user's code may raise
+        name = getattr(study.model, "make", study.model.kind)
+        raise StudyError(f"the model {name} on a task of the study: {told(error)}") from None
 
 
 def tasks_at_once(study: Study) -> int:
     """The most tasks of the test protocol that are adapted at once."""
     examples = study.test.support_shots * (study.way or 1)
-    return max(1, INPUTS_AT_ONCE // (input_size(study) * examples))
+    return max(1, INPUTS_AT_ONCE // (study.tasks.input_size * examples))
 
 
 def data_digest(problem: Problem) -> str | None:
     """A hash of the data and of how they are split; None for tasks that are made up."""
-    tensors = data_tensors(problem.training)
+    tensors = data_tensors(problem.tasks, problem.training)
     if not tensors:
         return None
     digest = hashlib.sha256()
@@ -141,7 +168,7 @@ class TrainingTasks:
         self.generator = generator(seed, "train")
         self.flip, self.fraction = study.flip, study.fraction
         self.flips = generator(seed, "flips")
-        self.steps = self.BLOCK if input_size(study) <= DRAWING else 1
+        self.steps = self.BLOCK if study.tasks.input_size <= DRAWING else 1
         self.number = 0
         self.block: TrainingBatch = {}
 

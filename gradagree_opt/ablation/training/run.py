@@ -76,6 +76,8 @@ class Run(BaseModel):
         content["outer"]["optimizer"] = study.optimizer(self.method)
         content |= {"compile": study.compile is True}
         content |= {"format": FORMAT, "data": data}
+        if code := study.code_of(self.method):
+            content["code"] = code
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
 
