@@ -96,7 +96,7 @@ def test_flipped_tasks_go_on_too(study: Study, tmp_path: Path) -> None:
 def test_a_state_of_other_circumstances_or_a_damaged_one_is_not_gone_on_from(
     tmp_path: Path, study: Study
 ) -> None:
-    runs = runs_of(study.methods[0], 0.5)
+    tmp_path, runs = tmp_path / "states", runs_of(study.methods[0], 0.5)
     checkpoint = checkpoint_of(tmp_path, runs)
     assert checkpoint.read() is None
     checkpoint.write({"done": 3, "leaf": torch.ones(2)})
