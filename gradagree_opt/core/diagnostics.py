@@ -182,8 +182,8 @@ def check_some_task(diagnostics: Diagnostics, nonfinite: str, /) -> None:
     if nonfinite == "drop" and bool(diagnostics.nonfinite.all()):
         raise ValueError(
             "expected a task that is finite, found NaN or inf in all "
-            f"{len(diagnostics.nonfinite)}, which nonfinite='drop' leaves out; skip the step, and if the next ones end here too, "
-            "look for NaN in the parameters"
+            f"{len(diagnostics.nonfinite)}, which nonfinite='drop' leaves out; skip the step, and "
+            "if the next ones end here too, look for NaN in the parameters"
         )
 
 

@@ -78,6 +78,31 @@ def check_depends(
         )
 
 
+def share_a_graph(losses: Sequence[Tensor], /) -> bool:
+    """Whether two of the losses were computed from one intermediate result.
+
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> hidden = w.exp()
+    >>> share_a_graph([hidden.sum(), hidden.prod()]), share_a_graph([w.sum(), w.prod()])
+    (True, False)
+    """
+    others: set[Node] = set()
+    for loss in losses:
+        own: set[Node] = set()
+        pending: list[Node | None] = [loss.grad_fn]
+        while pending:
+            node = pending.pop()
+            # The nodes that accumulate into parameters are common, and hold nothing.
+            if node is None or node in own or hasattr(node, "variable"):
+                continue
+            if node in others:
+                return True
+            own.add(node)
+            pending += [following for following, _ in node.next_functions]
+        others |= own
+    return False
+
+
 def gradients(
     loss: Tensor, tensors: Sequence[Tensor], /, *, retain_graph: bool
 ) -> Sequence[Tensor | None]:
@@ -95,6 +120,13 @@ def gradients(
                 "expected a loss whose graph is alive, found one that a backward pass has freed; "
                 "add every loss once, without backward() of its own, and take memory='graph' "
                 "where the losses of several tasks share a part of their graphs"
+            ) from error
+        if "donated buffers" in str(error):
+            raise ValueError(
+                "expected losses whose compiled graph can be passed through more than once, found "
+                "one of which torch.compile has given buffers away; set "
+                "torch._functorch.config.donated_buffer = False before the model is compiled, and "
+                "clear its cache, or give every task a forward pass of its own"
             ) from error
         if "modified by an inplace operation" in str(error):
             raise ValueError(

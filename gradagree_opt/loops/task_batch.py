@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
+from gradagree_opt.core.aggregation import Aggregation, Aggregator, CollectedTasks, check_aggregator
 from gradagree_opt.core.diagnostics import check_some_task
 from gradagree_opt.core.stacks import PyTree, is_coarse
 from gradagree_opt.loops.adapted import Parameters, displacement, match, named, trained
-from gradagree_opt.loops.graphs import check_depends, check_loss, depends, gradients
+from gradagree_opt.loops.graphs import check_depends, check_loss, depends, gradients, share_a_graph
 from gradagree_opt.one_process import check_one_process
 from gradagree_opt.options import check_choice
 
@@ -86,6 +86,7 @@ class TaskBatch:
         self.memory = memory
         self._losses: list[Tensor] = []
         self._nonfinite: list[Tensor] = []
+        self._values: list[Tensor] = []
         self._copies: list[dict[str, Tensor]] = []
         self._directions: list[dict[str, Tensor]] = []
         self._unused = set(self._trained)
@@ -141,14 +142,15 @@ class TaskBatch:
             self._add_loss(loss, after)
         self._displacements += displacements
 
-    def backward(self) -> Aggregation:
+    def backward(self) -> CollectedTasks:
         """Adds Σ_i w_i · direction_i to ``.grad`` of every parameter; ready for the next batch.
 
         As with ``loss.backward()``, a parameter that no loss depends on keeps the ``.grad`` it has.
         The update is dense, that of a sparse embedding too, with which SparseAdam cannot step.
 
         Returns:
-            The aggregation; its update is a dict from parameter name (or position) to gradient.
+            The aggregation and the losses ``[n]``; its update is a dict from parameter name (or
+            position) to gradient.
 
         Raises:
             ValueError: no task was added, the graph of a loss is stale, a parameter was replaced
@@ -163,15 +165,17 @@ class TaskBatch:
             self.aggregator.verify(result)
             check_some_task(result.diagnostics, self.aggregator.nonfinite)
             unused = self._unused if self._form[0] else set()
+            losses = torch.stack(self._values) if self._values else None
         finally:
             self.clear()
         add_to_grad({n: p for n, p in self._trained.items() if n not in unused}, result.update)
-        return result
+        return CollectedTasks(*result, losses)
 
     def clear(self) -> None:
         """Forgets the tasks added so far, and their graphs."""
         self._losses.clear()
         self._nonfinite.clear()
+        self._values.clear()
         self._copies.clear()
         self._directions.clear()
         self._displacements.clear()
@@ -213,15 +217,17 @@ class TaskBatch:
             self._losses.append(loss)
             self._copies.append(copies)
         device = next(iter(self._trained.values())).device
-        self._nonfinite.append(~torch.isfinite(loss.detach()).to(device))
+        self._values.append(loss.detach().to(device))
+        self._nonfinite.append(~torch.isfinite(self._values[-1]))
 
     def _aggregate(self) -> Aggregation:
         signal = _stack(self._displacements) if self._displacements else None
         nonfinite = torch.stack(self._nonfinite) if self._nonfinite else None
         if self._losses and signal is not None and self.takes_one_backward:
             return self._from_one_backward(signal, nonfinite)
+        shared = share_a_graph(self._losses)  # compiled, a graph may be passed through once
         directions = self._directions or [
-            self._gradient(loss, [copies], retain_graph=loss is not self._losses[-1])
+            self._gradient(loss, [copies], retain_graph=shared and loss is not self._losses[-1])
             for loss, copies in zip(self._losses, self._copies, strict=True)
         ]
         if not directions:

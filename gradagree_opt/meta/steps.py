@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from gradagree_opt.annotations import Float
-from gradagree_opt.core.aggregation import Aggregation
+from gradagree_opt.core.aggregation import Aggregation, CollectedTasks
 from gradagree_opt.core.diagnostics import Diagnostics
 from gradagree_opt.core.stacks import PyTree, check_floating, task_count
 
@@ -31,7 +31,9 @@ class MetaStep(NamedTuple):
     engine: str
 
 
-def meta_step(aggregation: Aggregation, losses: Tensor, engine: str, /) -> MetaStep:
+def meta_step(
+    aggregation: Aggregation | CollectedTasks, losses: Tensor, engine: str, /
+) -> MetaStep:
     """The aggregation with the losses of its tasks and the engine that ran."""
     return MetaStep(
         aggregation.update,
