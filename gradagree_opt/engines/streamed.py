@@ -167,7 +167,7 @@ class _Stream:
                 yield loss, self.zeros()
                 continue
             found = torch.autograd.grad(loss, self._leaves, materialize_grads=True)
-            yield loss.detach(), [gradient.to(self._dtype) for gradient in found]
+            yield loss.detach(), [each.to_dense().to(self._dtype) for each in found]
         self._compare(losses.stack)
 
     def zeros(self, dtype: torch.dtype | None = None) -> list[Tensor]:
