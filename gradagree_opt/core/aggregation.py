@@ -73,6 +73,21 @@ class Aggregation(NamedTuple):
     diagnostics: Diagnostics
 
 
+class CollectedTasks(NamedTuple):
+    """An :class:`Aggregation` of tasks that a loop has collected, with their losses.
+
+    Attributes:
+        update, weights, scores, diagnostics: as in :class:`Aggregation`.
+        losses: ``[n]``, detached, in the order of the tasks; None in the Reptile form, without any.
+    """
+
+    update: PyTree
+    weights: Float[Tensor, "*groups n"]
+    scores: Float[Tensor, "*groups n"]
+    diagnostics: Diagnostics
+    losses: Float[Tensor, " n"] | None
+
+
 class Measured(NamedTuple):
     """Statistics of a batch, its non-finite tasks, and the group of every leaf.
 

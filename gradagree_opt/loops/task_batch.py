@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
+from gradagree_opt.core.aggregation import Aggregation, Aggregator, CollectedTasks, check_aggregator
 from gradagree_opt.core.diagnostics import check_some_task
 from gradagree_opt.core.few_passes import weighted_loss_refusal
 from gradagree_opt.core.stacks import PyTree, is_coarse
@@ -89,6 +89,7 @@ class TaskBatch:
         self.memory = memory
         self._losses: list[Tensor] = []
         self._nonfinite: list[Tensor] = []
+        self._values: list[Tensor] = []
         self._copies: list[dict[str, Tensor]] = []
         self._directions: list[dict[str, Tensor]] = []
         self._used: set[str] = set()
@@ -143,14 +144,15 @@ class TaskBatch:
             self._add_loss(loss, after)
         self._displacements += displacements
 
-    def backward(self) -> Aggregation:
+    def backward(self) -> CollectedTasks:
         """Adds Σ_i w_i · direction_i to ``.grad`` of every parameter; ready for the next batch.
 
         As with ``loss.backward()``, a parameter that no loss depends on keeps the ``.grad`` it has.
         The update is dense, that of a sparse embedding too, with which SparseAdam cannot step.
 
         Returns:
-            The aggregation; its update is a dict from parameter name (or position) to gradient.
+            The aggregation and the losses ``[n]``; its update is a dict from parameter name (or
+            position) to gradient.
 
         Raises:
             ValueError: no task was added, the graph of a loss is stale, a parameter was replaced
@@ -165,15 +167,17 @@ class TaskBatch:
             self.aggregator.verify(result)
             check_some_task(result.diagnostics, self.aggregator.nonfinite)
             used = self._used if self._form[0] else set(self._trained)
+            losses = torch.stack(self._values) if self._values else None
         finally:
             self.clear()
         add_to_grad({n: p for n, p in self._trained.items() if n in used}, result.update)
-        return result
+        return CollectedTasks(*result, losses)
 
     def clear(self) -> None:
         """Forgets the tasks added so far, and their graphs."""
         self._losses.clear()
         self._nonfinite.clear()
+        self._values.clear()
         self._copies.clear()
         self._directions.clear()
         self._displacements.clear()
@@ -215,7 +219,8 @@ class TaskBatch:
             self._losses.append(loss)
             self._copies.append(copies)
         device = next(iter(self._trained.values())).device
-        self._nonfinite.append(~torch.isfinite(loss.detach()).to(device))
+        self._values.append(loss.detach().to(device))
+        self._nonfinite.append(~torch.isfinite(self._values[-1]))
 
     def _aggregate(self) -> Aggregation:
         signal = _stack(self._displacements) if self._displacements else None
@@ -228,8 +233,9 @@ class TaskBatch:
             self._used |= graph.used
             if result is not None:
                 return result
+            shared = graph.survey.shared  # compiled, a graph may be passed through once
             directions = [
-                self._gradient(loss, copies, retain_graph=loss is not self._losses[-1])
+                self._gradient(loss, copies, retain_graph=shared and loss is not self._losses[-1])
                 for loss, copies in zip(self._losses, self._copies, strict=True)
             ]
         return self.aggregator.aggregate_unchecked(_stack(directions), signal, nonfinite=nonfinite)
