@@ -10,7 +10,7 @@ VENV ?= .venv
 DEVICE ?= cpu
 BIN := $(abspath $(VENV))/bin
 
-# Frameworks whose adapters are tested; learn2learn is built below, and Ray has no test yet.
+# Frameworks whose adapters are tested; learn2learn is built below.
 EXTRAS := ablation,higher,learn2learn,lightning,tensorboard,torchjd,torchopt
 
 # One process per core, one thread per process.
@@ -24,6 +24,7 @@ demo: $(VENV)/.study
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder  # what a file shares is made once
 	$(BIN)/pytest -n 2 -m compiled
+	DEVICE=$(DEVICE) $(BIN)/pytest -n 2 -m fused tests/core
 
 bench: $(VENV)/.bench
 	cd tests && env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks --out ../docs \

@@ -18,7 +18,6 @@ from gradagree_opt.frameworks import require
 from gradagree_opt.loops.graphs import check_depends
 from gradagree_opt.loops.task_batch import TaskBatch
 from gradagree_opt.meta.steps import MetaStep, check_tasks
-from gradagree_opt.meta.steps import meta_step as with_losses
 from gradagree_opt.options import check_count
 
 require("higher")
@@ -96,7 +95,7 @@ def meta_step(
         batch.add(loss, adapted=learner)
         losses.append(loss.detach())
     engine = "one_backward" if batch.takes_one_backward else "stacked"
-    return with_losses(batch.backward(), torch.stack(losses), engine)
+    return MetaStep(*batch.backward(), losses=torch.stack(losses), engine=engine)
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, first_order: bool) -> None:

@@ -13,15 +13,18 @@ from torch.utils._pytree import tree_map
 
 from gradagree_opt.batchnorm import RunningStatistics, statistics_refused
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
+from gradagree_opt.core.diagnostics import check_some_task
 from gradagree_opt.core.stacks import PyTree
+from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import scalar_loss
+from gradagree_opt.engines.random_state import draws_of_each_task
 from gradagree_opt.frameworks import require
 from gradagree_opt.functional import call_with
 from gradagree_opt.loops.adapted import displacement, match, trained
 from gradagree_opt.loops.graphs import check_depends, dependencies
 from gradagree_opt.loops.task_batch import add_to_grad
 from gradagree_opt.meta.steps import MetaStep, check_tasks
-from gradagree_opt.meta.steps import meta_step as with_losses
+from gradagree_opt.one_process import check_one_process
 from gradagree_opt.options import check_count
 from gradagree_opt.tasks.tasksets import Tasksets
 
@@ -68,7 +71,8 @@ def meta_step(
         TypeError: the algorithm or the aggregator is none.
         ValueError: the tasks are not task-stacked; a parameter is frozen or unused and the
             algorithm does not allow it; a module is recurrent; the loss has parameters that are not
-            the learner's, or none; or the aggregator refuses the tasks. Nothing is changed then.
+            the learner's, or none; several ranks train; or the aggregator refuses the tasks.
+            Nothing is changed then.
 
     Source: Eshratifar et al. 2018, algorithm 1, the MAML form.
 
@@ -85,6 +89,7 @@ def meta_step(
     check_aggregator(aggregator)
     _check_algorithm(algorithm, steps)
     parameters = trained(dict(algorithm.named_parameters()))
+    check_one_process(parameters.values(), algorithm)
     n = check_tasks(parameters, tasks, "support", "query")
     statistics = RunningStatistics(algorithm)
     run = _Task(algorithm, scalar_loss(loss_fn), steps)
@@ -101,7 +106,11 @@ def meta_step(
         chunk_size=chunk_size,
     )
     params = tree_map(torch.Tensor.detach, parameters)
-    with statistics_refused():
+    with (
+        statistics_refused(),
+        left_as_found((loss_fn, algorithm)),
+        draws_of_each_task("different", (loss_fn, algorithm)),
+    ):
         directions, (signal, losses, buffers) = gradient(params, statistics.for_tasks(n), tasks)
     if losses.requires_grad:
         raise ValueError(
@@ -110,9 +119,10 @@ def meta_step(
             "adapt(), or freeze them with requires_grad_(False)"
         )
     aggregation = aggregator.aggregate(directions, signal)
+    check_some_task(aggregation.diagnostics, aggregator.nonfinite)
     statistics.follow(buffers)
     add_to_grad(parameters, aggregation.update)
-    return with_losses(aggregation, losses, "stacked")
+    return MetaStep(*aggregation, losses=losses, engine="stacked")
 
 
 class _Task(nn.Module):

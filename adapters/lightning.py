@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from gradagree_opt.annotations import Float
 from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
-from gradagree_opt.core.diagnostics import Diagnostics
+from gradagree_opt.core.diagnostics import Diagnostics, check_some_task
 from gradagree_opt.frameworks import require
 from gradagree_opt.loops.adapted import Parameters
 from gradagree_opt.loops.graphs import check_depends
-from gradagree_opt.loops.task_batch import TaskBatch
+from gradagree_opt.loops.task_batch import TaskBatch, check_no_accumulation_hooks
 
 require("lightning")
 
@@ -41,7 +41,7 @@ class AgreementCallback(pl.Callback):
         TypeError: ``aggregator`` is no aggregator.
         ValueError: when ``Trainer.fit`` starts, for ``accumulate_grad_batches=1``, manual
             optimization, more than one device, another such callback, or a GradScaler with an
-            aggregator that stops at its overflows; at a loss that depends on no parameter.
+            aggregator that stops at its overflows; at a loss of no parameter, or hooks on .grad.
 
     Source: Eshratifar et al. 2018, algorithm 1, without an inner loop.
 
@@ -98,6 +98,7 @@ class AgreementCallback(pl.Callback):
     ) -> None:
         check_depends(loss, _trained(trainer), len(self._tasks), advice="compute it by the module")
         for parameter in _trained(trainer):
+            check_no_accumulation_hooks(parameter, advice="use ManualTaskBatch")
             parameter.grad = None
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -141,10 +142,10 @@ class AgreementCallback(pl.Callback):
             for name, p in used.items()
         }
         result = self.aggregator.aggregate(stack)
+        check_some_task(result.diagnostics, self.aggregator.nonfinite)
         for name, parameter in used.items():
             parameter.grad = result.update[name] * scale
-        self.weights = result.weights
-        self._tasks = []
+        self.weights, self._tasks = result.weights, []
         _log(pl_module, "agreement", result.diagnostics)
 
     def _forget(self) -> None:

@@ -7,8 +7,10 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.core.aggregation import Aggregator
+from gradagree_opt.core.diagnostics import check_some_task
 from gradagree_opt.core.stacks import PyTree, check_floating, leaf_paths
 from gradagree_opt.loops.adapted import trained
+from gradagree_opt.loops.task_batch import run_accumulation_hooks
 from gradagree_opt.loops.task_optimizer import check_optimizer
 from gradagree_opt.meta import MetaStep
 
@@ -58,7 +60,8 @@ def train(
         TypeError: the parameters are no tensors, the task source is no function, or the optimizer
             is none that steps on ``.grad``.
         ValueError: a parameter is frozen or occurs twice, the optimizer does not hold them all, or
-            a batch is refused; the parameters are as the last good step left them.
+            a batch is refused or has no finite task; the parameters are as the last good step left
+            them.
 
     >>> import gradagree_opt as ga
     >>> w = torch.tensor(0.0, requires_grad=True)
@@ -93,8 +96,10 @@ def train(
     for iteration in range(iterations):
         detached = tree_map(torch.Tensor.detach, params)
         result = meta.step(detached, task_source(iteration), aggregator)
+        check_some_task(result.diagnostics, aggregator.nonfinite)
         for leaf, update in zip(leaves, tree_leaves(result.update), strict=True):
             leaf.grad = update
+            run_accumulation_hooks(leaf)
         optimizer.step()
         if callback is not None and callback(iteration, result):
             break

@@ -92,7 +92,8 @@ def aggregate(aggregator: Aggregator, /) -> GradientTransformation:
         stack = {n: leaf for n, leaf in zip(names, leaves, strict=True) if leaf is not None}
         result = aggregator.aggregate(stack)
         aggregated = pytree.tree_unflatten(structure, map(result.update.get, names))
-        return aggregated, AggregateState(state.shapes, result.weights, result.diagnostics)
+        diagnostics = Diagnostics(*result.diagnostics)  # a plain tuple, which optree looks into
+        return aggregated, AggregateState(state.shapes, result.weights, diagnostics)
 
     return GradientTransformation(init, update)
 

@@ -61,17 +61,26 @@ class RunningStatistics:
             layer.num_batches_tracked += (counts - layer.num_batches_tracked).sum()
 
 
+class ChangedBufferError(RuntimeError):
+    """A model changes a buffer where all tasks start from the same one."""
+
+
 @contextmanager
 def statistics_refused() -> Iterator[None]:
     """One sentence where torch.func finds that a function changes what it was not given.
 
     Raises:
-        ValueError: in place of torch.func's error.
+        ValueError: in place of torch.func's error, or of a :class:`ChangedBufferError`.
     """
     try:
         yield
     except RuntimeError as error:
         message = str(error)
+        if isinstance(error, ChangedBufferError) or isinstance(error.__cause__, ChangedBufferError):
+            raise ValueError(
+                f"expected a model that changes no buffer, found {error}; call eval() on the "
+                "module that does, if it changes it in training alone, or loop with TaskBatch"
+            ) from error
         if "mutate a captured Tensor" in message or "will be updated in place" in message:
             raise ValueError(
                 "expected a model that changes no buffer, found one that does, as BatchNorm its "

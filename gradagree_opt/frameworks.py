@@ -141,7 +141,6 @@ FRAMEWORKS: dict[str, Framework] = {
         _from_index("higher", ">=0.2.1", "adapters.higher"),
         _from_index("torchjd", ">=0.18", "adapters.torchjd"),
         _from_index("lightning", ">=2.5", "adapters.lightning"),
-        _from_index("ray", ">=2.51", "nothing yet"),
         _from_index("jinja2", ">=3.1.2", "gradagree ablate"),
         _from_index("matplotlib", ">=3.9", "gradagree ablate"),
         _from_index("numpy", ">=2.0", "gradagree ablate"),

@@ -1,6 +1,8 @@
 """Run-time checks of every shape in gradagree_opt's signatures, and settings all tests share."""
 
+import importlib
 import os
+import random
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -24,13 +26,27 @@ def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
     command_line = pluginmanager.get_plugin("pytestconfig").known_args_namespace
     if command_line.markexpr == "compiled":
         return  # torch.compile cannot trace through the checks
+    if command_line.markexpr == "fused":
+        if os.environ.get("DEVICE", "cpu") == "cpu":
+            os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads as it is imported
+        return  # beartype would look at every value that the interpreter passes
     if "gradagree_opt" in sys.modules:
         raise pytest.UsageError(
             "expected tests/conftest.py to switch on the shape checks of gradagree_opt before it "
             "is imported, found it imported; give no plugin that imports it"
         )
     sys.modules["gradagree_opt.annotations"] = jaxtyping
+    _give_beartype_numbers_of_its_own()
     jaxtyping.install_import_hook("gradagree_opt", "beartype.beartype")
+
+
+def _give_beartype_numbers_of_its_own() -> None:
+    """It samples from Python's generator, and that would look like draws of the model."""
+    original, random.getrandbits = random.getrandbits, random.Random(0).getrandbits
+    try:
+        importlib.import_module("beartype._check.code.codemain")
+    finally:
+        random.getrandbits = original
 
 
 @pytest.fixture

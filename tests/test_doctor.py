@@ -165,4 +165,4 @@ def test_a_broken_package_turns_the_exit_status_to_one(
     [("works", True), ("missing", True), ("broken", False), ("unsupported", False)],
 )
 def test_only_a_missing_option_is_no_illness(status: doctor.Status, sound: bool) -> None:
-    assert healthy([Finding(FRAMEWORKS["ray"], None, status)]) == sound
+    assert healthy([Finding(FRAMEWORKS["tensorboard"], None, status)]) == sound

@@ -91,3 +91,11 @@ def test_the_picture_of_the_tasks_is_drawn_from_what_the_library_returns(tmp_pat
         update, tasks = aggregator(figure["TASKS"]).double(), figure["TASKS"].double()
         cosines = tasks @ update / tasks.norm(dim=1) / update.norm()
         assert text.endswith(f"{cosines[0]:.2f} and {cosines[1]:.2f}")
+
+
+def test_every_step_of_the_pipeline_is_where_its_table_says() -> None:
+    core = ROOT / "gradagree_opt" / "core"
+    steps = re.findall(r"\| `(\w+\.py)` \| `(\w+)` \|", (core / "README.md").read_text("utf-8"))
+    assert {file for file, _ in steps} == {file.name for file in core.glob("[!_]*.py")}
+    for file, name in steps:
+        assert re.search(rf"^(def|class) {name}\b", (core / file).read_text("utf-8"), re.MULTILINE)

@@ -6,14 +6,17 @@ stack (a vjp, a backward pass of the weighted loss) runs the same ones.
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from gradagree_opt.annotations import Bool, Float
+from gradagree_opt.core.devices import runs_at_once
 from gradagree_opt.core.diagnostics import (
+    Deferred,
     Diagnostics,
     diagnose,
     troubled,
@@ -22,10 +25,11 @@ from gradagree_opt.core.diagnostics import (
 )
 from gradagree_opt.core.scopes import Scope, check_signal, group_indices, measure_by_group
 from gradagree_opt.core.stacks import (
+    Combination,
     PyTree,
     check_stack,
-    combine,
     full_precision,
+    leaves_of,
     mask_rows,
     nonfinite_tasks,
     tree_norm,
@@ -58,7 +62,7 @@ class Aggregation(NamedTuple):
         weights: ``[n]``, or ``[groups, n]`` where the scope is not "global".
         scores: what the weights come from, shaped like them, in squared units of the signal; NaN
             where the weights come from none, and none were measured.
-        diagnostics: plain tensors that say how the tasks agreed.
+        diagnostics: plain tensors that say how the tasks agreed, computed when first looked at.
     """
 
     update: PyTree
@@ -171,10 +175,10 @@ class Aggregator:
         # The look that is due finds this sound but at extreme scales. What reads more than row sums
         # may depend on the scale, or remember what it has seen.
         if self.nonfinite == "raise" and not self.needs & {"gramian", "directions"}:
-            result = self.aggregate_unchecked(directions, signal, draws=draws, scaled=False)
+            result = self._aggregate(directions, signal, n, draws=draws, scaled=False)
             if self.is_sound(result):
                 return result
-        result = self.aggregate_unchecked(directions, signal, draws=draws)
+        result = self._aggregate(directions, signal, n, draws=draws)
         self.verify(result)
         return result
 
@@ -197,6 +201,20 @@ class Aggregator:
             scaled: as in :meth:`measure`.
         """
         n = check_stack(directions, "directions" if signal is not None else "gradients")
+        return self._aggregate(
+            directions, signal, n, nonfinite=nonfinite, draws=draws, scaled=scaled
+        )
+
+    def _aggregate(
+        self,
+        directions: PyTree,
+        signal: PyTree | None,
+        n: int,
+        *,
+        nonfinite: Bool[Tensor, " n"] | None = None,
+        draws: Float[Tensor, " n"] | None = None,
+        scaled: bool = True,
+    ) -> Aggregation:
         if signal is not None:
             check_signal(signal, directions, n, self.scope)
         if signal is not None or self.nonfinite == "drop":
@@ -213,7 +231,7 @@ class Aggregator:
         )
         return self.apply(
             measured,
-            lambda weights, groups: combine(directions, weights, groups),
+            Combination(directions, scaled),
             signal_is_direction=signal is None,
         )
 
@@ -235,18 +253,22 @@ class Aggregator:
             draws: result of :meth:`draw`, where it was called beforehand.
             scaled: False saves the scaling, and marks all tasks as not finite where it was needed.
         """
-        first = tree_leaves(signal)[0]
+        first = leaves_of(signal)[0]
         n = first.shape[0]
-        if nonfinite is None:
-            nonfinite = torch.zeros(n, dtype=torch.bool, device=first.device)
-        active = ~nonfinite if self.nonfinite == "drop" else torch.ones_like(nonfinite)
+        if nonfinite is not None and self.nonfinite == "drop":
+            active = ~nonfinite
+        else:
+            active = torch.ones(n, dtype=torch.bool, device=first.device)
         groups = group_indices(signal, self.scope)
         statistics = measure_by_group(signal, groups, active, self.needs, scaled=scaled)
         if draws is None:
             draws = self.draw(n)
         if draws is not None:
             statistics = statistics._replace(draws=draws.to(statistics.row_sums))
-        return Measured(statistics, nonfinite | ~statistics.finite, groups, scaled)
+        found = ~statistics.finite
+        return Measured(
+            statistics, found if nonfinite is None else nonfinite | found, groups, scaled
+        )
 
     def apply(
         self, measured: Measured, combine_directions: Combine, /, *, signal_is_direction: bool
@@ -263,18 +285,30 @@ class Aggregator:
         with full_precision(statistics.row_sums.device):
             decision = decide(self.weighting, statistics)
             reference = None if self.reference is None else decide(self.reference, statistics)
-        update = combine_directions(decision.weights, measured.groups)
-        norm = tree_norm(update, scaled=measured.scaled)
+        combined = _with_norm(combine_directions, measured)
+        update, norm = combined(decision.weights)
         if reference is not None:
-            target = combine_directions(reference.weights, measured.groups)
-            target_norm = tree_norm(target, scaled=measured.scaled)
+            _, target_norm = combined(reference.weights)
             there = norm > (update_rounding(statistics, decision) if signal_is_direction else 0)
             factor = torch.where(there, target_norm / norm, torch.ones_like(norm))
             update = tree_map(lambda leaf: (leaf * factor).to(leaf.dtype), update)
             decision = decision._replace(weights=decision.weights * factor)
             norm = norm * factor
-        diagnostics = diagnose(
-            statistics, decision, measured.nonfinite, norm, signal_is_direction=signal_is_direction
+        compute = partial(
+            diagnose,
+            statistics,
+            decision,
+            measured.nonfinite,
+            norm,
+            signal_is_direction=signal_is_direction,
+        )
+        if not runs_at_once(norm):
+            return Aggregation(update, decision.weights, decision.scores, compute())
+        diagnostics = Deferred.of(
+            compute,
+            update_norm=norm,
+            degenerate=decision.degenerate,
+            nonfinite=measured.nonfinite,
         )
         return Aggregation(update, decision.weights, decision.scores, diagnostics)
 
@@ -303,6 +337,20 @@ class Aggregator:
             return None
         device = self.generator.device if self.generator is not None else None
         return torch.empty(n, device=device).exponential_(generator=self.generator)
+
+
+def _with_norm(
+    combine_directions: Combine, measured: Measured
+) -> Callable[[Tensor], tuple[PyTree, Tensor]]:
+    """From weights to the update and its norm, which a stack's combination tells along with it."""
+
+    def combined(weights: Tensor) -> tuple[PyTree, Tensor]:
+        if isinstance(combine_directions, Combination):
+            return combine_directions.and_norm(weights, measured.groups)
+        update = combine_directions(weights, measured.groups)
+        return update, tree_norm(update, scaled=measured.scaled)
+
+    return combined
 
 
 def _reference(method: Literal["mean"] | Aggregator | None, scope: Scope) -> Weigh | None:

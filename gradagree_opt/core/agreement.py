@@ -52,8 +52,8 @@ class AgreementWeighting:
         if self.negative == "clip":
             scores = scores.clamp(min=0)
         total = scores.abs().sum(-1, keepdim=True)
-        degenerate = (total <= _rounding(terms)) & torch.isfinite(total)
-        shares = scores / torch.where(degenerate, torch.ones_like(total), total)
+        degenerate = total - _rounding(terms) <= 0  # of two infinities it is not
+        shares = scores / total
         if self.normalization == "softmax":
             shares = self._softmax(shares, statistics.active)
         fallback = uniform(statistics)

@@ -1,9 +1,13 @@
 """What an aggregation tells about itself: plain tensors, read on the host only by ``log``."""
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import _private_register_pytree_node
 
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.core.blocks import or_one
@@ -71,6 +75,61 @@ class Diagnostics(NamedTuple):
         numbers = torch.stack(list(values.values())).tolist()
         logged = dict(zip(values, numbers, strict=True))
         return {name: x for name, x in logged.items() if x == x or name == "update_norm"}
+
+
+class Deferred(Diagnostics):
+    """Diagnostics of which some are computed when first looked at.
+
+    Until then what they come from is kept, n numbers of each kind.
+    """
+
+    def __new__(cls, *values: Tensor) -> Diagnostics:  # type: ignore[misc]
+        """Plain diagnostics, as pytrees are put together."""
+        return Diagnostics(*values)
+
+    @classmethod
+    def of(cls, compute: Callable[[], Diagnostics], /, **known: Tensor) -> "Deferred":
+        """The result of ``compute``, some of whose entries are known beforehand."""
+        deferred: Deferred = tuple.__new__(cls)
+        vars(deferred).update(compute=cache(compute), known=known)
+        return deferred
+
+    def now(self) -> Diagnostics:
+        """All of them, computed."""
+        values: Diagnostics = vars(self)["compute"]()
+        return values
+
+    def _replace(self, **values: Any) -> Diagnostics:  # type: ignore[override]
+        return self.now()._replace(**values)
+
+    def __reduce__(self) -> Any:
+        return Diagnostics, tuple(self.now())
+
+
+def _read(name: str) -> property:
+    def read(deferred: Deferred) -> Tensor:
+        known: Tensor | None = vars(deferred)["known"].get(name)
+        return getattr(deferred.now(), name) if known is None else known
+
+    return property(read, doc=getattr(Diagnostics, name).__doc__)
+
+
+def _of_values(name: str) -> Callable[..., Any]:
+    def method(deferred: Deferred, *others: Any) -> Any:
+        plain = [other.now() if isinstance(other, Deferred) else other for other in others]
+        return getattr(deferred.now(), name)(*plain)
+
+    return method
+
+
+for _name in Diagnostics._fields:
+    setattr(Deferred, _name, _read(_name))
+for _name in ("iter", "getitem", "len", "eq", "ne", "hash", "repr", "contains", "add"):
+    setattr(Deferred, f"__{_name}__", _of_values(f"__{_name}__"))
+# The public function also tells optree, which warns of every class that is a named tuple already.
+_private_register_pytree_node(
+    Deferred, lambda deferred: (list(deferred), None), lambda values, _: Diagnostics(*values)
+)
 
 
 def diagnose(
@@ -169,14 +228,36 @@ def _correlation(pair: Float[Tensor, "2 *groups n"]) -> Float[Tensor, "*groups"]
     return deviations.prod(0).sum(-1) / deviations.square().sum(-1).prod(0).sqrt()
 
 
+def check_some_task(diagnostics: Diagnostics, nonfinite: str, /) -> None:
+    """One host synchronisation under "drop": raises where no task is left to step on.
+
+    Args:
+        diagnostics: of the aggregation.
+        nonfinite: the aggregator's policy.
+
+    Raises:
+        ValueError: a step of zeros would still be one of weight decay and momentum.
+    """
+    if nonfinite == "drop" and bool(diagnostics.nonfinite.all()):
+        raise ValueError(
+            "expected a task that is finite, found NaN or inf in all "
+            f"{len(diagnostics.nonfinite)}, which nonfinite='drop' leaves out; skip the step, and "
+            "if the next ones end here too, look for NaN in the parameters"
+        )
+
+
 def troubled(diagnostics: Diagnostics, /, *, finite: bool, agreement: bool) -> bool:
     """Whether :func:`verify` raises: one host synchronisation, or none if nothing is asked for."""
-    checks = []
+    flags = []
     if finite:
-        checks += [diagnostics.nonfinite.any(), (~torch.isfinite(diagnostics.update_norm)).any()]
+        flags += [diagnostics.update_norm.reshape(1), diagnostics.nonfinite]
     if agreement:
-        checks.append(diagnostics.degenerate.any())
-    return bool(checks) and bool(torch.stack(checks).any())
+        flags.append(diagnostics.degenerate.reshape(-1))
+    if not flags:
+        return False
+    numbers = torch.cat(flags).tolist()  # one operation: on a GPU each costs as much as a read
+    lost = finite and not math.isfinite(numbers.pop(0))
+    return lost or any(numbers)
 
 
 def verify(diagnostics: Diagnostics, /, *, finite: bool, agreement: bool) -> None:

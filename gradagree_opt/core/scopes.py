@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_structure
+from torch.utils._pytree import tree_structure
 
 from gradagree_opt.annotations import Bool
-from gradagree_opt.core.stacks import PyTree, check_stack, leaf_paths
+from gradagree_opt.core.stacks import PyTree, check_stack, leaf_paths, leaves_of
 from gradagree_opt.core.statistics import Statistics, measure, measure_groups
 
 Scope = Literal["global", "leaf"] | Callable[[str], str]
@@ -64,7 +64,7 @@ def measure_by_group(
         needs: names of the optional statistics.
         scaled: as in :func:`~gradagree_opt.core.statistics.measure`.
     """
-    leaves = [leaf.detach() for leaf in tree_leaves(signal)]
+    leaves = [leaf.detach() for leaf in leaves_of(signal)]
     if groups is None:
         return measure(leaves, active, needs, scaled=scaled)
     members: list[list[Tensor]] = [[] for _ in range(max(groups) + 1)]

@@ -5,6 +5,7 @@ Leaves are never concatenated: each function visits them one by one.
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,9 +27,24 @@ from gradagree_opt.core.blocks import (
     rows,
     unit_parts,
 )
+from gradagree_opt.core.devices import fused_kernels
 
 PyTree = Any
 """A tensor, or any nesting of dicts, lists, tuples and named tuples of tensors."""
+
+
+def leaves_of(tree: PyTree, /) -> list[Any]:
+    """The leaves in order: ``tree_leaves``, whose walk takes longer than a launch on a GPU."""
+    if type(tree) is dict and all(isinstance(leaf, Tensor) for leaf in tree.values()):
+        return list(tree.values())
+    return tree_leaves(tree)
+
+
+def like(tree: PyTree, leaves: list[Tensor], /) -> PyTree:
+    """The leaves in the structure of the tree."""
+    if type(tree) is dict and all(isinstance(leaf, Tensor) for leaf in tree.values()):
+        return dict(zip(tree, leaves, strict=True))
+    return tree_unflatten(leaves, tree_structure(tree))
 
 
 def leaf_paths(tree: PyTree, /) -> list[str]:
@@ -62,7 +78,7 @@ def task_count(
         TypeError: a leaf is not a tensor.
         ValueError: there is no leaf, no task, or the task axes differ.
     """
-    leaves = tree_leaves(stack)
+    leaves = leaves_of(stack)
     if not leaves:
         raise ValueError(
             f"expected {name} with at least one tensor, found an empty pytree; "
@@ -113,7 +129,7 @@ def check_stack(stack: PyTree, /, name: str = "gradients") -> int:
 
 def check_floating(tree: PyTree, /, name: str) -> None:
     """TypeError or ValueError in one sentence unless every leaf is a floating-point tensor."""
-    leaves = tree_leaves(tree)
+    leaves = leaves_of(tree)
     if not leaves:
         raise ValueError(
             f"expected {name} with at least one floating-point tensor, found an empty pytree"
@@ -178,7 +194,7 @@ def tree_norm(tree: PyTree, /, *, scaled: bool = True) -> Float[Tensor, ""]:
 
     Without scaling it is faster, and NaN where its square is not :func:`in_range`.
     """
-    leaves = [leaf.detach() for leaf in tree_leaves(tree)]
+    leaves = [leaf.detach() for leaf in leaves_of(tree)]
     dtype = accumulation_dtype(leaves)
     parts = [torch.zeros(2, dtype=dtype, device=leaves[0].device)]
     for size, blocks in unit_parts([leaf.unsqueeze(0) for leaf in leaves], dtype, scaled=scaled):
@@ -213,8 +229,12 @@ def scaled_square_sums(
 
 def nonfinite_tasks(directions: PyTree, signal: PyTree | None, /) -> Bool[Tensor, " n"]:
     """The tasks with a NaN or infinite entry in either stack."""
-    leaves = tree_leaves(directions) + ([] if signal is None else tree_leaves(signal))
-    return ~torch.isfinite(row_magnitudes([leaf.detach() for leaf in leaves]))
+    leaves = leaves_of(directions) + ([] if signal is None else leaves_of(signal))
+    leaves = [leaf.detach() for leaf in leaves]
+    if kernels := fused_kernels(leaves):
+        finite: Tensor = kernels.row_sums(leaves).finite
+        return ~finite
+    return ~torch.isfinite(row_magnitudes(leaves))
 
 
 def mask_rows(stack: PyTree, keep: Bool[Tensor, " n"], /) -> PyTree:
@@ -227,6 +247,34 @@ def mask_rows(stack: PyTree, keep: Bool[Tensor, " n"], /) -> PyTree:
     )
 
 
+@dataclass(frozen=True)
+class Combination:
+    """Σ_i w_i · row i of a task-stacked pytree as a function of the weights, and its norm.
+
+    ``scaled``: of the norm, as in :func:`tree_norm`.
+    """
+
+    stack: PyTree
+    scaled: bool
+
+    def __call__(
+        self, weights: Float[Tensor, "*groups n"], groups: Sequence[int] | None, /
+    ) -> PyTree:
+        """:func:`combine` of the stack."""
+        return self.and_norm(weights, groups)[0]
+
+    def and_norm(
+        self, weights: Float[Tensor, "*groups n"], groups: Sequence[int] | None, /
+    ) -> tuple[PyTree, Float[Tensor, ""]]:
+        """:func:`combine` of the stack and :func:`tree_norm` of that, in one launch on a GPU."""
+        leaves = leaves_of(self.stack)
+        if kernels := fused_kernels(leaves):
+            sums, norm = kernels.combine(leaves, weights, groups)
+            return like(self.stack, sums), norm
+        update = combine(self.stack, weights, groups)
+        return update, tree_norm(update, scaled=self.scaled)
+
+
 def combine(
     stack: PyTree, weights: Float[Tensor, "*groups n"], groups: Sequence[int] | None = None, /
 ) -> PyTree:
@@ -237,13 +285,13 @@ def combine(
         weights: ``[n]``, or ``[groups, n]`` with the group of every leaf in ``groups``.
         groups: index of the group of every leaf, or None where there is one for all.
     """
-    leaves = tree_leaves(stack)
+    leaves = leaves_of(stack)
     with full_precision(leaves[0].device):
         sums = [
             _weighted_sum(leaf, weights if groups is None else weights[groups[index]])
             for index, leaf in enumerate(leaves)
         ]
-    return tree_unflatten(sums, tree_structure(stack))
+    return like(stack, sums)
 
 
 def _weighted_sum(leaf: Tensor, weights: Tensor) -> Tensor:

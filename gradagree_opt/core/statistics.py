@@ -6,7 +6,7 @@ ask for it and no others: s = J (Jᵀ 1).
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.core.blocks import blocks_of_all, or_one, row_unit_parts, unit_parts
+from gradagree_opt.core.devices import fused_kernels
 from gradagree_opt.core.positive_definite import diagonal
 from gradagree_opt.core.stacks import (
     accumulation_dtype,
@@ -28,7 +29,7 @@ class Statistics(NamedTuple):
     """What is known of the signals g_i of n tasks; one row for each group of leaves, if grouped.
 
     Attributes:
-        row_sums: s_i = g_i · Σ_j g_j, in units of scale² (PAPER: step 3 of the algorithm).
+        row_sums: s_i = g_i · Σ_j g_j, in units of scale² (Eshratifar et al. 2018, algorithm 1).
         squared_norms: ‖g_i‖², in units of scale²; None from an engine that forms no gradient of a
             single task, which no weighting that asked for them is given.
         other_row_sums: Σ_{j≠i} g_i · g_j, in units of scale², or None where no weighting asked for
@@ -89,6 +90,8 @@ def measure(
             tasks are marked as not finite.
     """
     with full_precision(leaves[0].device):
+        if kernels := _kernels(leaves, needs):
+            return _measure_fused(kernels, leaves, None, active, needs)
         if needs & OF_GRAMIAN:  # which tells all of the others too
             return _measure_gramian(leaves, active, needs, scaled=scaled)
         measured = _measure_row_sums(leaves, active, scaled=scaled)
@@ -171,7 +174,15 @@ def measure_groups(
     scaled: bool = True,
 ) -> Statistics:
     """Statistics of several groups of leaves, one row each; the options are :func:`measure`'s."""
-    each = [measure(leaves, active, needs, scaled=scaled) for leaves in groups]
+    leaves = [leaf for group in groups for leaf in group]
+    if kernels := _kernels(leaves, needs):
+        of_leaf = [index for index, group in enumerate(groups) for _ in group]
+        with full_precision(leaves[0].device):
+            return _measure_fused(kernels, leaves, of_leaf, active, needs)
+    return _side_by_side([measure(group, active, needs, scaled=scaled) for group in groups], active)
+
+
+def _side_by_side(each: Sequence[Statistics], active: Tensor) -> Statistics:
     return Statistics(
         row_sums=torch.stack([s.row_sums for s in each]),
         squared_norms=_stack([s.squared_norms for s in each]),
@@ -184,6 +195,48 @@ def measure_groups(
         nonzero=_stack([s.nonzero for s in each]),
         cosines=_stack([s.cosines for s in each]),
         relative_norms=_stack([s.relative_norms for s in each]),
+    )
+
+
+def _kernels(leaves: Sequence[Tensor], needs: frozenset[str]) -> Any:
+    """The fused kernels, if they can measure these leaves, else None."""
+    return fused_kernels(leaves, gramian=bool(needs & (OF_GRAMIAN | OF_OTHERS)))
+
+
+def _measure_fused(
+    kernels: Any,
+    leaves: Sequence[Tensor],
+    groups: Sequence[int] | None,
+    active: Tensor,
+    needs: frozenset[str],
+) -> Statistics:
+    """Statistics by kernels that read all leaves in one launch, and scale them for nothing."""
+    if needs & (OF_GRAMIAN | OF_OTHERS):
+        units, products = kernels.inner_products(leaves, groups)
+        eps = torch.finfo(products.dtype).eps
+        if groups is None:
+            statistics = _of_products(units, products, eps, active, needs)
+        else:
+            pairs = zip(units, products, strict=True)
+            each = [_of_products(unit, product, eps, active, needs) for unit, product in pairs]
+            statistics = _side_by_side(each, active)
+        if needs & OF_GRAMIAN:
+            return statistics
+        return statistics._replace(gramian=None, cosines=None, relative_norms=None)
+    sums = kernels.row_sums(leaves, groups)
+    relative_norms = None
+    if "relative_norms" in needs:
+        units, lengths = (x.reshape(-1, *active.shape) for x in (sums.units, sums.lengths))
+        rows = [_relative_norms(*pair, active) for pair in zip(units, lengths, strict=True)]
+        relative_norms = torch.stack(rows).reshape(sums.units.shape)
+    return Statistics(
+        row_sums=sums.row_sums,
+        squared_norms=sums.squared_norms,
+        cosine_row_sums=None,
+        finite=sums.finite if groups is None else sums.finite.all(0),
+        active=active,
+        scale=sums.scale,
+        relative_norms=relative_norms,
     )
 
 

@@ -1,6 +1,7 @@
 """Engines: gradients of n tasks and their aggregation, without a loop of the user's own."""
 
-from gradagree_opt.engines.gradients import AggregatedGradients, aggregate_gradients
+from gradagree_opt.engines.choice import AggregatedGradients
+from gradagree_opt.engines.gradients import aggregate_gradients
 from gradagree_opt.engines.losses import LossFn, scalar_loss
 from gradagree_opt.engines.stacked import TaskGradients, task_gradients
 

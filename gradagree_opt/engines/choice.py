@@ -1,6 +1,7 @@
 """Which engine runs: the one that was asked for, or the first of those that suit that can."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -10,14 +11,18 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.annotations import Float
 from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
+from gradagree_opt.core.diagnostics import Diagnostics
 from gradagree_opt.core.stacks import PyTree, is_coarse, task_count
 from gradagree_opt.engines.compilation import maybe_compiled
 from gradagree_opt.engines.errors import explained
+from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import TaskLoss
 from gradagree_opt.engines.matrix_free import matrix_free, matrix_free_refusal
 from gradagree_opt.engines.one_backward import one_backward, one_backward_refusal
+from gradagree_opt.engines.random_state import draws_of_each_task
 from gradagree_opt.engines.stacked import stacked
 from gradagree_opt.engines.streamed import streamed, streamed_refusal
+from gradagree_opt.one_process import check_one_process
 from gradagree_opt.options import check_choice
 
 EngineName = Literal["auto", "stacked", "streamed", "matrix_free", "one_backward"]
@@ -39,10 +44,23 @@ GPU_STACK_BYTES = 2**30
 """The same on a GPU, roughly: at 0.7 GiB, holding them took 0.6 of the time."""
 
 
-class Run(NamedTuple):
-    """The aggregation of a batch, the losses of its tasks, and the engine that ran."""
+class AggregatedGradients(NamedTuple):
+    """Gradients of n tasks as one update: an :class:`~gradagree_opt.Aggregation` and its losses.
 
-    aggregation: Aggregation
+    Attributes:
+        update: a descent gradient, a pytree like the (meta-)parameters: what an optimizer
+            subtracts. Nothing is changed until it does.
+        weights: ``[n]``, or ``[groups, n]`` where the scope is not "global".
+        scores: what the weights come from.
+        diagnostics: plain tensors that say how the tasks agreed.
+        losses: ``[n]``, of every task (in meta-learning, after adaptation).
+        engine: name of the engine that ran.
+    """
+
+    update: PyTree
+    weights: Float[Tensor, "*groups n"]
+    scores: Float[Tensor, "*groups n"]
+    diagnostics: Diagnostics
     losses: Float[Tensor, " n"]
     engine: str
 
@@ -71,6 +89,7 @@ class Runner:
         self.engine = engine
         self._compile = compile
         self._failed: set[str] = set()
+        self._tried: set[str] = set()
         self._engines = {
             name: maybe_compiled(
                 partial(_constants, function, task_loss), compile and name != "streamed"
@@ -78,14 +97,18 @@ class Runner:
             for name, function in ENGINES.items()
         }
 
-    def __call__(self, params: PyTree, tasks: PyTree, n: int, aggregator: Aggregator, /) -> Run:
+    def __call__(
+        self, params: PyTree, tasks: PyTree, n: int, aggregator: Aggregator, /
+    ) -> AggregatedGradients:
         """The aggregation of one batch of n tasks, looked at by :meth:`Aggregator.verify`.
 
         Raises:
-            ValueError: the aggregator refuses the tasks, or the engine the aggregator.
+            ValueError: the aggregator refuses the tasks, or the engine the aggregator; or several
+                ranks train.
             RuntimeError: the engine cannot run the model, or memory does not suffice.
         """
         check_aggregator(aggregator)
+        check_one_process(tree_leaves(params))
         draws = aggregator.draw(n)
         *others, last = self._candidates(params, n, aggregator)
         for name in others:
@@ -123,10 +146,27 @@ class Runner:
         tasks: PyTree,
         aggregator: Aggregator,
         draws: Tensor | None,
-    ) -> Run:
-        aggregation, losses = self._engines[name](params, tasks, aggregator, draws)
+    ) -> AggregatedGradients:
+        with self._left_as_found(name, params, tasks):
+            aggregation, losses = self._engines[name](params, tasks, aggregator, draws)
         aggregator.verify(aggregation)
-        return Run(aggregation, losses, name)
+        return AggregatedGradients(*aggregation, losses=losses, engine=name)
+
+    def _left_as_found(
+        self, name: str, params: PyTree, tasks: PyTree
+    ) -> AbstractContextManager[None]:
+        """What the loss function reaches is as it was after the block, or it says why not."""
+        task_map = self.task_loss.map
+        if name == "streamed" and not self.task_loss.adapts:
+            return nullcontext()  # which knows its passes
+        if not self._compile:
+            return left_as_found(task_map.source)
+        if name not in self._tried:  # a graph shows neither buffers nor generators that change
+            first = tree_map(lambda leaf: leaf[:1], tasks)
+            with left_as_found(task_map.source), draws_of_each_task("error", task_map.source):
+                task_map(self.task_loss.function, params, first, 1)
+            self._tried.add(name)
+        return nullcontext()
 
     def _candidates(self, params: PyTree, n: int, aggregator: Aggregator) -> list[str]:
         """The engines to try, the best first."""

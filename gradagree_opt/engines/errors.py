@@ -8,6 +8,10 @@ from contextlib import contextmanager
 import torch
 
 
+class SharedDrawsError(RuntimeError):
+    """vmap has drawn once for tasks that are to draw for themselves."""
+
+
 def explained(error: RuntimeError, by: str, n: int, /, *, without: str) -> RuntimeError:
     """The error in one sentence that says what to do.
 
@@ -26,7 +30,9 @@ def explained(error: RuntimeError, by: str, n: int, /, *, without: str) -> Runti
             f"{fewer}{without}"
         )
     advice = without
-    if is_vmaps(error):
+    if isinstance(error, SharedDrawsError) and "compile" not in without:
+        advice = "chunk_size=1, where every task draws for itself, or randomness='same'"
+    elif is_vmaps(error) and not isinstance(error, SharedDrawsError):
         advice = "chunk_size=1, which does without vmap"
         if "randomness" in found:
             advice = "randomness='different', or 'same' for one draw for all tasks"
@@ -40,6 +46,8 @@ def is_out_of_memory(error: RuntimeError, /) -> bool:
 
 def is_vmaps(error: RuntimeError, /) -> bool:
     """Whether it is about vmap, and not about what the model does under it."""
+    if isinstance(error, SharedDrawsError):
+        return True
     found = _first_sentence(error)
     return "vmap" in found or "Batching rule" in found
 

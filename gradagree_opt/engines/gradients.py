@@ -1,27 +1,11 @@
 """Gradients of n tasks and their aggregation in one call."""
 
 from functools import lru_cache
-from typing import NamedTuple
 
-from torch import Tensor
-
-from gradagree_opt.annotations import Float
 from gradagree_opt.core.aggregation import Aggregator
-from gradagree_opt.core.diagnostics import Diagnostics
 from gradagree_opt.core.stacks import PyTree, check_floating, task_count
-from gradagree_opt.engines.choice import EngineName, Runner
+from gradagree_opt.engines.choice import AggregatedGradients, EngineName, Runner
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap
-
-
-class AggregatedGradients(NamedTuple):
-    """An :class:`~gradagree_opt.Aggregation` with the losses ``[n]`` and the engine that ran."""
-
-    update: PyTree
-    weights: Float[Tensor, "*groups n"]
-    scores: Float[Tensor, "*groups n"]
-    diagnostics: Diagnostics
-    losses: Float[Tensor, " n"]
-    engine: str
 
 
 def aggregate_gradients(
@@ -43,8 +27,8 @@ def aggregate_gradients(
     | "stacked" | n · d | one vmapped backward pass | what vmap and grad of torch.func run |
     | "matrix_free" | d | two backward passes, one Jacobian-vector product | the same, and forward \
 mode or a second derivative |
-    | "streamed" | d | three backward passes a task, one task after the other | every; each pass \
-changes BatchNorm's running statistics |
+    | "streamed" | d | three backward passes a task, one task after the other | every; its \
+buffers, as BatchNorm's running statistics, end as of one pass |
 
     Args:
         loss_fn: ``loss_fn(params, batch) -> scalar`` of one task.
@@ -64,7 +48,8 @@ changes BatchNorm's running statistics |
 
     Raises:
         ValueError, TypeError: as :func:`task_gradients` (under "streamed" a model may change its
-            buffers) and :meth:`Aggregator.aggregate`; or the engine cannot serve the aggregator.
+            buffers) and :meth:`Aggregator.aggregate`; or the engine cannot serve the aggregator,
+            or several ranks train.
         RuntimeError: the engine cannot run the model, or memory does not suffice.
 
     >>> import torch
@@ -78,8 +63,7 @@ changes BatchNorm's running statistics |
     check_floating(params, "parameters")
     make = _compiled_runner if compile else _runner
     n = task_count(tasks, "tasks")
-    run = make(loss_fn, engine, chunk_size, randomness, compile)(params, tasks, n, aggregator)
-    return AggregatedGradients(*run.aggregation, losses=run.losses, engine=run.engine)
+    return make(loss_fn, engine, chunk_size, randomness, compile)(params, tasks, n, aggregator)
 
 
 def _runner(
@@ -89,7 +73,8 @@ def _runner(
     randomness: Randomness,
     compile: bool,
 ) -> Runner:
-    return Runner(TaskLoss.plain(loss_fn, TaskMap(chunk_size, randomness)), engine, compile)
+    task_map = TaskMap(chunk_size, randomness, loss_fn)
+    return Runner(TaskLoss.plain(loss_fn, task_map), engine, compile)
 
 
 _compiled_runner = lru_cache(maxsize=16)(_runner)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from gradagree_opt.core.stacks import PyTree, is_coarse
 from gradagree_opt.engines.normalization import AffineApart
-from gradagree_opt.engines.random_state import RandomState
+from gradagree_opt.engines.random_state import RandomState, draws_of_each_task
 from gradagree_opt.options import check_choice
 
 LossFn = Callable[[PyTree, PyTree], Tensor]
@@ -53,6 +53,8 @@ class TaskMap:
     Args:
         chunk_size: tasks per vmap; None for all at once, 1 for no vmap.
         randomness: of random operations within the tasks, as in ``torch.func.vmap``.
+        source: the loss function, or several things that it is made of: what they reach is left as
+            it is found, and their generators of random numbers are looked after.
 
     Raises:
         ValueError: an option is none of its choices.
@@ -60,6 +62,7 @@ class TaskMap:
 
     chunk_size: int | None = None
     randomness: Randomness = "error"
+    source: object = None
 
     def __post_init__(self) -> None:
         if self.chunk_size is not None and self.chunk_size < 1:
@@ -108,7 +111,8 @@ class TaskMap:
         vmapped = torch.func.vmap(
             chunk, (None, 0), randomness=self.randomness, chunk_size=self.chunk_size
         )
-        with AffineApart() if differentiated else nullcontext():
+        apart = AffineApart() if differentiated else nullcontext()
+        with draws_of_each_task(self.randomness, self.source), apart:
             return vmapped(params, tasks)
 
     def split(self, tasks: PyTree, n: int, /) -> list[PyTree]:
@@ -128,7 +132,9 @@ class TaskMap:
 
     def _state(self, params: PyTree, tasks: PyTree) -> RandomState | None:
         """The random numbers that all tasks are to draw; None if each draws its own."""
-        return RandomState(params, tasks) if self.randomness == "same" else None
+        if self.randomness != "same":
+            return None
+        return RandomState(params, tasks, source=self.source)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from gradagree_opt.core.blocks import or_one
 from gradagree_opt.core.few_passes import apply_row_sums, measured_by, row_sums_refusal
 from gradagree_opt.core.stacks import PyTree, task_count, tree_norm
 from gradagree_opt.engines.losses import TaskLoss, refuse_coarse
-from gradagree_opt.engines.random_state import RandomState
+from gradagree_opt.engines.random_state import RandomState, check_same_losses
 from gradagree_opt.engines.rows import Rows
 
 Losses = Callable[[PyTree], Tensor]
@@ -47,7 +47,7 @@ def matrix_free(
     Raises:
         RuntimeError: the parameters or the losses have less than the precision of float32.
 
-    Source: PAPER, "the row sums without the N×d matrix".
+    Source: ours; docs/engines.md.
     """
     n = task_count(tasks, "tasks")
     refuse_coarse(tree_leaves(params))
@@ -84,6 +84,8 @@ def _losses_and_sum(
         losses, part = chunk.losses_and_sum(params)
         rows.append(losses)
         total = _plus(total, part)
+    for chunk, losses in zip(chunks, torch.split(rows.stack, chunks[0].n), strict=True):
+        chunk.first_losses = losses
     return rows.stack, *tree_flatten(total)
 
 
@@ -113,6 +115,7 @@ class _Chunk:
         self._tasks = tasks
         self._keep = keep
         self._state = state
+        self.first_losses: Tensor
         self._backward: Pullback | None = None
         self._transposed: Pullback | None = None
 
@@ -121,7 +124,7 @@ class _Chunk:
         if self._state is not None:
             self._state.restore()
         elif self._task_loss.map.may_draw:
-            self._state = RandomState(params, self._tasks)
+            self._state = RandomState(params, self._tasks, source=self._task_loss.map.source)
         losses: Tensor = self._task_loss.map(
             lambda params, task: self._task_loss.function(params, task)[0],
             params,
@@ -148,33 +151,43 @@ class _Chunk:
         """J · direction ``[n]``, by the graph of the first pass where it was kept."""
         transposed, self._transposed = self._transposed, None
         if transposed is None:
-            return _jacobian_times(self.losses, params, direction)
+            return self._times_anew(params, direction)
         try:
             product: Tensor = transposed(direction)[0]
         except RuntimeError:
-            product = _jacobian_times(self.losses, params, direction)
+            product = self._times_anew(params, direction)
+        return product
+
+    def _times_anew(self, params: PyTree, direction: PyTree) -> Tensor:
+        losses, product = _jacobian_times(self.losses, params, direction)
+        check_same_losses(self.first_losses, losses)
         return product
 
     def weighted_gradient(self, params: PyTree, weights: Tensor) -> PyTree:
         """Σ w_i g_i."""
-        backward = self._backward or _pullback(self.losses, params)[1]
+        if self._backward is not None:
+            return self._backward(weights)[0]
+        losses, backward = _pullback(self.losses, params)
+        check_same_losses(self.first_losses, losses.detach())
         return backward(weights)[0]
 
 
 def _chunks(task_loss: TaskLoss, params: PyTree, tasks: PyTree, n: int) -> list[_Chunk]:
     parts = task_loss.map.split(tasks, n)
-    state = RandomState(params, tasks) if task_loss.map.randomness == "same" else None
+    source = task_loss.map.source
+    same = task_loss.map.randomness == "same"
+    state = RandomState(params, tasks, source=source) if same else None
     return [_Chunk(task_loss, part, keep=len(parts) == 1, state=state) for part in parts]
 
 
-def _jacobian_times(losses_of: Losses, params: PyTree, direction: PyTree) -> Tensor:
-    """J · direction ``[n]`` in forward mode, or by two backward passes where a model has none."""
+def _jacobian_times(losses_of: Losses, params: PyTree, direction: PyTree) -> tuple[Tensor, Tensor]:
+    """Losses, and J · direction ``[n]`` in forward mode, or by two backward passes without one."""
     try:
-        product: Tensor = torch.func.jvp(losses_of, (params,), (direction,))[1]
+        losses, product = torch.func.jvp(losses_of, (params,), (direction,))[:2]
     except RuntimeError:  # NotImplementedError is one
         losses, backward = _pullback(losses_of, params)
         product = _transpose(backward, torch.ones_like(losses))[1](direction)[0]
-    return product
+    return losses.detach(), product
 
 
 def _transpose(backward: Pullback, weights: Tensor) -> tuple[PyTree, Pullback]:

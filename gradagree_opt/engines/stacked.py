@@ -11,7 +11,9 @@ from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.core.aggregation import Aggregation, Aggregator
 from gradagree_opt.core.stacks import PyTree, check_floating, task_count
 from gradagree_opt.engines.errors import vmap_explained
+from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap, scalar_loss
+from gradagree_opt.one_process import check_whole
 
 
 class TaskGradients(NamedTuple):
@@ -46,8 +48,8 @@ def task_gradients(
         requires a gradient, as torch.func.grad is: ``detach()`` the parameters to save that graph.
 
     Raises:
-        ValueError: the task axes differ or are empty, the loss is not a scalar, or the model
-            changes its buffers.
+        ValueError: the task axes differ or are empty, the loss is not a scalar, the model changes
+            its buffers, or a parameter lies in parts on several ranks.
         TypeError: a parameter is not a floating-point tensor.
         RuntimeError: vmap(grad) cannot run the model, or memory does not suffice.
 
@@ -57,11 +59,17 @@ def task_gradients(
     TaskGradients(gradients=tensor([2., 8.]), losses=tensor([1., 4.]))
     """
     check_floating(params, "parameters")
+    check_whole(tree_leaves(params))
     n = task_count(tasks, "tasks")
     gradient_and_loss = torch.func.grad_and_value(scalar_loss(loss_fn))
-    each = TaskMap(chunk_size, randomness)
+    each = TaskMap(chunk_size, randomness, loss_fn)
     without = "ga.aggregate_gradients(…, engine='streamed')"
-    with vmap_explained("vmap(grad)", each.at_once(n), without=without), statistics_refused():
+    at_once = each.at_once(n)
+    with (
+        vmap_explained("vmap(grad)", at_once, without=without),
+        statistics_refused(),
+        left_as_found(loss_fn),
+    ):
         return TaskGradients(*each(gradient_and_loss, params, tasks, n, differentiated=True))
 
 

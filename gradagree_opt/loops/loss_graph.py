@@ -65,13 +65,6 @@ class LossGraph:
         """Whether a hook looks at the gradient of a parameter before it is accumulated."""
         return any(getattr(tensor, "_backward_hooks", None) for tensor in self.params.values())
 
-    @property
-    def is_listened_to(self) -> bool:
-        """Whether a hook runs once a gradient is accumulated: an optimizer in the backward pass."""
-        hooks = "_post_accumulate_grad_hooks"
-        listens = any(getattr(tensor, hooks, None) for tensor in self.params.values())
-        return listens and len(self._places) == len(self.params)  # no copies
-
     def gradient(self, task: int, *, retain_graph: bool) -> dict[str, Tensor]:
         """∇L_i by name, zeros where the loss does not depend on a parameter."""
         loss = self._losses[task]
@@ -87,42 +80,16 @@ class LossGraph:
             )
 
     def weighted(self, weights: Tensor, *, retain_graph: bool = False) -> dict[str, Tensor]:
-        """Σ_i w_i ∇L_i by name, zeros where no loss depends on a parameter; ``.grad`` is untouched.
-
-        What listens to accumulation sees a backward pass: ``.grad`` is set aside for it. Hooks that
-        would act on what they see, as an optimizer in the backward pass, are spared.
-        """
-        cotangents = self._cotangents(weights)
-        if self.is_listened_to:
-            with stale_graphs():
-                return self._by_name(
-                    torch.autograd.grad(
-                        self._losses,
-                        self._tensors,
-                        cotangents,
-                        retain_graph=True,
-                        allow_unused=True,
-                    )
-                )
-        before = [tensor.grad for tensor in self._tensors]
-        try:
-            for tensor in self._tensors:
-                tensor.grad = None
-            with stale_graphs():
-                torch.autograd.backward(
-                    self._losses, cotangents, retain_graph=retain_graph, inputs=self._tensors
-                )
-            return self._by_name([tensor.grad for tensor in self._tensors])
-        finally:
-            for tensor, grad in zip(self._tensors, before, strict=True):
-                tensor.grad = grad
-
-    def accumulate(self, weights: Tensor) -> None:
-        """The backward pass of Σ_i w_i L_i, which adds to ``.grad`` and runs every hook."""
+        """Σ_i w_i ∇L_i by name, zeros where no loss depends on a parameter."""
         with stale_graphs():
-            torch.autograd.backward(
-                self._losses, self._cotangents(weights), inputs=[*self.params.values()]
+            found = torch.autograd.grad(
+                self._losses,
+                self._tensors,
+                self._cotangents(weights),
+                retain_graph=retain_graph,
+                allow_unused=True,
             )
+        return self._by_name(found)
 
     def row_sums(self, *, waits: bool) -> tuple[Tensor, Tensor, Tensor]:
         """g_i · Σ_j g_j ``[n]`` in units of scale², the scale, and ‖Σ_j g_j‖.

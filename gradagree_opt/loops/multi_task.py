@@ -49,7 +49,7 @@ def aggregate_losses(
         if not reads_signal(aggregator) and weighted_loss_refusal(aggregator) is None:
             return _unread(graph, nonfinite, aggregator)
         told = row_sums_refusal(aggregator) is None and not graph.is_hooked
-        if told and (large or graph.is_listened_to or (graph.n > FEW and graph.survey.shared)):
+        if told and (large or (graph.n > FEW and graph.survey.shared)):
             result = _by_row_sums(graph, nonfinite, aggregator)
             if result is not None:
                 return result

@@ -1,18 +1,20 @@
 """TaskBatch: measure and apply inside the user's own loop over the tasks of a meta-batch."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
+from gradagree_opt.core.diagnostics import check_some_task
 from gradagree_opt.core.few_passes import weighted_loss_refusal
 from gradagree_opt.core.stacks import PyTree, is_coarse
 from gradagree_opt.loops.adapted import Parameters, displacement, match, named, trained
 from gradagree_opt.loops.graphs import check_depends, check_loss, depends
 from gradagree_opt.loops.loss_graph import LossGraph
 from gradagree_opt.loops.multi_task import aggregate_losses
+from gradagree_opt.one_process import check_one_process
 from gradagree_opt.options import check_choice
 
 _FROM_COPY = (
@@ -36,15 +38,15 @@ class TaskBatch:
     the body of ANIL). A learner of detached tensors has its gradient taken where it stands, which
     is first-order MAML (higher's ``track_higher_grads=False``).
 
-    A parameter's hooks see the gradient of the weighted loss where one backward pass is shared (the
-    MAML form; weights that read no gradient), and that of each task where there is one for each.
-    Its hooks after accumulation, as of an optimizer in the backward pass, run once, after all that
-    may be refused, where one backward pass of the weighted loss gives the update: not with a scope,
-    half precision, ``nonfinite="drop"`` or ``memory="stream"``. They cost one more pass.
+    A parameter's hooks (``register_hook``) see the gradient of the weighted loss where one backward
+    pass is shared, and that of each task where there is one for each. What hangs on the
+    accumulation (``register_post_accumulate_grad_hook``, as an optimizer in the backward pass) runs
+    once, when the update is in ``.grad``.
 
     Args:
         parameters: module, named tensors or tensors whose ``.grad`` is to be filled; those that do
-            not require a gradient are left alone.
+            not require a gradient are left alone. Every batch looks anew at the parameters of a
+            module, a mapping or a list, as of a new head.
         aggregator: what weights the tasks.
         memory: "graph" keeps the graphs of all losses until ``backward``, which then needs one
             backward pass in the MAML form, and few in multi-task learning where the losses share a
@@ -54,7 +56,8 @@ class TaskBatch:
     Raises:
         TypeError: these are no parameters, or no aggregator.
         ValueError: no parameter requires a gradient, one is no leaf or occurs twice, or memory is
-            neither "graph" nor "stream".
+            neither "graph" nor "stream"; or several ranks train: a module in
+            DistributedDataParallel, parameters of FSDP, a process group of more than one rank.
 
     Source: Eshratifar et al. 2018, algorithm 1, both forms.
 
@@ -77,8 +80,11 @@ class TaskBatch:
     ) -> None:
         check_aggregator(aggregator)
         check_choice("memory", memory, ("graph", "stream"))
+        # A module may be given new parts between batches; an iterator can be read once.
+        self._source = parameters if isinstance(parameters, nn.Module | Mapping | list) else None
         self._all = named(parameters)
         self._trained = trained(self._all)
+        check_one_process(self._trained.values(), parameters)
         self.aggregator = aggregator
         self.memory = memory
         self._losses: list[Tensor] = []
@@ -87,7 +93,6 @@ class TaskBatch:
         self._directions: list[dict[str, Tensor]] = []
         self._used: set[str] = set()
         self._displacements: list[dict[str, Tensor]] = []
-        self._last_pass: LossGraph | None = None
 
     def __len__(self) -> int:
         """Number of tasks added since the last ``backward``."""
@@ -127,9 +132,11 @@ class TaskBatch:
                 f"expected every task of a batch in one form, found add{_call(form)} after "
                 f"add{_call(self._form)}; call backward() first"
             )
-        if not len(self):  # parameters may be frozen and unfrozen between batches
+        if not len(self):  # parameters may be replaced, frozen and unfrozen between batches
+            self._all = self._found()
             self._trained = trained(self._all)
             self._used = set()
+            check_one_process(self._trained.values())
         after = match(self._all, adapted) if adapted is not None else {}
         displacements = [displacement(self._trained, after)] if adapted is not None else []
         if loss is not None:
@@ -143,24 +150,26 @@ class TaskBatch:
         The update is dense, that of a sparse embedding too, with which SparseAdam cannot step.
 
         Returns:
-            The aggregation; its update is a dict from parameter name (or position) to gradient.
+            The aggregation; its update is a dict from parameter name (or position) to gradient. A
+            parameter that had no ``.grad`` has that tensor now, and not a copy of it: clone what
+            is to outlive a change of ``.grad`` in place, as by clipping.
 
         Raises:
-            ValueError: no task was added, the graph of a loss is stale, or the aggregator refuses
-                the tasks. No ``.grad`` is touched then, and the tasks are forgotten.
+            ValueError: no task was added, the graph of a loss is stale, a parameter was replaced
+                since the first task, or the aggregator refuses the tasks or drops all
+                of them. No ``.grad`` is touched then, and the tasks are forgotten.
         """
         if not len(self):
             raise ValueError("expected at least one task, found an empty batch; call add() first")
         try:
+            self._check_same_parameters()
             result = self._aggregate()
             self.aggregator.verify(result)
-            if self._last_pass is not None:
-                self._last_pass.accumulate(result.weights)
-            else:
-                used = self._used if self._form[0] else self._trained
-                add_to_grad({n: self._trained[n] for n in used}, result.update)
+            check_some_task(result.diagnostics, self.aggregator.nonfinite)
+            used = self._used if self._form[0] else set(self._trained)
         finally:
             self.clear()
+        add_to_grad({n: p for n, p in self._trained.items() if n in used}, result.update)
         return result
 
     def clear(self) -> None:
@@ -170,7 +179,19 @@ class TaskBatch:
         self._copies.clear()
         self._directions.clear()
         self._displacements.clear()
-        self._last_pass = None
+
+    def _found(self) -> dict[str, Tensor]:
+        """The parameters as they are now."""
+        return self._all if self._source is None else named(self._source)
+
+    def _check_same_parameters(self) -> None:
+        found = self._found()
+        for name in dict.fromkeys([*self._all, *found]):
+            if self._all.get(name) is not found.get(name):
+                raise ValueError(
+                    f"expected the same parameters from the first task of a batch to backward(), "
+                    f"found {name!r} replaced, added or removed; change the model between batches"
+                )
 
     @property
     def _form(self) -> tuple[bool, bool]:
@@ -200,32 +221,28 @@ class TaskBatch:
 
     def _aggregate(self) -> Aggregation:
         signal = _stack(self._displacements) if self._displacements else None
-        if not self._form[0]:
+        if not self._nonfinite:
             return self.aggregator.aggregate_unchecked(signal)
-        nonfinite, directions = torch.stack(self._nonfinite), self._directions
+        nonfinite = torch.stack(self._nonfinite)
         if self._losses:
             graph = LossGraph(self._losses, self._trained, self._copies)
-            if graph.is_listened_to and self.takes_one_backward:
-                self._last_pass = graph
-            result = self._from_few_passes(graph, signal, nonfinite)
-            self._used |= graph.used
+            result = None
+            if signal is None:
+                result = aggregate_losses(graph, nonfinite, self.aggregator)
+            elif self.takes_one_backward:
+                result = self._from_one_backward(graph, signal, nonfinite)
             if result is not None:
+                self._used |= graph.used
                 return result
-            last = None if self._last_pass else self._losses[-1]
-            directions = [
-                self._gradient(loss, copies, retain_graph=loss is not last)
-                for loss, copies in zip(self._losses, self._copies, strict=True)
-            ]
+        directions = self._directions or [
+            self._gradient(loss, copies, retain_graph=loss is not self._losses[-1])
+            for loss, copies in zip(self._losses, self._copies, strict=True)
+        ]
         return self.aggregator.aggregate_unchecked(_stack(directions), signal, nonfinite=nonfinite)
 
-    def _from_few_passes(
+    def _from_one_backward(
         self, graph: LossGraph, signal: PyTree, nonfinite: Tensor
-    ) -> Aggregation | None:
-        """The aggregation by passes that all tasks share; None where each is to have its own."""
-        if signal is None:
-            return aggregate_losses(graph, nonfinite, self.aggregator)
-        if not self.takes_one_backward:
-            return None
+    ) -> Aggregation:
         # What backward() frees is freed by the last pass.
         passes = 1 if self.aggregator.match_norm is None else 2
 
@@ -248,15 +265,54 @@ class TaskBatch:
 
 
 def add_to_grad(parameters: Mapping[str, Tensor], update: Mapping[str, Tensor], /) -> None:
-    """Adds an update to ``.grad`` as ``backward`` would: in place where there is one."""
+    """Adds an update to ``.grad`` as ``backward`` would, and runs what hangs on that."""
+    accumulated = {}
     for name, parameter in parameters.items():
         grad = parameter.grad
-        if grad is None:
-            parameter.grad = update[name].clone()  # optimizers change it in its place
-        elif grad.requires_grad or grad.layout != torch.strided:
-            parameter.grad = update[name] + grad
+        plain = grad is None or (grad.layout == torch.strided and not grad.requires_grad)
+        # Its own hooks have seen the gradients of the tasks, and are not to see their sum.
+        if plain and not parameter._backward_hooks:
+            accumulated[name] = parameter
         else:
-            grad.add_(update[name])
+            if grad is None:
+                parameter.grad = update[name]
+            elif plain:
+                grad.add_(update[name])
+            else:
+                parameter.grad = update[name] + grad
+            run_accumulation_hooks(parameter)
+    if accumulated:
+        updates = [update[name] for name in accumulated]
+        with torch.enable_grad():
+            _Delivered.apply(updates, *accumulated.values()).backward()
+
+
+class _Delivered(torch.autograd.Function):
+    """A loss whose gradients are given: what accumulates them may take them as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(gradient.detach() for gradient in ctx.gradients)
+
+
+def check_no_accumulation_hooks(parameter: Tensor, /, *, advice: str) -> None:
+    """Raises a ValueError where what hangs on ``.grad`` would see the tasks one by one."""
+    if parameter._post_accumulate_grad_hooks:
+        raise ValueError(
+            "expected no hook of register_post_accumulate_grad_hook, found one, which would see "
+            f"the gradient of every task by itself; {advice}"
+        )
+
+
+def run_accumulation_hooks(parameter: Tensor, /) -> None:
+    """Runs the hooks of ``register_post_accumulate_grad_hook``, as ``backward`` would."""
+    for hook in tuple((parameter._post_accumulate_grad_hooks or {}).values()):
+        hook(parameter)
 
 
 def _stack(tasks: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -10,8 +10,10 @@ from torch.utils._pytree import tree_leaves
 
 from gradagree_opt.annotations import Float
 from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
+from gradagree_opt.core.diagnostics import check_some_task
 from gradagree_opt.loops.graphs import check_depends, check_loss, gradients
 from gradagree_opt.loops.task_batch import TaskBatch
+from gradagree_opt.one_process import check_one_process
 
 Losses = Float[Tensor, " n"] | Sequence[Tensor]
 
@@ -91,7 +93,8 @@ class TaskOptimizer:
         Raises:
             TypeError: the wrapped optimizer holds no parameters, or ``losses`` is a closure.
             ValueError: ``losses`` is not a vector or is empty, or the aggregator refuses the
-                gradients. No parameter, ``.grad`` or optimizer state is touched then.
+                gradients or drops all of them. No parameter, ``.grad`` or optimizer state is
+                touched then.
         """
         if self._functional:
             raise TypeError(
@@ -190,6 +193,7 @@ def weighted_loss(
             left, or the aggregator refuses the gradients.
     """
     losses = _vector(losses)
+    check_one_process(parameters)
     for position, parameter in enumerate(parameters):
         if not parameter.requires_grad:
             raise ValueError(
@@ -199,13 +203,12 @@ def weighted_loss(
             )
     tasks = [_gradients(loss, parameters, task) for task, loss in enumerate(losses)]
     result = aggregator.aggregate([torch.stack(leaves) for leaves in zip(*tasks, strict=True)])
+    check_some_task(result.diagnostics, aggregator.nonfinite)
     terms = [weight * loss for weight, loss in zip(result.weights, losses, strict=True)]
     if aggregator.nonfinite == "drop":
         # A dropped task must not reach the shared backward pass: 0 · NaN is NaN there.
         dropped = result.diagnostics.nonfinite.tolist()
         terms = [term for term, out in zip(terms, dropped, strict=True) if not out]
-        if not terms:
-            raise ValueError("expected a task with finite gradients, found none; skip the step")
     return torch.stack(terms).sum(), result
 
 

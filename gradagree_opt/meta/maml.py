@@ -3,15 +3,17 @@
 from typing import Literal
 
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.choice import EngineName, Runner
+from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap, scalar_loss
 from gradagree_opt.meta.inner import InnerLoop, InnerSGD
-from gradagree_opt.meta.steps import MetaStep, check_tasks, meta_step
+from gradagree_opt.meta.steps import MetaStep, check_tasks
+from gradagree_opt.one_process import check_whole
 from gradagree_opt.options import check_choice
 
 
@@ -61,7 +63,7 @@ class MAML:
         self.inner = inner
         self.first_order = first_order
         self.signal = signal
-        task_map = TaskMap(chunk_size, randomness)
+        task_map = TaskMap(chunk_size, randomness, (loss_fn, inner))
         task_loss = TaskLoss(self._query_loss, signal == "gradient", task_map, adapts=True)
         self._run = Runner(task_loss, engine, compile)
 
@@ -75,12 +77,12 @@ class MAML:
 
         Raises:
             ValueError, TypeError: the tasks are not task-stacked, the loss is not a scalar, the
-                model changes its buffers, or the aggregator refuses the signals.
+                model changes its buffers, the aggregator refuses the signals, or several ranks
+                train.
         """
         n = check_tasks(params, tasks, "support", "query")
         with statistics_refused():
-            run = self._run(params, tasks, n, aggregator)
-        return meta_step(run.aggregation, run.losses, run.engine)
+            return self._run(params, tasks, n, aggregator)
 
     def aggregate_unchecked(
         self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /, *, draws: Tensor | None
@@ -95,7 +97,9 @@ class MAML:
 
     def adapt(self, params: PyTree, support: PyTree, /, *, steps: int | None = None) -> PyTree:
         """Parameters adapted to the support set of one task, in ``steps`` inner steps."""
-        return self._adapt(params, support, steps)
+        check_whole(tree_leaves(params))
+        with statistics_refused(), left_as_found((self.loss_fn, self.inner)):
+            return self._adapt(params, support, steps)
 
     def _adapt(self, params: PyTree, support: PyTree, steps: int | None = None) -> PyTree:
         return self.inner(self.loss_fn, params, support, first_order=self.first_order, steps=steps)

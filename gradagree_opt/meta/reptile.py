@@ -2,16 +2,18 @@
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
 from gradagree_opt.core.stacks import PyTree, task_count
 from gradagree_opt.engines.compilation import maybe_compiled
 from gradagree_opt.engines.errors import vmap_explained
+from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskMap, scalar_loss
 from gradagree_opt.meta.inner import InnerLoop
-from gradagree_opt.meta.steps import MetaStep, check_tasks, meta_step
+from gradagree_opt.meta.steps import MetaStep, check_tasks
+from gradagree_opt.one_process import check_one_process, check_whole
 
 
 class Reptile:
@@ -45,7 +47,7 @@ class Reptile:
     ) -> None:
         self.loss_fn = scalar_loss(loss_fn)
         self.inner = inner
-        self._map = TaskMap(chunk_size, randomness)
+        self._map = TaskMap(chunk_size, randomness, (loss_fn, inner))
         # Two graphs: a new aggregator need not compile the inner loops again.
         self._displacements = maybe_compiled(self._displacements_of, compile)
         self._aggregate = maybe_compiled(_aggregate, compile)
@@ -61,17 +63,23 @@ class Reptile:
 
         Raises:
             ValueError, TypeError: the tasks are not task-stacked, the loss is not a scalar, the
-                model changes its buffers, or the aggregator refuses the displacements.
+                model changes its buffers, the aggregator refuses the displacements, or several
+                ranks train.
             RuntimeError: vmap cannot run the model, or memory does not suffice.
         """
         check_aggregator(aggregator)
+        check_one_process(tree_leaves(params))
         n = check_tasks(params, tasks, "support")
         without = "a loop of TaskBatch.add(adapted=…)"
-        with vmap_explained("vmap", self._map.at_once(n), without=without), statistics_refused():
+        with (
+            vmap_explained("vmap", self._map.at_once(n), without=without),
+            statistics_refused(),
+            left_as_found(self._map.source),
+        ):
             displacements, losses = self._displacements(params, tasks, n)
         aggregation = self._aggregate(aggregator, displacements, aggregator.draw(n))
         aggregator.verify(aggregation)
-        return meta_step(aggregation, losses, "stacked")
+        return MetaStep(*aggregation, losses=losses, engine="stacked")
 
     def aggregate_unchecked(
         self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /, *, draws: Tensor | None
@@ -87,13 +95,15 @@ class Reptile:
 
     def adapt(self, params: PyTree, support: PyTree, /, *, steps: int | None = None) -> PyTree:
         """Parameters adapted to the support set of one task, in ``steps`` inner steps."""
-        return self.inner(self.loss_fn, params, support, steps=steps)
+        check_whole(tree_leaves(params))
+        with statistics_refused(), left_as_found((self.loss_fn, self.inner)):
+            return self.inner(self.loss_fn, params, support, steps=steps)
 
     def _displacements_of(self, params: PyTree, tasks: PyTree, n: int) -> tuple[PyTree, Tensor]:
         params = tree_map(lambda p: p.detach(), params)
 
         def one_task(params: PyTree, task: PyTree) -> tuple[PyTree, Tensor]:
-            adapted = self.adapt(params, task["support"])
+            adapted = self.inner(self.loss_fn, params, task["support"])
             loss = self.loss_fn(adapted, task.get("query", task["support"]))
             return tree_map(torch.sub, params, adapted), loss
 

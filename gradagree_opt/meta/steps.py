@@ -1,46 +1,12 @@
 """What every meta-algorithm answers with, and how its tasks are checked."""
 
-from typing import NamedTuple
+from typing import TypeAlias
 
-from torch import Tensor
-
-from gradagree_opt.annotations import Float
-from gradagree_opt.core.aggregation import Aggregation
-from gradagree_opt.core.diagnostics import Diagnostics
 from gradagree_opt.core.stacks import PyTree, check_floating, task_count
+from gradagree_opt.engines.choice import AggregatedGradients
 
-
-class MetaStep(NamedTuple):
-    """One outer step over n tasks.
-
-    Attributes:
-        update: a descent gradient, a pytree like the (meta-)parameters: what an optimizer
-            subtracts. Nothing is changed until it does.
-        losses: ``[n]``, of every task after adaptation.
-        weights: ``[n]``, or ``[groups, n]`` where the scope is not "global".
-        scores: what the weights come from.
-        diagnostics: plain tensors that say how the tasks agreed.
-        engine: name of the engine that ran.
-    """
-
-    update: PyTree
-    losses: Float[Tensor, " n"]
-    weights: Float[Tensor, "*groups n"]
-    scores: Float[Tensor, "*groups n"]
-    diagnostics: Diagnostics
-    engine: str
-
-
-def meta_step(aggregation: Aggregation, losses: Tensor, engine: str, /) -> MetaStep:
-    """The aggregation with the losses of its tasks and the engine that ran."""
-    return MetaStep(
-        aggregation.update,
-        losses.detach(),
-        aggregation.weights,
-        aggregation.scores,
-        aggregation.diagnostics,
-        engine,
-    )
+MetaStep: TypeAlias = AggregatedGradients
+"""One outer step over n tasks."""
 
 
 def check_tasks(params: PyTree, tasks: PyTree, /, *sets: str) -> int:

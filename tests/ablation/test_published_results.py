@@ -22,8 +22,11 @@ INTERVAL = re.compile(r"[+-]?\d+\.\d+ ± \d+\.\d+")
 STUDIES = sorted(path.parent for path in RESULTS.glob("*/config.json"))
 SECTIONS = {
     "Equal Agreement on sines": "equal-sine",
-    "Equal Agreement where half of the tasks are spoilt": "equal-sine-corrupted",
+    "Equal Agreement where tasks are spoilt": "equal-sine-corrupted",
     "One family: the error over the power of the Gram matrix": "gramian-powers",
+    "Equal Agreement in MAML": "equal-sine-maml",
+    "Equal Agreement in MAML, by displacements": "equal-sine-maml-displacement",
+    "What the damping of Equal Agreement costs": "damping",
     "Equal Agreement in multi-task learning": "multi-task-digits",
     "Sines": "sine",
     "Corrupted tasks": "sine-corrupted",
@@ -31,10 +34,31 @@ SECTIONS = {
 }
 SUMMARY = {
     "sines, rates chosen on other seeds": ("equal-sine", ""),
-    "sines, half of the tasks shuffled, 2000 steps": ("equal-sine-corrupted", ""),
+    "sines, half of the tasks shuffled, 2000 steps": ("equal-sine-corrupted", "50 %"),
+    "sines, a tenth of the tasks flipped, 2000 steps": ("equal-sine-flipped", ""),
+    "sines, a tenth ten times as large, 2000 steps": ("equal-sine-scale", ""),
+    "sines, noise on all targets, 2000 steps": ("equal-sine-noise", ""),
+    "sines, three in ten tasks foreign, 2000 steps": ("equal-sine-foreign", ""),
+    "Finn's sines, Adam outside, 2000 steps": ("equal-sine-maml", ""),
     "sines": ("sine", ""),
     "sines, half of the tasks corrupted": ("sine-corrupted", "50 %"),
     "spruces: their growth, from five measurements": ("grouped", ""),
+}
+COLUMNS = {  # of tables that compare studies
+    "a tenth flipped": "equal-sine-flipped",
+    "a tenth ten times as large": "equal-sine-scale",
+    "noisy targets": "equal-sine-noise",
+    "three in ten foreign": "equal-sine-foreign",
+    "2": "tasks-per-batch-2",
+    "5": "tasks-per-batch-5",
+    "10": "tasks-per-batch",
+    "25": "tasks-per-batch-25",
+    "spruces": "equal-grouped",
+    "milk": "equal-grouped-milk",
+    "chicks": "equal-grouped-chickweight",
+    "boys": "equal-grouped-oxboys",
+    "sleep": "equal-grouped-sleepstudy",
+    "mares": "equal-grouped-ovary",
 }
 STEPS = "5 steps"  # of the page's summaries: "All after five gradient steps."
 ROWS = {"ours: Reptile, the mean": "mean", "ours: Gradient Agreement": "agreement"}
@@ -116,6 +140,15 @@ def of_shares(study: str, header: list[str], body: Table) -> Pairs:
             yield cell, score(study, label, share, steps_in(header[0]))
 
 
+def of_studies(_: str, header: list[str], body: Table) -> Pairs:
+    for label, *cells in body:
+        for column, cell in zip(header[1:], cells, strict=True):
+            study = COLUMNS[column]
+            row = recorded(study).get(("", label), {"outer rate": ""})
+            edge = "†" * row["outer rate"].endswith("†")
+            yield cell, score(study, label, "", steps_in(header[0])) + edge
+
+
 def of_ways(_: str, header: list[str], body: Table) -> Pairs:
     for label, *cells in body:
         for column, cell in zip(header[1:], cells, strict=True):
@@ -154,7 +187,8 @@ def omniglot(text: str) -> str:
 KINDS: dict[str, Callable[[str, list[str], Table], Pairs]] = {  # by how the header begins
     "method": of_a_study,
     "validation loss of the first seed, by outer rate": of_tuning,
-    "MSE after": of_shares,
+    "MSE after 5 steps, by share": of_shares,
+    "MSE after": of_studies,
     "accuracy in % after": of_ways,
     "study": of_summary,
     "": of_the_paper,
@@ -182,6 +216,19 @@ def test_the_curve_over_the_powers_is_that_of_the_recorded_table() -> None:
         cell = rows[f"k = {power:g}" if power else "mean"][STEPS]
         assert f"{drawn[power]:.4f}" == cell.split()[0]
     assert len(drawn) == 6
+
+
+def test_the_curve_over_the_damping_is_that_of_the_recorded_table() -> None:
+    script = runpy.run_path(str(DOCS / "figures/damping.py"))
+    [line, *_] = script["draw"]().axes[0].lines
+    drawn = dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
+    rows = {label: row[STEPS] for (_, label), row in recorded("damping").items()}
+    mean = rows.pop("mean").split()[0]
+    assert {f"λ = {x:g}": f"{y:.4f}" for x, y in drawn.items()} == {
+        label: cell.split()[0] for label, cell in rows.items()
+    }
+    dashed = next(line for line in script["draw"]().axes[0].lines if line.get_label() == "mean")
+    assert f"{dashed.get_ydata()[0]:.4f}" == mean
 
 
 def test_what_is_said_of_step_length_is_of_the_mean_at_agreements_length() -> None:

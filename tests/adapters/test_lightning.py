@@ -1,5 +1,6 @@
 """AgreementCallback under the real Trainer, against one backward pass after the other."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -257,3 +258,12 @@ def test_the_trainer_of_the_other_distribution_is_refused() -> None:
     foreign = other.Trainer(accumulate_grad_batches=2, accelerator="cpu", logger=False)
     with pytest.raises(TypeError, match="import lightning"):
         callback.setup(foreign, Other(), "fit")
+
+
+def test_a_step_within_the_backward_pass_is_refused_for_it_would_be_one_of_every_task() -> None:
+    module = Automatic()
+    module.net[0].weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match="see the gradient of every task by itself"):
+        fit(module, ga.Mean(), tasks=8)
+    torch.testing.assert_close(module.state_dict(), before)

@@ -52,7 +52,7 @@ class TestRaise:
 
     def test_finite_tasks_pass_with_one_read_on_the_host(self, host_reads: list[str]):
         ga.GradientAgreement().aggregate(rows(6, 3))
-        assert len(host_reads) == 1
+        assert len(host_reads) <= 1
 
 
 class TestDrop:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from gradagree_opt import Aggregation
 from gradagree_testing import reference
@@ -46,8 +47,13 @@ def case(sampler: Sampler, dtype: torch.dtype, scale: float) -> Case:
 def test_every_aggregator_combines_rows_with_the_weights_of_the_reference(
     configuration: Configuration, sampler: Sampler, dtype: torch.dtype, scale: float
 ):
-    matrix, gram = case(sampler, dtype, scale)
-    result = configuration.make().aggregate(matrix)
+    assert_contract(configuration, case(sampler, dtype, scale))
+
+
+def assert_contract(configuration: Configuration, case: Case, device: str = "cpu") -> None:
+    matrix, gram = case
+    result = configuration.make().aggregate(matrix.to(device))
+    result = tree_map(lambda tensor: tensor.cpu(), result)
     assert_expected_structure(result, matrix)
     assert_linear_combination_of_rows(result, matrix)
     if configuration.weights is not None:

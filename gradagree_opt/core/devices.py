@@ -1,0 +1,75 @@
+"""Where a task stack is, and whether the fused kernels may read it there."""
+
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+FUSED_DEVICES = {"cuda"}
+"""Kinds of device that the fused kernels run on, where Triton is installed."""
+FUSED_TASKS = 1024
+"""Tasks that they take at most."""
+FUSED_GRAMIAN_TASKS = 64
+"""Tasks whose Gram matrix they form; beyond, and in float64, a product of matrices is faster."""
+DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
+
+
+def fused_kernels(leaves: Sequence[Tensor], /, *, gramian: bool = False) -> Any:
+    """:mod:`gradagree_opt.core.fused` if it can read these task-stacked leaves, else None.
+
+    It reads memory: nothing that a transform, a tracer or autograd looks at passes through it.
+    """
+    first = leaves[0]
+    if torch.compiler.is_compiling() or type(first) not in (Tensor, Parameter):
+        return None
+    device, n = first.device, first.shape[0]
+    if device.type not in FUSED_DEVICES or n > (FUSED_GRAMIAN_TASKS if gramian else FUSED_TASKS):
+        return None
+    if torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
+        return None
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None  # the table of pointers is a copy from the host
+    graph = torch.is_grad_enabled()
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    for leaf in leaves:
+        if (
+            type(leaf) not in (Tensor, Parameter)
+            or leaf.dtype not in DTYPES
+            or leaf.device != device
+            or leaf.layout is not torch.strided
+            or leaf.is_neg()
+            or (graph and leaf.requires_grad)
+            or (gramian and leaf.dtype == torch.float64)
+            or wrapped(leaf)
+        ):
+            return None
+    return _fused()
+
+
+def runs_at_once(tensor: Tensor, /) -> bool:
+    """Whether what is computed from it later is what would be computed from it now.
+
+    Not so inside a transform, under a compiler or a tracer, and in a graph of CUDA's that is being
+    captured.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) is Tensor
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._len_torch_dispatch_stack()
+        and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+@cache
+def _fused() -> ModuleType | None:
+    try:
+        return import_module("gradagree_opt.core.fused")
+    except ImportError:
+        return None  # without Triton

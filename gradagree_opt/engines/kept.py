@@ -1,0 +1,202 @@
+"""What a forward pass leaves in the model, which a pass over all tasks at once must not.
+
+Under the transforms of torch.func a tensor that forward assigns is none that outlives them: neither
+the module could run nor be saved with it.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from types import CellType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.overrides import TorchFunctionMode
+
+from gradagree_opt.batchnorm import ChangedBufferError
+from gradagree_opt.engines.reached import Names, reach
+
+
+@contextmanager
+def left_as_found(source: object, /) -> Iterator[None]:
+    """Takes away what a run under torch.func has left of it, whatever happens in the block.
+
+    Attributes, lists and dicts that hold a tensor of the transforms hold what they held before.
+
+    Args:
+        source: the loss function, or several things that it is made of.
+
+    Raises:
+        ChangedBufferError: the block has changed a buffer of a module, which is as it was again.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    model = Model(source)
+    try:
+        with _NoDataSet():
+            yield
+    except BaseException:
+        model.restore()
+        model.restore_wrapped()
+        raise
+    changed = model.restore_buffers()
+    model.restore_attributes()
+    model.restore_wrapped()
+    if changed is not None:
+        raise ChangedBufferError(f"the buffer {changed} changed")
+
+
+class Model:
+    """What a loss function reaches, as it was found.
+
+    >>> model = nn.BatchNorm1d(1)
+    >>> found = Model(lambda x: model(x))
+    >>> _ = model(torch.ones(2, 1))
+    >>> found.restore_buffers()
+    "'num_batches_tracked' of BatchNorm1d"
+    >>> model.num_batches_tracked
+    tensor(0)
+    """
+
+    def __init__(self, source: object, /) -> None:
+        modules, _, holders = reach(source)
+        self._buffers = [_Buffer.of(m, n, b) for m in modules for n, b in m._buffers.items()]
+        self._attributes = [(vars(module), dict(vars(module))) for module in modules]
+        self._holders = [(holder, _entries(holder)) for holder in holders]
+
+    def restore(self) -> None:
+        """The buffers and the attributes of the modules as they were found."""
+        self.restore_buffers(always=True)
+        self.restore_attributes()
+
+    def restore_attributes(self) -> None:
+        """The attributes of the modules as they were found."""
+        for holder, before in self._attributes:
+            _restore(holder, before, lambda _: True)
+
+    def restore_buffers(self, *, always: bool = False) -> str | None:
+        """The buffers as they were found; the last one that has changed, in words, or None.
+
+        Args:
+            always: whether it is done also where PyTorch has noted no change.
+        """
+        changed = [str(buffer) for buffer in self._buffers if buffer.restore(always=always)]
+        return changed[-1] if changed else None
+
+    def restore_wrapped(self) -> None:
+        """Whatever holds a tensor of a transform holds what it held before."""
+        for holder, before in self._holders:
+            _restore(holder, before, _holds_wrapped)
+
+
+class _Buffer(NamedTuple):
+    """A buffer of a module, and what it was."""
+
+    module: nn.Module
+    name: str
+    tensor: Tensor | None
+    value: Tensor | None
+    version: int
+    address: int
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str, tensor: Tensor | None) -> "_Buffer":
+        if tensor is None:
+            return cls(module, name, None, None, 0, 0)
+        value = tensor.detach().clone()
+        return cls(module, name, tensor, value, tensor._version, tensor.data_ptr())
+
+    def __str__(self) -> str:
+        return f"{self.name!r} of {type(self.module).__name__}"
+
+    def restore(self, *, always: bool) -> bool:
+        """Whether it has changed, as far as PyTorch notes it: of batch_norm's own it does not."""
+        now = self.module._buffers.get(self.name)
+        replaced = now is not self.tensor
+        if replaced:
+            self.module._buffers[self.name] = self.tensor
+        if self.tensor is None or self.value is None:
+            return replaced
+        moved = self.tensor.data_ptr() != self.address
+        noted = moved or self.tensor._version != self.version
+        changed = noted and not torch.equal(self.tensor, self.value)
+        if changed or always:
+            with torch.no_grad():
+                self.tensor.copy_(self.value)
+        return replaced or changed
+
+
+class _NoDataSet(TorchFunctionMode):
+    """Refuses ``tensor.data = …``, after which a tensor of the transforms would end the process."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func == _SET_DATA and _holds_wrapped(args[1]):
+            raise ChangedBufferError("a model that sets the data of a tensor")
+        return func(*args, **(kwargs or {}))
+
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+
+_UNSET = object()
+
+
+def _entries(holder: Any) -> Any:
+    if isinstance(holder, Names):
+        return {name: holder.namespace[name] for name in holder.names}
+    if isinstance(holder, CellType):
+        try:
+            return holder.cell_contents
+        except ValueError:
+            return _UNSET
+    return dict(holder) if isinstance(holder, MutableMapping) else list(holder)
+
+
+def _restore(holder: Any, before: Any, is_meant: Callable[[Any], bool]) -> None:
+    if isinstance(holder, CellType):
+        now = _entries(holder)
+        if now is not before and is_meant(now):
+            holder.cell_contents = before
+    elif isinstance(holder, list | deque):
+        now = list(holder)
+        same = len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
+        if not same and is_meant([each for each in now if not any(each is b for b in before)]):
+            holder.clear()
+            holder.extend(before)
+    else:
+        space = holder.namespace if isinstance(holder, Names) else holder
+        for name in before if isinstance(holder, Names) else [*holder]:
+            value = space.get(name, _UNSET)
+            old = before.get(name, _UNSET)
+            if value is not old and is_meant(value):
+                if old is _UNSET:
+                    del space[name]
+                else:
+                    space[name] = old
+        if space is holder:
+            for name in [name for name in before if name not in holder]:
+                holder[name] = before[name]
+
+
+def _holds_wrapped(value: Any, depth: int = 3) -> bool:
+    """Whether it is, or holds, a tensor of a transform of torch.func."""
+    if isinstance(value, Tensor):
+        return is_functorch_wrapped_tensor(value)
+    if depth == 0:
+        return False
+    if isinstance(value, Mapping):
+        return any(_holds_wrapped(each, depth - 1) for each in value.values())
+    if isinstance(value, list | tuple | set | deque):
+        return any(_holds_wrapped(each, depth - 1) for each in value)
+    state = getattr(value, "__dict__", None)
+    if isinstance(state, dict) and not isinstance(value, type | nn.Module):
+        return _holds_wrapped(state, depth - 1)
+    return False

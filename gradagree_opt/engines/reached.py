@@ -1,0 +1,147 @@
+"""What a loss function reaches: the modules, the containers and the generators behind it.
+
+Its closure and defaults, the globals that it names, the object that it is a method of, and so on
+from there. A loss function that finds its model in another way (by import within it, by a name made
+of strings) hides it.
+"""
+
+import random
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, MutableMapping
+from functools import partial
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+MOST = 1000
+"""Containers of more entries are data, and so is what lies behind as many objects times ten."""
+
+_LIBRARIES = ("torch", "numpy", "functorch", "builtins", "typing", "collections", "functools")
+_OF_A_MODULE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
+
+
+class Names(NamedTuple):
+    """The entries of a namespace that a function names."""
+
+    namespace: dict[str, Any]
+    names: tuple[str, ...]
+
+
+class Reached(NamedTuple):
+    """Modules, generators of random numbers, and what behind a module holds other objects."""
+
+    modules: list[nn.Module]
+    generators: list[Any]
+    holders: list[MutableMapping[Any, Any] | list[Any] | CellType | Names]
+
+
+def reach(*sources: object) -> Reached:
+    """What some functions or objects reach, each thing once.
+
+    >>> model = nn.Linear(1, 1)
+    >>> reach(lambda x: model(x).sum()).modules
+    [Linear(in_features=1, out_features=1, bias=True)]
+    """
+    found = Reached([], [], [])
+    outside = Reached(
+        found.modules, found.generators, []
+    )  # what the loss function keeps is its own
+    pending = deque((source, outside) for source in sources)
+    seen: dict[int, object] = {}
+    while pending and len(seen) < 10 * MOST:
+        thing, notes = pending.popleft()
+        if thing is None or isinstance(thing, _LEAVES) or id(thing) in seen:
+            continue
+        seen[id(thing)] = thing  # kept, so that no other gets its id
+        notes = found if isinstance(thing, nn.Module) else notes
+        pending.extend((each, notes) for each in _visit(thing, notes))
+    return found
+
+
+_LEAVES = (str, bytes, int, float, complex, Tensor, type, CodeType, torch.dtype, torch.device)
+
+
+def _visit(thing: object, found: Reached) -> Iterable[object]:
+    """Notes a thing, and gives those behind it."""
+    if isinstance(thing, FunctionType):
+        return _behind_function(thing, found)
+    if isinstance(thing, MethodType):
+        return (thing.__self__, thing.__func__)
+    if isinstance(thing, partial):
+        return (thing.func, thing.args, thing.keywords)
+    if isinstance(thing, nn.Module):
+        return _behind_module(thing, found)
+    if _is_generator(thing):
+        found.generators.append(thing)
+        return ()
+    if isinstance(thing, MutableMapping | list | deque):
+        if len(thing) > MOST:
+            return ()
+        found.holders.append(thing)  # type: ignore[arg-type]
+        return list(thing.values()) if isinstance(thing, MutableMapping) else list(thing)
+    if isinstance(thing, tuple | set | frozenset):
+        return thing if len(thing) <= MOST else ()
+    state = getattr(thing, "__dict__", None)
+    if isinstance(thing, ModuleType) or _is_of_a_library(thing) or not isinstance(state, dict):
+        return ()
+    found.holders.append(state)
+    return (*state.values(), getattr(type(thing), "__call__", None))  # noqa: B004
+
+
+def _behind_function(function: FunctionType, found: Reached) -> Iterator[object]:
+    if _is_library(function.__module__):
+        return
+    yield from (function.__defaults__, function.__kwdefaults__)
+    for cell in function.__closure__ or ():
+        found.holders.append(cell)
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not yet assigned
+            continue
+    if _is_library(function.__module__, "gradagree_opt"):
+        return
+    names = tuple(name for name in _names(function.__code__) if name in function.__globals__)
+    found.holders.append(Names(function.__globals__, names))
+    for name in names:
+        value = function.__globals__[name]
+        yield value
+        if isinstance(value, ModuleType) and not _is_library(value.__name__):
+            yield from (vars(value).get(other) for other in _names(function.__code__))
+
+
+def _behind_module(module: nn.Module, found: Reached) -> Iterator[object]:
+    found.modules.append(module)
+    found.holders.append(vars(module))
+    yield from module._modules.values()
+    for name, value in vars(module).items():
+        hooks = name.startswith("_") and not isinstance(value, Tensor) and not value
+        if name not in _OF_A_MODULE and not hooks:  # none of the many empty dicts of hooks
+            yield value
+    if not _is_of_a_library(module):
+        yield type(module).forward
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _is_generator(thing: object) -> bool:
+    numpy = sys.modules.get("numpy")
+    kinds: tuple[type, ...] = (torch.Generator, random.Random)
+    if numpy is not None:
+        kinds += (numpy.random.Generator, numpy.random.RandomState)
+    return isinstance(thing, kinds)
+
+
+def _is_of_a_library(thing: object) -> bool:
+    return _is_library(type(thing).__module__)
+
+
+def _is_library(name: str | None, *others: str) -> bool:
+    return (name or "").partition(".")[0] in (*_LIBRARIES, *others)

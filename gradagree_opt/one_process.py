@@ -1,0 +1,77 @@
+"""One process: what several ranks train together is refused until aggregation is exact over them.
+
+Data parallelism averages what passes the accumulation of ``.grad``. A gradient that is taken for a
+task and weighted before does not pass there, so the replicas would drift apart without a word.
+"""
+
+import sys
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_GATHER = "give one process all the tasks of a step"
+
+
+def check_one_process(tensors: Iterable[Any], /, module: object = None) -> None:
+    """Raises a ValueError where a module, a tensor or the process group shows several ranks.
+
+    Args:
+        tensors: the parameters.
+        module: that they are of, if it is known.
+
+    >>> check_one_process([torch.zeros(2)], nn.Linear(1, 1))
+    """
+    parts = module.modules() if isinstance(module, nn.Module) else ()
+    for part in parts:
+        if isinstance(part, _wrappers()):
+            raise ValueError(
+                f"expected a module that one process trains, found {type(part).__name__}, whose "
+                "averages over the ranks the gradients of single tasks would not pass; give the "
+                f"module that it wraps, and {_GATHER}"
+            )
+    check_whole(tensors)
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        ranks = distributed.get_world_size()
+        if ranks > 1:
+            raise ValueError(
+                f"expected one process, found a process group of {ranks} ranks, whose replicas "
+                f"would drift apart; {_GATHER}, or aggregate gradients that you have gathered by "
+                "aggregator.aggregate(…)"
+            )
+
+
+def check_whole(tensors: Iterable[Any], /) -> None:
+    """Raises a ValueError where a parameter lies in parts on several ranks.
+
+    >>> check_whole([torch.zeros(2)])
+    """
+    for tensor in tensors:
+        if _is_sharded(tensor):
+            raise ValueError(
+                f"expected parameters that one process holds, found {type(tensor).__name__}, a "
+                "part of which lies on every rank and has a gradient of zero in a functional call; "
+                f"leave out fully_shard and its like, and {_GATHER}"
+            )
+
+
+def _wrappers() -> tuple[type, ...]:
+    """The modules that average over ranks; what has not been imported wraps nothing."""
+    fsdp = _imported("torch.distributed.fsdp")
+    names = ("FullyShardedDataParallel", "FSDPModule")
+    classes = [getattr(fsdp, name) for name in names if hasattr(fsdp, name)]
+    return (nn.parallel.DistributedDataParallel, *classes)
+
+
+def _is_sharded(tensor: object) -> bool:
+    """Whether it is a DTensor, as of FSDP2 and tensor parallelism, or DeepSpeed's of ZeRO 3."""
+    dtensor = getattr(_imported("torch.distributed.tensor"), "DTensor", None)
+    is_dtensor = dtensor is not None and isinstance(tensor, dtensor)
+    return is_dtensor or (isinstance(tensor, Tensor) and hasattr(tensor, "ds_id"))
+
+
+def _imported(name: str) -> ModuleType | None:
+    return sys.modules.get(name)
