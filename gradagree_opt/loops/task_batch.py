@@ -275,14 +275,19 @@ def add_to_grad(parameters: Mapping[str, Tensor], update: Mapping[str, Tensor], 
             accumulated[name] = parameter
         else:
             if grad is None:
-                parameter.grad = update[name]
+                parameter.grad = update[name].clone()
             elif plain:
                 grad.add_(update[name])
             else:
                 parameter.grad = update[name] + grad
             run_accumulation_hooks(parameter)
     if accumulated:
-        updates = [update[name] for name in accumulated]
+        # Optimizers change .grad in its place (torchopt.SGD; torch.optim.SGD, nesterov=True), and
+        # what takes the place of an empty one is not to be the update itself.
+        updates = [
+            update[name].clone() if parameter.grad is None else update[name]
+            for name, parameter in accumulated.items()
+        ]
         with torch.enable_grad():
             _Delivered.apply(updates, *accumulated.values()).backward()
 
