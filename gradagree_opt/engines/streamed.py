@@ -1,20 +1,21 @@
 """The streamed engine: one task's gradient at a time, by first-order autograd alone."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unflatten
 
-from gradagree_opt.annotations import Bool, Float
+from gradagree_opt.annotations import Float
 from gradagree_opt.core.aggregation import Aggregation, Aggregator, Measured
 from gradagree_opt.core.blocks import or_one
-from gradagree_opt.core.scopes import group_indices, measure_by_group
+from gradagree_opt.core.scopes import group_indices
 from gradagree_opt.core.stacks import PyTree, accumulation_dtype, task_count
 from gradagree_opt.core.statistics import Statistics
 from gradagree_opt.engines.kept import Model
 from gradagree_opt.engines.losses import TaskLoss
+from gradagree_opt.engines.one_gradient import One, by_leaf, dot, measure_one, units_of
 from gradagree_opt.engines.random_state import RandomState, check_same_losses
 from gradagree_opt.engines.rows import Rows
 
@@ -79,7 +80,7 @@ def weighted_sum(stream: Gradients, weights: Tensor, groups: list[int] | None, /
     """Σ_i w_i g_i in one pass, in the dtypes and the structure of the parameters."""
     total = _zeros(stream)
     for index, (_, gradient) in enumerate(stream.gradients()):
-        each = _by_leaf(weights[..., index], groups, len(total))
+        each = by_leaf(weights[..., index], groups, len(total))
         for place, (leaf, weight) in enumerate(zip(gradient, each, strict=True)):
             # 0 · NaN is NaN: a task of weight 0 is left out.
             part = torch.where(weight == 0, torch.zeros_like(leaf), weight.to(leaf) * leaf)
@@ -112,7 +113,7 @@ def measured_in_two_passes(
     unit_total = _zeros(stream) if cosine else []
     waits, scaled = aggregator.nonfinite != "propagate", []
     for loss, gradient in stream.gradients():
-        one = _measure_one(gradient, groups, waits=waits)
+        one = measure_one(gradient, groups, waits=waits)
         scaled.append(one.scaled)
         sound = one.finite & torch.isfinite(loss)
         for results, value in zip(
@@ -122,7 +123,7 @@ def measured_in_two_passes(
         kept = _kept(gradient, sound) if drop else gradient
         _add(total, kept)
         if cosine:
-            _add(unit_total, _units(kept, one, groups))
+            _add(unit_total, units_of(kept, one, groups))
         del gradient, kept  # before the next one is made
     active = finite.stack if drop else torch.ones_like(finite.stack)
     # A scale of 1 stands for zeros too, which say nothing of the others.
@@ -130,21 +131,21 @@ def measured_in_two_passes(
     sizes = torch.where(says, scales.stack, torch.zeros_like(scales.stack))
     scale = or_one(sizes.amax(0))
     shares = sizes / scale
-    of_total, whole = _measure_one(total, groups, waits=waits), torch.ones_like(scale)
+    of_total, whole = measure_one(total, groups, waits=waits), torch.ones_like(scale)
     dots, other_dots, cosines = Rows(stream.n), Rows(stream.n), Rows(stream.n)
     for index, (_, gradient) in enumerate(stream.gradients()):
         kept = _kept(gradient, finite.stack[index]) if drop else gradient
-        one = _One(finite.stack[index], scales.stack[index], squares.stack[index], scaled[index])
-        dots.append(_dot(kept, one, total, of_total, groups, scale).unsqueeze(0))
+        one = One(finite.stack[index], scales.stack[index], squares.stack[index], scaled[index])
+        dots.append(dot(kept, one, total, of_total, groups, scale).unsqueeze(0))
         if others:
             rest = [a - b for a, b in zip(total, kept, strict=True)]
-            of_rest = _measure_one(rest, groups, waits=waits)
-            other_dots.append(_dot(kept, one, rest, of_rest, groups, scale).unsqueeze(0))
+            of_rest = measure_one(rest, groups, waits=waits)
+            other_dots.append(dot(kept, one, rest, of_rest, groups, scale).unsqueeze(0))
             del rest
         if cosine:
-            units = _units(kept, one, groups)
-            of_unit = _One(one.finite, whole, whole, scaled=False)
-            product = _dot(units, of_unit, unit_total, of_unit, groups, whole)
+            units = units_of(kept, one, groups)
+            of_unit = One(one.finite, whole, whole, scaled=False)
+            product = dot(units, of_unit, unit_total, of_unit, groups, whole)
             cosines.append(product.unsqueeze(0))
             del units
         del gradient, kept  # before the next one is made
@@ -218,82 +219,6 @@ class _Stream:
         self._random_state.restore()
         self._model.restore()
         return self._task_loss.map.one_by_one(self.params, self._tasks, self.n)
-
-
-class _One(NamedTuple):
-    """What is known of one gradient: whether it is finite, and in each group scale and ‖g‖².
-
-    ``scaled``: whether a scale may be another than 1.
-    """
-
-    finite: Bool[Tensor, ""]
-    scale: Float[Tensor, "*groups"]
-    square: Float[Tensor, "*groups"]
-    scaled: bool = True
-
-
-def _measure_one(gradient: Sequence[Tensor], groups: list[int] | None, *, waits: bool) -> _One:
-    """``waits``: whether the host may wait to learn that no scale is needed, which is faster."""
-    rows = [leaf.unsqueeze(0) for leaf in gradient]
-    active = torch.ones(1, dtype=torch.bool, device=rows[0].device)
-    measured = measure_by_group(rows, groups, active, frozenset(), scaled=not waits)
-    scaled = not waits or not bool(measured.finite.all())
-    if waits and scaled:
-        measured = measure_by_group(rows, groups, active, frozenset(), scaled=True)
-    assert measured.squared_norms is not None
-    square = measured.squared_norms.squeeze(-1)
-    return _One(measured.finite.squeeze(0), measured.scale, square, scaled)
-
-
-def _dot(
-    a: Sequence[Tensor],
-    of_a: _One,
-    b: Sequence[Tensor],
-    of_b: _One,
-    groups: list[int] | None,
-    scale: Tensor,
-) -> Float[Tensor, "*groups"]:
-    """Inner product of two gradients in each group, in units of scale², each in its own first."""
-    each = [
-        torch.dot(x.to(y.dtype).flatten(), y.flatten())
-        for x, y in zip(_in_units(a, of_a, groups), _in_units(b, of_b, groups), strict=True)
-    ]
-    dots = torch.stack(each)
-    if groups is None:
-        products = dots.sum()
-    else:
-        members = torch.tensor(groups, device=dots.device)
-        products = dots.new_zeros(scale.shape).index_add(0, members, dots)
-    shares = [torch.where(of.square == 0, 0, of.scale / scale) for of in (of_a, of_b)]
-    return products * shares[0] * shares[1]
-
-
-def _in_units(gradient: Sequence[Tensor], one: _One, groups: list[int] | None) -> Iterator[Tensor]:
-    """The leaves in units of their group's scale, one by one."""
-    if not one.scaled:
-        yield from gradient
-        return
-    scales = _by_leaf(one.scale, groups, len(gradient))
-    yield from (leaf / scale for leaf, scale in zip(gradient, scales, strict=True))
-
-
-def _units(gradient: Sequence[Tensor], one: _One, groups: list[int] | None) -> list[Tensor]:
-    """The gradient by its norm in each group; zero for a zero gradient."""
-    scale, norm = one.scale, or_one(one.square).sqrt()
-    return [
-        leaf / s / r
-        for leaf, s, r in zip(
-            gradient,
-            _by_leaf(scale, groups, len(gradient)),
-            _by_leaf(norm, groups, len(gradient)),
-            strict=True,
-        )
-    ]
-
-
-def _by_leaf(values: Tensor, groups: list[int] | None, leaves: int) -> list[Tensor]:
-    """The value of every leaf, from one for all or one for each group."""
-    return [values if groups is None else values[groups[index]] for index in range(leaves)]
 
 
 def _kept(gradient: Sequence[Tensor], sound: Tensor) -> list[Tensor]:
