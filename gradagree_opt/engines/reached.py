@@ -20,6 +20,8 @@ MOST = 1000
 """Containers of more entries are data, and so is what lies behind as many objects times ten."""
 
 _LIBRARIES = ("torch", "numpy", "functorch", "builtins", "typing", "collections", "functools")
+_CHECKERS = ("jaxtyping", "beartype")
+"""What wraps a function in checks of its types, with much behind it that is not the function's."""
 _OF_A_MODULE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
 
 
@@ -93,6 +95,9 @@ def _visit(thing: object, found: Reached) -> Iterable[object]:
 
 def _behind_function(function: FunctionType, found: Reached) -> Iterator[object]:
     if _is_library(function.__module__):
+        return
+    if (function.__globals__.get("__name__") or "").partition(".")[0] in _CHECKERS:
+        yield getattr(function, "__wrapped__", None)
         return
     yield from (function.__defaults__, function.__kwdefaults__)
     for cell in function.__closure__ or ():
