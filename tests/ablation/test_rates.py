@@ -37,7 +37,7 @@ class Pretended:
         self.loss: Loss = lambda run: run.rate
 
     def train_runs(
-        self, study: Study, _: Problem, runs: list[Run], report: Callable[[int], None]
+        self, study: Study, _: Problem, runs: list[Run], report: Callable[[int], None], *__: object
     ) -> list[tuple[RunRecord, Params]]:
         self.done += [run.label for run in runs]
         report(study.iterations * len(runs))
