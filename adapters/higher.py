@@ -95,7 +95,8 @@ def meta_step(
         batch.add(loss, adapted=learner)
         losses.append(loss.detach())
     engine = "one_backward" if batch.takes_one_backward else "stacked"
-    return MetaStep(*batch.backward(), losses=torch.stack(losses), engine=engine)
+    update, weights, scores, diagnostics, _ = batch.backward()
+    return MetaStep(update, weights, scores, diagnostics, torch.stack(losses), engine)
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, first_order: bool) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gradagree_opt.annotations import Float
-from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
+from gradagree_opt.core.aggregation import Aggregator, CollectedTasks, check_aggregator
 from gradagree_opt.core.diagnostics import Diagnostics, check_some_task
 from gradagree_opt.frameworks import require
 from gradagree_opt.loops.adapted import Parameters
@@ -219,7 +219,7 @@ class ManualTaskBatch(TaskBatch):
         if loss is not None:
             self._total = loss.detach() + (0 if self._total is None else self._total)
 
-    def backward(self) -> Aggregation:
+    def backward(self) -> CollectedTasks:
         """As :meth:`TaskBatch.backward`, then logs the diagnostics.
 
         Returns:
@@ -231,7 +231,8 @@ class ManualTaskBatch(TaskBatch):
             trainer.precision_plugin.post_backward(total, self._module)
         norm = result.diagnostics.update_norm / _loss_scale(trainer)
         _log(self._module, self._name, result.diagnostics._replace(update_norm=norm))
-        return result
+        losses = result.losses
+        return result._replace(losses=None if losses is None else losses / _loss_scale(trainer))
 
     def clear(self) -> None:
         """Forgets the tasks added so far, and their graphs."""

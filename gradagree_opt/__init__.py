@@ -1,6 +1,6 @@
 """Gradient Agreement for meta-learning: aggregate over tasks by how well they agree."""
 
-from gradagree_opt.core.aggregation import Aggregation, Aggregator
+from gradagree_opt.core.aggregation import Aggregation, Aggregator, CollectedTasks
 from gradagree_opt.core.agreement import GradientAgreement, agreement_weights
 from gradagree_opt.core.controls import Mean, NormShare, RandomWeights, Sum
 from gradagree_opt.core.diagnostics import Diagnostics
@@ -25,6 +25,7 @@ __all__ = [
     "AggregatedGradients",
     "Aggregation",
     "Aggregator",
+    "CollectedTasks",
     "Decision",
     "Diagnostics",
     "EqualAgreement",

@@ -1,10 +1,10 @@
 """The ``gradagree`` command."""
 
-import os
 import shlex
 import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -12,21 +12,19 @@ try:
     import typer
     from rich.console import Console
 
+    from gradagree_opt.ablation.conduct import build_sweeps, foresee, prepare, usable_cores
     from gradagree_opt.ablation.report import layouts
-    from gradagree_opt.ablation.report.artefacts import (
-        check_text,
-        other_versions,
-        prepare_folder,
-        write_artefacts,
-        write_config,
-    )
+    from gradagree_opt.ablation.report.artefacts import check_text, write_artefacts
+    from gradagree_opt.ablation.report.beside import compare_folders
     from gradagree_opt.ablation.report.citations import bibtex, methods_text
     from gradagree_opt.ablation.report.display import Display
+    from gradagree_opt.ablation.report.report import Report, build_report
     from gradagree_opt.ablation.runs.store import read_config, read_results
-    from gradagree_opt.ablation.runs.sweep import Results, Sweep, compiles
+    from gradagree_opt.ablation.runs.sweep import CHECKPOINT_SECONDS
+    from gradagree_opt.ablation.section import StudyError
     from gradagree_opt.ablation.study.loading import load, read, shipped
-    from gradagree_opt.ablation.study.study import Study, StudyError
-    from gradagree_opt.ablation.training.run import RunRecord
+    from gradagree_opt.ablation.study.study import Study, named_device
+    from gradagree_opt.ablation.training.run import RunRecord, write_atomically
     from gradagree_opt.doctor import main as try_packages
 except ModuleNotFoundError as missing:
     if missing.name and missing.name.startswith("gradagree_opt"):
@@ -48,13 +46,20 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
-def usable_cores() -> int:
-    """Those that this process may run on, where the system says so."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def show_version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"gradagree-opt {version('gradagree-opt')}")
+        raise typer.Exit
+    return wanted
 
 
 @app.callback()
-def main() -> None:
+def main(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Its version."),
+    ] = False,
+) -> None:
     """Gradient Agreement for meta-learning: ablation studies."""
 
 
@@ -66,6 +71,23 @@ def list_studies(wanted: bool) -> bool:
             typer.echo(f"{name:{width}}  {read(studies[name])[0]['title']}")
         raise typer.Exit
     return wanted
+
+
+def parse_seeds(text: str | None) -> list[int] | None:
+    """The seeds of ``0,1,2`` or ``0-4``.
+
+    Raises:
+        StudyError: It is neither.
+    """
+    if text is None:
+        return None
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.strip().isdecimal() or (dash and not last.strip().isdecimal()):
+            raise StudyError(f"expected --seeds as 0,1,2 or 0-4, found {text!r}")
+        seeds += range(int(first), int(last if dash else first) + 1)
+    return seeds
 
 
 @app.command()
@@ -87,6 +109,18 @@ def ablate(
         ),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = usable_cores(),
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="auto (a GPU where there is one), cpu, cuda or cuda:1. A GPU does all runs in one "
+            "process.",
+            show_default="the study's, auto unless it says",
+        ),
+    ] = None,
+    checkpoint_seconds: Annotated[
+        float,
+        typer.Option(min=0, help="After so many, unfinished runs are saved, to go on from there."),
+    ] = CHECKPOINT_SECONDS,
     tensorboard: Annotated[
         bool,
         typer.Option(
@@ -94,6 +128,16 @@ def ablate(
             help="Also write TensorBoard event files, DIR/tensorboard/<method>/rate-…/seed-…: a "
             "run's when it ends, or when it is found finished.",
         ),
+    ] = False,
+    seeds: Annotated[
+        str | None, typer.Option(help="In place of the study's: 0,1,2 or 0-4.", show_default=False)
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option(help="In place of the study's.", show_default=False)
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only say how many runs there are, and how long they take."),
     ] = False,
     _list: Annotated[
         bool,
@@ -106,36 +150,32 @@ def ablate(
     """
     try:
         write_events = event_writer() if tensorboard else None
-        loaded = load(study, quick=quick)
+        loaded = load(study, quick=quick, seeds=parse_seeds(seeds), iterations=iterations)
+        loaded = on_device(loaded, device)
         folder = out or Path("runs") / loaded.name
-        check_text([study, str(folder), str(data)])
-        sweeps = [Sweep(part, folder, data, warn) for part in loaded.parts()]
-        compiled = compiles(loaded, warn)
-        for sweep in sweeps:
-            sweep.compiled = compiled
-        prepare_folder(folder, loaded)
-        if sentence := other_versions(folder, loaded):
-            warn(sentence)
-        command, digests = ["gradagree", *sys.argv[1:]], [sweep.digest for sweep in sweeps]
-        config = write_config(folder, loaded, command, data, digests)
+        command = ["gradagree", *sys.argv[1:]]
+        check_text([study, str(folder)])
+        if dry_run:
+            typer.echo(foresee(build_sweeps(loaded, folder, data, warn), jobs))
+            return
+        prepared = prepare(loaded, folder, data, command, warn, checkpoint_seconds)
     except StudyError as mistake:
         raise refusal(mistake) from None
     except OSError as failure:
         errors.print(f"gradagree: {failure}; nothing was run", markup=False)
         raise typer.Exit(1) from None
     try:
-        display = Display(loaded.title, sum(sweep.iterations for sweep in sweeps), errors)
+        display = Display(loaded.title, prepared.iterations, errors)
 
         def ended(part: Study, record: RunRecord, found: bool) -> None:
             display.end(part, record, found=found)
-            display.resize(sum(sweep.iterations for sweep in sweeps))
+            display.resize(prepared.iterations)
             if write_events is not None:
-                share = f"corrupted-{part.fraction:g}" if len(sweeps) > 1 else ""
+                share = f"corrupted-{part.fraction:g}" if len(prepared.sweeps) > 1 else ""
                 write_events(folder / "tensorboard" / share, part, record)
 
         with display.live():
-            results = [sweep.run(jobs, display.advance, ended) for sweep in sweeps]
-        write_artefacts(folder, results, config)
+            results = prepared.run(jobs, display.advance, ended)
     except (OSError, BrokenProcessPool, StudyError) as failure:
         errors.print(f"gradagree: {failure}; the finished runs are in {folder}", markup=False)
         raise typer.Exit(1) from None
@@ -145,27 +185,43 @@ def ablate(
             markup=False,
         )
         raise typer.Exit(130) from None
-    show(results, folder)
+    show(results.report, folder)
 
 
 @app.command()
 def report(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="The output folder of a finished study.")
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="The output folder of a finished study, or several."),
     ],
+    out: Annotated[
+        Path | None, typer.Option(help="Of several folders: also write the table, as Markdown.")
+    ] = None,
 ) -> None:
-    """Writes the tables and figures of a study anew from its recorded runs; nothing is trained."""
+    """Writes the tables and figures of a study anew from its recorded runs; nothing is trained.
+
+    Of several studies, shows their methods in one table, on the same tasks and seeds.
+    """
     try:
-        check_text([str(folder)])
+        check_text(list(map(str, folders)))
+        if len(folders) > 1:
+            beside = compare_folders(folders)
+            if out is not None:
+                write_atomically(out, layouts.markdown(beside).encode())
+            show(beside, out)
+            return
+        if out is not None:
+            raise StudyError("--out is for several folders; one is written to itself")
+        [folder] = folders
         config = read_config(folder)
-        results = read_results(folder, config)
-        write_artefacts(folder, results, config)
+        found = build_report(read_results(folder, config))
+        write_artefacts(folder, found, config)
     except StudyError as mistake:
         raise refusal(mistake) from None
     except OSError as failure:
         errors.print(f"gradagree: {failure}", markup=False)
         raise typer.Exit(1) from None
-    show(results, folder)
+    show(found, folder)
 
 
 @app.command()
@@ -194,6 +250,20 @@ def cite(
     typer.echo(bibtex(config), nl=False)
 
 
+def on_device(study: Study, name: str | None) -> Study:
+    """The study on the device that the command names, where it names one.
+
+    Raises:
+        StudyError: That is not how a device is named.
+    """
+    if name is None:
+        return study
+    try:
+        return study.model_copy(update={"device": named_device(name)})
+    except ValueError as mistake:
+        raise StudyError(f"--device: {mistake}") from None
+
+
 def refusal(mistake: StudyError) -> typer.Exit:
     """Tells a mistake of the user's; nothing was done."""
     errors.print(f"gradagree: {mistake}", markup=False)
@@ -217,7 +287,9 @@ def warn(sentence: str) -> None:
     errors.print(sentence, markup=False)
 
 
-def show(results: list[Results], folder: Path) -> None:
+def show(report: Report, written: Path | None) -> None:
+    """Prints the table, and where all of it is written."""
     console = Console()
-    console.print(layouts.terminal(results))
-    console.print(f"written to {folder}", markup=False, soft_wrap=True)
+    console.print(layouts.terminal(report))
+    if written is not None:
+        console.print(f"written to {written}", markup=False, soft_wrap=True)

@@ -13,6 +13,7 @@ import gradagree_opt as ga
 from gradagree_opt.ablation.study.loading import load
 from gradagree_opt.ablation.study.methods import AGGREGATORS
 from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.run import CurvePoint, RunRecord
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -74,6 +75,18 @@ def test_the_page_shows_the_weighting_that_the_contract_is_checked_on() -> None:
         r"```python\n(.*?)```", (DOCS / "own-weighting.md").read_text("utf-8"), re.DOTALL
     )
     assert shown in (DOCS / "own_weighting.py").read_text("utf-8")
+
+
+def test_every_key_of_a_record_is_explained() -> None:
+    _, _, page = (DOCS / "studies.md").read_text("utf-8").partition("## What a run leaves")
+    table = page.partition("\n## ")[0]
+    assert field_names(RunRecord) | set(CurvePoint.model_fields) <= code_words(table)
+    assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == set(RunRecord.model_fields)
+
+
+def test_the_page_shows_the_study_of_ones_own_that_the_tests_run() -> None:
+    shown = (DOCS / "own_study.yaml").read_text("utf-8")
+    assert f"```yaml\n{shown}```" in (DOCS / "studies.md").read_text("utf-8")
 
 
 def test_every_test_that_a_page_names_is_there() -> None:

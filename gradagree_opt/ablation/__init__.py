@@ -1,1 +1,85 @@
-"""Ablation studies: a study file in; runs, statistics, tables and figures out."""
+"""Ablation studies: a study file in, runs and a report out."""
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradagree_opt.ablation.conduct import Results
+
+__all__ = ["ablate"]
+
+
+def ablate(
+    study: str | PathLike[str] | Mapping[str, Any],
+    *,
+    out: str | PathLike[str],
+    data: str | PathLike[str] | None = None,
+    jobs: int | None = None,
+    quick: bool = False,
+    seeds: list[int] | None = None,
+    iterations: int | None = None,
+) -> "Results":
+    """Runs a study, or what is missing of it, and writes its report, as ``gradagree ablate`` does.
+
+    Args:
+        study: the name of a shipped study, the path of a study file or of a run's ``config.json``,
+            or what a study file says as a mapping.
+        out: output folder; one that holds finished runs of the study is gone on with.
+        data: what the command takes as ``--data``.
+        jobs: processes, all cores if it is None. More than one start this program's main module
+            anew, so a script calls this below ``if __name__ == "__main__":``.
+        quick: whether to run the study's small form.
+        seeds: in place of the study's.
+        iterations: in place of the study's.
+
+    Returns:
+        The folder, every run as a DataFrame ``.runs``, and the table as a DataFrame ``.table``.
+
+    Raises:
+        StudyError: a ValueError; in one sentence, the study, its data or the folder is not as it
+            should be, and nothing was done.
+        OSError: the folder cannot be written to; the finished runs are in it.
+
+    Warns:
+        UserWarning: a record is damaged, other versions did some of the runs, or there is no
+            compiler.
+
+    >>> import tempfile
+    >>> study = {"extends": "sine", "name": "two", "title": "Two methods",
+    ...          "outer": {"rates": [0.5]}, "baseline": "mean", "compile": False,
+    ...          "test": {"tasks": 5}, "tuning": {"tasks": 5},
+    ...          "methods": [{"name": "mean", "aggregator": "mean"},
+    ...                      {"name": "agreement", "aggregator": "gradient_agreement"}]}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     results = ablate(study, out=folder, jobs=1, seeds=[0, 1], iterations=2)
+    >>> results.runs.columns.tolist()
+    ['method', 'rate', 'seed', 'chosen', 'validation_loss', 'steps', 'mse']
+    >>> len(results.runs)  # two methods, two seeds, five numbers of gradient steps at the test
+    20
+    """
+    import sys
+    import warnings
+    from concurrent.futures.process import BrokenProcessPool
+    from pathlib import Path
+
+    from gradagree_opt.ablation.conduct import prepare, usable_cores
+    from gradagree_opt.ablation.section import StudyError
+    from gradagree_opt.ablation.study.loading import load
+    from gradagree_opt.options import check_count
+
+    def warn(sentence: str) -> None:
+        warnings.warn(sentence, stacklevel=3)
+
+    count = usable_cores() if jobs is None else check_count("jobs", jobs, least=1)
+    source = study if isinstance(study, Mapping) else str(study)
+    loaded = load(source, quick=quick, seeds=seeds, iterations=iterations)
+    folder = None if data is None else Path(data)
+    prepared = prepare(loaded, Path(out), folder, ["python", *sys.argv], warn)
+    try:
+        return prepared.run(count, lambda _: None)
+    except BrokenProcessPool:
+        raise StudyError(
+            "a process ended before its runs were done; a script calls ablate below "
+            '`if __name__ == "__main__":`, or give jobs=1'
+        ) from None

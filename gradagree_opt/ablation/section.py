@@ -4,7 +4,13 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 
+REFERENCE = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+"""``module:name``, by which a study names what is the user's own."""
 Optimizer: TypeAlias = Literal["sgd", "momentum", "adam"]
+
+
+class StudyError(ValueError):
+    """A mistake in a study file, an option or an output folder, told in one sentence."""
 
 
 class LocatedError(ValueError):
@@ -30,6 +36,9 @@ def unique(entries: list[Any]) -> list[Any]:
     return entries
 
 
+Reference: TypeAlias = Annotated[str, Field(pattern=REFERENCE)]
+Plain: TypeAlias = bool | int | float | str
+Options: TypeAlias = dict[str, Plain | list[Plain] | None]
 Rate: TypeAlias = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
 Rates: TypeAlias = Annotated[list[Rate], Field(min_length=1), AfterValidator(unique)]
 Seeds: TypeAlias = Annotated[list[NonNegativeInt], Field(min_length=1), AfterValidator(unique)]

@@ -49,7 +49,7 @@ def fused_kernels(leaves: Sequence[Tensor], /, *, gramian: bool = False) -> Any:
             or wrapped(leaf)
         ):
             return None
-    return _fused()
+    return _fused(device.type)
 
 
 def runs_at_once(tensor: Tensor, /) -> bool:
@@ -68,8 +68,11 @@ def runs_at_once(tensor: Tensor, /) -> bool:
 
 
 @cache
-def _fused() -> ModuleType | None:
+def _fused(kind: str) -> ModuleType | None:
+    """The kernels, after a trial: Triton may miss a C compiler, or not know the device."""
     try:
-        return import_module("gradagree_opt.core.fused")
-    except ImportError:
-        return None  # without Triton
+        kernels = import_module("gradagree_opt.core.fused")
+        kernels.combine([torch.ones(1, 1, device=kind)], torch.ones(1, device=kind))
+    except Exception:  # of many kinds: ImportError, Triton's, the driver's
+        return None
+    return kernels

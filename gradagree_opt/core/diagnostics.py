@@ -178,6 +178,11 @@ def diagnose(
     )
 
 
+def undescribed(like: Float[Tensor, "*groups"], /) -> Diagnostics:
+    """Diagnostics that say nothing: NaN in all of their places."""
+    return Diagnostics._make([torch.full_like(like, torch.nan)] * len(Diagnostics._fields))
+
+
 def update_rounding(statistics: Statistics, decision: Decision, /) -> Float[Tensor, ""]:
     """What ‖Σ w_i g_i‖ can be from rounding alone, as its terms cancel; 0 where no ‖g_i‖ is known.
 

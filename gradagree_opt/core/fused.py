@@ -5,9 +5,7 @@ and leaves its sums in a table that a second, small launch adds up, always in on
 found by a table of pointers. Nothing here waits for the device.
 """
 
-import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.core import fused_kernels as kernels
+from gradagree_opt.core.fused_plans import plan, table
 
 TILE = 8192
 """Entries that a program reads at a time: n tasks (up to a power of two) by the columns."""
@@ -25,6 +24,7 @@ COLUMNS = 1024
 WARPS = 4
 PROGRAMS = 8
 """Programs to each multiprocessor, at most."""
+GRAMIAN_TILE = 4096
 GRAMIAN_PROGRAMS = 2
 KINDS = {
     torch.float32: tl.float32,
@@ -55,7 +55,7 @@ def row_sums(leaves: Sequence[Tensor], groups: Sequence[int] | None = None, /) -
         leaves: task-stacked tensors of one device.
         groups: index of the group of every leaf, or None where there is one for all.
     """
-    stack = _Stack(leaves, groups)
+    stack = _Stack(leaves, groups, programs=PROGRAMS, tile=TILE)
     plan, n, new = stack.plan, stack.n, stack.new
     parts = new(plan.programs * (1 + 3 * n))
     stack.read(kernels.measure, parts)
@@ -79,7 +79,7 @@ def inner_products(
 
     The units are powers of two, 0 for a zero signal; the arguments are those of :func:`row_sums`.
     """
-    stack = _Stack(leaves, groups, least=16, programs=GRAMIAN_PROGRAMS)
+    stack = _Stack(leaves, groups, least=16, programs=GRAMIAN_PROGRAMS, tile=GRAMIAN_TILE)
     plan, n, new = stack.plan, stack.n, stack.new
     parts = new(plan.programs * n * (1 + n))
     stack.read(kernels.measure_products, parts)
@@ -104,7 +104,7 @@ def combine(
         weights: ``[n]``, or ``[groups, n]`` with the group of every leaf in ``groups``.
         groups: index of the group of every leaf, or None where there is one for all.
     """
-    stack = _Stack(leaves, groups)
+    stack = _Stack(leaves, groups, programs=PROGRAMS, tile=TILE)
     plan, new = stack.plan, stack.new
     device = stack.place[0]
     sums = [
@@ -112,35 +112,10 @@ def combine(
         for shape, leaf in zip(plan.shapes, leaves, strict=True)
     ]
     parts, norm = new(2 * plan.programs), new()
-    outs = _table(tuple(map(Tensor.data_ptr, sums)), *stack.place)
+    outs = table(tuple(map(Tensor.data_ptr, sums)), *stack.place)
     stack.read(kernels.apply, parts, outs, weights.contiguous())
     _launch(kernels.finish_norm, (1, 1, 1), parts, norm, plan.programs, of=(1024,))
     return sums, norm
-
-
-class _Plan(NamedTuple):
-    """What the programs of a launch read, for leaves of certain shapes.
-
-    Attributes:
-        layouts: of every leaf the strides of rows and columns, and its group.
-        segments: leaf, first and last column of every piece that a program reads.
-        firsts: first segment of every program, and their number.
-        ranges: of every group and dtype the first program and the last.
-        kinds: of every dtype its first program and how many there are.
-        copied: leaves whose columns have no one stride.
-        shapes: of every leaf that of a task.
-    """
-
-    layouts: Tensor
-    segments: Tensor
-    firsts: Tensor
-    ranges: Tensor
-    kinds: tuple[tuple[torch.dtype, int, int], ...]
-    programs: int
-    groups: int
-    columns: int
-    copied: tuple[int, ...]
-    shapes: tuple[tuple[int, ...], ...]
 
 
 class _Stack:
@@ -152,21 +127,22 @@ class _Stack:
         groups: Sequence[int] | None,
         *,
         least: int = 1,
-        programs: int = PROGRAMS,
+        programs: int,
+        tile: int,
     ) -> None:
         self.n = n = int(leaves[0].shape[0])
         device = leaves[0].device
         self.place = device, _stream(device)
         self.rows = max(least, triton.next_power_of_2(n))
         kinds = tuple([leaf.dtype for leaf in leaves])
-        self.plan = _plan(
+        self.plan = plan(
             tuple([leaf.shape for leaf in leaves]),
             tuple([leaf.stride() for leaf in leaves]),
             kinds,
             None if groups is None else tuple(groups),
-            self.rows,
+            min(COLUMNS, max(16, tile // self.rows)),
             programs,
-            device,
+            *self.place,
         )
         self.groups = () if groups is None else (self.plan.groups,)
         self.dtype = torch.float64 if torch.float64 in kinds else torch.float32
@@ -174,7 +150,7 @@ class _Stack:
         self.copies = {index: leaves[index].contiguous() for index in self.plan.copied}
         for index, copy in self.copies.items():
             pointers[index] = copy.data_ptr()
-        self.pointers = _table(tuple(pointers), *self.place)
+        self.pointers = table(tuple(pointers), *self.place)
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.place[0])
@@ -196,114 +172,21 @@ def _launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, of: tuple[
     The kernels are compiled for no certain numbers nor alignments, only for the dtypes.
     """
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    key = kernel, tensors[0].device, of, tuple([tensor.dtype for tensor in tensors])
-    compiled = _compiled.get(key)
-    if compiled is None:
+    device = tensors[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _launch(kernel, grid, *arguments, of=of)
+        return
+    key = kernel, device, of, tuple([tensor.dtype for tensor in tensors])
+    launch = _compiled.get(key)
+    if launch is None:
         _compiled[key] = kernel[grid](*arguments, *of, num_warps=WARPS) or kernel
-    elif compiled is kernel:  # of the interpreter
-        kernel[grid](*arguments, *of)
-    else:
-        compiled[grid](*arguments, *of)
+    else:  # by the interpreter it is the kernel itself
+        launch[grid](*arguments, *of)
 
 
-_compiled: dict[Any, Any] = {}
-
-
-def _collapsed(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """Columns, and the strides of rows and columns; None where columns have no one stride."""
-    width, column = 1, 1
-    for size, stride in zip(reversed(shape[1:]), reversed(strides[1:]), strict=True):
-        if size == 1:
-            continue
-        if width == 1:
-            column = stride
-        elif stride != width * column:
-            return None
-        width *= size
-    return width, strides[0], column
+_compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-@lru_cache(maxsize=256)
-def _table(numbers: tuple[int, ...], device: torch.device, _: int) -> Tensor:
-    """The numbers on the device, for one stream: copied once, where memory is used again."""
-    return _on_device(numbers, device)
-
-
-def _on_device(numbers: Any, device: torch.device) -> Tensor:
-    pinned = device.type == "cuda"
-    table = torch.tensor(numbers, dtype=torch.int64, pin_memory=pinned)
-    return table.to(device, non_blocking=True)
-
-
-@lru_cache(maxsize=256)
-def _plan(
-    shapes: tuple[tuple[int, ...], ...],
-    strides: tuple[tuple[int, ...], ...],
-    kinds: tuple[torch.dtype, ...],
-    groups: tuple[int, ...] | None,
-    rows: int,
-    programs: int,
-    device: torch.device,
-) -> _Plan:
-    layouts, copied = [], []
-    for leaf, (shape, stride) in enumerate(zip(shapes, strides, strict=True)):
-        layout = _collapsed(shape, stride)
-        if layout is None:
-            copied.append(leaf)
-            width = math.prod(shape[1:])
-            layout = width, width, 1
-        layouts.append(layout)
-    columns = min(COLUMNS, max(8, TILE // rows))
-    of_leaf = groups or (0,) * len(layouts)
-    number = max(of_leaf) + 1
-    blocks = [triton.cdiv(width, columns) for width, _, _ in layouts]
-    limit = programs * _multiprocessors(device) / max(1, sum(blocks))
-    segments: list[tuple[int, int, int]] = []
-    firsts, ranges, launches = [0], [], []
-    for kind in dict.fromkeys(kinds):
-        first = len(firsts) - 1
-        for group in range(number):
-            start = len(firsts) - 1
-            members = [
-                leaf for leaf, of in enumerate(of_leaf) if of == group and kinds[leaf] == kind
-            ]
-            count = sum(blocks[leaf] for leaf in members)
-            share = min(count, max(1, int(limit * count)))
-            ends = [count * (program + 1) // share for program in range(share)]
-            at = 0  # blocks of the group so far
-            for leaf in members:
-                done, width = 0, layouts[leaf][0]
-                while done < blocks[leaf]:
-                    end = ends[len(firsts) - 1 - start]
-                    upto = min(blocks[leaf], done + end - at)
-                    segments.append((leaf, done * columns, min(width, upto * columns)))
-                    at, done = at + upto - done, upto
-                    if at == end:
-                        firsts.append(len(segments))
-            ranges.append((start, len(firsts) - 1))
-        launches.append((kind, first, len(firsts) - 1 - first))
-    places = [
-        (row, column, group) for (_, row, column), group in zip(layouts, of_leaf, strict=True)
-    ]
-    return _Plan(
-        layouts=_on_device(places, device),
-        segments=_on_device(segments or [(0, 0, 0)], device),
-        firsts=_on_device(firsts, device),
-        ranges=_on_device(ranges, device),
-        kinds=tuple(launches),
-        programs=len(firsts) - 1,
-        groups=number,
-        columns=columns,
-        copied=tuple(copied),
-        shapes=tuple([tuple(shape[1:]) for shape in shapes]),
-    )
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count

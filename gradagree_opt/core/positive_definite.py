@@ -46,7 +46,12 @@ def power(
 
 def _solve(matrix: Tensor, vector: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix)
-    solution = torch.cholesky_solve(vector.unsqueeze(-1), factor).squeeze(-1)
+    column = vector.unsqueeze(-1)
+    if matrix.is_cuda:  # MAGMA's solver of batches keeps pointers on the host: no CUDA graph of it
+        half = torch.linalg.solve_triangular(factor, column, upper=False)
+        solution = torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
+    else:
+        solution = torch.cholesky_solve(column, factor).squeeze(-1)
     return torch.where((info > 0).unsqueeze(-1), torch.nan, solution)
 
 

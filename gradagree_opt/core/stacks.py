@@ -3,9 +3,9 @@
 Leaves are never concatenated: each function visits them one by one.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -65,7 +65,11 @@ def _key_name(key: Any) -> str:
 
 
 def task_count(
-    stack: PyTree, /, name: str, advice: str = "give every leaf the task axis first"
+    stack: PyTree,
+    /,
+    name: str,
+    advice: str = "give every leaf the task axis first; pad tasks of unequal size, with a mask in "
+    "the loss, or loop over them with TaskBatch",
 ) -> int:
     """Number of tasks n that every leaf of a task-stacked pytree has as its first axis.
 
@@ -89,6 +93,12 @@ def task_count(
             raise TypeError(
                 f"expected every leaf of the {name} to be a tensor, found {type(leaf).__name__}"
                 f"{_place(stack, index)}; {_tensor_for(leaf)}"
+            )
+        if leaf.is_nested:
+            raise ValueError(
+                f"expected tasks of one size in the {name}, found a nested tensor"
+                f"{_place(stack, index)}; pad the tasks, with a mask in the loss, or loop over "
+                "them with TaskBatch"
             )
         if leaf.ndim == 0:
             raise ValueError(
@@ -140,6 +150,8 @@ def check_floating(tree: PyTree, /, name: str) -> None:
             fix = "leave out what has no gradient"
             if isinstance(leaf, nn.Module):
                 fix = "give dict(module.named_parameters())"
+            elif isinstance(leaf, Tensor) and leaf.is_complex():
+                fix = "hold it as torch.view_as_real(…), and take view_as_complex(…) in the loss"
             raise TypeError(
                 f"expected floating-point {name}, found {found}{_place(tree, index)}; {fix}"
             )
@@ -149,6 +161,10 @@ def _tensor_for(leaf: object) -> str:
     """What to give instead of something that is no tensor."""
     if leaf is None:
         return "leave the entry out, or give zeros for a parameter that a task does not use"
+    if isinstance(leaf, Mapping):
+        return f"give dict({type(leaf).__name__}), whose values have the task axis first"
+    if is_dataclass(leaf):
+        return f"give vars({type(leaf).__name__}), whose values have the task axis first"
     return "give torch.as_tensor(…), with the task axis first"
 
 

@@ -202,7 +202,7 @@ class _Stream:
             yield (
                 loss.detach(),
                 [
-                    gradient.to(self._dtype)
+                    gradient.to_dense().to(self._dtype)
                     for gradient in torch.autograd.grad(loss, self._leaves, materialize_grads=True)
                 ],
             )

@@ -156,6 +156,13 @@ def stale_graphs() -> Iterator[None]:
                 "add every loss once, without backward() of its own, and take memory='graph' "
                 "where the losses of several tasks share a part of their graphs"
             ) from error
+        if "donated buffers" in str(error):
+            raise ValueError(
+                "expected losses whose compiled graph can be passed through more than once, found "
+                "one of which torch.compile has given buffers away; set "
+                "torch._functorch.config.donated_buffer = False before the model is compiled, and "
+                "clear its cache, or give every task a forward pass of its own"
+            ) from error
         if "modified by an inplace operation" in str(error):
             raise ValueError(
                 "expected a loss of the parameters as they are, found one whose graph holds "

@@ -1,12 +1,12 @@
 """TaskBatch: measure and apply inside the user's own loop over the tasks of a meta-batch."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
+from gradagree_opt.core.aggregation import Aggregation, Aggregator, CollectedTasks, check_aggregator
 from gradagree_opt.core.diagnostics import check_some_task
 from gradagree_opt.core.few_passes import weighted_loss_refusal
 from gradagree_opt.core.stacks import PyTree, is_coarse
@@ -89,6 +89,7 @@ class TaskBatch:
         self.memory = memory
         self._losses: list[Tensor] = []
         self._nonfinite: list[Tensor] = []
+        self._values: list[Tensor] = []
         self._copies: list[dict[str, Tensor]] = []
         self._directions: list[dict[str, Tensor]] = []
         self._used: set[str] = set()
@@ -143,16 +144,15 @@ class TaskBatch:
             self._add_loss(loss, after)
         self._displacements += displacements
 
-    def backward(self) -> Aggregation:
+    def backward(self) -> CollectedTasks:
         """Adds Σ_i w_i · direction_i to ``.grad`` of every parameter; ready for the next batch.
 
         As with ``loss.backward()``, a parameter that no loss depends on keeps the ``.grad`` it has.
         The update is dense, that of a sparse embedding too, with which SparseAdam cannot step.
 
         Returns:
-            The aggregation; its update is a dict from parameter name (or position) to gradient. A
-            parameter that had no ``.grad`` has that tensor now, and not a copy of it: clone what
-            is to outlive a change of ``.grad`` in place, as by clipping.
+            The aggregation and the losses ``[n]``; its update is a dict from parameter name (or
+            position) to gradient.
 
         Raises:
             ValueError: no task was added, the graph of a loss is stale, a parameter was replaced
@@ -167,15 +167,17 @@ class TaskBatch:
             self.aggregator.verify(result)
             check_some_task(result.diagnostics, self.aggregator.nonfinite)
             used = self._used if self._form[0] else set(self._trained)
+            losses = torch.stack(self._values) if self._values else None
         finally:
             self.clear()
         add_to_grad({n: p for n, p in self._trained.items() if n in used}, result.update)
-        return result
+        return CollectedTasks(*result, losses)
 
     def clear(self) -> None:
         """Forgets the tasks added so far, and their graphs."""
         self._losses.clear()
         self._nonfinite.clear()
+        self._values.clear()
         self._copies.clear()
         self._directions.clear()
         self._displacements.clear()
@@ -217,32 +219,35 @@ class TaskBatch:
             self._losses.append(loss)
             self._copies.append(copies)
         device = next(iter(self._trained.values())).device
-        self._nonfinite.append(~torch.isfinite(loss.detach()).to(device))
+        self._values.append(loss.detach().to(device))
+        self._nonfinite.append(~torch.isfinite(self._values[-1]))
 
     def _aggregate(self) -> Aggregation:
         signal = _stack(self._displacements) if self._displacements else None
-        if not self._nonfinite:
+        if not self._form[0]:
             return self.aggregator.aggregate_unchecked(signal)
-        nonfinite = torch.stack(self._nonfinite)
+        nonfinite, directions = torch.stack(self._nonfinite), self._directions
         if self._losses:
             graph = LossGraph(self._losses, self._trained, self._copies)
-            result = None
-            if signal is None:
-                result = aggregate_losses(graph, nonfinite, self.aggregator)
-            elif self.takes_one_backward:
-                result = self._from_one_backward(graph, signal, nonfinite)
+            result = self._from_few_passes(graph, signal, nonfinite)
+            self._used |= graph.used
             if result is not None:
-                self._used |= graph.used
                 return result
-        directions = self._directions or [
-            self._gradient(loss, copies, retain_graph=loss is not self._losses[-1])
-            for loss, copies in zip(self._losses, self._copies, strict=True)
-        ]
+            shared = graph.survey.shared  # compiled, a graph may be passed through once
+            directions = [
+                self._gradient(loss, copies, retain_graph=shared and loss is not self._losses[-1])
+                for loss, copies in zip(self._losses, self._copies, strict=True)
+            ]
         return self.aggregator.aggregate_unchecked(_stack(directions), signal, nonfinite=nonfinite)
 
-    def _from_one_backward(
+    def _from_few_passes(
         self, graph: LossGraph, signal: PyTree, nonfinite: Tensor
-    ) -> Aggregation:
+    ) -> Aggregation | None:
+        """The aggregation by passes that all tasks share; None where each is to have its own."""
+        if signal is None:
+            return aggregate_losses(graph, nonfinite, self.aggregator)
+        if not self.takes_one_backward:
+            return None
         # What backward() frees is freed by the last pass.
         passes = 1 if self.aggregator.match_norm is None else 2
 
@@ -282,27 +287,8 @@ def add_to_grad(parameters: Mapping[str, Tensor], update: Mapping[str, Tensor], 
                 parameter.grad = update[name] + grad
             run_accumulation_hooks(parameter)
     if accumulated:
-        # Optimizers change .grad in its place (torchopt.SGD; torch.optim.SGD, nesterov=True), and
-        # what takes the place of an empty one is not to be the update itself.
-        updates = [
-            update[name].clone() if parameter.grad is None else update[name]
-            for name, parameter in accumulated.items()
-        ]
-        with torch.enable_grad():
-            _Delivered.apply(updates, *accumulated.values()).backward()
-
-
-class _Delivered(torch.autograd.Function):
-    """A loss whose gradients are given: what accumulates them may take them as they are."""
-
-    @staticmethod
-    def forward(ctx: Any, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return parameters[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(gradient.detach() for gradient in ctx.gradients)
+        updates = [update[name] for name in accumulated]
+        torch.autograd.backward([*accumulated.values()], updates)
 
 
 def check_no_accumulation_hooks(parameter: Tensor, /, *, advice: str) -> None:

@@ -1,15 +1,15 @@
 """TaskOptimizer: an optimizer that steps on a vector of task losses."""
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from gradagree_opt.annotations import Float
-from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
+from gradagree_opt.core.aggregation import Aggregator, CollectedTasks, check_aggregator
 from gradagree_opt.core.diagnostics import check_some_task
 from gradagree_opt.loops.graphs import check_depends, check_loss, gradients
 from gradagree_opt.loops.task_batch import TaskBatch
@@ -22,7 +22,7 @@ class FunctionalStep(NamedTuple):
     """The parameters after a step that left the ones before as they were, and its aggregation."""
 
     params: tuple[Tensor, ...]
-    aggregation: Aggregation
+    aggregation: CollectedTasks
 
 
 class TaskOptimizer:
@@ -42,11 +42,13 @@ class TaskOptimizer:
     Args:
         optimizer: the optimizer.
         aggregator: what weights the tasks; signal and direction are both the loss gradient.
+        module: whose names a ``scope`` that is a function sees. Without it, those that the
+            optimizer was built with, as by ``Adam(model.named_parameters())``.
 
     Raises:
         TypeError: the optimizer is none of these, or needs a closure; or the aggregator is none.
         ValueError: the optimizer steps on a loss, and the aggregator's scope is not "global", or it
-            gives no weights.
+            gives no weights; or a function is its scope, and a parameter has no name.
 
     >>> import gradagree_opt as ga
     >>> w = torch.tensor([0.0], requires_grad=True)
@@ -57,7 +59,9 @@ class TaskOptimizer:
     tensor([0.4667], requires_grad=True)
     """
 
-    def __init__(self, optimizer: Any, aggregator: Aggregator, /) -> None:
+    def __init__(
+        self, optimizer: Any, /, aggregator: Aggregator, *, module: nn.Module | None = None
+    ) -> None:
         check_aggregator(aggregator)
         # The attributes that tell TorchOpt's three kinds apart, without importing it.
         self._functional = hasattr(optimizer, "optim_state")
@@ -78,8 +82,11 @@ class TaskOptimizer:
             )
         self.optimizer = optimizer
         self.aggregator = aggregator
+        self.module = module
+        if not on_loss:
+            self._named_parameters()
 
-    def step(self, losses: Losses, /) -> Aggregation:
+    def step(self, losses: Losses | None = None, /) -> CollectedTasks:
         """Aggregates the gradients of the task losses and steps the wrapped optimizer.
 
         Args:
@@ -88,7 +95,8 @@ class TaskOptimizer:
                 its NaN reaches the others.
 
         Returns:
-            The aggregation, its update by parameter position.
+            The aggregation and the losses, its update by name of the parameter, or by position
+            without names.
 
         Raises:
             TypeError: the wrapped optimizer holds no parameters, or ``losses`` is a closure.
@@ -96,6 +104,11 @@ class TaskOptimizer:
                 gradients or drops all of them. No parameter, ``.grad`` or optimizer state is
                 touched then.
         """
+        if losses is None:
+            raise TypeError(
+                "expected the task losses, found none; a GradScaler, and what else calls step() by "
+                "itself, is given the wrapped optimizer, with TaskBatch for the losses"
+            )
         if self._functional:
             raise TypeError(
                 f"expected an optimizer that holds its parameters, found "
@@ -105,7 +118,7 @@ class TaskOptimizer:
             loss, result = weighted_loss(losses, self._parameters(), self.aggregator)
             self.optimizer.step(loss)
             return result
-        batch = TaskBatch(self._parameters(), self.aggregator)
+        batch = TaskBatch(self._named_parameters(), self.aggregator)
         for loss in _vector(losses):
             batch.add(loss)
         result = batch.backward()
@@ -154,6 +167,27 @@ class TaskOptimizer:
         """Parameter groups of the wrapped optimizer."""
         return self.optimizer.param_groups  # type: ignore[no-any-return]
 
+    def _named_parameters(self) -> dict[str, Tensor] | list[Tensor]:
+        """The parameters by name, or in order where they have none."""
+        names: dict[int, str] = {}
+        for group in self.param_groups:
+            if isinstance(group, dict):
+                given = zip(group["params"], group.get("param_names", ()), strict=False)
+                names.update((id(parameter), name) for parameter, name in given)
+        if self.module is not None:
+            names.update((id(p), name) for name, p in self.module.named_parameters())
+        parameters = self._parameters()
+        unnamed = [at for at, parameter in enumerate(parameters) if id(parameter) not in names]
+        if not unnamed:
+            return {names[id(parameter)]: parameter for parameter in parameters}
+        if callable(self.aggregator.scope):
+            raise ValueError(
+                f"expected names for a scope that is a function, found none for parameter number "
+                f"{unnamed[0]}; give TaskOptimizer(optimizer, aggregator, module=model), or build "
+                "the optimizer with model.named_parameters()"
+            )
+        return parameters
+
     def _parameters(self) -> list[Tensor]:
         if self._differentiable:
             groups = self.optimizer.param_containers_groups
@@ -182,7 +216,7 @@ def check_optimizer(optimizer: Any, /) -> None:
 
 def weighted_loss(
     losses: Losses, parameters: Sequence[Tensor], aggregator: Aggregator, /
-) -> tuple[Float[Tensor, ""], Aggregation]:
+) -> tuple[Float[Tensor, ""], CollectedTasks]:
     """Σ_i w_i L_i, whose gradient is the aggregation of the task gradients, and that aggregation.
 
     The weights are constants, the losses keep their graphs. Tasks that the aggregator drops are
@@ -209,7 +243,8 @@ def weighted_loss(
         # A dropped task must not reach the shared backward pass: 0 · NaN is NaN there.
         dropped = result.diagnostics.nonfinite.tolist()
         terms = [term for term, out in zip(terms, dropped, strict=True) if not out]
-    return torch.stack(terms).sum(), result
+    values = torch.stack([loss.detach() for loss in losses])
+    return torch.stack(terms).sum(), CollectedTasks(*result, values)
 
 
 def _gradients(loss: Tensor, parameters: Sequence[Tensor], task: int) -> list[Tensor]:
@@ -217,7 +252,7 @@ def _gradients(loss: Tensor, parameters: Sequence[Tensor], task: int) -> list[Te
     check_depends(loss, parameters, task, advice="compute it from those of the optimizer")
     grads = gradients(loss, parameters, retain_graph=True)
     return [
-        torch.zeros_like(parameter) if grad is None else grad.detach()
+        torch.zeros_like(parameter) if grad is None else grad.detach().to_dense()
         for parameter, grad in zip(parameters, grads, strict=True)
     ]
 
@@ -227,6 +262,11 @@ def _vector(losses: Losses) -> list[Tensor]:
         raise ValueError(
             f"expected a vector of task losses [n], found shape {list(losses.shape)}; "
             "give one loss a task, not their mean"
+        )
+    if isinstance(losses, Mapping):
+        raise TypeError(
+            f"expected a sequence of task losses, found {type(losses).__name__}; give "
+            "list(losses.values())"
         )
     if not isinstance(losses, Iterable):
         raise TypeError(

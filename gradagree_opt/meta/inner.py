@@ -3,6 +3,7 @@
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
 from gradagree_opt.core.stacks import PyTree
@@ -31,7 +32,7 @@ class InnerSGD:
     """k steps of gradient descent on the support set: θ ← θ − α_in ∇L(θ).
 
     Args:
-        lr: α_in, one float for all parameters, or a pytree like the parameters (Meta-SGD).
+        lr: α_in, one number or 0-d tensor for all parameters, or a pytree like them (Meta-SGD).
         steps: k, the number of steps.
         batch_size: examples of each step: step t takes the t-th consecutive sub-batch of the
             support set and starts over at its end; None takes the whole set each time. The
@@ -77,8 +78,9 @@ class InnerSGD:
         return params
 
     def _rates(self, params: PyTree) -> PyTree:
-        if isinstance(self.lr, float | int):
-            return tree_map(lambda _: self.lr, params)
+        if isinstance(self.lr, float | int) or getattr(self.lr, "ndim", None) == 0:
+            rate = self.lr if isinstance(self.lr, Tensor) else float(self.lr)  # NumPy's, too
+            return tree_map(lambda _: rate, params)
         if tree_structure(self.lr) != tree_structure(params):
             raise ValueError(
                 "expected lr to be a float or a pytree like the parameters, found another "

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gradagree_opt.ablation.runs.sweep import Results, Sweep
+from gradagree_opt.ablation.runs.sweep import Part, Sweep
 from gradagree_testing.command import contents, gradagree
 from gradagree_testing.photographs import write_photographs
 from gradagree_testing.pickles import Trap
@@ -155,7 +155,7 @@ def test_data_that_are_gone_after_the_start_end_the_study_in_one_sentence(
     study = write_study(tasks=OMNIGLOT, **SETTINGS)
     run = Sweep.run
 
-    def run_without_data(sweep: Sweep, *arguments: Any) -> Results:
+    def run_without_data(sweep: Sweep, *arguments: Any) -> Part:
         data.unlink()
         return run(sweep, *arguments)
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.loading import load
 from gradagree_opt.ablation.study.sections import CorruptionSection
-from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.problem import (
     Tasks,
     TrainingTasks,

@@ -9,10 +9,11 @@ import torch._inductor.config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradagree_opt.ablation.runs import sweep as sweep_module
+from gradagree_opt.ablation.runs import job as job_module
 from gradagree_opt.ablation.runs.sweep import Sweep, compiles, tuning_runs
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.loading import load
-from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.grouping import group_size, groups, is_compiled
 from gradagree_opt.ablation.training.networks import build_module
 from gradagree_opt.ablation.training.problem import Problem, build_problem
@@ -136,11 +137,11 @@ def test_the_workers_do_as_the_parent_has_decided_under_the_keys_of_the_study(
     study = study.model_copy(update={"compile": True})
     asked: list[bool] = []
 
-    def seen(decided: Study, data: Path | None) -> Problem:
+    def seen(decided: Study, data: Path | None, *device: torch.device) -> Problem:
         asked.append(decided.compile is True)
-        return build_problem(decided.model_copy(update={"compile": False}), data)
+        return build_problem(decided.model_copy(update={"compile": False}), data, *device)
 
-    monkeypatch.setattr(sweep_module, "build_problem", seen)
+    monkeypatch.setattr(job_module, "build_problem", seen)
     for compiled in (True, False):
         sweep = Sweep(study, tmp_path / str(compiled), None, print)
         sweep.compiled = compiled

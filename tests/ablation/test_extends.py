@@ -8,8 +8,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.loading import load, merge
-from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.cli import app
 
 CHILD = """\

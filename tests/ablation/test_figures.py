@@ -15,7 +15,7 @@ from gradagree_opt.ablation.report import figures
 from gradagree_opt.ablation.report.figure_matrices import agreement_matrices
 from gradagree_opt.ablation.report.style import COLOURS, INK, looks, save
 from gradagree_opt.ablation.runs.store import read_config, read_results
-from gradagree_opt.ablation.runs.sweep import Label, Results
+from gradagree_opt.ablation.runs.sweep import Label, Part
 from gradagree_opt.ablation.study.methods import Method
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.run import CurvePoint, Run, RunRecord
@@ -31,13 +31,13 @@ VISIONS = {
 
 
 @pytest.fixture(scope="module")
-def results(finished: Path) -> Results:
+def results(finished: Path) -> Part:
     [results] = read_results(finished, read_config(finished))
     return results
 
 
-def changed(results: Results, records: dict[Label, RunRecord]) -> Results:
-    return Results(results.study, results.records | records, results.rates)
+def changed(results: Part, records: dict[Label, RunRecord]) -> Part:
+    return Part(results.study, results.records | records, results.rates)
 
 
 def diverged(record: RunRecord) -> RunRecord:
@@ -54,7 +54,7 @@ def data(line: Line2D) -> tuple[list[float], list[float]]:
     return np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata()).tolist()
 
 
-def test_learning_curves_are_means_over_seeds_with_students_interval(results: Results) -> None:
+def test_learning_curves_are_means_over_seeds_with_students_interval(results: Part) -> None:
     axes = figures.learning_curves(results).axes[0]
     assert axes.get_yscale() == "log"
     for name, band in zip(NAMES, axes.collections, strict=True):
@@ -71,7 +71,7 @@ def test_learning_curves_are_means_over_seeds_with_students_interval(results: Re
 
 
 def test_the_curves_by_time_are_those_by_steps_as_long_as_the_runs_took_in_the_mean(
-    results: Results,
+    results: Part,
 ) -> None:
     took = {3: 24.0, 5: 48.0}  # for twelve steps
     records = {
@@ -86,7 +86,7 @@ def test_the_curves_by_time_are_those_by_steps_as_long_as_the_runs_took_in_the_m
         assert seconds == pytest.approx([3 * step for step in steps]) and same == losses
 
 
-def test_a_seed_that_diverged_is_left_out_of_the_curve_and_said_so(results: Results) -> None:
+def test_a_seed_that_diverged_is_left_out_of_the_curve_and_said_so(results: Part) -> None:
     first, second = results.final("mean")
     axes = figures.learning_curves(changed(results, {first.run.label: diverged(first)})).axes[0]
     shown = line(axes, "mean (")
@@ -95,7 +95,7 @@ def test_a_seed_that_diverged_is_left_out_of_the_curve_and_said_so(results: Resu
     assert len(axes.collections) == 2  # one seed has no interval
 
 
-def test_rate_curves_show_every_candidate_and_ring_the_chosen_one(results: Results) -> None:
+def test_rate_curves_show_every_candidate_and_ring_the_chosen_one(results: Part) -> None:
     left, right = figures.tuned_rates(results).axes
     assert left.get_xscale() == right.get_xscale() == "log"
     for name in NAMES:
@@ -119,7 +119,7 @@ def test_candidates_are_numbered_but_for_those_too_near_to_another(study: Study)
             run.label: RunRecord(run=run, validation=1.0, test={1: 1.0}, curve=[point], seconds=1.0)
             for run in runs
         }
-        axes = figures.tuned_rates(Results(one, records, {"mean": rates[0]})).axes[0]
+        axes = figures.tuned_rates(Part(one, records, {"mean": rates[0]})).axes[0]
         return [label.get_text() for label in axes.get_xticklabels()]
 
     assert numbered([0.5]) == ["0.5"]
@@ -130,7 +130,7 @@ def test_candidates_are_numbered_but_for_those_too_near_to_another(study: Study)
 
 
 def test_a_rate_at_which_a_method_diverges_is_a_gap_and_a_cross_above_the_axes(
-    results: Results,
+    results: Part,
 ) -> None:
     label = ("agreement", 0.5, 3)
     record = results.records[label]
@@ -143,7 +143,7 @@ def test_a_rate_at_which_a_method_diverges_is_a_gap_and_a_cross_above_the_axes(
         assert at == pytest.approx([0.5], rel=0.3) and height[0] > 1
 
 
-def test_agreement_shows_the_mean_of_every_diagnostic_that_was_measured(results: Results) -> None:
+def test_agreement_shows_the_mean_of_every_diagnostic_that_was_measured(results: Part) -> None:
     figure = figures.agreement(results)
     assert [axes.get_ylabel() for axes in figure.axes] == list(figures.AGREEMENT.values())
     for axes, entry in zip(figure.axes, figures.AGREEMENT, strict=True):
@@ -154,7 +154,7 @@ def test_agreement_shows_the_mean_of_every_diagnostic_that_was_measured(results:
         assert data(line(axes, "agreement")) == (list(range(1, 13)), expected)
 
 
-def test_a_diagnostic_that_no_run_measured_has_no_panel(results: Results) -> None:
+def test_a_diagnostic_that_no_run_measured_has_no_panel(results: Part) -> None:
     def without(record: RunRecord) -> RunRecord:
         curve = [p.model_copy(update={"diagnostics": {"cancellation": 0.5}}) for p in record.curve]
         return record.model_copy(update={"curve": curve})
@@ -164,7 +164,7 @@ def test_a_diagnostic_that_no_run_measured_has_no_panel(results: Results) -> Non
     assert [axes.get_ylabel() for axes in figure.axes] == [figures.AGREEMENT["cancellation"]]
 
 
-def with_matrices(results: Results, matrices: dict[str, list[list[float]] | None]) -> Results:
+def with_matrices(results: Part, matrices: dict[str, list[list[float]] | None]) -> Part:
     records = {}
     for name, matrix in matrices.items():
         for record in results.final(name):
@@ -173,7 +173,7 @@ def with_matrices(results: Results, matrices: dict[str, list[list[float]] | None
 
 
 def test_agreement_matrices_show_the_cosines_of_the_first_seed_on_a_fixed_scale(
-    results: Results,
+    results: Part,
 ) -> None:
     figure = agreement_matrices(results)
     assert figure is not None
@@ -193,7 +193,7 @@ def test_agreement_matrices_show_the_cosines_of_the_first_seed_on_a_fixed_scale(
 
 
 def test_a_method_without_a_matrix_has_no_panel_and_without_any_there_is_no_figure(
-    results: Results,
+    results: Part,
 ) -> None:
     figure = agreement_matrices(with_matrices(results, {"agreement": None}))
     assert figure is not None
@@ -201,19 +201,19 @@ def test_a_method_without_a_matrix_has_no_panel_and_without_any_there_is_no_figu
     assert agreement_matrices(with_matrices(results, dict.fromkeys(NAMES))) is None
 
 
-def test_panels_of_many_methods_stand_in_rows_that_need_not_be_full(results: Results) -> None:
+def test_panels_of_many_methods_stand_in_rows_that_need_not_be_full(results: Part) -> None:
     names = [str(number) for number in range(7)]
     methods = [Method(name=name, aggregator="mean") for name in names]
     study = results.study.model_copy(update={"methods": methods, "baseline": "0"})
     final = results.final("mean")
     records = {(name, 0.5, record.run.seed): record for name in names for record in final}
-    figure = agreement_matrices(Results(study, records, dict.fromkeys(names, 0.5)))
+    figure = agreement_matrices(Part(study, records, dict.fromkeys(names, 0.5)))
     assert figure is not None
     assert [axes.get_title() for axes in figure.axes[:-1]] == names
     assert save(figure, "png").startswith(b"\x89PNG")
 
 
-def test_a_method_looks_the_same_in_every_figure(results: Results) -> None:
+def test_a_method_looks_the_same_in_every_figure(results: Part) -> None:
     for figure in (
         figures.learning_curves(results),
         figures.seconds(results),
@@ -271,6 +271,6 @@ def test_the_pdf_is_vectors_with_embedded_truetype_fonts_and_no_date(finished: P
 
 
 @pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
-def test_equal_results_give_equal_files(results: Results, kind: str) -> None:
+def test_equal_results_give_equal_files(results: Part, kind: str) -> None:
     first, second = (save(figures.tuned_rates(results), kind) for _ in range(2))
     assert first == second

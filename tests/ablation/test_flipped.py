@@ -11,8 +11,9 @@ from torch import Tensor
 
 from gradagree_opt.ablation.report.citations import methods_text
 from gradagree_opt.ablation.runs.store import Config
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.loading import load
-from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.networks import Params, initial_params, predict
 from gradagree_opt.ablation.training.problem import (
     Problem,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.loading import load
-from gradagree_opt.ablation.study.study import StudyError
 from gradagree_opt.ablation.training.problem import (
     TrainingTasks,
     build_problem,

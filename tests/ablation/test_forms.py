@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 import gradagree_opt as ga
 from gradagree_opt.ablation.runs.sweep import Sweep
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.loading import load
 from gradagree_opt.ablation.study.sections import MAMLForm, MetaSGDForm
-from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.forms import HeadOnly, head
 from gradagree_opt.ablation.training.networks import Params, build_module, initial_params, predict
 from gradagree_opt.ablation.training.problem import (

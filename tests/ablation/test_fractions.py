@@ -15,7 +15,7 @@ from scipy import stats
 from gradagree_opt.ablation.report.figure_corruption import corruption
 from gradagree_opt.ablation.report.style import looks
 from gradagree_opt.ablation.runs.store import read_config, read_results
-from gradagree_opt.ablation.runs.sweep import Results
+from gradagree_opt.ablation.runs.sweep import Part
 from gradagree_opt.ablation.study.methods import Method
 from gradagree_opt.ablation.study.sections import CorruptionSection
 from gradagree_opt.ablation.study.study import Study
@@ -27,7 +27,7 @@ RUN = Run(method=Method(name="mean", aggregator="mean"), rate=0.5, seed=3)
 
 
 @pytest.fixture(scope="module")
-def parts(swept: Path) -> list[Results]:
+def parts(swept: Path) -> list[Part]:
     return read_results(swept, read_config(swept))
 
 
@@ -147,7 +147,7 @@ def lines(axes: Axes, name: str) -> list[float]:
 
 
 def test_the_figure_shows_each_method_at_the_rate_tuned_for_the_fraction(
-    swept: Path, parts: list[Results]
+    swept: Path, parts: list[Part]
 ) -> None:
     runs = pd.read_csv(swept / "results.csv").query("chosen and steps == 1")
     grouped = runs.set_index(["method", "fraction"])["mse"].sort_index()
@@ -160,10 +160,10 @@ def test_the_figure_shows_each_method_at_the_rate_tuned_for_the_fraction(
             assert bar[:, 1].tolist() == pytest.approx([expected.low, expected.high])
 
 
-def test_a_fraction_at_which_a_method_diverges_is_a_gap_and_a_cross(parts: list[Results]) -> None:
+def test_a_fraction_at_which_a_method_diverges_is_a_gap_and_a_cross(parts: list[Part]) -> None:
     record = parts[1].final("agreement")[0]
     lost = record.model_copy(update={"test": dict.fromkeys(record.test, math.inf)})
-    spoilt = Results(parts[1].study, parts[1].records | {record.run.label: lost}, parts[1].rates)
+    spoilt = Part(parts[1].study, parts[1].records | {record.run.label: lost}, parts[1].rates)
     axes = corruption([parts[0], spoilt, parts[2]]).axes[0]
     shown = lines(axes, "agreement")
     assert math.isnan(shown[1]) and np.isfinite([shown[0], shown[2]]).all()

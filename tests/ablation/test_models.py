@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gradagree_opt.ablation.kinds.grouped import GroupedTasks
 from gradagree_opt.ablation.study.loading import load
-from gradagree_opt.ablation.study.sections import MLP, GroupedTasks
+from gradagree_opt.ablation.study.sections import MLP
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.networks import (
     accuracy,

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 import yaml
 
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.loading import load
-from gradagree_opt.ablation.study.study import StudyError
 from gradagree_testing.command import contents, gradagree
 
 from .conftest import WriteStudy

@@ -8,9 +8,10 @@ import torch
 import gradagree_opt as ga
 from gradagree_opt.ablation.report.citations import methods_text
 from gradagree_opt.ablation.runs.store import Config
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.loading import load
 from gradagree_opt.ablation.study.methods import AGGREGATORS, Method
-from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.grouping import groups
 from gradagree_opt.ablation.training.problem import build_problem
 from gradagree_opt.ablation.training.run import Run, RunRecord

@@ -8,8 +8,9 @@ import pytest
 
 from gradagree_opt.ablation.report import figures
 from gradagree_opt.ablation.report.page import html, inline_svg, number_in
+from gradagree_opt.ablation.report.report import build_report
 from gradagree_opt.ablation.runs.store import Config, read_config, read_results
-from gradagree_opt.ablation.runs.sweep import Results
+from gradagree_opt.ablation.runs.sweep import Part
 
 
 @pytest.fixture(scope="module")
@@ -18,16 +19,16 @@ def config(finished: Path) -> Config:
 
 
 @pytest.fixture(scope="module")
-def results(finished: Path, config: Config) -> Results:
+def results(finished: Path, config: Config) -> Part:
     [results] = read_results(finished, config)
     return results
 
 
-def test_what_a_study_file_says_is_text_never_markup(results: Results, config: Config) -> None:
+def test_what_a_study_file_says_is_text_never_markup(results: Part, config: Config) -> None:
     title = '<script>alert(1)</script> & "co"'
     study = results.study.model_copy(update={"title": title})
     page = html(
-        [Results(study, results.records, results.rates)],
+        build_report([Part(study, results.records, results.rates)]),
         config.model_copy(update={"study": study}),
         {},
     )
@@ -48,7 +49,7 @@ def test_all_that_is_said_below_the_table_is_said_on_the_page(
     assert any("Holm" in note for note in notes)
 
 
-def test_seeds_are_shown_as_they_are_and_told_apart(results: Results, config: Config) -> None:
+def test_seeds_are_shown_as_they_are_and_told_apart(results: Part, config: Config) -> None:
     far = {seed: seed + 20240500 for seed in results.study.seeds}
     study = results.study.model_copy(update={"seeds": list(far.values())})
     records = {
@@ -57,7 +58,7 @@ def test_seeds_are_shown_as_they_are_and_told_apart(results: Results, config: Co
         )
         for (name, rate, seed), record in results.records.items()
     }
-    page = html([Results(study, records, results.rates)], config, {})
+    page = html(build_report([Part(study, records, results.rates)]), config, {})
     cells = re.findall(r'<td data-number="([\d.]+)">(2024\d+)</td>', page)
     assert sorted(int(text) for _, text in cells) == sorted(seed for _, _, seed in records)
     assert all(float(number) == int(text) for number, text in cells)
@@ -71,7 +72,7 @@ def test_the_page_names_no_address_that_a_browser_would_load(finished: Path) -> 
     assert "<link" not in page and "<iframe" not in page
 
 
-def test_figures_in_the_page_refer_to_their_own_parts(results: Results) -> None:
+def test_figures_in_the_page_refer_to_their_own_parts(results: Part) -> None:
     svg = str(inline_svg(figures.learning_curves(results), "learning-curves"))
     ids = set(re.findall(r' id="([^"]*)"', svg))
     used = set(re.findall(r'(?:href="|url\()#([^")]*)', svg))

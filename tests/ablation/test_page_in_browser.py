@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gradagree_opt.ablation.report import tables
 from gradagree_opt.ablation.report.page import html
+from gradagree_opt.ablation.report.report import build_report
 from gradagree_opt.ablation.runs.store import Config, read_config, read_results
-from gradagree_opt.ablation.runs.sweep import Results
+from gradagree_opt.ablation.runs.sweep import Part
 from gradagree_testing.browser import EXECUTABLE, Browser
 
 if EXECUTABLE is None:
@@ -31,7 +31,7 @@ def config(finished: Path) -> Config:
 
 
 @pytest.fixture(scope="module")
-def results(finished: Path, config: Config) -> Results:
+def results(finished: Path, config: Config) -> Part:
     [results] = read_results(finished, config)
     return results
 
@@ -72,9 +72,9 @@ def test_the_policy_of_the_page_stops_a_request(browser: Browser, finished: Path
     assert len(told) >= 2 and all("Content Security Policy" in text for text in told)
 
 
-def test_the_table_is_that_of_the_study(browser: Browser, finished: Path, results: Results) -> None:
+def test_the_table_is_that_of_the_study(browser: Browser, finished: Path, results: Part) -> None:
     browser.open(finished / "report.html")
-    expected = tables.summary([results])
+    expected = build_report([results]).summary
     names = "[...document.querySelectorAll('#methods thead th')].map(th => th.textContent)"
     assert browser.evaluate(names) == list(expected.columns)
     for number, name in enumerate(expected.columns):
@@ -100,15 +100,15 @@ def test_a_click_sorts_by_number_and_the_next_one_turns_it_round(
 
 
 def test_a_diverged_run_is_last_whichever_way_it_is_sorted(
-    browser: Browser, results: Results, config: Config, tmp_path: Path
+    browser: Browser, results: Part, config: Config, tmp_path: Path
 ) -> None:
     label = ("agreement", results.rates["agreement"], 5)
     record = results.records[label]
     test = dict.fromkeys(record.test, math.inf)
     worse = record.model_copy(update={"validation": math.inf, "test": test})
     page = tmp_path / "report.html"
-    changed = Results(results.study, results.records | {label: worse}, results.rates)
-    page.write_text(html([changed], config, {}), encoding="utf-8")
+    changed = Part(results.study, results.records | {label: worse}, results.rates)
+    page.write_text(html(build_report([changed]), config, {}), encoding="utf-8")
     browser.open(page)
     for _ in range(2):
         click(browser, "methods", 3)
@@ -183,7 +183,7 @@ def test_the_table_of_several_parts_is_long_and_sorted_by_its_first_column_as_by
 ) -> None:
     browser.emulate(**DESKTOP, scheme="light")
     browser.open(swept / "report.html")
-    expected = tables.summary(read_results(swept, read_config(swept)))
+    expected = build_report(read_results(swept, read_config(swept))).summary
     for number, name in enumerate(expected.columns):
         assert column(browser, "methods", number) == expected[name].tolist()
     assert column(browser, "methods", 0) == [*["0 %"] * 3, *["20 %"] * 3, *["50 %"] * 3]

@@ -11,8 +11,9 @@ from typing import TypeAlias
 import pandas as pd
 import pytest
 
-from gradagree_opt.ablation.report import layouts, tables
+from gradagree_opt.ablation.report import layouts
 from gradagree_opt.ablation.report.citations import bibtex, methods_text
+from gradagree_opt.ablation.report.report import build_report
 from gradagree_opt.ablation.runs.store import read_config, read_results
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -71,12 +72,12 @@ Pairs: TypeAlias = Iterator[tuple[str, str]]
 @pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.name)
 def test_tables_and_citations_are_those_of_the_recorded_runs(folder: Path) -> None:
     config = read_config(folder)
-    parts = read_results(folder, config)
+    report = build_report(read_results(folder, config))
     written = {
-        "results.csv": tables.all_runs(parts).to_csv(index=False),
-        "table.csv": tables.numbers(parts).to_csv(index=False),
-        "table.md": layouts.markdown(parts),
-        "table.tex": layouts.latex(parts),
+        "results.csv": report.runs.to_csv(index=False),
+        "table.csv": report.numbers.to_csv(index=False),
+        "table.md": layouts.markdown(report),
+        "table.tex": layouts.latex(report),
         "methods.md": methods_text(config),
         "references.bib": bibtex(config),
     }

@@ -9,9 +9,9 @@ import pytest
 
 from gradagree_opt.ablation.report import figures
 from gradagree_opt.ablation.report.notes import notes
-from gradagree_opt.ablation.runs import sweep as sweep_module
+from gradagree_opt.ablation.runs import job as job_module
 from gradagree_opt.ablation.runs.store import read_config, read_results
-from gradagree_opt.ablation.runs.sweep import Label, Results, Sweep, number_of_runs
+from gradagree_opt.ablation.runs.sweep import Label, Part, Sweep, number_of_runs
 from gradagree_opt.ablation.study.loading import load
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.networks import Params, initial_params
@@ -57,7 +57,7 @@ class Pretended:
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
     runs = Pretended()
-    monkeypatch.setattr(sweep_module, "train_runs", runs.train_runs)
+    monkeypatch.setattr(job_module, "train_runs", runs.train_runs)
     return runs
 
 
@@ -66,7 +66,7 @@ def extending(study: Study, extend: int) -> Study:
     return study.model_copy(update={"outer": outer, "methods": study.methods[:1]})
 
 
-def sweep(study: Study, folder: Path) -> Results:
+def sweep(study: Study, folder: Path) -> Part:
     return Sweep(study, folder, None, pytest.fail).run(1, lambda _: None)
 
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from gradagree_opt.ablation.runs import sweep as sweep_module
+from gradagree_opt.ablation.report import tables
+from gradagree_opt.ablation.runs import job as job_module
 from gradagree_opt.ablation.runs.store import read_config, read_results, resume
 from gradagree_opt.ablation.runs.sweep import Sweep, tuning_runs
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.loading import load
-from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.problem import build_problem
 from gradagree_opt.ablation.training.run import FORMAT
 from gradagree_testing.command import gradagree
@@ -34,7 +36,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("a run is trained")
 
-    monkeypatch.setattr(sweep_module, "train_runs", fail)
+    monkeypatch.setattr(job_module, "train_runs", fail)
 
 
 def test_every_artefact_is_rebuilt_to_the_bit_without_training(
@@ -47,6 +49,20 @@ def test_every_artefact_is_rebuilt_to_the_bit_without_training(
     assert result.exit_code == 0, result.output
     assert artefacts(copied) == before
     assert f"written to {copied}" in result.stdout.replace("\n", " ")
+
+
+def test_a_report_compares_the_methods_once(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, no_training: None
+) -> None:
+    calls, compare = [], tables.compare
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return compare(*arguments)
+
+    monkeypatch.setattr(tables, "compare", counted)
+    assert gradagree("report", copied).exit_code == 0
+    assert len(calls) == 1
 
 
 def test_the_results_are_those_of_the_sweep(

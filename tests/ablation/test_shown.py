@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from gradagree_opt.ablation.report.figure_adaptation import adaptation
-from gradagree_opt.ablation.report.tables import summary
-from gradagree_opt.ablation.runs.sweep import Label, Results
+from gradagree_opt.ablation.report.report import build_report
+from gradagree_opt.ablation.runs.sweep import Label, Part
 from gradagree_opt.ablation.study.loading import load
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.networks import initial_params, predict
@@ -33,7 +33,7 @@ def test_accuracies_are_in_percent_the_best_first() -> None:
                 seconds=1.0,
             )
             records[record.run.label] = record
-    table = summary([Results(study, records, dict.fromkeys(ACCURACIES, 1.0))])
+    table = build_report([Part(study, records, dict.fromkeys(ACCURACIES, 1.0))]).summary
     assert [*table["method"]] == ["agreement", "clipped", "mean"]
     # the seeds lie 0.01 apart: s = 0.0158, and t at 4 degrees of freedom 2.776
     assert [*table["5 steps"]] == ["50.0 ± 2.0", "37.5 ± 2.0", "25.0 ± 2.0"]
@@ -43,7 +43,7 @@ def test_accuracies_are_in_percent_the_best_first() -> None:
 def test_a_method_is_shown_after_steps_on_the_support_points_alone(study: Study) -> None:
     problem, seed = build_problem(study, None), study.seeds[0]
     trained = {name: 2 * leaf for name, leaf in initial_params(study, seed).items()}
-    results = Results(study, {}, {})
+    results = Part(study, {}, {})
     axes = adaptation(results, problem, {"mean": trained}).axes[1]
     tasks = evaluation_tasks(problem, 1, "test", seed)
     (x, y), (shown, _) = ((a[0], b[0]) for a, b in tasks.values())

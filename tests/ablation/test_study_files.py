@@ -8,9 +8,10 @@ import pytest
 
 from gradagree_opt.ablation.report.artefacts import write_config
 from gradagree_opt.ablation.runs.store import read_config
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study import loading
 from gradagree_opt.ablation.study.loading import load, merge, shipped
-from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.study.study import Study
 
 from .conftest import WriteStudy
 

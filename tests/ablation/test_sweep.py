@@ -10,18 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from gradagree_opt.ablation.runs import job as job_module
 from gradagree_opt.ablation.runs import sweep as sweep_module
 from gradagree_opt.ablation.runs.processes import execute
 from gradagree_opt.ablation.runs.sweep import (
     Label,
-    Results,
+    Part,
     Sweep,
     choose_rates,
     final_runs,
     tuning_runs,
 )
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.methods import Method
-from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.run import Run, RunRecord
 from gradagree_testing.jobs import Failing
 
@@ -34,7 +36,7 @@ def ignore(_: object) -> None:
     pass
 
 
-def without_seconds(results: Results) -> dict[Label, dict[str, object]]:
+def without_seconds(results: Part) -> dict[Label, dict[str, object]]:
     return {label: r.model_dump(exclude={"seconds"}) for label, r in results.records.items()}
 
 
@@ -42,13 +44,13 @@ def without_seconds(results: Results) -> dict[Label, dict[str, object]]:
 def done(monkeypatch: pytest.MonkeyPatch) -> list[Label]:
     """The runs that are really done in this process, as they are."""
     labels: list[Label] = []
-    train_runs = sweep_module.train_runs
+    train_runs = job_module.train_runs
 
     def spy(*arguments: object) -> object:
         labels.extend(run.label for run in arguments[2])  # type: ignore[attr-defined]
         return train_runs(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(sweep_module, "train_runs", spy)
+    monkeypatch.setattr(job_module, "train_runs", spy)
     return labels
 
 
@@ -87,10 +89,10 @@ def test_a_rate_at_either_end_of_several_is_at_the_edge(study: Study) -> None:
     outer = study.outer.model_copy(update={"rates": [0.5, 0.25, 1.0]})
     names = [method.name for method in study.methods]
     chosen = dict(zip(names, (0.5, 0.25, 1.0), strict=True))
-    results = Results(study.model_copy(update={"outer": outer}), {}, chosen)
+    results = Part(study.model_copy(update={"outer": outer}), {}, chosen)
     assert [results.at_edge(name) for name in names] == [False, True, True]
     only = study.outer.model_copy(update={"rates": [0.5]})
-    single = Results(study.model_copy(update={"outer": only}), {}, dict.fromkeys(names, 0.5))
+    single = Part(study.model_copy(update={"outer": only}), {}, dict.fromkeys(names, 0.5))
     assert not single.at_edge(names[0])
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from gradagree_opt.ablation.kinds.learn2learn import Learn2LearnTasks
 from gradagree_opt.ablation.runs.sweep import Sweep
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.loading import load
-from gradagree_opt.ablation.study.sections import Learn2LearnTasks
-from gradagree_opt.ablation.study.study import StudyError
 from gradagree_opt.ablation.training.problem import build_problem, data_digest
 from gradagree_testing.command import gradagree
 

@@ -9,10 +9,11 @@ import torch
 
 from gradagree_opt import frameworks
 from gradagree_opt.ablation.runs.sweep import Sweep
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.loading import load
 from gradagree_opt.ablation.study.methods import Method, torchjd_aggregators
 from gradagree_opt.ablation.study.sections import MAMLForm
-from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.grouping import groups
 from gradagree_opt.ablation.training.networks import Params, derived_seed, initial_params, predict
 from gradagree_opt.ablation.training.problem import TrainingTasks, build_problem

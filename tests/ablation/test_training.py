@@ -239,7 +239,7 @@ def test_a_run_is_on_one_thread_from_end_to_end_and_the_threads_are_as_before(
 
         return spy
 
-    for name in ("outer_steps", "scores_after", "agreement_matrix"):
+    for name in ("Program", "scores_of_runs", "matrices_of_runs"):
         monkeypatch.setattr(training_module, name, spied(getattr(training_module, name)))
     before = torch.get_num_threads()
     torch.set_num_threads(2)

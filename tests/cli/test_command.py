@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 import gradagree_opt
+from gradagree_opt.ablation.conduct import usable_cores
 from gradagree_opt.ablation.study.loading import load, shipped
-from gradagree_opt.cli import app, usable_cores
+from gradagree_opt.cli import app
 from gradagree_testing.command import contents
 
 from .conftest import TINY, ablate

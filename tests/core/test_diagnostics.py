@@ -1,13 +1,17 @@
 """Every diagnostic against NumPy in float64."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
+from gradagree_opt.diagnostics import Diagnostics
 from torch import Tensor
 from torch.testing import assert_close
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
 import gradagree_opt as ga
 from gradagree_testing.configurations import CONFIGURATIONS, Configuration
@@ -199,3 +203,27 @@ def test_a_logged_value_is_not_moved_by_later_changes_of_the_gradients():
     before = diagnostics.log()
     grads.zero_()
     assert diagnostics.log() == before
+
+
+def test_diagnostics_that_are_computed_when_looked_at_are_those_computed_at_once():
+    stack = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    aggregator = ga.EqualAgreement()
+    with FlopCounterMode(display=False):  # under a mode, which would miss later operations
+        at_once = aggregator.aggregate(stack).diagnostics
+    later = aggregator.aggregate(stack).diagnostics
+    assert type(at_once) is Diagnostics
+    assert isinstance(later, Diagnostics) and type(later) is not Diagnostics
+    torch.testing.assert_close(later.update_norm, at_once.update_norm)
+    assert len(later) == len(at_once) and later == later
+    plain = (
+        Diagnostics(*later),
+        pickle.loads(pickle.dumps(later)),
+        copy.deepcopy(later),
+        tree_map(torch.clone, later),
+        later._replace(),
+    )
+    for found in plain:
+        assert type(found) is Diagnostics
+        torch.testing.assert_close(found, at_once)
+    assert repr(later) == repr(at_once)
+    assert later.log() == pytest.approx(at_once.log())

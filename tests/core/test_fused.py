@@ -59,10 +59,11 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks of columns, of many programs."""
     from gradagree_opt.core import fused
 
-    fused._plan.cache_clear()
+    fused.plan.cache_clear()
     monkeypatch.setattr(fused, "TILE", 256)
+    monkeypatch.setattr(fused, "GRAMIAN_TILE", 512)
     yield
-    fused._plan.cache_clear()
+    fused.plan.cache_clear()
 
 
 def stack(n: int = 5, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> dict[str, Tensor]:
@@ -251,7 +252,7 @@ def test_transforms_and_autograd_take_the_path_of_other_devices(launches: list[s
 
 
 def test_without_triton_the_path_of_other_devices_is_taken(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(devices, "_fused", lambda: None)
+    monkeypatch.setattr(devices, "_fused", lambda kind: None)
     signals = stack()
     expected = ga.GradientAgreement().aggregate(in_float64(signals))
     weights = ga.GradientAgreement().aggregate(signals).weights

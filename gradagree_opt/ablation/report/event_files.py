@@ -4,7 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
-from gradagree_opt.ablation.report.tables import MEASURES, after
+from gradagree_opt.ablation.report.tables import after
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.run import RunRecord
 from gradagree_opt.frameworks import require
@@ -26,7 +26,7 @@ def write_events(folder: Path, study: Study, record: RunRecord) -> None:
     run = record.run
     folder = folder / file_name(run.method.name) / f"rate-{run.rate:g}" / f"seed-{run.seed}"
     shutil.rmtree(folder, ignore_errors=True)
-    score = MEASURES[study.tasks.kind].column
+    score = study.tasks.measure.column
     tests = {f"test/{score}{after(study, n)}": value for n, value in record.test.items()}
     with SummaryWriter(str(folder)) as writer:
         settings = {"method": run.method.name, "rate": run.rate, "seed": run.seed}

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from gradagree_opt.ablation.report.style import COLOURS, INK
 from gradagree_opt.ablation.report.tables import counted
-from gradagree_opt.ablation.runs.sweep import Results
+from gradagree_opt.ablation.runs.sweep import Part
 from gradagree_opt.ablation.training.grouping import select, stack
 from gradagree_opt.ablation.training.networks import Params, initial_params, predict
 from gradagree_opt.ablation.training.problem import Problem, Tasks, adapt, evaluation_tasks
@@ -17,7 +17,7 @@ from gradagree_opt.ablation.training.problem import Problem, Tasks, adapt, evalu
 SHOWN_STEPS = 5
 
 
-def adaptation(results: Results, problem: Problem, trained: Mapping[str, Params]) -> Figure:
+def adaptation(results: Part, problem: Problem, trained: Mapping[str, Params]) -> Figure:
     """One unseen sine: truth, support points, and predictions after 0 to 5 steps.
 
     Args:

@@ -10,17 +10,17 @@ from matplotlib.figure import Figure
 from gradagree_opt.ablation.report.figures import HOPELESS, draw_diverged, untrained_loss
 from gradagree_opt.ablation.report.significance import interval
 from gradagree_opt.ablation.report.style import legend, looks, plain_log
-from gradagree_opt.ablation.report.tables import MEASURES, counted, fractions, scores
-from gradagree_opt.ablation.runs.sweep import Results
+from gradagree_opt.ablation.report.tables import counted, fractions, scores
+from gradagree_opt.ablation.runs.sweep import Part
 
 
-def corruption(parts: Sequence[Results]) -> Figure:
+def corruption(parts: Sequence[Part]) -> Figure:
     """Test score by fraction of corrupted tasks: mean over seeds and its 95 % interval.
 
     After the steps that rates are tuned for, each method at the rate chosen at that fraction.
     """
     study, at = parts[0].study, np.array(fractions(parts))
-    measure, steps = MEASURES[study.tasks.kind], study.tuning.steps
+    measure, steps = study.tasks.measure, study.tuning.steps
     limit = math.inf if measure.higher_is_better else HOPELESS * untrained_loss(parts[0])
     figure = Figure(figsize=(7.2, 4.2))
     axes = figure.subplots()

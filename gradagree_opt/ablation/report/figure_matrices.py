@@ -6,13 +6,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from gradagree_opt.ablation.runs.sweep import Results
+from gradagree_opt.ablation.runs.sweep import Part
 
 ACROSS = 5
 DIVERGING = "RdBu"  # one of ColorBrewer's, told apart with every kind of colour vision
 
 
-def agreement_matrices(results: Results) -> Figure | None:
+def agreement_matrices(results: Part) -> Figure | None:
     """Cosines between the displacements of the tasks of one training batch, a panel a method.
 
     By the trained parameters of each method's first seed, whose first batch is the same for all.

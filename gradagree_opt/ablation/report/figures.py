@@ -14,8 +14,8 @@ from matplotlib.ticker import NullLocator
 
 from gradagree_opt.ablation.report.significance import Interval, interval
 from gradagree_opt.ablation.report.style import INK, legend, looks, plain_log
-from gradagree_opt.ablation.report.tables import MEASURES, after
-from gradagree_opt.ablation.runs.sweep import Results
+from gradagree_opt.ablation.report.tables import after
+from gradagree_opt.ablation.runs.sweep import Part
 from gradagree_opt.ablation.training.run import RunRecord
 
 RateArray: TypeAlias = npt.NDArray[np.float64]
@@ -32,12 +32,12 @@ LIMITS = {"cancellation": (0.0, 1.0), "norm_correlation": (-1.05, 1.05)}
 HOPELESS = 10  # times the loss before training is off the scale
 
 
-def learning_curves(results: Results) -> Figure:
+def learning_curves(results: Part) -> Figure:
     """Validation loss through training: mean over seeds and its 95 % interval."""
     return loss_curves(results, "outer steps", lambda _: 1.0)
 
 
-def seconds(results: Results) -> Figure:
+def seconds(results: Part) -> Figure:
     """The same by time: each method's outer steps in seconds, as its runs took in the mean."""
 
     def of_a_step(records: list[RunRecord]) -> float:
@@ -46,9 +46,7 @@ def seconds(results: Results) -> Figure:
     return loss_curves(results, "seconds", of_a_step)
 
 
-def loss_curves(
-    results: Results, unit: str, of_a_step: Callable[[list[RunRecord]], float]
-) -> Figure:
+def loss_curves(results: Part, unit: str, of_a_step: Callable[[list[RunRecord]], float]) -> Figure:
     """Validation loss by outer steps, in units of which a step of a method's runs takes some."""
     figure = Figure(figsize=(7.2, 3.8))
     axes = figure.subplots()
@@ -80,13 +78,13 @@ def loss_curves(
     return figure
 
 
-def tuned_rates(results: Results) -> Figure:
+def tuned_rates(results: Part) -> Figure:
     """What each method reaches at every candidate outer rate, the chosen one ringed.
 
     From the seeds that the rates are tuned on; the choice is by the left panel alone.
     """
     study = results.study
-    measure, steps = MEASURES[study.tasks.kind], study.tuning.steps
+    measure, steps = study.tasks.measure, study.tuning.steps
 
     def curves(value: Callable[[RunRecord], float]) -> RateCurves:
         return {
@@ -111,7 +109,7 @@ def tuned_rates(results: Results) -> Figure:
     return figure
 
 
-def draw_rates(axes: Axes, results: Results, curves: RateCurves, *, log: bool) -> None:
+def draw_rates(axes: Axes, results: Part, curves: RateCurves, *, log: bool) -> None:
     untrained = untrained_loss(results)
     limit = HOPELESS * untrained if log else math.inf
     every = sorted({rate for name in curves for rate in results.candidates(name)})
@@ -149,7 +147,7 @@ def draw_diverged(axes: Axes, rates: RateArray, color: str) -> None:
     axes.plot(rates, height, "x", color=color, transform=above, clip_on=False)
 
 
-def agreement(results: Results) -> Figure:
+def agreement(results: Part) -> Figure:
     """Weights and cancellation of the training batches, averaged over seeds.
 
     What no run has measured is left out.
@@ -178,7 +176,7 @@ def agreement(results: Results) -> Figure:
     return figure
 
 
-def draw_diagnostic(axes: Axes, results: Results, entry: str) -> None:
+def draw_diagnostic(axes: Axes, results: Part, entry: str) -> None:
     for index, (name, look) in enumerate(looks(results.study).items()):
         curves = [record.curve[1:] for record in whole(results.final(name))]
         if not curves:
@@ -196,7 +194,7 @@ def draw_diagnostic(axes: Axes, results: Results, entry: str) -> None:
         )
 
 
-def untrained_loss(results: Results) -> float:
+def untrained_loss(results: Part) -> float:
     """The largest validation loss before training, over the seeds."""
     return max(record.curve[0].loss for record in results.records.values())
 

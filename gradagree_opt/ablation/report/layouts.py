@@ -1,28 +1,26 @@
 """The table of a study laid out: Markdown and terminal for people, LaTeX for papers."""
 
 import re
-from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from gradagree_opt.ablation.report.notes import comparison_notes, notes
-from gradagree_opt.ablation.report.tables import ADJUSTED_P, EDGE, EFFECT_SIZE, counted, summary
-from gradagree_opt.ablation.runs.sweep import Results
+from gradagree_opt.ablation.report.report import Report
+from gradagree_opt.ablation.report.tables import ADJUSTED_P, EDGE, EFFECT_SIZE, counted
 
 
-def markdown(parts: Sequence[Results]) -> str:
-    table = summary(parts)
+def markdown(report: Report) -> str:
+    table = report.summary
     rows = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
-    all_notes = notes(parts) + comparison_notes(parts)
+    all_notes = report.notes + report.comparison_notes
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([*lines, "", *(f"{note}  " for note in all_notes)]) + "\n"
 
 
-def latex(parts: Sequence[Results]) -> str:
+def latex(report: Report) -> str:
     """A booktabs table, a rule between its parts; the notes are comments above it."""
-    style = summary(parts).style.hide(axis="index").format(escape="latex")
+    style = report.summary.style.hide(axis="index").format(escape="latex")
     style = style.format_index(escape="latex", axis="columns")
     left = 1 + list(style.columns).index("outer rate")
     body: str = style.to_latex(
@@ -30,26 +28,26 @@ def latex(parts: Sequence[Results]) -> str:
     )
     body = body.replace("±", r"$\pm$").replace(EDGE, r"$^\dagger$").replace("< 0", "$<$ 0")
     body = re.sub(r"(?<=& )-(?=\d)", "$-$", body)
-    lines, rows = body.splitlines(keepends=True), len(parts[0].rates)
+    lines, rows = body.splitlines(keepends=True), len(report.parts[0].rates)
     first = lines.index("\\midrule\n") + 1
-    for start in range(first + rows * (len(parts) - 1), first, -rows):
+    for start in range(first + rows * (len(report.parts) - 1), first, -rows):
         lines.insert(start, "\\midrule\n")
     body = "".join(lines)
-    all_notes = notes(parts) + comparison_notes(parts)
+    all_notes = report.notes + report.comparison_notes
     return "".join(f"% {note}\n" for note in all_notes) + body
 
 
-def terminal(parts: Sequence[Results]) -> Table:
+def terminal(report: Report) -> Table:
     """The table without tests: eight columns are what a terminal of eighty characters holds.
 
     With a column more for its parts it has the steps alone that rates are chosen by.
     """
-    study = parts[0].study
+    study = report.parts[0].study
     hidden = [counted(count, "step") for count in study.test.steps if count != study.tuning.steps]
-    more = hidden if len(parts) > 1 else []
-    table = summary(parts).drop(columns=[ADJUSTED_P, EFFECT_SIZE, *more])
+    more = hidden if len(report.parts) > 1 else []
+    table = report.summary.drop(columns=[ADJUSTED_P, EFFECT_SIZE, *more])
     shown = Table(
-        caption=Text("\n".join(notes(parts))),
+        caption=Text("\n".join(report.notes)),
         caption_justify="left",
         box=SIMPLE_HEAD,
         show_edge=False,

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from gradagree_opt.ablation.report.tables import (
     ADJUSTED_P,
     EDGE,
-    MEASURES,
+    Comparisons,
     after,
-    comparisons,
     counted,
 )
-from gradagree_opt.ablation.runs.sweep import Results
-from gradagree_opt.ablation.study.sections import GroupedTasks
+from gradagree_opt.ablation.runs.sweep import Part
 from gradagree_opt.ablation.study.study import Study
 
 
@@ -45,10 +43,10 @@ def tuning_seeds_text(study: Study) -> str:
     return f"{counted(count, 'seed')} of their own" if own else f"{count} of the seeds"
 
 
-def notes(parts: Sequence[Results]) -> list[str]:
+def notes(parts: Sequence[Part]) -> list[str]:
     """What a reader of the table must know."""
     study = parts[-1].study
-    measure, test, tuning = MEASURES[study.tasks.kind], study.test, study.tuning
+    measure, test, tuning = study.tasks.measure, study.test, study.tuning
     spread = (
         f"mean and 95 % interval (Student t) over {len(study.seeds)} seeds"
         if len(study.seeds) > 1
@@ -57,7 +55,7 @@ def notes(parts: Sequence[Results]) -> list[str]:
     if study.adapts:
         per_class = "" if study.way is None else " of each class"
         examples = f"{counted(test.support_shots, 'example')}{per_class}"
-        unseen = f"{test.tasks} {unseen_tasks(study)}"
+        unseen = f"{test.tasks} {study.tasks.unseen}"
         tested = f"{measure.name} on {unseen} after gradient steps on {examples}"
         validation = counted(tuning.tasks, "validation task")
     else:
@@ -90,18 +88,9 @@ def notes(parts: Sequence[Results]) -> list[str]:
     return lines
 
 
-def unseen_tasks(study: Study) -> str:
-    """What a test task of the study is; of groups there are few, and they come again."""
-    if not isinstance(study.tasks, GroupedTasks):
-        return "unseen tasks"
-    if study.tasks.folds is None:
-        return "tasks drawn from unseen groups"
-    return f"tasks drawn from unseen groups (one of {study.tasks.folds} folds at each seed)"
-
-
-def comparison_notes(parts: Sequence[Results]) -> list[str]:
+def comparison_notes(parts: Sequence[Part], comparisons: Comparisons) -> list[str]:
     """What a reader of the p-values and effect sizes must know, where there are any."""
-    compared = [found for part in comparisons(parts) for found in part.values()]
+    compared = [found for part in comparisons for found in part.values()]
     tested = sum(not math.isnan(comparison.p) for comparison in compared)
     lines = []
     if tested:

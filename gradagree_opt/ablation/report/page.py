@@ -10,12 +10,11 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from gradagree_opt.ablation.report import tables
 from gradagree_opt.ablation.report.citations import bibtex, methods_text
-from gradagree_opt.ablation.report.notes import comparison_notes, notes
+from gradagree_opt.ablation.report.report import Report
 from gradagree_opt.ablation.report.style import INK, save
 from gradagree_opt.ablation.runs.store import Config
-from gradagree_opt.ablation.runs.sweep import Results
+from gradagree_opt.ablation.runs.sweep import Part
 
 CAPTIONS = {
     "learning-curves": "Validation loss through training: mean over seeds, and its 95 % interval.",
@@ -67,7 +66,7 @@ class Picture(NamedTuple):
     svg: Markup
 
 
-def html(parts: Sequence[Results], config: Config, figures: Mapping[str, Figure]) -> str:
+def html(report: Report, config: Config, figures: Mapping[str, Figure]) -> str:
     """The page: tables, figures, configuration, and how to cite."""
     environment = Environment(
         loader=PackageLoader("gradagree_opt.ablation"), autoescape=True, trim_blocks=True
@@ -75,13 +74,13 @@ def html(parts: Sequence[Results], config: Config, figures: Mapping[str, Figure]
     return environment.get_template("report.html.j2").render(
         study=config.study,
         config=config,
-        notes=notes(parts) + comparison_notes(parts),
+        notes=report.notes + report.comparison_notes,
         tables=[
-            page_table("methods", "The methods, the best first", tables.summary(parts)),
-            page_table("runs", "All runs", every_run(parts), folded=True),
+            page_table("methods", "The methods, the best first", report.summary),
+            page_table("runs", "All runs", every_run(report), folded=True),
         ],
         figures=[
-            Picture(name, caption(name, parts), inline_svg(figure, name))
+            Picture(name, caption(name, report.parts), inline_svg(figure, name))
             for name, figure in figures.items()
         ],
         settings=yaml.safe_dump(
@@ -94,7 +93,7 @@ def html(parts: Sequence[Results], config: Config, figures: Mapping[str, Figure]
     )
 
 
-def caption(name: str, parts: Sequence[Results]) -> str:
+def caption(name: str, parts: Sequence[Part]) -> str:
     """What a figure shows; of several parts, all figures but one show the last."""
     if len(parts) == 1 or name == "corruption":
         return CAPTIONS[name]
@@ -102,10 +101,9 @@ def caption(name: str, parts: Sequence[Results]) -> str:
     return f"{CAPTIONS[name]} Trained with {share} of the training tasks corrupted."
 
 
-def every_run(parts: Sequence[Results]) -> pd.DataFrame:
+def every_run(report: Report) -> pd.DataFrame:
     """Every run after the number of steps that the rates are tuned for, as text."""
-    steps = parts[0].study.tuning.steps
-    runs = tables.all_runs(parts)
+    steps, runs = report.parts[0].study.tuning.steps, report.runs
     runs = runs[runs["steps"] == steps].drop(columns="steps")
     runs["chosen"] = runs["chosen"].map({True: "yes", False: ""})
     shown: pd.DataFrame = runs.map(

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
-from typing import NamedTuple
+from typing import TypeAlias
 
 import pandas as pd
 
@@ -14,36 +14,12 @@ from gradagree_opt.ablation.report.significance import (
     compare,
     interval,
 )
-from gradagree_opt.ablation.runs.sweep import Results
+from gradagree_opt.ablation.runs.sweep import Part
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.run import RunRecord
 
-
-class Measure(NamedTuple):
-    """How the test score of a kind of tasks is shown."""
-
-    name: str
-    column: str
-    factor: float
-    digits: str
-    higher_is_better: bool
-
-
-ACCURACY = Measure("accuracy in %", "accuracy", 100.0, ".1f", higher_is_better=True)
-MEASURES = {
-    "sine": Measure("mean squared error", "mse", 1.0, ".4f", higher_is_better=False),
-    "grouped": Measure(
-        "mean squared error in variances of the training data",
-        "mse",
-        1.0,
-        ".4f",
-        higher_is_better=False,
-    ),
-    "digits": ACCURACY,
-    "omniglot": ACCURACY,
-    "mini-imagenet": ACCURACY,
-    "learn2learn": ACCURACY,
-}
+Comparisons: TypeAlias = list[dict[str, Comparison]]
+"""Of each part, every method but the baseline with it."""
 EDGE = "†"
 ADJUSTED_P = "p (Holm)"
 EFFECT_SIZE = "effect size"
@@ -61,17 +37,17 @@ def below_one_another(
     return pd.concat(blocks, ignore_index=True)
 
 
-def fractions(parts: Sequence[Results]) -> list[float]:
+def fractions(parts: Sequence[Part]) -> list[float]:
     """The share of corrupted training tasks of each part."""
     return [part.study.fraction for part in parts]
 
 
-def all_runs(parts: Sequence[Results]) -> pd.DataFrame:
+def all_runs(parts: Sequence[Part]) -> pd.DataFrame:
     """Every run, tuning and final: one row for each number of gradient steps at the test."""
     return below_one_another(map(runs_of, parts), "fraction", fractions(parts))
 
 
-def runs_of(results: Results) -> pd.DataFrame:
+def runs_of(results: Part) -> pd.DataFrame:
     methods = [method.name for method in results.study.methods]
     records = sorted(
         results.records.values(),
@@ -81,7 +57,7 @@ def runs_of(results: Results) -> pd.DataFrame:
             record.run.seed,
         ),
     )
-    score_column = MEASURES[results.study.tasks.kind].column
+    score_column = results.study.tasks.measure.column
     table: pd.DataFrame = pd.DataFrame(
         {
             "method": record.run.method.name,
@@ -103,8 +79,8 @@ def scores(records: list[RunRecord], steps: int) -> dict[int, float]:
     return {record.run.seed: record.test[steps] for record in records}
 
 
-def counted(count: int, thing: str) -> str:
-    return f"1 {thing}" if count == 1 else f"{count} {thing}s"
+def counted(count: int, thing: str, things: str | None = None) -> str:
+    return f"1 {thing}" if count == 1 else f"{count} {things or thing + 's'}"
 
 
 def after(study: Study, steps: int) -> str:
@@ -112,9 +88,9 @@ def after(study: Study, steps: int) -> str:
     return f" after {counted(steps, 'step')}" if study.adapts else ""
 
 
-def ranked(results: Results) -> list[str]:
+def ranked(results: Part) -> list[str]:
     """The methods, the best first, those that diverged last."""
-    higher_is_better = MEASURES[results.study.tasks.kind].higher_is_better
+    higher_is_better = results.study.tasks.measure.higher_is_better
 
     def place(name: str) -> float:
         values = scores(results.final(name), results.study.tuning.steps)
@@ -124,15 +100,15 @@ def ranked(results: Results) -> list[str]:
     return sorted(results.rates, key=place)
 
 
-def summary(parts: Sequence[Results]) -> pd.DataFrame:
+def summary(parts: Sequence[Part], compared: Comparisons) -> pd.DataFrame:
     """The table's cells as text, the best method of each part first."""
     labels = [f"{100 * fraction:g} %" for fraction in fractions(parts)]
-    return below_one_another(map(summary_of, parts, comparisons(parts)), CORRUPTED, labels)
+    return below_one_another(map(summary_of, parts, compared), CORRUPTED, labels)
 
 
-def summary_of(results: Results, compared: Mapping[str, Comparison]) -> pd.DataFrame:
+def summary_of(results: Part, compared: Mapping[str, Comparison]) -> pd.DataFrame:
     study = results.study
-    measure = MEASURES[study.tasks.kind]
+    measure = study.tasks.measure
 
     def show(value: Interval, sign: str = "") -> str:
         return format(value.scaled(measure.factor), sign + measure.digits)
@@ -155,7 +131,7 @@ def summary_of(results: Results, compared: Mapping[str, Comparison]) -> pd.DataF
     return table
 
 
-def comparisons(parts: Sequence[Results]) -> list[dict[str, Comparison]]:
+def comparisons(parts: Sequence[Part]) -> Comparisons:
     """In each part every method but the baseline compared with it.
 
     After the steps that rates are chosen by; p-values are adjusted over all parts.
@@ -181,13 +157,13 @@ def size_text(size: float) -> str:
     return "" if math.isnan(size) else f"{size:+.2f}"
 
 
-def numbers(parts: Sequence[Results]) -> pd.DataFrame:
+def numbers(parts: Sequence[Part], compared: Comparisons) -> pd.DataFrame:
     """The table's cells as numbers that are not rounded, scores as the runs have them."""
-    tables = map(numbers_of, parts, comparisons(parts))
+    tables = map(numbers_of, parts, compared)
     return below_one_another(tables, "fraction", fractions(parts))
 
 
-def numbers_of(results: Results, compared: Mapping[str, Comparison]) -> pd.DataFrame:
+def numbers_of(results: Part, compared: Mapping[str, Comparison]) -> pd.DataFrame:
     study = results.study
     nothing = Comparison(Interval(math.nan, math.nan), math.nan, math.nan, math.nan)
     rows = []

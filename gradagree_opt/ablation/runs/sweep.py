@@ -1,23 +1,36 @@
 """The runs of a study: every method tuned on as many outer rates, then run on every seed."""
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from itertools import product, zip_longest
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeAlias
 
+import torch
 from torch import Generator
 
-from gradagree_opt.ablation.training.grouping import compiler_failure, group_size, groups, is_compiled
-from gradagree_opt.ablation.study.methods import Method
+from gradagree_opt.ablation.runs.job import Job
 from gradagree_opt.ablation.runs.processes import Report, execute
-from gradagree_opt.ablation.training.problem import Problem, build_problem, data_digest
-from gradagree_opt.ablation.training.run import DamagedRecordError, Run, RunRecord, Store
-from gradagree_opt.ablation.study.study import Study, StudyError
-from gradagree_opt.ablation.training.training import train_runs
+from gradagree_opt.ablation.section import StudyError
+from gradagree_opt.ablation.study.methods import Method
+from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.checkpoint import Checkpoints
+from gradagree_opt.ablation.training.devices import CPU, describe
+from gradagree_opt.ablation.training.grouping import (
+    compiler_failure,
+    group_size,
+    groups,
+    is_compiled,
+)
+from gradagree_opt.ablation.training.problem import build_problem, data_digest
+from gradagree_opt.ablation.training.run import FORMAT, DamagedRecordError, Run, RunRecord, Store
+
+CHECKPOINT_SECONDS = 300.0
 
 Label: TypeAlias = tuple[str, float, int]
 Records: TypeAlias = Mapping[Label, RunRecord]
@@ -26,7 +39,7 @@ Ended: TypeAlias = Callable[[Study, RunRecord, bool], None]
 
 
 @dataclass(frozen=True)
-class Results:
+class Part:
     """A finished study at one fraction of corrupted tasks.
 
     Attributes:
@@ -123,17 +136,21 @@ def number_of_runs(study: Study, records: Records) -> int:
     return sum(count_runs(study, method, records) for method in study.methods)
 
 
-def check_installed(study: Study) -> None:
-    """Raises a StudyError where a package that a method needs is missing."""
+def check_methods(study: Study) -> None:
+    """Raises a StudyError where a package is missing, or a method of the user's own does not do."""
     for method in study.methods:
         try:
+            if method.references:
+                method.try_own(study.meta_batch)
             method.build(Generator())
-        except ImportError as error:
+        except (ImportError, ValueError) as error:
             raise StudyError(f"the method {method.name!r}: {error}") from None
 
 
-def compiles(study: Study, warn: Callable[[str], None]) -> bool:
+def compiles(study: Study, warn: Callable[[str], None], device: torch.device = CPU) -> bool:
     """Whether the study is compiled; where it would be, the compiler is tried, in some seconds.
+
+    On a GPU it is not: there its steps are captured, which takes no time and saves more.
 
     Args:
         warn: Called with one sentence where it goes on without a compiler.
@@ -141,7 +158,7 @@ def compiles(study: Study, warn: Callable[[str], None]) -> bool:
     Raises:
         StudyError: It cannot be compiled and says ``compile: true``.
     """
-    if not is_compiled(study):
+    if device.type != "cpu" or not is_compiled(study):
         return False
     failure = compiler_failure()
     if failure is None:
@@ -163,15 +180,26 @@ class Sweep:
     """The runs of a study in its output folder, those that are finished left as they are.
 
     Args:
-        warn: Called with one sentence for each record that is damaged.
+        warn: Called with one sentence for each record that is damaged, and for each method whose
+            steps on a GPU take longer than they could.
+        device: What its runs are trained on.
+        checkpoint_seconds: After so many a group of runs writes what it goes on from when its
+            process has been killed.
     """
 
     def __init__(
-        self, study: Study, folder: Path, data: Path | None, warn: Callable[[str], None]
+        self,
+        study: Study,
+        folder: Path,
+        data: Path | None,
+        warn: Callable[[str], None],
+        device: torch.device = CPU,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
     ) -> None:
-        self.study, self.data, self.warn = study, data, warn
+        self.study, self.data, self.warn, self.device = study, data, warn, device
+        self.checkpoint_seconds = checkpoint_seconds
         self.store = Store(folder)
-        check_installed(study)
+        check_methods(study)
         problem = build_problem(study, data)
         self.digest = data_digest(problem)
         self.group_size = group_size(study, problem.module)
@@ -180,15 +208,15 @@ class Sweep:
     @cached_property
     def compiled(self) -> bool:
         """As :func:`compiles` says, which is asked once: the parts of a study share its answer."""
-        return compiles(self.study, self.warn)
+        return compiles(self.study, self.warn, self.device)
 
     @property
     def iterations(self) -> int:
         """The outer steps of the whole study, finished runs included, as far as is known."""
         return self.study.iterations * number_of_runs(self.study, self.records)
 
-    def run(self, jobs: int, report: Report, ended: Ended = lambda *_: None) -> Results:
-        """Does what is missing, with that many processes.
+    def run(self, jobs: int, report: Report, ended: Ended = lambda *_: None) -> Part:
+        """Does what is missing, with that many processes; on a GPU with one.
 
         Args:
             report: Called with numbers of outer steps, as they are done.
@@ -198,7 +226,7 @@ class Sweep:
             self.complete(tuning_runs(self.study, self.records), jobs, report, ended)
         rates = choose_rates(self.study, self.records)
         self.complete(final_runs(self.study, rates), jobs, report, ended)
-        return Results(self.study, self.records, rates)
+        return Part(self.study, self.records, rates)
 
     def complete(
         self, runs: list[Run], jobs: int, report: Report, ended: Ended = lambda *_: None
@@ -213,12 +241,42 @@ class Sweep:
             else:
                 self.records[run.label] = record
                 ended(self.study, record, True)
-        job = Job(self.study, self.store, self.data, self.digest, self.compiled)
-        largest = min(self.group_size, math.ceil(len(missing) / jobs))
-        for records in execute(job, groups(missing, largest), jobs, report):
+        checkpoints = self.checkpoints()
+        job = Job(
+            self.study,
+            self.store,
+            self.data,
+            self.digest,
+            self.compiled,
+            self.device,
+            checkpoints,
+        )
+        begun = checkpoints.begun({run.key(self.study, self.digest): run for run in missing})
+        labels = {run.label for group in begun for run in group}
+        others = [run for run in missing if run.label not in labels]
+        if self.device.type == "cpu":
+            largest = min(self.group_size, math.ceil(len(missing) / jobs))
+            found = execute(job, begun + groups(others, largest), jobs, report)
+        else:
+            found = job.perform_all(begun, others, report, self.warn)
+        for records in found:
             for record in records:
                 self.records[record.run.label] = record
                 ended(self.study, record, False)
+
+    def checkpoints(self) -> Checkpoints:
+        """Those of the folder that are of this device and these versions: bits depend on both."""
+        hardware = describe(self.device, self.study.tf32)
+        circumstances = json.dumps(
+            {
+                "format": FORMAT,
+                "torch": torch.__version__,
+                "gradagree-opt": version("gradagree-opt"),
+                "compiled": self.compiled,
+                **hardware.model_dump(),
+            }
+        )
+        return Checkpoints(self.store.folder, circumstances, self.checkpoint_seconds)
 
     def finished(self, run: Run) -> RunRecord | None:
         try:
@@ -227,36 +285,3 @@ class Sweep:
             self.warn(str(damage))
             return None
         return record and record.model_copy(update={"run": run})  # the method may have been renamed
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker process needs to do a group of runs and record them."""
-
-    study: Study
-    store: Store
-    data: Path | None
-    digest: str | None
-    compiled: bool
-
-    def prepare(self) -> Problem:
-        """The problem, built anew.
-
-        Raises:
-            StudyError: Its data are not those that the records are filed under.
-        """
-        # by the parent's decision; the keys of the runs are those of what the study says
-        decided = self.study.model_copy(update={"compile": self.compiled})
-        problem = build_problem(decided, self.data)
-        if data_digest(problem) != self.digest:
-            raise StudyError(
-                "expected the data that the study began with, found others: they were replaced, or "
-                "a function of tasksets gives each process other classes (sort what comes of a set)"
-            )
-        return problem
-
-    def perform(self, problem: Problem, runs: list[Run], report: Report) -> list[RunRecord]:
-        trained = train_runs(self.study, problem, runs, report)
-        for record, params in trained:
-            self.store.write(record.run.key(self.study, self.digest), record, params)
-        return [record for record, _ in trained]

@@ -2,18 +2,27 @@
 
 import json
 import os
-import re
 import reprlib
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.section import StudyError
+from gradagree_opt.ablation.study.nodes import (
+    GIVEN,
+    child,
+    locate,
+    merge_nodes,
+    printable,
+    read_file,
+    read_mapping,
+)
+from gradagree_opt.ablation.study.study import Study
 
-Location: TypeAlias = tuple[int | str, ...]
 EXPECTED = "expected a study file or one of"
 OWN = ("name", "title")  # not inherited: two studies of one name would share an output folder
 
@@ -27,44 +36,67 @@ def shipped() -> dict[str, Path]:
     }
 
 
-def load(source: str, *, quick: bool = False) -> Study:
+def load(
+    source: str | Mapping[str, Any],
+    *,
+    quick: bool = False,
+    seeds: list[int] | None = None,
+    iterations: int | None = None,
+) -> Study:
     """Reads a study.
 
     Args:
         source: The name of a shipped study, the path of a YAML file, or the ``config.json`` that a
-            study left in its output folder. A file may say ``extends``, with another study's name
-            or its path from there, and give only what differs, its own name and title included.
+            study left in its output folder; or what a file says, as a mapping. A file may say
+            ``extends``, with another study's name or its path from there, and give only what
+            differs, its own name and title included.
         quick: Apply the file's ``quick`` section; the study's name then ends in ``-quick``.
+        seeds: Take the place of the study's, those of its quick form too.
+        iterations: Likewise.
 
     Raises:
         StudyError: In one sentence naming file and line, if the file is missing, no YAML, or
             differs from the schema.
     """
-    path = shipped().get(source, Path(source))
     try:
-        return resolved(path, quick)
+        if isinstance(source, Mapping):
+            path = GIVEN
+            document, root = extended(path, *read_mapping(source))
+        else:
+            path = shipped().get(source, Path(source))
+            document, root = read(path)
+        given = {"seeds": seeds, "iterations": iterations}
+        changes = {key: value for key, value in given.items() if value is not None}
+        return resolve(path, document, root, quick, changes)
     except FileNotFoundError:
         raise StudyError(f"{EXPECTED} {', '.join(shipped())}, found {source!r}") from None
     except RecursionError:
         raise StudyError(f"{path}: expected a study, found one nested too deeply") from None
 
 
-def resolved(path: Path, quick: bool) -> Study:
-    """The study of a file, in its quick form where that is wanted."""
-    document, root = read(path)
+def resolve(
+    path: Path, document: dict[str, Any], root: yaml.Node, quick: bool, changes: dict[str, Any]
+) -> Study:
+    """The study of a file, in its quick form where that is wanted, with the changes in the end."""
     study = parse(path, document, root)
+    options = [f"--{key}" for key in changes]
     if study.quick is None:
         if quick:
             raise StudyError(f"{path}: --quick needs a 'quick' section, and there is none")
-        return study
-    root = merge_nodes(root, child(root, "quick"))
-    fast = parse(path, merge(document, document["quick"]), root, ", under --quick")
-    if fast.name != study.name:
-        place = locate(path, root, ("name",))
-        raise StudyError(f"{place}: the 'quick' section cannot rename the study")
-    return (
-        fast.model_copy(update={"name": f"{study.name}-quick", "quick": None}) if quick else study
-    )
+    else:
+        whole = merge_nodes(root, child(root, "quick"))
+        fast = parse(path, merge(document, document["quick"]), whole, ", under --quick")
+        if fast.name != study.name:
+            place = locate(path, whole, ("name",))
+            raise StudyError(f"{place}: the 'quick' section cannot rename the study")
+        if quick:
+            name = {"name": f"{study.name}-quick", "quick": None}
+            document, root = merge(document, document["quick"]) | name, whole
+            study = fast.model_copy(update=name)
+            options = ["--quick", *options]
+    if changes:
+        study = parse(path, document | changes, root, f", under {' '.join(options)}")
+    return study
 
 
 def read(path: Path, extending: tuple[Path, ...] = ()) -> tuple[dict[str, Any], yaml.Node]:
@@ -77,7 +109,13 @@ def read(path: Path, extending: tuple[Path, ...] = ()) -> tuple[dict[str, Any], 
         FileNotFoundError: There is no such file.
         StudyError: It cannot be read, or extends what is no study.
     """
-    document, root = read_file(path)
+    return extended(path, *read_file(path), extending)
+
+
+def extended(
+    path: Path, document: dict[str, Any], root: yaml.Node, extending: tuple[Path, ...] = ()
+) -> tuple[dict[str, Any], yaml.Node]:
+    """The keys and nodes of a file together with those of what it extends; as :func:`read`."""
     if "extends" not in document:
         return document, root
     named = document.pop("extends")
@@ -85,44 +123,17 @@ def read(path: Path, extending: tuple[Path, ...] = ()) -> tuple[dict[str, Any], 
     known = f"{place}: {EXPECTED} {', '.join(shipped())}"
     if not isinstance(named, str) or not could_be_file(named):
         raise StudyError(f"{known}, found {shown(named)}")
-    extended = shipped().get(named, path.parent / named)
-    if extended.resolve() in [file.resolve() for file in (*extending, path)]:
+    other = shipped().get(named, path.parent / named)
+    if other.resolve() in [file.resolve() for file in (*extending, path)]:
         raise StudyError(f"{place}: {named!r} extends this file; one of them has to be complete")
     try:
-        base, base_root = read(extended, (*extending, path))
+        base, base_root = read(other, (*extending, path))
     except FileNotFoundError:
         raise StudyError(f"{known}, found {named!r}") from None
     for key in OWN:
         base.pop(key, None)
     base_root.value = [pair for pair in base_root.value if pair[0].value not in OWN]
     return merge(base, document), merge_nodes(base_root, root)
-
-
-def read_file(path: Path) -> tuple[dict[str, Any], yaml.Node]:
-    """The keys of one file, and its nodes."""
-    try:
-        loader = Loader(path.read_text(encoding="utf-8"))
-        loader.name = str(path)
-        root: Any = loader.get_single_node()
-        document = None if root is None else loader.construct_document(root)
-    except FileNotFoundError:
-        raise
-    except IsADirectoryError:
-        raise StudyError(
-            f"{path} is a folder; give a study file, as {path / 'config.json'}"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise StudyError(f"the study file {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "unreadable characters"
-        raise StudyError(printable(f"{path}{line}: not YAML: {problem}")) from None
-    if not isinstance(document, dict):
-        raise StudyError(f"{path}: expected the keys of a study, found {document!r}")
-    if path.suffix == ".json" and isinstance(document.get("study"), dict):
-        return document["study"], child(root, "study")
-    return document, root
 
 
 def merge(document: Any, override: Any) -> Any:
@@ -135,20 +146,6 @@ def merge(document: Any, override: Any) -> Any:
     if "kind" in override and override["kind"] != document.get("kind"):
         return override
     return document | {key: merge(document.get(key), value) for key, value in override.items()}
-
-
-def merge_nodes(root: yaml.Node, override: yaml.Node) -> yaml.Node:
-    """The nodes of what :func:`merge` gives, each with its place in its own file."""
-    if not (isinstance(root, yaml.MappingNode) and isinstance(override, yaml.MappingNode)):
-        return override
-    kinds = [getattr(child(node, "kind"), "value", None) for node in (root, override)]
-    if kinds[1] not in (None, kinds[0]):
-        return override
-    pairs = {key.value: (key, value) for key, value in root.value}
-    for key, value in override.value:
-        own = pairs.get(key.value)
-        pairs[key.value] = key, merge_nodes(own[1], value) if own else value
-    return yaml.MappingNode(root.tag, list(pairs.values()), override.start_mark, override.end_mark)
 
 
 def parse(path: Path, document: dict[str, Any], root: yaml.Node, form: str = "") -> Study:
@@ -193,73 +190,9 @@ def shown(value: Any) -> str:
         return reprlib.repr(value)
 
 
-def printable(sentence: str) -> str:
-    """The sentence in one line, whatever the names in it are."""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in sentence)
-
-
 def could_be_file(name: str) -> bool:
     """Whether the system takes it as a name."""
     try:
         return b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:
         return False
-
-
-def locate(path: Path, root: yaml.Node, location: Location) -> str:
-    """File and line of a pydantic location, and those of its keys that the file has."""
-    node, marked, keys = root, root, []
-    for part in location:
-        below = child(node, part)
-        if below is None:  # a missing key, or pydantic's name for a member of a union
-            continue
-        marked = key_node(node, part) or below
-        node = below
-        keys.append(str(part))
-    mark = marked.start_mark
-    place = f"{mark.name}, line {mark.line + 1}" + (f" in {'.'.join(keys)!r}" if keys else "")
-    return place if mark.name == str(path) else f"{place}, extended by {path}"
-
-
-def child(node: yaml.Node | None, part: int | str) -> Any:
-    if isinstance(node, yaml.SequenceNode) and isinstance(part, int):
-        return node.value[part] if part < len(node.value) else None
-    if isinstance(node, yaml.MappingNode):
-        return next((value for key, value in node.value if key.value == str(part)), None)
-    return None
-
-
-def key_node(node: yaml.Node | None, part: int | str) -> Any:
-    if isinstance(node, yaml.MappingNode):
-        return next((key for key, _ in node.value if key.value == str(part)), None)
-    return None
-
-
-class Loader(yaml.SafeLoader):
-    """YAML's safe loader that also reads ``1e-3`` as a number, as JSON and YAML 1.2 do.
-
-    A key that is given twice is a mistake; YAML would take the last. So is a value that is not what
-    its tag says, or a date that does not exist, for which YAML raises whatever comes.
-    """
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            problem = f"{reprlib.repr(node.value)} is no {node.tag.rpartition(':')[2]}"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        for key, _ in node.value:
-            if names.count(key.value) > 1:
-                problem = f"the key {key.value!r} is given more than once"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)

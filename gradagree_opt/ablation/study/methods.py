@@ -1,6 +1,7 @@
-"""The methods a study compares: each is one of the library's aggregators, or of TorchJD's."""
+"""The methods of a study: the library's aggregators, TorchJD's, or the user's own."""
 
 import inspect
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 from torch import Generator
 
 import gradagree_opt as ga
-from gradagree_opt.ablation.section import LocatedError, Optimizer, Rates
+from gradagree_opt.ablation import own
+from gradagree_opt.ablation.section import REFERENCE, LocatedError, Optimizer, Rates
 from gradagree_opt.frameworks import require
 
 AGGREGATORS: dict[str, type[Any]] = {
@@ -65,22 +67,55 @@ class Recipe(BaseModel):
         """Whether TorchJD has a part in it, which solves on the host: no vmap, no torch.compile."""
         return self.aggregator.startswith(TORCHJD) or any(part.of_torchjd for part in self.nested)
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it is the user's own: a class of aggregator or weighting, or a weighting."""
+        return re.match(REFERENCE, self.aggregator) is not None
+
+    @property
+    def references(self) -> list[str]:
+        """What it names of the user's own, as ``module:name``."""
+        return [self.aggregator] * self.is_own + [
+            n for part in self.nested for n in part.references
+        ]
+
     @model_validator(mode="after")
     def accepted(self) -> "Recipe":
+        if self.references:
+            return self  # imported, and checked, where the study is run
         # That TorchJD is missing is no mistake in the file: build says so where a study is run.
         with suppress(ImportError):
             self.check()
         return self
 
-    def check(self) -> None:
+    @property
+    def classes(self) -> list[type[Any]]:
+        """Whose options it has: the aggregator's; of a weighting of the user's own, both classes'.
+
+        Raises:
+            ImportError: TorchJD is missing.
+            ValueError: There is no such aggregator.
+        """
+        if self.is_own:
+            found = own.find(self.aggregator)
+            if not callable(found):
+                raise ValueError(f"expected a class or a function, found {found!r}")
+            is_aggregator = inspect.isclass(found) and issubclass(found, ga.Aggregator)
+            return [found] * inspect.isclass(found) + [ga.Aggregator] * (not is_aggregator)
         theirs = self.aggregator.startswith(TORCHJD)
         there = torchjd_aggregators() if theirs else AGGREGATORS
         if self.aggregator not in there:
-            others = "" if theirs else f", and TorchJD's as {TORCHJD}UPGrad"
+            others = (
+                "" if theirs else f", and TorchJD's as {TORCHJD}UPGrad, or your own as module:Name"
+            )
             message = f"unknown aggregator {self.aggregator!r}; there are {', '.join(there)}"
             raise LocatedError(message + others, "aggregator")
-        make = there[self.aggregator]
-        known = plain_options(make)
+        return [there[self.aggregator]]
+
+    def check(self) -> None:
+        """Raises a LocatedError unless there is such an aggregator, and it takes the options."""
+        classes = self.classes
+        known = {name: kinds for each in classes for name, kinds in plain_options(each).items()}
         has = f"{self.aggregator} has {', '.join(known) or 'none'}"
         for option in self.options:
             if option not in known:
@@ -94,7 +129,8 @@ class Recipe(BaseModel):
             if option in ("nonfinite", "degenerate") and value == "raise":
                 message = "'raise' would end the study; give a policy that goes on, or leave it out"
                 raise LocatedError(message, "options", option)
-        for option in needed_options(make) & known.keys() - self.options.keys():
+        needed = {name for each in classes for name in needed_options(each)}
+        for option in needed & known.keys() - self.options.keys():
             raise LocatedError(f"the option {option!r} is missing; {has}", "options")
         try:
             self.build(Generator())
@@ -111,27 +147,23 @@ class Recipe(BaseModel):
             ImportError: TorchJD, or a solver that it needs, is missing; one sentence that ends in
                 the command that installs it.
         """
-        aggregator: ga.Aggregator
+        classes = self.classes
         if self.aggregator.startswith(TORCHJD):
-            theirs = torchjd_aggregators()[self.aggregator](**self.whole_options())
             from gradagree_opt.adapters.torchjd import from_torchjd
 
-            aggregator = from_torchjd(theirs, nonfinite="propagate")
-        else:
-            make = AGGREGATORS[self.aggregator]
-            given: dict[str, Any] = {"generator": generator, "nonfinite": "propagate"}
-            for name, value in self.options.items():
-                given[name] = value.build(generator) if isinstance(value, Recipe) else value
-            parameters = inspect.signature(make).parameters
-            first = [
-                given.pop(name) for name, p in parameters.items() if p.kind is p.POSITIONAL_ONLY
-            ]
-            named = {name: value for name, value in given.items() if name in parameters}
-            aggregator = make(*first, **named)
+            return from_torchjd(classes[0](**self.whole_options()), nonfinite="propagate")
+        given: dict[str, Any] = {"generator": generator, "nonfinite": "propagate"}
+        options = self.whole_options() if self.is_own else self.options
+        for name, value in options.items():
+            given[name] = value.build(generator) if isinstance(value, Recipe) else value
+        if self.is_own and classes[-1] is ga.Aggregator:
+            found = own.find(self.aggregator)
+            given["weighting"] = call_with(found, given) if inspect.isclass(found) else found
+        aggregator: ga.Aggregator = call_with(classes[-1], given)
         return aggregator
 
     def whole_options(self) -> dict[str, Any]:
-        """The options, whole numbers as integers: TorchJD counts by some, and takes all of them."""
+        """The options, whole numbers as integers: classes of others count by some."""
         return {
             name: int(value) if isinstance(value, float) and value.is_integer() else value
             for name, value in self.options.items()
@@ -166,6 +198,26 @@ class Method(Recipe, Named):  # a study is written with the fields of the last b
         with without_advice(), torch.random.fork_rng(devices=[]):
             self.build(Generator()).aggregate(tasks)
 
+    def try_own(self, n_tasks: int) -> None:
+        """What :meth:`check` and :meth:`try_on` do, for a method with parts of the user's own.
+
+        Raises:
+            ValueError: in one sentence, whatever the user's code raises, under vmap too, where a
+                study's runs are trained.
+        """
+        try:
+            self.check()
+            self.try_on(n_tasks)
+            aggregator = self.build(Generator())
+            draws = aggregator.draw(n_tasks)
+            torch.vmap(lambda tasks: aggregator.aggregate_unchecked(tasks, draws=draws).update)(
+                torch.randn(2, n_tasks, 2)
+            )
+        except LocatedError:
+            raise
+        except Exception as error:
+            raise ValueError(own.told(error)) from None
+
 
 def torchjd_aggregators() -> dict[str, type[Any]]:
     """Those of TorchJD's aggregators that plain options are enough to make.
@@ -188,15 +240,31 @@ def torchjd_aggregators() -> dict[str, type[Any]]:
     }
 
 
+def call_with(make: type[Any], given: dict[str, Any]) -> Any:
+    """What a class makes of those of the arguments that it takes."""
+    parameters = inspect.signature(make).parameters.values()
+    taken = [parameter for parameter in parameters if parameter.name in given]
+    first = [given[each.name] for each in taken if each.kind is each.POSITIONAL_ONLY]
+    rest = {each.name: given[each.name] for each in taken if each.kind is not each.POSITIONAL_ONLY}
+    return make(*first, **rest)
+
+
 def needed_options(make: type[Any]) -> set[str]:
     parameters = inspect.signature(make).parameters.values()
     return {parameter.name for parameter in parameters if parameter.default is parameter.empty}
 
 
 def plain_options(make: type[Any]) -> dict[str, tuple[type, ...]]:
-    """The options of a class that a study file can give, and the types of their values."""
+    """The options of a class that a study file can give, and the types of their values.
+
+    A parameter without a type takes all of them.
+    """
     hints = get_type_hints(make.__init__)
-    types = {name: plain_types(hints[name]) for name in inspect.signature(make).parameters}
+    types = {
+        name: plain_types(hints.get(name, bool | float | str | None))
+        for name, parameter in inspect.signature(make).parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
     return {name: kinds for name, kinds in types.items() if set(kinds) - {NoneType}}
 
 

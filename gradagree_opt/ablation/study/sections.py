@@ -1,6 +1,6 @@
 """The sections of a study file, each by itself."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Discriminator,
@@ -12,10 +12,16 @@ from pydantic import (
     model_validator,
 )
 
-from gradagree_opt.ablation.section import LocatedError, Optimizer, Rates, Section, Seeds
+from gradagree_opt.ablation.section import (
+    LocatedError,
+    Optimizer,
+    Options,
+    Rates,
+    Reference,
+    Section,
+    Seeds,
+)
 from gradagree_opt.tasks.corrupted import Corruption
-from gradagree_opt.tasks.digits import CLASSES, PICTURE
-from gradagree_opt.tasks.group_splits import FEWEST_FOLDS
 from gradagree_opt.tasks.grouped import Dataset
 
 DRAWING = 28 * 28
@@ -25,70 +31,6 @@ NEEDED_OPTIONS = {
 }
 """The kinds of corruption that each of its further keys goes with."""
 Network = Literal["finn", "nichol"]
-
-
-class SineTasks(Section):
-    kind: Literal["sine"]
-    ranges: Literal["paper", "finn"] = "paper"
-    support: Literal["uniform", "shuffled_grid"] = "uniform"
-    support_shots: PositiveInt
-    query_shots: PositiveInt = 1
-
-
-class OmniglotTasks(Section):
-    """Omniglot; the split ``background`` is the ``background_validation`` of the distribution."""
-
-    kind: Literal["omniglot"]
-    split: Literal["vinyals", "background"] = "vinyals"
-    rotations: bool = False
-    way: Annotated[int, Field(ge=2)] = 5
-    support_shots: PositiveInt
-    query_shots: PositiveInt = 1
-
-
-class MiniImageNetTasks(Section):
-    kind: Literal["mini-imagenet"]
-    way: Annotated[int, Field(ge=2)] = 5
-    support_shots: PositiveInt
-    query_shots: PositiveInt = 1
-
-
-class Learn2LearnTasks(Section):
-    """Tasksets of learn2learn, made by a function of the user's.
-
-    ``tasksets`` names it as ``module:function``, in a module that Python finds from the current
-    folder. It is called as ``learn2learn.vision.benchmarks.get_tasksets`` is: with ``train_ways``,
-    ``train_samples``, ``test_ways``, ``test_samples``, ``root`` (the --data, where there is some)
-    and the ``options``, and gives the training, validation and test taskset.
-    """
-
-    kind: Literal["learn2learn"]
-    tasksets: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
-    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    inputs: PositiveInt = DRAWING
-    way: Annotated[int, Field(ge=2)] = 5
-    support_shots: PositiveInt
-    query_shots: PositiveInt = 1
-
-
-class GroupedTasks(Section):
-    """Groups of a data set; of several folds, seed s tests on the one of number s modulo folds."""
-
-    kind: Literal["grouped"]
-    dataset: Dataset
-    folds: Annotated[int, Field(ge=FEWEST_FOLDS)] | None = None
-    support_shots: PositiveInt
-    query_shots: PositiveInt = 1
-
-
-class DigitsTasks(Section):
-    """Pairs of digits; training has a minibatch of ``support_shots`` pictures for all tasks."""
-
-    kind: Literal["digits"]
-    support_shots: PositiveInt
-    query_shots: ClassVar[int] = 1
-    inputs: ClassVar[int] = PICTURE
-    classes: ClassVar[int] = CLASSES
 
 
 def one_or_list(value: Any) -> Literal["one", "list"]:
@@ -145,6 +87,18 @@ class Conv4(Section):
     kind: Literal["conv4"]
     filters: PositiveInt = 32
     network: Network | None = None
+
+
+class OwnModel(Section):
+    """A network of the user's own.
+
+    ``make`` names, as ``module:name``, what is called with ``inputs``, the numbers in one example,
+    ``outputs`` and the ``options``, and gives an ``nn.Module``.
+    """
+
+    kind: Literal["own"]
+    make: Reference
+    options: Options = Field(default_factory=dict)
 
 
 class ReptileForm(Section):

@@ -11,20 +11,18 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
+from gradagree_opt.ablation import own
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.sections import (
     DRAWING,
     MLP,
-    DigitsTasks,
-    GroupedTasks,
-    Learn2LearnTasks,
     MetaSGDForm,
-    MiniImageNetTasks,
     MultiTaskForm,
     Network,
+    OwnModel,
 )
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.tasks import Batch
-from gradagree_opt.tasks.grouped import DATASETS
 
 Params: TypeAlias = dict[str, Any]
 """The network's by name; Meta-SGD's ``{"params": those, "lr": their inner rates}``; or multi-task
@@ -36,28 +34,34 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 INPUTS_AT_ONCE = 400 * DRAWING
 """Numbers in the inputs that a network takes at once in validation and test: 400 drawings, or 14
 photographs. Convolutional networks are about twice as fast so as with a whole test at once."""
-PHOTOGRAPH = 3 * 84 * 84
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 
 def build_module(study: Study) -> nn.Module:
     """The network of a study, its input and output sizes given by the tasks."""
-    inputs, outputs = input_size(study), study.classes or 1
+    inputs, outputs = study.tasks.input_size, study.outputs
+    if isinstance(study.model, OwnModel):
+        return own_module(study.model, inputs, outputs)
     if isinstance(study.model, MLP):
         sizes, activation = [inputs, *study.model.hidden, outputs], study.model.activation
         return mlp(sizes, ACTIVATIONS[activation], batch_norm=study.model.batch_norm)
-    make = pooled_conv4 if isinstance(study.tasks, MiniImageNetTasks) else conv4
+    make = pooled_conv4 if study.tasks.channels == 3 else conv4
     return make(study.model.filters, outputs, study.model.network or study.usual_network)
 
 
-def input_size(study: Study) -> int:
-    """The numbers in one example."""
-    if isinstance(study.tasks, GroupedTasks):
-        return len(DATASETS[study.tasks.dataset].inputs)
-    if isinstance(study.tasks, Learn2LearnTasks | DigitsTasks):
-        return study.tasks.inputs
-    sizes = {"sine": 1, "omniglot": DRAWING, "mini-imagenet": PHOTOGRAPH}
-    return sizes[study.tasks.kind]
+def own_module(section: OwnModel, inputs: int, outputs: int) -> nn.Module:
+    """The network that the study names.
+
+    Raises:
+        StudyError: It cannot be made so, is none, or has nothing to train.
+    """
+    try:
+        module = own.call(section.make, inputs=inputs, outputs=outputs, **section.options)
+        if not isinstance(module, nn.Module) or not any(True for _ in module.parameters()):
+            raise ValueError(f"expected an nn.Module with parameters, found {module!r}")
+    except ValueError as error:
+        raise StudyError(f"the model {section.make}: {error}") from None
+    return module
 
 
 def mlp(sizes: list[int], activation: type[nn.Module], *, batch_norm: bool = False) -> nn.Module:

@@ -1,7 +1,7 @@
 """What all runs of a study have in common: task distributions, network and meta-learners."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.ablation.kinds.distributions import Source, at_seed, data_tensors, distributions
-from gradagree_opt.ablation.section import Optimizer
+from gradagree_opt.ablation.kinds.kind import Kind
+from gradagree_opt.ablation.own import told
+from gradagree_opt.ablation.section import Optimizer, StudyError
 from gradagree_opt.ablation.study.sections import DRAWING, MAMLForm, MetaSGDForm
 from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.checkpoint import State
+from gradagree_opt.ablation.training.devices import CPU
 from gradagree_opt.ablation.training.forms import Learner, evaluator, learner
 from gradagree_opt.ablation.training.grouping import OuterStep, is_compiled
 from gradagree_opt.ablation.training.multi_task import MultiTask
@@ -28,7 +32,7 @@ from gradagree_opt.ablation.training.networks import (
     build_module,
     criterion,
     generator,
-    input_size,
+    initial_params,
     network_params,
     predict,
     predict_apart,
@@ -41,6 +45,10 @@ from gradagree_opt.tasks import Batch
 from gradagree_opt.tasks.protocol import Split
 
 Tasks: TypeAlias = dict[str, Batch]
+TrainingBatch: TypeAlias = dict[str, tuple[Tensor, ...]]
+"""Examples by part; the factor of a flipped task's displacement beside them."""
+Drawn: TypeAlias = dict[tuple[int, int], tuple[TrainingBatch, tuple[Tensor, Tensor]]]
+"""By seed and number of a block its tasks, and the states of the generators after it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class Problem:
     """A study made ready to run.
 
     Attributes:
+        tasks: The section of the study that they come from.
         training: Tasks that the meta-learner is trained on; :func:`at_seed` has those of a seed.
         evaluation: Tasks of the test protocol, drawn for validation and for the test; likewise.
         learner: What trains the network.
@@ -57,8 +66,11 @@ class Problem:
         score: What the test reports: the loss in regression, the accuracy for classes.
         chunk_size: The most tasks that are adapted at once, None for all.
         transductive: Whether the examples of a query set are predicted as one batch.
+        device: Where runs are trained and tested.
+        drawn: Blocks of training tasks that several groups of runs on a GPU are about to read.
     """
 
+    tasks: Kind
     training: Source
     evaluation: Source
     module: nn.Module
@@ -69,14 +81,17 @@ class Problem:
     score: Criterion
     chunk_size: int | None = None
     transductive: bool = True
+    device: torch.device = CPU
+    drawn: Drawn = field(default_factory=dict)
 
 
-def build_problem(study: Study, data: Path | None) -> Problem:
+def build_problem(study: Study, data: Path | None, device: torch.device = CPU) -> Problem:
     module = build_module(study)
     loss = batch_loss(study, module)
     trainer = learner(study, loss, module)
     training, evaluation = distributions(study, data)
-    return Problem(
+    problem = Problem(
+        tasks=study.tasks,
         training=training,
         evaluation=evaluation,
         module=module,
@@ -89,18 +104,41 @@ def build_problem(study: Study, data: Path | None) -> Problem:
         score=criterion(study) if study.classes is None else accuracy,
         chunk_size=tasks_at_once(study),
         transductive=study.test.transductive,
+        device=device,
     )
+    if study.references():
+        try_network(study, problem)
+    return problem
+
+
+def try_network(study: Study, problem: Problem) -> None:
+    """Adapts once as the test does: the network, or the tasks, are the user's own.
+
+    Raises:
+        StudyError: It is no function of a batch, cannot be vmapped, or raises anything.
+    """
+    params, seed = initial_params(study, study.seeds[0]), study.seeds[0]
+    tasks = evaluation_tasks(problem, study.meta_batch, "validation", seed)
+    try:
+        outputs = query_outputs(problem, before_adaptation(params, study.meta_batch), tasks)
+        expected = [*tasks["query"][0].shape[:2], study.outputs]
+        if list(outputs.shape) != expected:
+            raise ValueError(f"expected outputs {expected[1:]}, found {list(outputs.shape[1:])}")
+        scores_after(problem, problem.loss, params, tasks, [1])
+    except Exception as error:  # as much as the user's code may raise
+        name = getattr(study.model, "make", study.model.kind)
+        raise StudyError(f"the model {name} on a task of the study: {told(error)}") from None
 
 
 def tasks_at_once(study: Study) -> int:
     """The most tasks of the test protocol that are adapted at once."""
     examples = study.test.support_shots * (study.way or 1)
-    return max(1, INPUTS_AT_ONCE // (input_size(study) * examples))
+    return max(1, INPUTS_AT_ONCE // (study.tasks.input_size * examples))
 
 
 def data_digest(problem: Problem) -> str | None:
     """A hash of the data and of how they are split; None for tasks that are made up."""
-    tensors = data_tensors(problem.training)
+    tensors = data_tensors(problem.tasks, problem.training)
     if not tensors:
         return None
     digest = hashlib.sha256()
@@ -115,11 +153,14 @@ class TrainingTasks:
     Tasks are drawn many steps at a time, since a draw costs as much as a compiled outer step;
     photographs, which would take gigabytes, one step at a time. Where some tasks are flipped, each
     support set has the factor of its displacement beside its examples.
+
+    They are drawn on the CPU whatever the device is: a seed has the same tasks on all of them.
     """
 
     BLOCK = 100
 
     def __init__(self, study: Study, problem: Problem, seed: int) -> None:
+        self.seed, self.device, self.kept = seed, problem.device, problem.drawn
         self.distribution = at_seed(problem.training, seed)
         self.meta_batch = study.meta_batch
         scores_queries = isinstance(study.form, MAMLForm | MetaSGDForm)
@@ -127,25 +168,71 @@ class TrainingTasks:
         self.generator = generator(seed, "train")
         self.flip, self.fraction = study.flip, study.fraction
         self.flips = generator(seed, "flips")
-        self.steps = self.BLOCK if input_size(study) <= DRAWING else 1
-        self.block: dict[str, tuple[Tensor, ...]] = {}
+        self.steps = self.BLOCK if study.tasks.input_size <= DRAWING else 1
+        self.number = 0
+        self.block: TrainingBatch = {}
 
-    def __call__(self, iteration: int) -> dict[str, tuple[Tensor, ...]]:
+    def __call__(self, iteration: int) -> TrainingBatch:
+        """The tasks of an outer step; the steps are asked for one after the other."""
         position = iteration % self.steps
         if position == 0:
-            n_tasks = self.steps * self.meta_batch
-            block = self.distribution.sample(n_tasks, split="train", generator=self.generator)
-            self.block = {part: block[part] for part in self.parts}
-            if self.flip is not None:
-                spoilt = torch.rand(n_tasks, generator=self.flips) < self.fraction
-                self.block["support"] += (torch.where(spoilt, self.flip, 1.0),)
+            self.block = self.draw()
         rows = slice(position * self.meta_batch, (position + 1) * self.meta_batch)
         return {part: tuple(leaf[rows] for leaf in batch) for part, batch in self.block.items()}
 
+    def draw(self) -> TrainingBatch:
+        """The tasks of the next steps, leaves ``[steps · n, *shape]``.
+
+        Where groups on a GPU train side by side, the first draws for all; others take its place in
+        the stream of random numbers too.
+        """
+        key = self.seed, self.number
+        self.number += 1
+        if key in self.kept:
+            found, states = self.kept[key]
+            self.generator.set_state(states[0])
+            self.flips.set_state(states[1])
+            return found
+        block: TrainingBatch = tree_map(partial(pinned, device=self.device), self.draw_anew())
+        if self.device.type != "cpu":
+            self.kept[key] = block, (self.generator.get_state(), self.flips.get_state())
+            for seed, number in list(self.kept):
+                if seed == self.seed and number < self.number - 2:
+                    del self.kept[seed, number]
+        return block
+
+    def saved(self) -> State:
+        """Where the stream of blocks is, for :meth:`restore`."""
+        generators = self.generator.get_state(), self.flips.get_state()
+        return {"number": self.number, "generators": generators}
+
+    def restore(self, state: State) -> None:
+        """Goes on with the block that would have been drawn next."""
+        self.number = state["number"]
+        for each, saved in zip((self.generator, self.flips), state["generators"], strict=True):
+            each.set_state(saved)
+
+    def draw_anew(self) -> TrainingBatch:
+        n_tasks = self.steps * self.meta_batch
+        drawn = self.distribution.sample(n_tasks, split="train", generator=self.generator)
+        block: TrainingBatch = {part: drawn[part] for part in self.parts}
+        if self.flip is not None:
+            spoilt = torch.rand(n_tasks, generator=self.flips) < self.fraction
+            block["support"] += (torch.where(spoilt, self.flip, 1.0),)
+        return block
+
+
+def pinned(leaf: Tensor, device: torch.device) -> Tensor:
+    """Where the leaf can be copied to the device from while the host goes on."""
+    return leaf if device.type == "cpu" else leaf.pin_memory()
+
 
 def evaluation_tasks(problem: Problem, n_tasks: int, split: Split, seed: int) -> Tasks:
+    """The tasks of the test protocol for one seed, drawn on the CPU, brought to the device."""
     distribution = at_seed(problem.evaluation, seed)
-    return distribution.sample(n_tasks, split=split, generator=generator(seed, split))
+    tasks = distribution.sample(n_tasks, split=split, generator=generator(seed, split))
+    placed: Tasks = tree_map(lambda leaf: leaf.to(problem.device), tasks)
+    return placed
 
 
 def scores_after(
@@ -202,7 +289,7 @@ def agreement_matrix(problem: Problem, params: Params, support: tuple[Tensor, ..
         inner_loop = partial(learner.adapt, params)
         adapted = torch.vmap(inner_loop, chunk_size=problem.chunk_size)(support)
         signals = tree_map(torch.sub, network_params(params), adapted)
-    active = torch.ones(len(support[0]), dtype=torch.bool)
+    active = torch.ones(len(support[0]), dtype=torch.bool, device=support[0].device)
     gramian = measure(tree_leaves(signals), active, frozenset({"gramian"})).gramian
     assert gramian is not None
     lengths = or_one(gramian.diagonal().sqrt())

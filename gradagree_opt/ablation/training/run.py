@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gradagree_opt.ablation.study.methods import Method
 from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.devices import Hardware
 from gradagree_opt.ablation.training.networks import Params
 from gradagree_opt.replacing import replacing, unique_beside
 
@@ -75,6 +76,8 @@ class Run(BaseModel):
         content["outer"]["optimizer"] = study.optimizer(self.method)
         content |= {"compile": study.compile is True}
         content |= {"format": FORMAT, "data": data}
+        if code := study.code_of(self.method):
+            content["code"] = code
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
 
@@ -94,6 +97,7 @@ class RunRecord(BaseModel):
     Attributes:
         agreement: Cosines between the displacements of the tasks of one training batch, by the
             trained parameters; None for a run that diverged, and in records older than this.
+        hardware: What it was trained on; None in records older than this, which are of CPUs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
@@ -103,6 +107,7 @@ class RunRecord(BaseModel):
     test: Annotated[dict[int, float], Field(min_length=1)]
     curve: list[CurvePoint]
     agreement: list[list[float]] | None = None
+    hardware: Hardware | None = None
     seconds: float
 
 

@@ -1,7 +1,7 @@
 """Jobs that are not a study's, where processes of their own can import them."""
 
 from gradagree_opt.ablation.runs.processes import Report
-from gradagree_opt.ablation.study.study import StudyError
+from gradagree_opt.ablation.section import StudyError
 
 
 class Failing:

@@ -1,0 +1,155 @@
+"""A study from its file to its report: what the command and Python have in common."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from gradagree_opt.ablation.report.artefacts import (
+    check_text,
+    other_versions,
+    prepare_folder,
+    write_artefacts,
+    write_config,
+)
+from gradagree_opt.ablation.report.report import Report, build_report
+from gradagree_opt.ablation.report.tables import counted
+from gradagree_opt.ablation.runs.expected import TIMED_STEPS, duration, expect
+from gradagree_opt.ablation.runs.store import Config
+from gradagree_opt.ablation.runs.sweep import CHECKPOINT_SECONDS, Ended, Sweep, compiles
+from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.devices import choose_device, describe
+from gradagree_opt.ablation.training.grouping import is_compiled
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a study found.
+
+    Attributes:
+        folder: Where the runs, tables, figures and ``report.html`` are.
+        report: The tables, computed from the runs of each part of the study.
+        config: The study as it was run, and what it ran on.
+    """
+
+    folder: Path
+    report: Report
+    config: Config
+
+    @property
+    def runs(self) -> pd.DataFrame:
+        """Every run, tuning and final: one row for each number of gradient steps at the test."""
+        return self.report.runs
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The methods, the best first: means, intervals, differences and tests as numbers."""
+        return self.report.numbers
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A study whose data are read and whose folder is its own; nothing is trained yet."""
+
+    study: Study
+    folder: Path
+    config: Config
+    sweeps: list[Sweep]
+
+    @property
+    def iterations(self) -> int:
+        """The outer steps of all its runs, as far as is known."""
+        return sum(sweep.iterations for sweep in self.sweeps)
+
+    def run(
+        self, jobs: int, advance: Callable[[int], None], ended: Ended = lambda *_: None
+    ) -> Results:
+        """Does what is missing, and writes tables, figures and page.
+
+        Args:
+            advance: Called with numbers of outer steps, as they are done.
+            ended: Called for each run, as it ends or is found finished.
+        """
+        report = build_report([sweep.run(jobs, advance, ended) for sweep in self.sweeps])
+        write_artefacts(self.folder, report, self.config)
+        return Results(self.folder, report, self.config)
+
+
+def build_sweeps(
+    study: Study,
+    folder: Path,
+    data: Path | None,
+    warn: Callable[[str], None],
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> list[Sweep]:
+    """The parts of the study with their data, on its device; nothing is trained or written.
+
+    Raises:
+        StudyError: The data, a package or the user's own code is not as it should be.
+    """
+    place = choose_device(study.device)
+    return [
+        Sweep(part, folder, data, warn, place, checkpoint_seconds)
+        for part in study.with_code().parts()
+    ]
+
+
+def foresee(sweeps: Sequence[Sweep], jobs: int) -> str:
+    """How many runs a study has, and how long the missing ones take, in sentences."""
+    found = expect(sweeps)
+    missing = found.runs - found.finished
+    text = f"{counted(found.runs, 'run')}, of which {found.finished} are finished"
+    if found.most_added:
+        text += f"; up to {found.most_added} more, if the best rate is at an edge"
+    if not missing:
+        return f"{text}."
+    used = min(jobs, missing)
+    compiled = bool(found.timed) and any(is_compiled(sweep.study) for sweep in sweeps)
+    text += f". The others take {'at most ' * compiled}about {duration(found.seconds / used)} "
+    text += f"with {counted(used, 'process', 'processes')}, "
+    if not found.timed:
+        return f"{text}as those did."
+    text += f"by {TIMED_STEPS} timed steps of {', '.join(found.timed)}"
+    return text + "; compiled, as they will be, steps are several times faster" * compiled + "."
+
+
+def prepare(
+    study: Study,
+    folder: Path,
+    data: Path | None,
+    command: Sequence[str],
+    warn: Callable[[str], None],
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> Prepared:
+    """Everything that can refuse a study, done before anything is trained or written.
+
+    Args:
+        command: What does the same again.
+        warn: Called with one sentence for each thing to know.
+        checkpoint_seconds: After so many, unfinished runs are saved.
+
+    Raises:
+        StudyError: The data, a package, the user's own code or the folder is not as it should be.
+        OSError: The folder cannot be written to after all.
+    """
+    check_text([*command, str(folder), str(data)])
+    study = study.with_code()
+    place = choose_device(study.device)
+    hardware = describe(place, study.tf32)
+    sweeps = build_sweeps(study, folder, data, warn, checkpoint_seconds)
+    compiled = compiles(study, warn, place)
+    for sweep in sweeps:
+        sweep.compiled = compiled
+    prepare_folder(folder, study)
+    if sentence := other_versions(folder, study, hardware):
+        warn(sentence)
+    digests = [sweep.digest for sweep in sweeps]
+    config = write_config(folder, study, list(command), data, digests, hardware)
+    return Prepared(study, folder, config, sweeps)
+
+
+def usable_cores() -> int:
+    """Those that this process may run on, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,113 @@
+"""Before anything runs: the version, --dry-run, and what --seeds and --iterations change."""
+
+import importlib.metadata
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from gradagree_opt.ablation import ablate
+from gradagree_opt.ablation.runs.sweep import tuning_runs
+from gradagree_opt.ablation.study.loading import load
+from gradagree_testing.command import contents, gradagree
+
+from .conftest import TINY
+from .conftest import ablate as run
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    result = gradagree("--version")
+    assert result.exit_code == 0
+    assert result.stdout.split() == ["gradagree-opt", importlib.metadata.version("gradagree-opt")]
+
+
+def keys(path: Path, **changes: object) -> list[str]:
+    study = load(str(path), **changes)  # type: ignore[arg-type]
+    return [run.key(study, None) for run in tuning_runs(study)]
+
+
+def test_seeds_and_iterations_are_those_of_a_file_that_says_so(tiny: Path, tmp_path: Path) -> None:
+    said = tmp_path / "said.yaml"
+    said.write_text(
+        TINY.replace("[3, 5, 6]", "[4, 5]").replace("iterations: 12", "iterations: 5", 1)
+    )
+    assert load(str(tiny), seeds=[4, 5], iterations=5) == load(str(said))
+    assert keys(tiny, seeds=[4, 5], iterations=5) == keys(said)
+    assert set(keys(tiny, iterations=5)).isdisjoint(keys(tiny))
+    quick = load(str(tiny), quick=True, seeds=[4, 5], iterations=5)
+    assert (quick.name, quick.seeds, quick.iterations) == ("tiny-quick", [4, 5], 5)
+
+
+def test_the_command_and_python_take_them(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--seeds", "3,5-6", "--iterations", 2, "--out", out, "--jobs", 1]
+    assert run(tiny, *options).exit_code == 0
+    study = json.loads((out / "config.json").read_text())["study"]
+    assert (study["seeds"], study["iterations"]) == ([3, 5, 6], 2)
+    before = contents(out / "runs")
+    results = ablate(tiny, out=out, jobs=1, seeds=[3, 5], iterations=2)
+    assert set(results.runs["seed"]) == {3, 5}
+    assert contents(out / "runs") == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--seeds", "0,x"], "expected --seeds as 0,1,2 or 0-4, found '0,x'"),
+        (["--seeds", "3-"], "found '3-'"),
+        (["--seeds", "5-3"], "expected at least one entry, found none, under --seeds"),
+        (["--seeds", "1,1"], "given more than once, under --seeds"),
+        (["--iterations", "0"], "found 0, under --iterations"),
+    ],
+)
+def test_bad_ones_are_refused_in_one_sentence(
+    tiny: Path, tmp_path: Path, options: list[str], words: str
+) -> None:
+    before = contents(tmp_path)
+    result = run(tiny, "--out", tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert words in result.stderr and result.stderr.count("\n") == 1
+    assert contents(tmp_path) == before
+
+
+def test_a_dry_run_times_a_few_steps_and_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
+    result = run(tiny, "--out", tmp_path / "out", "--dry-run", "--jobs", 2)
+    assert result.exit_code == 0, result.output
+    # three methods at three rates from one seed, and from two more
+    assert result.stdout.startswith("15 runs, of which 0 are finished. ")
+    assert re.search(
+        r"about \d+ s with 2 processes, by \d+ timed steps of mean, agree", result.stdout
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_goes_by_the_seconds_of_the_runs_that_are_finished(
+    finished: Path, tiny: Path, tmp_path: Path
+) -> None:
+    records = [json.loads(path.read_text()) for path in finished.glob("runs/*.json")]
+    out = tmp_path / "out"
+    (out / "runs").mkdir(parents=True)
+    left = [("mean", 5), ("agreement", 6), ("agreement", 5)]
+    for path in finished.glob("runs/*.json"):
+        record = json.loads(path.read_text())
+        method = record["run"]["method"]["name"]
+        if (method, record["run"]["seed"]) in left:
+            continue
+        record["seconds"] = {"mean": 10.0, "agreement": 30.0}.get(method, 1.0)
+        (out / "runs" / path.name).write_text(json.dumps(record))
+    assert len(records) == 15
+    before = contents(tmp_path)
+    result = run(tiny, "--out", out, "--dry-run", "--jobs", 1)
+    assert "15 runs, of which 12 are finished" in result.stdout
+    assert "about 70 s with 1 process, as those did" in result.stdout  # 10 + 2 · 30
+    assert contents(tmp_path) == before
+    whole = run(tiny, "--out", finished, "--dry-run")
+    assert whole.stdout.strip() == "15 runs, of which 15 are finished."
+
+
+def test_a_dry_run_counts_the_rates_beyond_an_edge(tmp_path: Path, finished: Path) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text(TINY.replace("schedule: linear", "schedule: linear, extend: 2"))
+    nothing = run(study, "--out", tmp_path / "out", "--dry-run", "--jobs", 1)
+    assert "15 runs, of which 0 are finished; up to 6 more" in nothing.stdout
