@@ -46,10 +46,11 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
-def show_version(wanted: bool) -> None:
+def show_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"gradagree-opt {version('gradagree-opt')}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

@@ -106,14 +106,13 @@ def foresee(sweeps: Sequence[Sweep], jobs: int) -> str:
     if not missing:
         return f"{text}."
     used = min(jobs, missing)
-    text += f". The others take about {duration(found.seconds / used)} "
-    text += f"with {counted(used, 'process', 'processes')}"
-    if found.timed:
-        text += f", by {TIMED_STEPS} timed steps of {', '.join(found.timed)}"
-        text += ", not compiled as they will be" * any(is_compiled(s.study) for s in sweeps)
-    else:
-        text += ", as those did"
-    return f"{text}."
+    compiled = bool(found.timed) and any(is_compiled(sweep.study) for sweep in sweeps)
+    text += f". The others take {'at most ' * compiled}about {duration(found.seconds / used)} "
+    text += f"with {counted(used, 'process', 'processes')}, "
+    if not found.timed:
+        return f"{text}as those did."
+    text += f"by {TIMED_STEPS} timed steps of {', '.join(found.timed)}"
+    return text + "; compiled, as they will be, steps are several times faster" * compiled + "."
 
 
 def prepare(

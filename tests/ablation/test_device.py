@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from gradagree_opt.ablation.runs.job import Job
 
 from gradagree_opt.ablation.report.citations import methods_text
+from gradagree_opt.ablation.runs.job import Job
 from gradagree_opt.ablation.runs.store import read_config, read_results
 from gradagree_opt.ablation.runs.sweep import Sweep, tuning_runs
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.loading import load
 from gradagree_opt.ablation.study.methods import Method
 from gradagree_opt.ablation.study.sections import MAMLForm
-from gradagree_opt.ablation.study.study import Study, StudyError
+from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training import program as program_module
 from gradagree_opt.ablation.training import scoring
 from gradagree_opt.ablation.training.captured import NotCapturedError

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from gradagree_opt.ablation.kinds import grouped
 from gradagree_opt.ablation.kinds.grouped import measured, measurements
 from gradagree_opt.ablation.kinds.kind import Kind, Pair
 from gradagree_opt.ablation.own import told
@@ -18,6 +19,9 @@ from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.tasks import Corrupted, GroupedRegression, Lines, Sine, TaskDistribution
 from gradagree_opt.tasks.grouped import Dataset
 from gradagree_opt.tasks.protocol import Split
+
+SOURCES = grouped.SOURCES | {"lines": "[@finn2018probabilistic]"}
+"""Whose foreign tasks are, for the methods text."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from importlib.resources import files
 
 from jinja2 import Environment, PackageLoader
 
-from gradagree_opt.ablation.kinds.grouped import SOURCES
+from gradagree_opt.ablation.kinds.distributions import SOURCES
 from gradagree_opt.ablation.report.notes import rates_text, tuning_seeds_text
 from gradagree_opt.ablation.runs.store import Config
 from gradagree_opt.ablation.study.methods import Recipe
@@ -29,7 +29,7 @@ def methods_text(config: Config) -> str:
         of_r=has_data_of_r(study),
         rates=rates_text(study),
         tuning_seeds=tuning_seeds_text(study),
-        sources=SOURCES | {"lines": "[@finn2018probabilistic]"},
+        sources=SOURCES,
     )
     return " ".join(text.split()) + "\n"
 
