@@ -23,6 +23,7 @@ INTERVAL = re.compile(r"[+-]?\d+\.\d+ ± \d+\.\d+")
 STUDIES = sorted(path.parent for path in RESULTS.glob("*/config.json"))
 SECTIONS = {
     "Equal Agreement on sines": "equal-sine",
+    "Equal Agreement with Adam outside": "equal-sine-adam",
     "Equal Agreement where tasks are spoilt": "equal-sine-corrupted",
     "One family: the error over the power of the Gram matrix": "gramian-powers",
     "Equal Agreement in MAML": "equal-sine-maml",
@@ -35,6 +36,7 @@ SECTIONS = {
 }
 SUMMARY = {
     "sines, rates chosen on other seeds": ("equal-sine", ""),
+    "sines, Adam outside, 10 000 steps": ("equal-sine-adam", ""),
     "sines, half of the tasks shuffled, 2000 steps": ("equal-sine-corrupted", "50 %"),
     "sines, a tenth of the tasks flipped, 2000 steps": ("equal-sine-flipped", ""),
     "sines, a tenth ten times as large, 2000 steps": ("equal-sine-scale", ""),
