@@ -9,11 +9,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "core": "",
-    "engines": "core batchnorm",
-    "loops": "core",
-    "meta": "engines core batchnorm",
+    "engines": "core batchnorm one_process",
+    "loops": "engines core one_process",
+    "meta": "engines core batchnorm one_process",
     "tasks": "frameworks",
-    "adapters": "meta loops engines core tasks batchnorm functional frameworks",
+    "adapters": "meta loops engines core tasks batchnorm functional frameworks one_process",
     "ablation": "adapters tasks meta engines core frameworks",
     "doctor": "frameworks",
     "cli": "ablation doctor",

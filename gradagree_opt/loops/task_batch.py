@@ -184,7 +184,13 @@ class TaskBatch:
 
     def _found(self) -> dict[str, Tensor]:
         """The parameters as they are now."""
-        return self._all if self._source is None else named(self._source)
+        if self._source is None:
+            return self._all
+        found = named(self._source)
+        own = nn.Parameter if isinstance(self._source, nn.Module) else Tensor
+        # A model that adapts in its own place shows what it has adapted to.
+        kept = all(isinstance(each, own) and each.is_leaf for each in found.values())
+        return found if kept else self._all
 
     def _check_same_parameters(self) -> None:
         found = self._found()

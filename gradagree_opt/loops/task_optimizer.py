@@ -206,7 +206,8 @@ def check_optimizer(optimizer: Any, /) -> None:
     for name, parameter in inspect.signature(optimizer.step).parameters.items():
         optional = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         # Where a scheduler has wrapped step, self is among its parameters.
-        if parameter.default is parameter.empty and not optional and name != "self":
+        needed = parameter.default is parameter.empty or isinstance(optimizer, TaskOptimizer)
+        if needed and not optional and name != "self":
             raise TypeError(
                 f"expected an optimizer that steps on .grad alone, found "
                 f"{type(optimizer).__name__}, whose step() needs its {name}; give one as "
