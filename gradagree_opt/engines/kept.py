@@ -53,7 +53,7 @@ class Model:
     """What a loss function reaches, as it was found.
 
     >>> model = nn.BatchNorm1d(1)
-    >>> found = Model(lambda x: model(x))
+    >>> found = Model(lambda x, model=model: model(x))
     >>> _ = model(torch.ones(2, 1))
     >>> found.restore_buffers()
     "'num_batches_tracked' of BatchNorm1d"

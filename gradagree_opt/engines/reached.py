@@ -44,7 +44,7 @@ def reach(*sources: object) -> Reached:
     """What some functions or objects reach, each thing once.
 
     >>> model = nn.Linear(1, 1)
-    >>> reach(lambda x: model(x).sum()).modules
+    >>> reach(lambda x, model=model: model(x).sum()).modules
     [Linear(in_features=1, out_features=1, bias=True)]
     """
     found = Reached([], [], [])
