@@ -109,8 +109,8 @@ def time_runs(sweep: Sweep, methods: Sequence[str]) -> dict[str, float]:
 def duration(seconds: float) -> str:
     """A time in the largest unit that it has two of.
 
-    >>> duration(0.2), duration(90.0), duration(7300.0), duration(4e5)
-    ('1 s', '90 s', '122 min', '111 h')
+    >>> duration(0.2), duration(90.0), duration(7100.0), duration(4e5)
+    ('1 s', '90 s', '118 min', '111 h')
     """
     for unit, length, most in (("s", 1, 120), ("min", 60, 120)):
         if seconds < most * length:
