@@ -30,9 +30,10 @@ def explained(error: RuntimeError, by: str, n: int, /, *, without: str) -> Runti
             f"{fewer}{without}"
         )
     advice = without
-    if isinstance(error, SharedDrawsError) and "compile" not in without:
+    compiled = "compile" in without
+    if isinstance(error, SharedDrawsError) and not compiled:
         advice = "chunk_size=1, where every task draws for itself, or randomness='same'"
-    elif is_vmaps(error) and not isinstance(error, SharedDrawsError):
+    elif is_vmaps(error) and not compiled and not isinstance(error, SharedDrawsError):
         advice = "chunk_size=1, which does without vmap"
         if "randomness" in found:
             advice = "randomness='different', or 'same' for one draw for all tasks"

@@ -112,7 +112,7 @@ def check_examples(study: Study, x: Tensor, y: Tensor, shots: int) -> None:
     if study.way is None:
         if y.shape[1] != shots:
             raise ValueError(f"expected {shots}, found {y.shape[1]}")
-        if list(y.shape[2:]) != [study.outputs]:
+        if study.classes is None and list(y.shape[2:]) != [study.outputs]:
             found = list(y.shape[2:])
             raise ValueError(f"expected targets of shape {[study.outputs]} each, found {found}")
         return
