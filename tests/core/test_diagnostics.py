@@ -7,13 +7,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from gradagree_opt.diagnostics import Diagnostics
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 import gradagree_opt as ga
+from gradagree_opt.core.diagnostics import Diagnostics
 from gradagree_testing.configurations import CONFIGURATIONS, Configuration
 from gradagree_testing.samplers import SAMPLERS, Sampler
 
