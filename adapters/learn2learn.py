@@ -20,9 +20,9 @@ from gradagree_opt.engines.losses import scalar_loss
 from gradagree_opt.engines.random_state import draws_of_each_task
 from gradagree_opt.frameworks import require
 from gradagree_opt.functional import call_with
+from gradagree_opt.loops.accumulation import add_to_grad
 from gradagree_opt.loops.adapted import displacement, match, trained
 from gradagree_opt.loops.graphs import check_depends, dependencies
-from gradagree_opt.loops.task_batch import add_to_grad
 from gradagree_opt.meta.steps import MetaStep, check_tasks
 from gradagree_opt.one_process import check_one_process
 from gradagree_opt.options import check_count

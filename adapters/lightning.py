@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from gradagree_opt.annotations import Float
-from gradagree_opt.core.aggregation import Aggregator, CollectedTasks, check_aggregator
+from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.diagnostics import Diagnostics, check_some_task
+from gradagree_opt.core.results import CollectedTasks
 from gradagree_opt.frameworks import require
+from gradagree_opt.loops.accumulation import check_no_accumulation_hooks
 from gradagree_opt.loops.adapted import Parameters
 from gradagree_opt.loops.graphs import check_depends
-from gradagree_opt.loops.task_batch import TaskBatch, check_no_accumulation_hooks
+from gradagree_opt.loops.task_batch import TaskBatch
 
 require("lightning")
 

@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.diagnostics import check_some_task
 from gradagree_opt.core.stacks import PyTree, check_floating, leaf_paths
+from gradagree_opt.loops.accumulation import run_accumulation_hooks
 from gradagree_opt.loops.adapted import trained
-from gradagree_opt.loops.task_batch import run_accumulation_hooks
 from gradagree_opt.loops.task_optimizer import check_optimizer
 from gradagree_opt.meta import MetaStep
 

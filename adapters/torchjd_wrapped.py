@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from gradagree_opt.core import weightings
-from gradagree_opt.core.aggregation import Aggregation, Combine, Measured
 from gradagree_opt.core.aggregation import Aggregator as OurAggregator
 from gradagree_opt.core.agreement import GradientAgreement
 from gradagree_opt.core.blocks import or_one
+from gradagree_opt.core.results import Aggregation, Combine, Measured
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.core.statistics import Statistics
 from gradagree_opt.frameworks import require

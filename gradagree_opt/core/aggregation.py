@@ -6,37 +6,31 @@ stack (a vjp, a backward pass of the weighted loss) runs the same ones.
 
 import copy
 import inspect
-from collections.abc import Callable
-from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gradagree_opt.annotations import Bool, Float
-from gradagree_opt.core.devices import runs_at_once
+from gradagree_opt.core.combination import Combination, with_norm
+from gradagree_opt.core.deferred import describe
 from gradagree_opt.core.diagnostics import (
-    Deferred,
-    Diagnostics,
-    diagnose,
     troubled,
     undescribed,
     update_rounding,
     verify,
 )
+from gradagree_opt.core.results import Aggregation, Combine, Measured
 from gradagree_opt.core.scopes import Scope, check_signal, group_indices, measure_by_group
 from gradagree_opt.core.stacks import (
-    Combination,
     PyTree,
     check_stack,
     full_precision,
     leaves_of,
     mask_rows,
     nonfinite_tasks,
-    tree_norm,
 )
-from gradagree_opt.core.statistics import Statistics
 from gradagree_opt.core.weightings import (
     Need,
     UniformWeighting,
@@ -51,53 +45,6 @@ AN_AGGREGATOR = "an aggregator as gradagree_opt.Sum()"
 """What match_norm takes besides words, for the messages."""
 
 Nonfinite = Literal["raise", "drop", "propagate"]
-
-Combine = Callable[[Tensor, list[int] | None], PyTree]
-"""From weights ``[n]``, or ``[groups, n]`` and the group of each leaf, to Σ_i w_i · direction_i."""
-
-
-class Aggregation(NamedTuple):
-    """Result of one aggregation of n tasks.
-
-    Attributes:
-        update: Σ_i w_i · direction_i, a pytree without the task axis: what an optimizer subtracts.
-        weights: ``[n]``, or ``[groups, n]`` where the scope is not "global".
-        scores: what the weights come from, shaped like them, in squared units of the signal; NaN
-            where the weights come from none, and none were measured.
-        diagnostics: plain tensors that say how the tasks agreed, computed when first looked at.
-    """
-
-    update: PyTree
-    weights: Float[Tensor, "*groups n"]
-    scores: Float[Tensor, "*groups n"]
-    diagnostics: Diagnostics
-
-
-class CollectedTasks(NamedTuple):
-    """An :class:`Aggregation` of tasks that a loop has collected, with their losses.
-
-    Attributes:
-        update, weights, scores, diagnostics: as in :class:`Aggregation`.
-        losses: ``[n]``, detached, in the order of the tasks; None in the Reptile form, without any.
-    """
-
-    update: PyTree
-    weights: Float[Tensor, "*groups n"]
-    scores: Float[Tensor, "*groups n"]
-    diagnostics: Diagnostics
-    losses: Float[Tensor, " n"] | None
-
-
-class Measured(NamedTuple):
-    """Statistics of a batch, its non-finite tasks, and the group of every leaf.
-
-    ``scaled``: whether sums are taken in units of the largest entry, those of the update too.
-    """
-
-    statistics: Statistics
-    nonfinite: Bool[Tensor, " n"]
-    groups: list[int] | None
-    scaled: bool = True
 
 
 class Aggregator:
@@ -303,38 +250,28 @@ class Aggregator:
         with full_precision(statistics.row_sums.device):
             decision = decide(self.weighting, statistics)
             reference = None if self.reference is None else decide(self.reference, statistics)
-        if not self.describes and reference is None:
+        norm = None
+        if self.describes or reference is not None:
+            combined = with_norm(combine_directions, measured)
+            update, norm = combined(decision.weights)
+        else:
             update = combine_directions(decision.weights, measured.groups)
-            nothing = undescribed(statistics.scale)
-            return Aggregation(update, decision.weights, decision.scores, nothing)
-        combined = _with_norm(combine_directions, measured)
-        update, norm = combined(decision.weights)
-        if reference is not None:
+        if norm is not None and reference is not None:
             _, target_norm = combined(reference.weights)
             there = norm > (update_rounding(statistics, decision) if signal_is_direction else 0)
             factor = torch.where(there, target_norm / norm, torch.ones_like(norm))
             update = tree_map(lambda leaf: (leaf * factor).to(leaf.dtype), update)
             decision = decision._replace(weights=decision.weights * factor)
             norm = norm * factor
-        if not self.describes:
-            nothing = undescribed(statistics.scale)
-            return Aggregation(update, decision.weights, decision.scores, nothing)
-        compute = partial(
-            diagnose,
-            statistics,
-            decision,
-            measured.nonfinite,
-            norm,
-            signal_is_direction=signal_is_direction,
-        )
-        if not runs_at_once(norm):
-            return Aggregation(update, decision.weights, decision.scores, compute())
-        diagnostics = Deferred.of(
-            compute,
-            update_norm=norm,
-            degenerate=decision.degenerate,
-            nonfinite=measured.nonfinite,
-        )
+        diagnostics = undescribed(statistics.scale)
+        if norm is not None and self.describes:
+            diagnostics = describe(
+                statistics,
+                decision,
+                measured.nonfinite,
+                norm,
+                signal_is_direction=signal_is_direction,
+            )
         return Aggregation(update, decision.weights, decision.scores, diagnostics)
 
     def is_sound(self, result: Aggregation, /) -> bool:
@@ -362,20 +299,6 @@ class Aggregator:
             return None
         device = self.generator.device if self.generator is not None else None
         return torch.empty(n, device=device).exponential_(generator=self.generator)
-
-
-def _with_norm(
-    combine_directions: Combine, measured: Measured
-) -> Callable[[Tensor], tuple[PyTree, Tensor]]:
-    """From weights to the update and its norm, which a stack's combination tells along with it."""
-
-    def combined(weights: Tensor) -> tuple[PyTree, Tensor]:
-        if isinstance(combine_directions, Combination):
-            return combine_directions.and_norm(weights, measured.groups)
-        update = combine_directions(weights, measured.groups)
-        return update, tree_norm(update, scaled=measured.scaled)
-
-    return combined
 
 
 def _reference(method: Literal["mean"] | Aggregator | None, scope: Scope) -> Weigh | None:

@@ -1,13 +1,10 @@
 """What an aggregation tells about itself: plain tensors, read on the host only by ``log``."""
 
 import math
-from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import _private_register_pytree_node
 
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.core.blocks import or_one
@@ -75,61 +72,6 @@ class Diagnostics(NamedTuple):
         numbers = torch.stack(list(values.values())).tolist()
         logged = dict(zip(values, numbers, strict=True))
         return {name: x for name, x in logged.items() if x == x or name == "update_norm"}
-
-
-class Deferred(Diagnostics):
-    """Diagnostics of which some are computed when first looked at.
-
-    Until then what they come from is kept, n numbers of each kind.
-    """
-
-    def __new__(cls, *values: Tensor) -> Diagnostics:  # type: ignore[misc]
-        """Plain diagnostics, as pytrees are put together."""
-        return Diagnostics(*values)
-
-    @classmethod
-    def of(cls, compute: Callable[[], Diagnostics], /, **known: Tensor) -> "Deferred":
-        """The result of ``compute``, some of whose entries are known beforehand."""
-        deferred: Deferred = tuple.__new__(cls)
-        vars(deferred).update(compute=cache(compute), known=known)
-        return deferred
-
-    def now(self) -> Diagnostics:
-        """All of them, computed."""
-        values: Diagnostics = vars(self)["compute"]()
-        return values
-
-    def _replace(self, **values: Any) -> Diagnostics:  # type: ignore[override]
-        return self.now()._replace(**values)
-
-    def __reduce__(self) -> Any:
-        return Diagnostics, tuple(self.now())
-
-
-def _read(name: str) -> property:
-    def read(deferred: Deferred) -> Tensor:
-        known: Tensor | None = vars(deferred)["known"].get(name)
-        return getattr(deferred.now(), name) if known is None else known
-
-    return property(read, doc=getattr(Diagnostics, name).__doc__)
-
-
-def _of_values(name: str) -> Callable[..., Any]:
-    def method(deferred: Deferred, *others: Any) -> Any:
-        plain = [other.now() if isinstance(other, Deferred) else other for other in others]
-        return getattr(deferred.now(), name)(*plain)
-
-    return method
-
-
-for _name in Diagnostics._fields:
-    setattr(Deferred, _name, _read(_name))
-for _name in ("iter", "getitem", "len", "eq", "ne", "hash", "repr", "contains", "add"):
-    setattr(Deferred, f"__{_name}__", _of_values(f"__{_name}__"))
-# The public function also tells optree, which warns of every class that is a named tuple already.
-_private_register_pytree_node(
-    Deferred, lambda deferred: (list(deferred), None), lambda values, _: Diagnostics(*values)
-)
 
 
 def diagnose(

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from gradagree_opt.annotations import Bool, Float
-from gradagree_opt.core.aggregation import Aggregation, Aggregator, Combine, Measured
+from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.agreement import AgreementWeighting
+from gradagree_opt.core.results import Aggregation, Combine, Measured
 from gradagree_opt.core.statistics import Statistics
 
 

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_structure
 
 from gradagree_opt.annotations import Bool
+from gradagree_opt.core.measuring import measure, measure_groups
 from gradagree_opt.core.stacks import PyTree, check_stack, leaf_paths, leaves_of
-from gradagree_opt.core.statistics import Statistics, measure, measure_groups
+from gradagree_opt.core.statistics import Statistics
 
 Scope = Literal["global", "leaf"] | Callable[[str], str]
 
@@ -62,7 +63,7 @@ def measure_by_group(
         groups: result of :func:`group_indices`.
         active: the tasks that may get a weight.
         needs: names of the optional statistics.
-        scaled: as in :func:`~gradagree_opt.core.statistics.measure`.
+        scaled: as in :func:`~gradagree_opt.core.measuring.measure`.
     """
     leaves = [leaf.detach() for leaf in leaves_of(signal)]
     if groups is None:

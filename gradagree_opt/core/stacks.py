@@ -5,7 +5,7 @@ Leaves are never concatenated: each function visits them one by one.
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -22,9 +22,7 @@ from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.core.blocks import (
     absolute_maxima,
     blocks_of_all,
-    column_blocks,
     or_one,
-    rows,
     unit_parts,
 )
 from gradagree_opt.core.devices import fused_kernels
@@ -261,60 +259,3 @@ def mask_rows(stack: PyTree, keep: Bool[Tensor, " n"], /) -> PyTree:
         ),
         stack,
     )
-
-
-@dataclass(frozen=True)
-class Combination:
-    """Σ_i w_i · row i of a task-stacked pytree as a function of the weights, and its norm.
-
-    ``scaled``: of the norm, as in :func:`tree_norm`.
-    """
-
-    stack: PyTree
-    scaled: bool
-
-    def __call__(
-        self, weights: Float[Tensor, "*groups n"], groups: Sequence[int] | None, /
-    ) -> PyTree:
-        """:func:`combine` of the stack."""
-        return self.and_norm(weights, groups)[0]
-
-    def and_norm(
-        self, weights: Float[Tensor, "*groups n"], groups: Sequence[int] | None, /
-    ) -> tuple[PyTree, Float[Tensor, ""]]:
-        """:func:`combine` of the stack and :func:`tree_norm` of that, in one launch on a GPU."""
-        leaves = leaves_of(self.stack)
-        if kernels := fused_kernels(leaves):
-            sums, norm = kernels.combine(leaves, weights, groups)
-            return like(self.stack, sums), norm
-        update = combine(self.stack, weights, groups)
-        return update, tree_norm(update, scaled=self.scaled)
-
-
-def combine(
-    stack: PyTree, weights: Float[Tensor, "*groups n"], groups: Sequence[int] | None = None, /
-) -> PyTree:
-    """Σ_i w_i · row i for every leaf, accumulated in float32 or better, in the leaf's own dtype.
-
-    Args:
-        stack: task-stacked pytree.
-        weights: ``[n]``, or ``[groups, n]`` with the group of every leaf in ``groups``.
-        groups: index of the group of every leaf, or None where there is one for all.
-    """
-    leaves = leaves_of(stack)
-    with full_precision(leaves[0].device):
-        sums = [
-            _weighted_sum(leaf, weights if groups is None else weights[groups[index]])
-            for index, leaf in enumerate(leaves)
-        ]
-    return like(stack, sums)
-
-
-def _weighted_sum(leaf: Tensor, weights: Tensor) -> Tensor:
-    dtype = torch.promote_types(leaf.dtype, torch.float32)
-    weights = weights.to(dtype)
-    if leaf.dtype == dtype or not leaf.numel():
-        total = torch.mv(rows(leaf).to(dtype).T, weights)
-    else:  # by blocks: no copy of the whole leaf in the larger dtype
-        total = torch.cat([torch.mv(block.T, weights) for block in column_blocks(leaf, dtype)])
-    return total.reshape(leaf.shape[1:]).to(leaf.dtype)

@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from gradagree_opt.annotations import Float
-from gradagree_opt.core.aggregation import Aggregation, Aggregator
+from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.blocks import or_one
 from gradagree_opt.core.few_passes import apply_row_sums, measured_by, row_sums_refusal
+from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree, task_count, tree_norm
 from gradagree_opt.engines.losses import TaskLoss, refuse_coarse
 from gradagree_opt.engines.random_state import RandomState, check_same_losses

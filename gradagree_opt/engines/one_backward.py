@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from gradagree_opt.annotations import Float
-from gradagree_opt.core.aggregation import Aggregation, Aggregator
+from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.few_passes import weighted_loss_refusal
+from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree, task_count
 from gradagree_opt.engines.losses import TaskLoss, refuse_coarse
 

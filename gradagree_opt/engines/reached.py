@@ -82,7 +82,7 @@ def _visit(thing: object, found: Reached) -> Iterable[object]:
     if isinstance(thing, MutableMapping | list | deque):
         if len(thing) > MOST:
             return ()
-        found.holders.append(thing)  # type: ignore[arg-type]
+        found.holders.append(thing)  # type: ignore[arg-type] # a deque is as a list here
         return list(thing.values()) if isinstance(thing, MutableMapping) else list(thing)
     if isinstance(thing, tuple | set | frozenset):
         return thing if len(thing) <= MOST else ()
@@ -90,7 +90,7 @@ def _visit(thing: object, found: Reached) -> Iterable[object]:
     if isinstance(thing, ModuleType) or _is_of_a_library(thing) or not isinstance(state, dict):
         return ()
     found.holders.append(state)
-    return (*state.values(), getattr(type(thing), "__call__", None))  # noqa: B004
+    return (*state.values(), getattr(type(thing), "__call__", None))  # noqa: B004 - it is walked, not asked for
 
 
 def _behind_function(function: FunctionType, found: Reached) -> Iterator[object]:

@@ -8,7 +8,8 @@ from torch.utils._pytree import tree_leaves
 
 from gradagree_opt.annotations import Float
 from gradagree_opt.batchnorm import statistics_refused
-from gradagree_opt.core.aggregation import Aggregation, Aggregator
+from gradagree_opt.core.aggregation import Aggregator
+from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree, check_floating, task_count
 from gradagree_opt.engines.errors import vmap_explained
 from gradagree_opt.engines.kept import left_as_found

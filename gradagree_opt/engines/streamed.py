@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unflatten
 
 from gradagree_opt.annotations import Float
-from gradagree_opt.core.aggregation import Aggregation, Aggregator, Measured
+from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.blocks import or_one
+from gradagree_opt.core.results import Aggregation, Measured
 from gradagree_opt.core.scopes import group_indices
 from gradagree_opt.core.stacks import PyTree, accumulation_dtype, task_count
 from gradagree_opt.core.statistics import Statistics

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Bool
-from gradagree_opt.core.aggregation import Aggregation, Aggregator
+from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.few_passes import (
     apply_row_sums,
     apply_unscaled,
@@ -13,6 +13,7 @@ from gradagree_opt.core.few_passes import (
     row_sums_refusal,
     weighted_loss_refusal,
 )
+from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.choice import are_large
 from gradagree_opt.engines.streamed import measured_in_two_passes, weighted_sum

@@ -6,10 +6,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gradagree_opt.core.aggregation import Aggregation, Aggregator, CollectedTasks, check_aggregator
+from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.diagnostics import check_some_task
 from gradagree_opt.core.few_passes import weighted_loss_refusal
+from gradagree_opt.core.results import Aggregation, CollectedTasks
 from gradagree_opt.core.stacks import PyTree, is_coarse
+from gradagree_opt.loops.accumulation import add_to_grad
 from gradagree_opt.loops.adapted import Parameters, displacement, match, named, trained
 from gradagree_opt.loops.graphs import check_depends, check_loss, depends
 from gradagree_opt.loops.loss_graph import LossGraph
@@ -88,7 +90,6 @@ class TaskBatch:
         self.aggregator = aggregator
         self.memory = memory
         self._losses: list[Tensor] = []
-        self._nonfinite: list[Tensor] = []
         self._values: list[Tensor] = []
         self._copies: list[dict[str, Tensor]] = []
         self._directions: list[dict[str, Tensor]] = []
@@ -176,7 +177,6 @@ class TaskBatch:
     def clear(self) -> None:
         """Forgets the tasks added so far, and their graphs."""
         self._losses.clear()
-        self._nonfinite.clear()
         self._values.clear()
         self._copies.clear()
         self._directions.clear()
@@ -226,13 +226,12 @@ class TaskBatch:
             self._copies.append(copies)
         device = next(iter(self._trained.values())).device
         self._values.append(loss.detach().to(device))
-        self._nonfinite.append(~torch.isfinite(self._values[-1]))
 
     def _aggregate(self) -> Aggregation:
         signal = _stack(self._displacements) if self._displacements else None
         if not self._form[0]:
             return self.aggregator.aggregate_unchecked(signal)
-        nonfinite, directions = torch.stack(self._nonfinite), self._directions
+        nonfinite, directions = ~torch.isfinite(torch.stack(self._values)), self._directions
         if self._losses:
             graph = LossGraph(self._losses, self._trained, self._copies)
             result = self._from_few_passes(graph, signal, nonfinite)
@@ -255,7 +254,7 @@ class TaskBatch:
         if not self.takes_one_backward:
             return None
         # What backward() frees is freed by the last pass.
-        passes = 1 if self.aggregator.match_norm is None else 2
+        passes = 1 if self.aggregator.reference is None else 2
 
         def weighted(weights: Tensor, _: list[int] | None) -> PyTree:
             nonlocal passes
@@ -273,43 +272,6 @@ class TaskBatch:
         gradient = graph.gradient(0, retain_graph=retain_graph)
         self._used |= graph.used
         return gradient
-
-
-def add_to_grad(parameters: Mapping[str, Tensor], update: Mapping[str, Tensor], /) -> None:
-    """Adds an update to ``.grad`` as ``backward`` would, and runs what hangs on that."""
-    accumulated = {}
-    for name, parameter in parameters.items():
-        grad = parameter.grad
-        plain = grad is None or (grad.layout == torch.strided and not grad.requires_grad)
-        # Its own hooks have seen the gradients of the tasks, and are not to see their sum.
-        if plain and not parameter._backward_hooks:
-            accumulated[name] = parameter
-        else:
-            if grad is None:
-                parameter.grad = update[name].clone()
-            elif plain:
-                grad.add_(update[name])
-            else:
-                parameter.grad = update[name] + grad
-            run_accumulation_hooks(parameter)
-    if accumulated:
-        updates = [update[name] for name in accumulated]
-        torch.autograd.backward([*accumulated.values()], updates)
-
-
-def check_no_accumulation_hooks(parameter: Tensor, /, *, advice: str) -> None:
-    """Raises a ValueError where what hangs on ``.grad`` would see the tasks one by one."""
-    if parameter._post_accumulate_grad_hooks:
-        raise ValueError(
-            "expected no hook of register_post_accumulate_grad_hook, found one, which would see "
-            f"the gradient of every task by itself; {advice}"
-        )
-
-
-def run_accumulation_hooks(parameter: Tensor, /) -> None:
-    """Runs the hooks of ``register_post_accumulate_grad_hook``, as ``backward`` would."""
-    for hook in tuple((parameter._post_accumulate_grad_hooks or {}).values()):
-        hook(parameter)
 
 
 def _stack(tasks: list[dict[str, Tensor]]) -> dict[str, Tensor]:

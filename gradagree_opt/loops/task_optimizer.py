@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from gradagree_opt.annotations import Float
-from gradagree_opt.core.aggregation import Aggregator, CollectedTasks, check_aggregator
+from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.diagnostics import check_some_task
+from gradagree_opt.core.results import CollectedTasks
 from gradagree_opt.loops.graphs import check_depends, check_loss, gradients
 from gradagree_opt.loops.task_batch import TaskBatch
 from gradagree_opt.one_process import check_one_process

@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.batchnorm import statistics_refused
-from gradagree_opt.core.aggregation import Aggregation, Aggregator, check_aggregator
+from gradagree_opt.core.aggregation import Aggregator, check_aggregator
+from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.choice import EngineName, Runner
 from gradagree_opt.engines.kept import left_as_found

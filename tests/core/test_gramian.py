@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import gradagree_opt as ga
-from gradagree_opt.core.statistics import from_gramian, measure, measure_groups
+from gradagree_opt.core.measuring import measure, measure_groups
+from gradagree_opt.core.statistics import from_gramian
 from gradagree_testing import reference
 from gradagree_testing.configurations import AGREEMENTS, Configuration
 from gradagree_testing.reference import exact

@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import gradagree_opt as ga
-from gradagree_opt.core.stacks import combine, tree_norm
+from gradagree_opt.core.combination import combine
+from gradagree_opt.core.stacks import tree_norm
 from gradagree_testing import reference
 from gradagree_testing.reference import exact
 

@@ -17,7 +17,7 @@ from gradagree_opt.ablation.training.forms import Learner
 from gradagree_opt.ablation.training.networks import Params
 from gradagree_opt.ablation.training.optimizers import OPTIMIZERS, State
 from gradagree_opt.ablation.training.run import Run
-from gradagree_opt.core.aggregation import Aggregation
+from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.compilation import maybe_compiled
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import gradagree_opt as ga
 from gradagree_opt.ablation.training.networks import BatchFunction, Params
-from gradagree_opt.core.aggregation import Aggregation
+from gradagree_opt.core.results import Aggregation
 
 
 @dataclass(frozen=True)

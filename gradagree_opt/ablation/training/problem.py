@@ -40,7 +40,7 @@ from gradagree_opt.ablation.training.networks import (
 )
 from gradagree_opt.ablation.training.optimizers import OPTIMIZERS
 from gradagree_opt.core.blocks import or_one
-from gradagree_opt.core.statistics import measure
+from gradagree_opt.core.measuring import measure
 from gradagree_opt.tasks import Batch
 from gradagree_opt.tasks.protocol import Split
 
