@@ -24,9 +24,9 @@ def check_one_process(tensors: Iterable[Any], /, module: object = None) -> None:
 
     >>> check_one_process([torch.zeros(2)], nn.Linear(1, 1))
     """
-    parts = module.modules() if isinstance(module, nn.Module) else ()
+    parts, wrappers = module.modules() if isinstance(module, nn.Module) else (), _wrappers()
     for part in parts:
-        if isinstance(part, _wrappers()):
+        if isinstance(part, wrappers):
             raise ValueError(
                 f"expected a module that one process trains, found {type(part).__name__}, whose "
                 "averages over the ranks the gradients of single tasks would not pass; give the "
@@ -49,8 +49,10 @@ def check_whole(tensors: Iterable[Any], /) -> None:
 
     >>> check_whole([torch.zeros(2)])
     """
+    dtensor = getattr(_imported("torch.distributed.tensor"), "DTensor", ())
     for tensor in tensors:
-        if _is_sharded(tensor):
+        # DTensors are FSDP2's and tensor parallelism's; DeepSpeed's of ZeRO 3 have an id.
+        if isinstance(tensor, dtensor) or (isinstance(tensor, Tensor) and hasattr(tensor, "ds_id")):
             raise ValueError(
                 f"expected parameters that one process holds, found {type(tensor).__name__}, a "
                 "part of which lies on every rank and has a gradient of zero in a functional call; "
@@ -64,13 +66,6 @@ def _wrappers() -> tuple[type, ...]:
     names = ("FullyShardedDataParallel", "FSDPModule")
     classes = [getattr(fsdp, name) for name in names if hasattr(fsdp, name)]
     return (nn.parallel.DistributedDataParallel, *classes)
-
-
-def _is_sharded(tensor: object) -> bool:
-    """Whether it is a DTensor, as of FSDP2 and tensor parallelism, or DeepSpeed's of ZeRO 3."""
-    dtensor = getattr(_imported("torch.distributed.tensor"), "DTensor", None)
-    is_dtensor = dtensor is not None and isinstance(tensor, dtensor)
-    return is_dtensor or (isinstance(tensor, Tensor) and hasattr(tensor, "ds_id"))
 
 
 def _imported(name: str) -> ModuleType | None:
