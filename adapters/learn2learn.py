@@ -15,7 +15,7 @@ from gradagree_opt.batchnorm import RunningStatistics, statistics_refused
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.diagnostics import check_some_task
 from gradagree_opt.core.stacks import PyTree
-from gradagree_opt.engines.kept import left_as_found
+from gradagree_opt.engines.kept import NoDataSet, left_as_found
 from gradagree_opt.engines.losses import scalar_loss
 from gradagree_opt.engines.random_state import draws_of_each_task
 from gradagree_opt.frameworks import require
@@ -109,6 +109,7 @@ def meta_step(
     with (
         statistics_refused(),
         left_as_found((loss_fn, algorithm)),
+        NoDataSet(),
         draws_of_each_task("different", (loss_fn, algorithm)),
     ):
         directions, (signal, losses, buffers) = gradient(params, statistics.for_tasks(n), tasks)

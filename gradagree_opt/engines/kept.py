@@ -36,8 +36,7 @@ def left_as_found(source: object, /) -> Iterator[None]:
         return
     model = Model(source)
     try:
-        with _NoDataSet():
-            yield
+        yield
     except BaseException:
         model.restore()
         model.restore_wrapped()
@@ -129,8 +128,11 @@ class _Buffer(NamedTuple):
         return replaced or changed
 
 
-class _NoDataSet(TorchFunctionMode):
-    """Refuses ``tensor.data = …``, after which a tensor of the transforms would end the process."""
+class NoDataSet(TorchFunctionMode):
+    """Refuses ``tensor.data = …``, after which a tensor of the transforms would end the process.
+
+    It sees every operation of its block: enter it around the model, and not around a whole step.
+    """
 
     def __torch_function__(
         self,

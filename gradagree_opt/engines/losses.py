@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gradagree_opt.core.stacks import PyTree, is_coarse
+from gradagree_opt.engines.kept import NoDataSet
 from gradagree_opt.engines.normalization import AffineApart
 from gradagree_opt.engines.random_state import RandomState, draws_of_each_task
 from gradagree_opt.options import check_choice
@@ -97,8 +98,10 @@ class TaskMap:
             n: how many they are.
             differentiated: whether a derivative is taken of the result: see :class:`AffineApart`.
         """
+        safe = nullcontext() if torch.compiler.is_compiling() else NoDataSet()
         if self.chunk_size == 1:
-            each = [function(params, task) for task in self.one_by_one(params, tasks, n)]
+            with safe:
+                each = [function(params, task) for task in self.one_by_one(params, tasks, n)]
             return tree_map(lambda *leaves: torch.stack(leaves), *each)
         # vmap gives its chunks the same random numbers on a CPU alone (torch 2.14).
         state = self._state(params, tasks) if self.chunk_size is not None else None
@@ -112,7 +115,7 @@ class TaskMap:
             chunk, (None, 0), randomness=self.randomness, chunk_size=self.chunk_size
         )
         apart = AffineApart() if differentiated else nullcontext()
-        with draws_of_each_task(self.randomness, self.source), apart:
+        with draws_of_each_task(self.randomness, self.source), apart, safe:
             return vmapped(params, tasks)
 
     def split(self, tasks: PyTree, n: int, /) -> list[PyTree]:

@@ -10,7 +10,7 @@ from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree, task_count
 from gradagree_opt.engines.compilation import maybe_compiled
 from gradagree_opt.engines.errors import vmap_explained
-from gradagree_opt.engines.kept import left_as_found
+from gradagree_opt.engines.kept import NoDataSet, left_as_found
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskMap, scalar_loss
 from gradagree_opt.meta.inner import InnerLoop
 from gradagree_opt.meta.steps import MetaStep, check_tasks
@@ -97,7 +97,7 @@ class Reptile:
     def adapt(self, params: PyTree, support: PyTree, /, *, steps: int | None = None) -> PyTree:
         """Parameters adapted to the support set of one task, in ``steps`` inner steps."""
         check_whole(tree_leaves(params))
-        with statistics_refused(), left_as_found((self.loss_fn, self.inner)):
+        with statistics_refused(), left_as_found((self.loss_fn, self.inner)), NoDataSet():
             return self.inner(self.loss_fn, params, support, steps=steps)
 
     def _displacements_of(self, params: PyTree, tasks: PyTree, n: int) -> tuple[PyTree, Tensor]:
