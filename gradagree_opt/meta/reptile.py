@@ -49,6 +49,7 @@ class Reptile:
         self.loss_fn = scalar_loss(loss_fn)
         self.inner = inner
         self._map = TaskMap(chunk_size, randomness, (loss_fn, inner))
+        self._compiles = compile
         # Two graphs: a new aggregator need not compile the inner loops again.
         self._displacements = maybe_compiled(self._displacements_of, compile)
         self._aggregate = maybe_compiled(_aggregate, compile)
@@ -69,17 +70,27 @@ class Reptile:
             RuntimeError: vmap cannot run the model, or memory does not suffice.
         """
         check_aggregator(aggregator)
-        check_one_process(tree_leaves(params))
-        n = check_tasks(params, tasks, "support")
+        check_one_process(tree_leaves(params), over_ranks=aggregator.ranks is not None)
+        if aggregator.ranks is not None and self._compiles:
+            raise ValueError(
+                "expected an aggregator of one process with compile=True, found one of several "
+                "ranks, whose messages no graph holds; give compile=False"
+            )
         without = "a loop of TaskBatch.add(adapted=…)"
-        with (
-            vmap_explained("vmap", self._map.at_once(n), without=without),
-            statistics_refused(),
-            left_as_found(self._map.source),
-        ):
-            displacements, losses = self._displacements(params, tasks, n)
-        aggregation = self._aggregate(aggregator, displacements, aggregator.draw(n))
-        aggregator.verify(aggregation)
+        with aggregator.step_of_ranks():
+            n = check_tasks(params, tasks, "support", least=aggregator.fewest)
+            if n == 0:  # this rank's part is that of a task of zeros, which is left out
+                tasks = tree_map(lambda leaf: leaf.new_zeros(1, *leaf.shape[1:]), tasks)
+            with (
+                vmap_explained("vmap", self._map.at_once(n or 1), without=without),
+                statistics_refused(),
+                left_as_found(self._map.source),
+            ):
+                displacements, losses = self._displacements(params, tasks, n or 1)
+            if n == 0:
+                displacements, losses = tree_map(lambda leaf: leaf[:0], (displacements, losses))
+            aggregation = self._aggregate(aggregator, displacements, aggregator.draw(n))
+            aggregator.verify(aggregation)
         return MetaStep(*aggregation, losses=losses, engine="stacked")
 
     def aggregate_unchecked(
