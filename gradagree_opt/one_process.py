@@ -31,9 +31,9 @@ def check_one_process(
     for part in parts:
         if isinstance(part, wrappers):
             raise ValueError(
-                f"expected a module that no wrapper averages over ranks, found "
-                f"{type(part).__name__}, whose averages the gradients of single tasks would not "
-                f"pass; give the module that it wraps, and {_GATHER}"
+                f"expected a module that one process trains, found {type(part).__name__}, whose "
+                "averages over the ranks the gradients of single tasks would not pass; give the "
+                f"module that it wraps, and {_GATHER}"
             )
     check_whole(tensors)
     distributed = torch.distributed
