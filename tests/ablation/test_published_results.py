@@ -29,6 +29,7 @@ SECTIONS = {
     "Equal Agreement in MAML": "equal-sine-maml",
     "Equal Agreement in MAML, by displacements": "equal-sine-maml-displacement",
     "What the damping of Equal Agreement costs": "damping",
+    "Equal Agreement beside TorchJD's aggregators": "equal-sine-torchjd",
     "Equal Agreement in multi-task learning": "multi-task-digits",
     "Sines": "sine",
     "Corrupted tasks": "sine-corrupted",
@@ -219,6 +220,17 @@ def test_the_curve_over_the_powers_is_that_of_the_recorded_table() -> None:
         cell = rows[f"k = {power:g}" if power else "mean"][STEPS]
         assert f"{drawn[power]:.4f}" == cell.split()[0]
     assert len(drawn) == 6
+
+
+def test_the_curves_over_the_tasks_in_a_batch_are_those_of_the_recorded_tables() -> None:
+    script = runpy.run_path(str(DOCS / "figures/tasks_per_batch.py"))
+    drawn = [container.lines[0] for container in script["draw"]().axes[0].containers]
+    for method, line in zip(script["METHODS"], drawn, strict=True):
+        points = dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
+        assert [*points] == [2, 5, 10, 25]
+        for n, error in points.items():
+            cell = recorded(script["STUDIES"][n])["", method][STEPS]
+            assert f"{error:.4f}" == cell.split()[0]
 
 
 def test_the_curve_over_the_damping_is_that_of_the_recorded_table() -> None:
