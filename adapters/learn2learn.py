@@ -18,6 +18,7 @@ from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.kept import NoDataSet, left_as_found
 from gradagree_opt.engines.losses import scalar_loss
 from gradagree_opt.engines.random_state import draws_of_each_task
+from gradagree_opt.engines.reached import reach
 from gradagree_opt.frameworks import require
 from gradagree_opt.functional import call_with
 from gradagree_opt.loops.accumulation import add_to_grad
@@ -106,11 +107,12 @@ def meta_step(
         chunk_size=chunk_size,
     )
     params = tree_map(torch.Tensor.detach, parameters)
+    reached = reach((loss_fn, algorithm))
     with (
         statistics_refused(),
-        left_as_found((loss_fn, algorithm)),
+        left_as_found(reached),
         NoDataSet(),
-        draws_of_each_task("different", (loss_fn, algorithm)),
+        draws_of_each_task("different", reached),
     ):
         directions, (signal, losses, buffers) = gradient(params, statistics.for_tasks(n), tasks)
     if losses.requires_grad:

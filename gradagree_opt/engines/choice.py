@@ -17,7 +17,7 @@ from gradagree_opt.core.stacks import PyTree, is_coarse, task_count
 from gradagree_opt.engines.compilation import maybe_compiled
 from gradagree_opt.engines.errors import explained
 from gradagree_opt.engines.kept import left_as_found
-from gradagree_opt.engines.losses import TaskLoss
+from gradagree_opt.engines.losses import TaskLoss, TaskMap
 from gradagree_opt.engines.matrix_free import matrix_free, matrix_free_refusal
 from gradagree_opt.engines.one_backward import one_backward, one_backward_refusal
 from gradagree_opt.engines.random_state import draws_of_each_task
@@ -92,9 +92,7 @@ class Runner:
         self._failed: set[str] = set()
         self._tried: set[str] = set()
         self._engines = {
-            name: maybe_compiled(
-                partial(_constants, function, task_loss), compile and name != "streamed"
-            )
+            name: maybe_compiled(partial(_constants, function), compile and name != "streamed")
             for name, function in ENGINES.items()
         }
 
@@ -137,7 +135,7 @@ class Runner:
     ) -> Aggregation:
         """The aggregation by the engine that suits best, not looked at and with no other tried."""
         name = self._candidates(params, task_count(tasks, "tasks"), aggregator)[0]
-        aggregation, _ = self._engines[name](params, tasks, aggregator, draws)
+        aggregation, _ = self._engines[name](self.task_loss, params, tasks, aggregator, draws)
         return aggregation
 
     def _run(
@@ -148,16 +146,16 @@ class Runner:
         aggregator: Aggregator,
         draws: Tensor | None,
     ) -> AggregatedGradients:
-        with self._left_as_found(name, params, tasks):
-            aggregation, losses = self._engines[name](params, tasks, aggregator, draws)
+        task_loss = self.task_loss if self._compile else self.task_loss.walked()
+        with self._left_as_found(name, task_loss.map, params, tasks):
+            aggregation, losses = self._engines[name](task_loss, params, tasks, aggregator, draws)
         aggregator.verify(aggregation)
         return AggregatedGradients(*aggregation, losses=losses, engine=name)
 
     def _left_as_found(
-        self, name: str, params: PyTree, tasks: PyTree
+        self, name: str, task_map: TaskMap, params: PyTree, tasks: PyTree
     ) -> AbstractContextManager[None]:
         """What the loss function reaches is as it was after the block, or it says why not."""
-        task_map = self.task_loss.map
         if name == "streamed" and not self.task_loss.adapts:
             return nullcontext()  # which knows its passes
         if not self._compile:

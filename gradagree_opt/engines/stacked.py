@@ -63,13 +63,13 @@ def task_gradients(
     check_whole(tree_leaves(params))
     n = task_count(tasks, "tasks")
     gradient_and_loss = torch.func.grad_and_value(scalar_loss(loss_fn))
-    each = TaskMap(chunk_size, randomness, loss_fn)
+    each = TaskMap(chunk_size, randomness, loss_fn).walked()
     without = "ga.aggregate_gradients(…, engine='streamed')"
     at_once = each.at_once(n)
     with (
         vmap_explained("vmap(grad)", at_once, without=without),
         statistics_refused(),
-        left_as_found(loss_fn),
+        left_as_found(each.source),
     ):
         return TaskGradients(*each(gradient_and_loss, params, tasks, n, differentiated=True))
 

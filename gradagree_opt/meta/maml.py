@@ -10,9 +10,9 @@ from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.choice import EngineName, Runner
-from gradagree_opt.engines.kept import NoDataSet, left_as_found
+from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap, scalar_loss
-from gradagree_opt.meta.inner import InnerLoop, InnerSGD
+from gradagree_opt.meta.inner import InnerLoop, InnerSGD, watched
 from gradagree_opt.meta.steps import MetaStep, check_tasks
 from gradagree_opt.one_process import check_whole
 from gradagree_opt.options import check_choice
@@ -99,11 +99,14 @@ class MAML:
     def adapt(self, params: PyTree, support: PyTree, /, *, steps: int | None = None) -> PyTree:
         """Parameters adapted to the support set of one task, in ``steps`` inner steps."""
         check_whole(tree_leaves(params))
-        with statistics_refused(), left_as_found((self.loss_fn, self.inner)), NoDataSet():
+        with statistics_refused(), left_as_found((self.loss_fn, self.inner)):
             return self._adapt(params, support, steps)
 
     def _adapt(self, params: PyTree, support: PyTree, steps: int | None = None) -> PyTree:
-        return self.inner(self.loss_fn, params, support, first_order=self.first_order, steps=steps)
+        with watched(self.inner):
+            return self.inner(
+                self.loss_fn, params, support, first_order=self.first_order, steps=steps
+            )
 
     def _initial(self, params: PyTree) -> PyTree:
         """The part of the meta-parameters that the inner loop starts from."""

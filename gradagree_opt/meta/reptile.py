@@ -10,9 +10,9 @@ from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree, task_count
 from gradagree_opt.engines.compilation import maybe_compiled
 from gradagree_opt.engines.errors import vmap_explained
-from gradagree_opt.engines.kept import NoDataSet, left_as_found
+from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskMap, scalar_loss
-from gradagree_opt.meta.inner import InnerLoop
+from gradagree_opt.meta.inner import InnerLoop, watched
 from gradagree_opt.meta.steps import MetaStep, check_tasks
 from gradagree_opt.one_process import check_one_process, check_whole
 
@@ -49,8 +49,9 @@ class Reptile:
         self.loss_fn = scalar_loss(loss_fn)
         self.inner = inner
         self._map = TaskMap(chunk_size, randomness, (loss_fn, inner))
+        self._compile = compile
         # Two graphs: a new aggregator need not compile the inner loops again.
-        self._displacements = maybe_compiled(self._displacements_of, compile)
+        self._displacements = maybe_compiled(self._displacements_by, compile)
         self._aggregate = maybe_compiled(_aggregate, compile)
 
     def step(self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /) -> MetaStep:
@@ -72,12 +73,13 @@ class Reptile:
         check_one_process(tree_leaves(params))
         n = check_tasks(params, tasks, "support")
         without = "a loop of TaskBatch.add(adapted=…)"
+        task_map = self._map if self._compile else self._map.walked()
         with (
             vmap_explained("vmap", self._map.at_once(n), without=without),
             statistics_refused(),
-            left_as_found(self._map.source),
+            left_as_found(task_map.source),
         ):
-            displacements, losses = self._displacements(params, tasks, n)
+            displacements, losses = self._displacements(task_map, params, tasks, n)
         aggregation = self._aggregate(aggregator, displacements, aggregator.draw(n))
         aggregator.verify(aggregation)
         return MetaStep(*aggregation, losses=losses, engine="stacked")
@@ -91,24 +93,32 @@ class Reptile:
             params, tasks, aggregator: as for :meth:`step`.
             draws: result of :meth:`Aggregator.draw` for the tasks.
         """
-        displacements, _ = self._displacements_of(params, tasks, task_count(tasks, "tasks"))
+        displacements, _ = self._displacements_by(
+            self._map, params, tasks, task_count(tasks, "tasks")
+        )
         return _aggregate(aggregator, displacements, draws)
 
     def adapt(self, params: PyTree, support: PyTree, /, *, steps: int | None = None) -> PyTree:
         """Parameters adapted to the support set of one task, in ``steps`` inner steps."""
         check_whole(tree_leaves(params))
-        with statistics_refused(), left_as_found((self.loss_fn, self.inner)), NoDataSet():
+        with statistics_refused(), left_as_found((self.loss_fn, self.inner)):
+            return self._adapt(params, support, steps)
+
+    def _adapt(self, params: PyTree, support: PyTree, steps: int | None = None) -> PyTree:
+        with watched(self.inner):
             return self.inner(self.loss_fn, params, support, steps=steps)
 
-    def _displacements_of(self, params: PyTree, tasks: PyTree, n: int) -> tuple[PyTree, Tensor]:
+    def _displacements_by(
+        self, task_map: TaskMap, params: PyTree, tasks: PyTree, n: int
+    ) -> tuple[PyTree, Tensor]:
         params = tree_map(lambda p: p.detach(), params)
 
         def one_task(params: PyTree, task: PyTree) -> tuple[PyTree, Tensor]:
-            adapted = self.inner(self.loss_fn, params, task["support"])
+            adapted = self._adapt(params, task["support"])
             loss = self.loss_fn(adapted, task.get("query", task["support"]))
             return tree_map(torch.sub, params, adapted), loss
 
-        result = self._map(one_task, params, tasks, n)
+        result = task_map(one_task, params, tasks, n)
         constants: tuple[PyTree, Tensor] = tree_map(torch.Tensor.detach, result)
         return constants
 
