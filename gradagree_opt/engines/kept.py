@@ -167,6 +167,7 @@ def no_data_set() -> AbstractContextManager[Any]:
         return nullcontext()
     return NoDataSet()
 
+
 _UNSET = object()
 
 

@@ -144,6 +144,9 @@ class TaskMap:
         return RandomState(params, tasks, source=self.source)
 
 
+Function = Callable[[PyTree, PyTree], tuple[Tensor, tuple[PyTree, Tensor]]]
+
+
 @dataclass(frozen=True)
 class TaskLoss:
     """The loss of one task and the signal that agreement is measured on.
@@ -154,12 +157,16 @@ class TaskLoss:
         signal_is_gradient: whether it is.
         map: applies a function to every task.
         adapts: whether every task has parameters of its own, so that n · d numbers are held anyway.
+        first_order: the function without second derivatives, where it has some.
+        plain_loss: ``(params, task) -> loss`` without adaptation, as a loop would differentiate.
     """
 
-    function: Callable[[PyTree, PyTree], tuple[Tensor, tuple[PyTree, Tensor]]]
+    function: Function
     signal_is_gradient: bool = True
     map: TaskMap = field(default_factory=TaskMap)
     adapts: bool = False
+    first_order: Function | None = None
+    plain_loss: LossFn | None = None
 
     def walked(self) -> "TaskLoss":
         """The same with :meth:`TaskMap.walked`."""
@@ -174,4 +181,4 @@ class TaskLoss:
             loss = checked(params, task)
             return loss, ((), loss.detach())
 
-        return cls(function, map=map)
+        return cls(function, map=map, plain_loss=checked)

@@ -5,7 +5,7 @@ without a word, if their weight or its gradient differs from task to task: pytor
 With the weight and the bias apart, it is right.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor

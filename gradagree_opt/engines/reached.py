@@ -23,6 +23,8 @@ _LIBRARIES = ("torch", "numpy", "functorch", "builtins", "typing", "collections"
 _CHECKERS = ("jaxtyping", "beartype")
 """What wraps a function in checks of its types, with much behind it that is not the function's."""
 _OF_A_MODULE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""Among them many dicts of hooks, most of which are empty."""
 
 
 class Names(NamedTuple):
@@ -124,8 +126,7 @@ def _behind_module(module: nn.Module, found: Reached) -> Iterator[object]:
     found.holders.append(vars(module))
     yield from module._modules.values()
     for name, value in vars(module).items():
-        hooks = name.startswith("_") and not isinstance(value, Tensor) and not value
-        if name not in _OF_A_MODULE and not hooks:  # none of the many empty dicts of hooks
+        if name not in _OF_EVERY_MODULE or (value and name not in _OF_A_MODULE):
             yield value
     if not _is_of_a_library(module):
         yield type(module).forward

@@ -1,5 +1,6 @@
 """MAML, FOMAML and Meta-SGD: the displacement is the signal, the meta-gradient the direction."""
 
+from copy import copy
 from typing import Literal
 
 from torch import Tensor
@@ -65,7 +66,14 @@ class MAML:
         self.first_order = first_order
         self.signal = signal
         task_map = TaskMap(chunk_size, randomness, (loss_fn, inner))
-        task_loss = TaskLoss(self._query_loss, signal == "gradient", task_map, adapts=True)
+        task_loss = TaskLoss(
+            self._query_loss,
+            signal == "gradient",
+            task_map,
+            adapts=True,
+            first_order=None if first_order else self._in_first_order()._query_loss,
+            plain_loss=lambda params, task: self.loss_fn(self._initial(params), task["support"]),
+        )
         self._run = Runner(task_loss, engine, compile)
 
     def step(self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /) -> MetaStep:
@@ -107,6 +115,11 @@ class MAML:
             return self.inner(
                 self.loss_fn, params, support, first_order=self.first_order, steps=steps
             )
+
+    def _in_first_order(self) -> "MAML":
+        other = copy(self)
+        other.first_order = True
+        return other
 
     def _initial(self, params: PyTree) -> PyTree:
         """The part of the meta-parameters that the inner loop starts from."""

@@ -1,5 +1,8 @@
 """Reptile: the displacement is both the signal and the direction (Nichol et al. 2018)."""
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -9,7 +12,7 @@ from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree, task_count
 from gradagree_opt.engines.compilation import maybe_compiled
-from gradagree_opt.engines.errors import vmap_explained
+from gradagree_opt.engines.cures import Cure, explaining, few, of_a_loop, of_the_map
 from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskMap, scalar_loss
 from gradagree_opt.meta.inner import InnerLoop, watched
@@ -74,8 +77,21 @@ class Reptile:
         n = check_tasks(params, tasks, "support")
         without = "a loop of TaskBatch.add(adapted=…)"
         task_map = self._map if self._compile else self._map.walked()
+
+        def run(task_map: TaskMap) -> None:
+            some = few(tasks)
+            with left_as_found(task_map.source):
+                self._displacements_by(task_map, params, some, task_count(some, "tasks"))
+
+        def cures() -> Iterator[Cure]:
+            if self._compile:
+                yield Cure("compile=False", partial(run, task_map))
+            yield from of_the_map(task_map, run)
+            support = tasks["support"]
+            yield of_a_loop(self.loss_fn, params, support, without)
+
         with (
-            vmap_explained("vmap", self._map.at_once(n), without=without),
+            explaining("vmap", task_map.at_once(n), task_map.source, cures, without=without),
             statistics_refused(),
             left_as_found(task_map.source),
         ):
