@@ -163,7 +163,10 @@ NoDataSet.instead = {_SET_DATA: _set_data}
 
 def no_data_set() -> AbstractContextManager[Any]:
     """:class:`NoDataSet`, unless a block of it has begun or torch.compile reads the block."""
-    if torch.compiler.is_compiling() or isinstance(_get_current_function_mode(), NoDataSet):
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    mode: object = _get_current_function_mode()  # type: ignore[no-untyped-call]
+    if isinstance(mode, NoDataSet):
         return nullcontext()
     return NoDataSet()
 

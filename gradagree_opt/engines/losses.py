@@ -49,6 +49,11 @@ def refuse_coarse(tensors: Sequence[Tensor], /) -> None:
         raise RuntimeError("parameters or losses of less than float32, in which it would add")
 
 
+def _dense(tensor: Tensor) -> Tensor:
+    """The gradient of a sparse embedding as the others are."""
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
 @dataclass(frozen=True)
 class TaskMap:
     """How a function is applied to every task of a batch.
@@ -106,7 +111,7 @@ class TaskMap:
         """
         if self.chunk_size == 1:
             each = [function(params, task) for task in self.one_by_one(params, tasks, n)]
-            return tree_map(lambda *leaves: torch.stack(leaves), *each)
+            return tree_map(lambda *leaves: torch.stack([_dense(leaf) for leaf in leaves]), *each)
         # vmap gives its chunks the same random numbers on a CPU alone (torch 2.14).
         state = self._state(params, tasks) if self.chunk_size is not None else None
 

@@ -162,7 +162,8 @@ def _torch_instance_norm(
     )
 
 
-AffineApart.instead = NoDataSet.instead | {
+AffineApart.instead = {
+    **NoDataSet.instead,
     functional.layer_norm: _layer_norm,
     functional.batch_norm: _batch_norm,
     functional.instance_norm: _instance_norm,
