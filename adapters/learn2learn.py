@@ -4,7 +4,7 @@ A loop over ``clone()`` and ``adapt()`` needs nothing from here: :class:`gradagr
 takes the learners.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from torch.utils._pytree import tree_map
 from gradagree_opt.batchnorm import RunningStatistics, statistics_refused
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.diagnostics import check_some_task
-from gradagree_opt.core.stacks import PyTree
+from gradagree_opt.core.stacks import PyTree, task_count
+from gradagree_opt.engines.cures import Cure, explaining, few, of_the_kernel
 from gradagree_opt.engines.kept import NoDataSet, left_as_found
 from gradagree_opt.engines.losses import scalar_loss
 from gradagree_opt.engines.random_state import draws_of_each_task
+from gradagree_opt.engines.reached import reach
 from gradagree_opt.frameworks import require
 from gradagree_opt.functional import call_with
 from gradagree_opt.loops.accumulation import add_to_grad
@@ -73,6 +75,7 @@ def meta_step(
             algorithm does not allow it; a module is recurrent; the loss has parameters that are not
             the learner's, or none; several ranks train; or the aggregator refuses the tasks.
             Nothing is changed then.
+        RuntimeError: vmap cannot run the model, or memory does not suffice.
 
     Source: Eshratifar et al. 2018, algorithm 1, the MAML form.
 
@@ -107,13 +110,23 @@ def meta_step(
         chunk_size=chunk_size,
     )
     params = tree_map(torch.Tensor.detach, parameters)
+    reached = reach((loss_fn, algorithm))
+
+    def run_all(tasks: PyTree) -> Any:
+        copies = statistics.for_tasks(task_count(tasks, "tasks"))
+        with left_as_found(reached), NoDataSet(), draws_of_each_task("different", reached):
+            return gradient(params, copies, tasks)
+
+    def cures() -> Iterator[Cure]:
+        yield of_the_kernel(lambda: run_all(few(tasks)))
+        yield Cure(without, lambda: _loop(run, tasks))
+
+    by, without = "learn2learn.meta_step", "a loop over clone() and adapt() with TaskBatch"
     with (
         statistics_refused(),
-        left_as_found((loss_fn, algorithm)),
-        NoDataSet(),
-        draws_of_each_task("different", (loss_fn, algorithm)),
+        explaining(by, min(n, chunk_size or n), reached, cures, without=without),
     ):
-        directions, (signal, losses, buffers) = gradient(params, statistics.for_tasks(n), tasks)
+        directions, (signal, losses, buffers) = run_all(tasks)
     if losses.requires_grad:
         raise ValueError(
             "expected a loss whose trained parameters are all the algorithm's, found one with "
@@ -148,6 +161,13 @@ class _Task(nn.Module):
         loss = self.loss_fn(learner, task["query"])
         check_depends(loss, learner.parameters(), None, advice="compute it by the learner")
         return loss, displacement(start, match(before, learner))
+
+
+def _loop(run: _Task, tasks: PyTree) -> None:
+    """One task as a loop runs it."""
+    loss, _ = run(tree_map(lambda leaf: leaf[0], tasks))
+    parameters = [each for each in run.parameters() if each.requires_grad]
+    torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
 def _check_algorithm(algorithm: object, steps: int) -> None:

@@ -182,6 +182,12 @@ class Aggregator:
         """Around a step of several ranks: what fails in it before they meet fails on all."""
         return nullcontext() if self.ranks is None else self.ranks.step()
 
+    def of_one_process(self) -> "Aggregator":
+        """The same, of the tasks of this rank alone."""
+        alone = copy.copy(self)
+        alone.ranks = None
+        return alone
+
     def _check(self, directions: PyTree, signal: PyTree | None) -> int:
         name = "directions" if signal is not None else "gradients"
         return check_stack(directions, name, least=self.fewest)

@@ -1,7 +1,8 @@
 """Which engine runs: the one that was asked for, or the first of those that suit that can."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -15,9 +16,17 @@ from gradagree_opt.core.diagnostics import Diagnostics
 from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree, is_coarse, task_count
 from gradagree_opt.engines.compilation import maybe_compiled
-from gradagree_opt.engines.errors import explained
+from gradagree_opt.engines.cures import (
+    Cure,
+    explaining,
+    few,
+    of_a_loop,
+    of_the_kernel,
+    of_the_map,
+    of_the_order,
+)
 from gradagree_opt.engines.kept import left_as_found
-from gradagree_opt.engines.losses import TaskLoss
+from gradagree_opt.engines.losses import TaskLoss, TaskMap
 from gradagree_opt.engines.matrix_free import matrix_free, matrix_free_refusal
 from gradagree_opt.engines.one_backward import one_backward, one_backward_refusal
 from gradagree_opt.engines.random_state import draws_of_each_task
@@ -36,6 +45,8 @@ ENGINES: dict[str, Engine] = {
     "matrix_free": matrix_free,
     "one_backward": one_backward,
 }
+
+STREAMED = "engine='streamed'"
 
 IN_FLOAT32 = ("stacked", "streamed")
 """Those that add over the tasks in float32 whatever the parameters are."""
@@ -92,9 +103,7 @@ class Runner:
         self._failed: set[str] = set()
         self._tried: set[str] = set()
         self._engines = {
-            name: maybe_compiled(
-                partial(_constants, function, task_loss), compile and name != "streamed"
-            )
+            name: maybe_compiled(partial(_constants, function), compile and name != "streamed")
             for name, function in ENGINES.items()
         }
 
@@ -112,7 +121,7 @@ class Runner:
         if n == 0:
             return self._of_no_task(params, tasks, aggregator)
         draws = aggregator.draw(n)
-        *others, last = self._candidates(params, n, aggregator)
+        *others, last = self._candidates(self.task_loss, params, n, aggregator)
         if aggregator.ranks is not None:  # no second try once the ranks have met
             others, last = [], (others or [last])[0]
         for name in others:
@@ -121,26 +130,70 @@ class Runner:
             except RuntimeError:
                 if self._compile:  # to try again would be to compile again
                     self._failed.add(name)
-        try:
+        streams = streamed_refusal(aggregator, self.task_loss) is None and last != "streamed"
+        without = STREAMED if streams else self._loop
+        with explaining(
+            f"engine={last!r}",
+            1 if last == "streamed" else self.task_loss.map.at_once(n),
+            self.task_loss.map.source,
+            lambda: self._cures(params, few(tasks), aggregator, streams),
+            without="compile=False" if self._compile else without,
+        ):
             return self._run(last, params, tasks, aggregator, draws)
-        except RuntimeError as error:
-            if last == "streamed":
-                raise
-            at_once = self.task_loss.map.at_once(n)
-            if self._compile:
-                without = "compile=False"
-            elif streamed_refusal(aggregator, self.task_loss) is None:
-                without = "engine='streamed'"
-            else:
-                without = "a loop of TaskBatch.add(loss, …)"
-            raise explained(error, f"engine={last!r}", at_once, without=without) from error
+
+    def _cures(
+        self, params: PyTree, tasks: PyTree, aggregator: Aggregator, streams: bool
+    ) -> Iterator[Cure]:
+        """What may run the model where the last engine does not, the best first."""
+        n = task_count(tasks, "tasks")
+        aggregator = aggregator.of_one_process()
+        draws = aggregator.draw(n)
+
+        def run(task_loss: TaskLoss, *engines: str) -> None:
+            *others, final = engines or self._candidates(task_loss, params, n, aggregator)
+            for name in others:
+                with suppress(RuntimeError):
+                    self._try(name, task_loss, params, tasks, aggregator, draws)
+                    return
+            self._try(final, task_loss, params, tasks, aggregator, draws)
+
+        here = self.task_loss
+        if self._compile:
+            yield Cure("compile=False", partial(run, here))
+            return
+        yield from of_the_map(here.map, lambda task_map: run(replace(here, map=task_map)))
+        if streams:
+            yield Cure(STREAMED, partial(run, here, "streamed"))
+        yield of_the_kernel(partial(run, here))
+        yield from of_the_order(here, run)
+        if here.plain_loss is not None:
+            yield of_a_loop(here.plain_loss, params, tasks, self._loop)
+
+    @property
+    def _loop(self) -> str:
+        form = "loss, adapted=…" if self.task_loss.adapts else "loss, …"
+        return f"a loop of TaskBatch.add({form})"
+
+    def _try(
+        self,
+        name: str,
+        task_loss: TaskLoss,
+        params: PyTree,
+        tasks: PyTree,
+        aggregator: Aggregator,
+        draws: Tensor | None,
+    ) -> None:
+        """Runs an engine uncompiled, on other terms."""
+        knows = name == "streamed" and not task_loss.adapts
+        with nullcontext() if knows else left_as_found(task_loss.map.source):
+            _constants(ENGINES[name], task_loss, params, tasks, aggregator, draws)
 
     def unchecked(
         self, params: PyTree, tasks: PyTree, aggregator: Aggregator, draws: Tensor | None, /
     ) -> Aggregation:
         """The aggregation by the engine that suits best, not looked at and with no other tried."""
-        name = self._candidates(params, task_count(tasks, "tasks"), aggregator)[0]
-        aggregation, _ = self._engines[name](params, tasks, aggregator, draws)
+        name = self._candidates(self.task_loss, params, task_count(tasks, "tasks"), aggregator)[0]
+        aggregation, _ = self._engines[name](self.task_loss, params, tasks, aggregator, draws)
         return aggregation
 
     def _check_ranks(self, params: PyTree, aggregator: Aggregator) -> None:
@@ -173,16 +226,16 @@ class Runner:
         aggregator: Aggregator,
         draws: Tensor | None,
     ) -> AggregatedGradients:
-        with self._left_as_found(name, params, tasks):
-            aggregation, losses = self._engines[name](params, tasks, aggregator, draws)
+        task_loss = self.task_loss if self._compile else self.task_loss.walked()
+        with self._left_as_found(name, task_loss.map, params, tasks):
+            aggregation, losses = self._engines[name](task_loss, params, tasks, aggregator, draws)
         aggregator.verify(aggregation)
         return AggregatedGradients(*aggregation, losses=losses, engine=name)
 
     def _left_as_found(
-        self, name: str, params: PyTree, tasks: PyTree
+        self, name: str, task_map: TaskMap, params: PyTree, tasks: PyTree
     ) -> AbstractContextManager[None]:
         """What the loss function reaches is as it was after the block, or it says why not."""
-        task_map = self.task_loss.map
         if name == "streamed" and not self.task_loss.adapts:
             return nullcontext()  # which knows its passes
         if not self._compile:
@@ -194,13 +247,15 @@ class Runner:
             self._tried.add(name)
         return nullcontext()
 
-    def _candidates(self, params: PyTree, n: int, aggregator: Aggregator) -> list[str]:
+    def _candidates(
+        self, task_loss: TaskLoss, params: PyTree, n: int, aggregator: Aggregator
+    ) -> list[str]:
         """The engines to try, the best first."""
         refusals = {
             "stacked": None,
-            "streamed": streamed_refusal(aggregator, self.task_loss),
-            "matrix_free": matrix_free_refusal(aggregator, self.task_loss),
-            "one_backward": one_backward_refusal(aggregator, self.task_loss),
+            "streamed": streamed_refusal(aggregator, task_loss),
+            "matrix_free": matrix_free_refusal(aggregator, task_loss),
+            "one_backward": one_backward_refusal(aggregator, task_loss),
         }
         if self.engine != "auto":
             if refusals[self.engine] is not None:

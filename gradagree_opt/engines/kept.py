@@ -6,14 +6,14 @@ the module could run nor be saved with it.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import CellType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from gradagree_opt.batchnorm import ChangedBufferError
 from gradagree_opt.engines.reached import Names, reach
@@ -134,6 +134,9 @@ class NoDataSet(TorchFunctionMode):
     It sees every operation of its block: enter it around the model, and not around a whole step.
     """
 
+    instead: Mapping[Callable[..., Any], Callable[..., Any]]
+    """What stands for a function in the block."""
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -141,12 +144,32 @@ class NoDataSet(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func == _SET_DATA and _holds_wrapped(args[1]):
-            raise ChangedBufferError("a model that sets the data of a tensor")
-        return func(*args, **(kwargs or {}))
+        """Calls the function, or what stands for it."""
+        function = self.instead.get(func, func)
+        return function(*args, **kwargs) if kwargs else function(*args)
 
 
-_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_SET_DATA: Callable[[Tensor, Tensor], None] = Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+def _set_data(tensor: Tensor, data: Tensor) -> None:
+    if _holds_wrapped(data):
+        raise ChangedBufferError("a model that sets the data of a tensor")
+    _SET_DATA(tensor, data)
+
+
+NoDataSet.instead = {_SET_DATA: _set_data}
+
+
+def no_data_set() -> AbstractContextManager[Any]:
+    """:class:`NoDataSet`, unless a block of it has begun or torch.compile reads the block."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    mode: object = _get_current_function_mode()  # type: ignore[no-untyped-call]
+    if isinstance(mode, NoDataSet):
+        return nullcontext()
+    return NoDataSet()
+
 
 _UNSET = object()
 

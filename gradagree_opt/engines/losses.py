@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gradagree_opt.core.stacks import PyTree, is_coarse
-from gradagree_opt.engines.kept import NoDataSet
+from gradagree_opt.engines.kept import no_data_set
 from gradagree_opt.engines.normalization import AffineApart
 from gradagree_opt.engines.random_state import RandomState, draws_of_each_task
+from gradagree_opt.engines.reached import reach
 from gradagree_opt.options import check_choice
 
 LossFn = Callable[[PyTree, PyTree], Tensor]
@@ -25,7 +26,8 @@ def scalar_loss(loss_fn: LossFn, /) -> LossFn:
     """The loss function, which answers anything but a scalar with one sentence."""
 
     def checked(params: PyTree, batch: PyTree) -> Tensor:
-        loss: object = loss_fn(params, batch)
+        with no_data_set():
+            loss: object = loss_fn(params, batch)
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             found = (
                 f"a tensor of shape {list(loss.shape)}"
@@ -45,6 +47,11 @@ def refuse_coarse(tensors: Sequence[Tensor], /) -> None:
     """RuntimeError where a sum over tasks in the tensors' own dtype would not be as in float32."""
     if is_coarse(tensors):
         raise RuntimeError("parameters or losses of less than float32, in which it would add")
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The gradient of a sparse embedding as the others are."""
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,10 @@ class TaskMap:
         if self.chunk_size is not None and self.chunk_size < 1:
             raise ValueError(f"expected a chunk_size of at least 1, found {self.chunk_size}")
         check_choice("randomness", self.randomness, ("error", "different", "same"))
+
+    def walked(self) -> "TaskMap":
+        """The same, what its source reaches looked up once for all that asks for it in a step."""
+        return replace(self, source=reach(self.source))
 
     @property
     def may_draw(self) -> bool:
@@ -98,11 +109,9 @@ class TaskMap:
             n: how many they are.
             differentiated: whether a derivative is taken of the result: see :class:`AffineApart`.
         """
-        safe = nullcontext() if torch.compiler.is_compiling() else NoDataSet()
         if self.chunk_size == 1:
-            with safe:
-                each = [function(params, task) for task in self.one_by_one(params, tasks, n)]
-            return tree_map(lambda *leaves: torch.stack(leaves), *each)
+            each = [function(params, task) for task in self.one_by_one(params, tasks, n)]
+            return tree_map(lambda *leaves: torch.stack([_dense(leaf) for leaf in leaves]), *each)
         # vmap gives its chunks the same random numbers on a CPU alone (torch 2.14).
         state = self._state(params, tasks) if self.chunk_size is not None else None
 
@@ -115,7 +124,7 @@ class TaskMap:
             chunk, (None, 0), randomness=self.randomness, chunk_size=self.chunk_size
         )
         apart = AffineApart() if differentiated else nullcontext()
-        with draws_of_each_task(self.randomness, self.source), apart, safe:
+        with draws_of_each_task(self.randomness, self.source), apart:
             return vmapped(params, tasks)
 
     def split(self, tasks: PyTree, n: int, /) -> list[PyTree]:
@@ -140,6 +149,9 @@ class TaskMap:
         return RandomState(params, tasks, source=self.source)
 
 
+Function = Callable[[PyTree, PyTree], tuple[Tensor, tuple[PyTree, Tensor]]]
+
+
 @dataclass(frozen=True)
 class TaskLoss:
     """The loss of one task and the signal that agreement is measured on.
@@ -150,12 +162,20 @@ class TaskLoss:
         signal_is_gradient: whether it is.
         map: applies a function to every task.
         adapts: whether every task has parameters of its own, so that n · d numbers are held anyway.
+        first_order: the function without second derivatives, where it has some.
+        plain_loss: ``(params, task) -> loss`` without adaptation, as a loop would differentiate.
     """
 
-    function: Callable[[PyTree, PyTree], tuple[Tensor, tuple[PyTree, Tensor]]]
+    function: Function
     signal_is_gradient: bool = True
     map: TaskMap = field(default_factory=TaskMap)
     adapts: bool = False
+    first_order: Function | None = None
+    plain_loss: LossFn | None = None
+
+    def walked(self) -> "TaskLoss":
+        """The same with :meth:`TaskMap.walked`."""
+        return replace(self, map=self.map.walked())
 
     @classmethod
     def plain(cls, loss_fn: LossFn, map: TaskMap) -> "TaskLoss":
@@ -166,4 +186,4 @@ class TaskLoss:
             loss = checked(params, task)
             return loss, ((), loss.detach())
 
-        return cls(function, map=map)
+        return cls(function, map=map, plain_loss=checked)

@@ -5,19 +5,21 @@ without a word, if their weight or its gradient differs from task to task: pytor
 With the weight and the bias apart, it is right.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+
+from gradagree_opt.engines.kept import NoDataSet
 
 
-class AffineApart(TorchFunctionMode):
+class AffineApart(NoDataSet):
     """Inside the block, normalization is followed by the weight and the bias as two operations.
+
+    As every operation passes through it anyway, it refuses what :class:`NoDataSet` does.
 
     >>> import torch
     >>> x, weight = torch.tensor([[1.0, 3.0]]), torch.tensor([2.0, 5.0])
@@ -25,17 +27,6 @@ class AffineApart(TorchFunctionMode):
     ...     functional.layer_norm(x, (2,), weight, eps=0.0)
     tensor([[-2.,  5.]])
     """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Calls the function, or what stands for it."""
-        function: Callable[..., Any] = INSTEAD.get(func, func)
-        return function(*args, **(kwargs or {}))
 
 
 def _layer_norm(
@@ -171,7 +162,8 @@ def _torch_instance_norm(
     )
 
 
-INSTEAD: dict[Callable[..., Any], Callable[..., Any]] = {
+AffineApart.instead = {
+    **NoDataSet.instead,
     functional.layer_norm: _layer_norm,
     functional.batch_norm: _batch_norm,
     functional.instance_norm: _instance_norm,

@@ -23,6 +23,8 @@ _LIBRARIES = ("torch", "numpy", "functorch", "builtins", "typing", "collections"
 _CHECKERS = ("jaxtyping", "beartype")
 """What wraps a function in checks of its types, with much behind it that is not the function's."""
 _OF_A_MODULE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""Among them many dicts of hooks, most of which are empty."""
 
 
 class Names(NamedTuple):
@@ -41,12 +43,14 @@ class Reached(NamedTuple):
 
 
 def reach(*sources: object) -> Reached:
-    """What some functions or objects reach, each thing once.
+    """What some functions or objects reach, each thing once; what was reached already, as it is.
 
     >>> model = nn.Linear(1, 1)
     >>> reach(lambda x, model=model: model(x).sum()).modules
     [Linear(in_features=1, out_features=1, bias=True)]
     """
+    if len(sources) == 1 and isinstance(sources[0], Reached):
+        return sources[0]
     found = Reached([], [], [])
     outside = Reached(
         found.modules, found.generators, []
@@ -122,8 +126,7 @@ def _behind_module(module: nn.Module, found: Reached) -> Iterator[object]:
     found.holders.append(vars(module))
     yield from module._modules.values()
     for name, value in vars(module).items():
-        hooks = name.startswith("_") and not isinstance(value, Tensor) and not value
-        if name not in _OF_A_MODULE and not hooks:  # none of the many empty dicts of hooks
+        if name not in _OF_EVERY_MODULE or (value and name not in _OF_A_MODULE):
             yield value
     if not _is_of_a_library(module):
         yield type(module).forward

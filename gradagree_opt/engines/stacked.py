@@ -1,5 +1,6 @@
 """The stacked engine: per-task gradients as one vmapped backward pass, then an aggregation."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree, check_floating, task_count
-from gradagree_opt.engines.errors import vmap_explained
+from gradagree_opt.engines.cures import Cure, explaining, few, of_a_loop, of_the_map
 from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap, scalar_loss
 from gradagree_opt.one_process import check_whole
@@ -63,15 +64,20 @@ def task_gradients(
     check_whole(tree_leaves(params))
     n = task_count(tasks, "tasks")
     gradient_and_loss = torch.func.grad_and_value(scalar_loss(loss_fn))
-    each = TaskMap(chunk_size, randomness, loss_fn)
+    each = TaskMap(chunk_size, randomness, loss_fn).walked()
     without = "ga.aggregate_gradients(…, engine='streamed')"
-    at_once = each.at_once(n)
-    with (
-        vmap_explained("vmap(grad)", at_once, without=without),
-        statistics_refused(),
-        left_as_found(loss_fn),
-    ):
-        return TaskGradients(*each(gradient_and_loss, params, tasks, n, differentiated=True))
+
+    def run(each: TaskMap, tasks: PyTree) -> TaskGradients:
+        n = task_count(tasks, "tasks")
+        with statistics_refused(), left_as_found(each.source):
+            return TaskGradients(*each(gradient_and_loss, params, tasks, n, differentiated=True))
+
+    def cures() -> Iterator[Cure]:
+        yield from of_the_map(each, lambda other: run(other, few(tasks)))
+        yield of_a_loop(loss_fn, params, tasks, without)
+
+    with explaining("vmap(grad)", each.at_once(n), each.source, cures, without=without):
+        return run(each, tasks)
 
 
 def stacked(

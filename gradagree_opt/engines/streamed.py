@@ -14,7 +14,7 @@ from gradagree_opt.core.results import Aggregation, Measured
 from gradagree_opt.core.scopes import group_indices
 from gradagree_opt.core.stacks import PyTree, accumulation_dtype, task_count
 from gradagree_opt.core.statistics import Statistics
-from gradagree_opt.engines.kept import Model, NoDataSet
+from gradagree_opt.engines.kept import Model
 from gradagree_opt.engines.losses import TaskLoss
 from gradagree_opt.engines.one_gradient import One, by_leaf, dot, measure_one, units_of
 from gradagree_opt.engines.random_state import RandomState, check_same_losses
@@ -184,7 +184,7 @@ class _Stream:
 
     def losses_and_signals(self) -> tuple[Tensor, PyTree]:
         """Losses ``[n]`` and the stack of the signals, without a backward pass."""
-        with torch.no_grad(), NoDataSet():
+        with torch.no_grad():
             known = [self._task_loss.function(self.params, task)[1] for task in self._each()]
         signals, losses = tree_map(lambda *leaves: torch.stack(leaves), *known)
         self._compare(losses)
@@ -195,7 +195,7 @@ class _Stream:
         at = tree_unflatten(self._leaves, tree_structure(self.params))
         losses = Rows(self.n)
         for task in self._each():
-            with torch.enable_grad(), NoDataSet():
+            with torch.enable_grad():
                 loss, _ = self._task_loss.function(at, task)
             losses.append(loss.detach().unsqueeze(0))
             if not loss.requires_grad:  # of no parameter

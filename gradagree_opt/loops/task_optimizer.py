@@ -170,7 +170,7 @@ class TaskOptimizer:
         return self.optimizer.param_groups  # type: ignore[no-any-return]
 
     def _named_parameters(self) -> dict[str, Tensor] | list[Tensor]:
-        """The parameters by name, or in order where they have none."""
+        """The parameters by name, or in order where they have none of their own."""
         names: dict[int, str] = {}
         for group in self.param_groups:
             if isinstance(group, dict):
@@ -180,13 +180,16 @@ class TaskOptimizer:
             names.update((id(p), name) for name, p in self.module.named_parameters())
         parameters = self._parameters()
         unnamed = [at for at, parameter in enumerate(parameters) if id(parameter) not in names]
-        if not unnamed:
-            return {names[id(parameter)]: parameter for parameter in parameters}
+        named = {names.get(id(parameter), ""): parameter for parameter in parameters}
+        if not unnamed and len(named) == len(parameters):
+            return named
         if callable(self.aggregator.scope):
+            # Groups of two modules may have one name for two parameters.
+            found = f"none for parameter number {unnamed[0]}" if unnamed else "one name twice"
             raise ValueError(
-                f"expected names for a scope that is a function, found none for parameter number "
-                f"{unnamed[0]}; give TaskOptimizer(optimizer, aggregator, module=model), or build "
-                "the optimizer with model.named_parameters()"
+                f"expected names for a scope that is a function, found {found}; give "
+                "TaskOptimizer(optimizer, aggregator, module=model), or build the optimizer with "
+                "model.named_parameters()"
             )
         return parameters
 

@@ -1,5 +1,6 @@
 """Inner loops: how the parameters adapt to the support set of one task."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
 from gradagree_opt.core.stacks import PyTree
+from gradagree_opt.engines.kept import no_data_set
 from gradagree_opt.engines.losses import LossFn
 from gradagree_opt.options import check_count
 
@@ -26,6 +28,11 @@ class InnerLoop(Protocol):
         steps: int | None = None,
     ) -> PyTree:
         """θ_i, differentiable in θ; with first_order, as if ∂θ_i/∂θ were the identity."""
+
+
+def watched(inner: InnerLoop, /) -> AbstractContextManager[Any]:
+    """A block that refuses to set the data of a tensor, which a loop of one's own might do."""
+    return nullcontext() if isinstance(inner, InnerSGD) else no_data_set()
 
 
 class InnerSGD:

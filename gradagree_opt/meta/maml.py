@@ -1,5 +1,6 @@
 """MAML, FOMAML and Meta-SGD: the displacement is the signal, the meta-gradient the direction."""
 
+from copy import copy
 from typing import Literal
 
 from torch import Tensor
@@ -10,9 +11,9 @@ from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.choice import EngineName, Runner
-from gradagree_opt.engines.kept import NoDataSet, left_as_found
+from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap, scalar_loss
-from gradagree_opt.meta.inner import InnerLoop, InnerSGD
+from gradagree_opt.meta.inner import InnerLoop, InnerSGD, watched
 from gradagree_opt.meta.steps import MetaStep, check_tasks
 from gradagree_opt.one_process import check_whole
 from gradagree_opt.options import check_choice
@@ -65,7 +66,14 @@ class MAML:
         self.first_order = first_order
         self.signal = signal
         task_map = TaskMap(chunk_size, randomness, (loss_fn, inner))
-        task_loss = TaskLoss(self._query_loss, signal == "gradient", task_map, adapts=True)
+        task_loss = TaskLoss(
+            self._query_loss,
+            signal == "gradient",
+            task_map,
+            adapts=True,
+            first_order=None if first_order else self._in_first_order()._query_loss,
+            plain_loss=lambda params, task: self.loss_fn(self._initial(params), task["support"]),
+        )
         self._run = Runner(task_loss, engine, compile)
 
     def step(self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /) -> MetaStep:
@@ -100,11 +108,19 @@ class MAML:
     def adapt(self, params: PyTree, support: PyTree, /, *, steps: int | None = None) -> PyTree:
         """Parameters adapted to the support set of one task, in ``steps`` inner steps."""
         check_whole(tree_leaves(params))
-        with statistics_refused(), left_as_found((self.loss_fn, self.inner)), NoDataSet():
+        with statistics_refused(), left_as_found((self.loss_fn, self.inner)):
             return self._adapt(params, support, steps)
 
     def _adapt(self, params: PyTree, support: PyTree, steps: int | None = None) -> PyTree:
-        return self.inner(self.loss_fn, params, support, first_order=self.first_order, steps=steps)
+        with watched(self.inner):
+            return self.inner(
+                self.loss_fn, params, support, first_order=self.first_order, steps=steps
+            )
+
+    def _in_first_order(self) -> "MAML":
+        other = copy(self)
+        other.first_order = True
+        return other
 
     def _initial(self, params: PyTree) -> PyTree:
         """The part of the meta-parameters that the inner loop starts from."""

@@ -1,5 +1,8 @@
 """Reptile: the displacement is both the signal and the direction (Nichol et al. 2018)."""
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -9,10 +12,10 @@ from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree, task_count
 from gradagree_opt.engines.compilation import maybe_compiled
-from gradagree_opt.engines.errors import vmap_explained
-from gradagree_opt.engines.kept import NoDataSet, left_as_found
+from gradagree_opt.engines.cures import Cure, explaining, few, of_a_loop, of_the_map
+from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskMap, scalar_loss
-from gradagree_opt.meta.inner import InnerLoop
+from gradagree_opt.meta.inner import InnerLoop, watched
 from gradagree_opt.meta.steps import MetaStep, check_tasks
 from gradagree_opt.one_process import check_one_process, check_whole
 
@@ -49,9 +52,9 @@ class Reptile:
         self.loss_fn = scalar_loss(loss_fn)
         self.inner = inner
         self._map = TaskMap(chunk_size, randomness, (loss_fn, inner))
-        self._compiles = compile
+        self._compile = compile
         # Two graphs: a new aggregator need not compile the inner loops again.
-        self._displacements = maybe_compiled(self._displacements_of, compile)
+        self._displacements = maybe_compiled(self._displacements_by, compile)
         self._aggregate = maybe_compiled(_aggregate, compile)
 
     def step(self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /) -> MetaStep:
@@ -71,27 +74,48 @@ class Reptile:
         """
         check_aggregator(aggregator)
         check_one_process(tree_leaves(params), over_ranks=aggregator.ranks is not None)
-        if aggregator.ranks is not None and self._compiles:
+        if aggregator.ranks is not None and self._compile:
             raise ValueError(
                 "expected an aggregator of one process with compile=True, found one of several "
                 "ranks, whose messages no graph holds; give compile=False"
             )
-        without = "a loop of TaskBatch.add(adapted=…)"
         with aggregator.step_of_ranks():
             n = check_tasks(params, tasks, "support", least=aggregator.fewest)
-            if n == 0:  # this rank's part is that of a task of zeros, which is left out
-                tasks = tree_map(lambda leaf: leaf.new_zeros(1, *leaf.shape[1:]), tasks)
-            with (
-                vmap_explained("vmap", self._map.at_once(n or 1), without=without),
-                statistics_refused(),
-                left_as_found(self._map.source),
-            ):
-                displacements, losses = self._displacements(params, tasks, n or 1)
-            if n == 0:
+            # With none, this rank's part is that of a task of zeros, which is left out.
+            some = tasks if n else tree_map(lambda leaf: leaf.new_zeros(1, *leaf.shape[1:]), tasks)
+            displacements, losses = self._explained_displacements(params, some, n or 1)
+            if not n:
                 displacements, losses = tree_map(lambda leaf: leaf[:0], (displacements, losses))
             aggregation = self._aggregate(aggregator, displacements, aggregator.draw(n))
             aggregator.verify(aggregation)
         return MetaStep(*aggregation, losses=losses, engine="stacked")
+
+    def _explained_displacements(
+        self, params: PyTree, tasks: PyTree, n: int
+    ) -> tuple[PyTree, Tensor]:
+        """Displacements and losses, or an error that says what helps."""
+        without = "a loop of TaskBatch.add(adapted=…)"
+        task_map = self._map if self._compile else self._map.walked()
+
+        def run(task_map: TaskMap) -> None:
+            some = few(tasks)
+            with left_as_found(task_map.source):
+                self._displacements_by(task_map, params, some, task_count(some, "tasks"))
+
+        def cures() -> Iterator[Cure]:
+            if self._compile:
+                yield Cure("compile=False", partial(run, task_map))
+            yield from of_the_map(task_map, run)
+            support = tasks["support"]
+            yield of_a_loop(self.loss_fn, params, support, without)
+
+        with (
+            explaining("vmap", task_map.at_once(n), task_map.source, cures, without=without),
+            statistics_refused(),
+            left_as_found(task_map.source),
+        ):
+            result: tuple[PyTree, Tensor] = self._displacements(task_map, params, tasks, n)
+            return result
 
     def aggregate_unchecked(
         self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /, *, draws: Tensor | None
@@ -102,24 +126,32 @@ class Reptile:
             params, tasks, aggregator: as for :meth:`step`.
             draws: result of :meth:`Aggregator.draw` for the tasks.
         """
-        displacements, _ = self._displacements_of(params, tasks, task_count(tasks, "tasks"))
+        displacements, _ = self._displacements_by(
+            self._map, params, tasks, task_count(tasks, "tasks")
+        )
         return _aggregate(aggregator, displacements, draws)
 
     def adapt(self, params: PyTree, support: PyTree, /, *, steps: int | None = None) -> PyTree:
         """Parameters adapted to the support set of one task, in ``steps`` inner steps."""
         check_whole(tree_leaves(params))
-        with statistics_refused(), left_as_found((self.loss_fn, self.inner)), NoDataSet():
+        with statistics_refused(), left_as_found((self.loss_fn, self.inner)):
+            return self._adapt(params, support, steps)
+
+    def _adapt(self, params: PyTree, support: PyTree, steps: int | None = None) -> PyTree:
+        with watched(self.inner):
             return self.inner(self.loss_fn, params, support, steps=steps)
 
-    def _displacements_of(self, params: PyTree, tasks: PyTree, n: int) -> tuple[PyTree, Tensor]:
+    def _displacements_by(
+        self, task_map: TaskMap, params: PyTree, tasks: PyTree, n: int
+    ) -> tuple[PyTree, Tensor]:
         params = tree_map(lambda p: p.detach(), params)
 
         def one_task(params: PyTree, task: PyTree) -> tuple[PyTree, Tensor]:
-            adapted = self.inner(self.loss_fn, params, task["support"])
+            adapted = self._adapt(params, task["support"])
             loss = self.loss_fn(adapted, task.get("query", task["support"]))
             return tree_map(torch.sub, params, adapted), loss
 
-        result = self._map(one_task, params, tasks, n)
+        result = task_map(one_task, params, tasks, n)
         constants: tuple[PyTree, Tensor] = tree_map(torch.Tensor.detach, result)
         return constants
 

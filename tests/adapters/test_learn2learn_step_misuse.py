@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 import gradagree_opt as ga
 
@@ -138,3 +139,45 @@ def test_a_buffer_that_the_forward_pass_changes():
 def test_batch_norm_with_a_cumulative_average():
     maml = l2l.algorithms.MAML(nn.Sequential(nn.BatchNorm1d(3, momentum=None)), lr=RATE)
     refuses("found a cumulative average in 'module.0'", maml, mse, draw(), ga.Mean())
+
+
+class Square(torch.autograd.Function):
+    """Of the classic kind, which torch.func does not run."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient * ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize("kind", ["function", "branch", "checkpoint"])
+def test_what_vmap_does_not_run_is_advised_the_loop_that_does(kind):
+    def loss_fn(learner, batch):
+        x, y = batch
+        if kind == "checkpoint":
+            out = torch.utils.checkpoint.checkpoint(learner, x, use_reentrant=False)
+        else:
+            out = learner(x)
+        if kind == "branch" and out.sum().item() > 1e9:
+            return out.sum()
+        return Square.apply(out - y).mean() if kind == "function" else (out - y).square().mean()
+
+    maml = l2l.algorithms.MAML(nn.Linear(1, 1), lr=0.1)
+    x = torch.rand(4, 5, 1)
+    tasks = {"support": (x, 2 * x), "query": (x, 3 * x)}
+    with pytest.raises(RuntimeError, match=r"; take a loop over clone\(\) and adapt\(\)") as caught:
+        meta_step(maml, loss_fn, tasks, ga.Mean())
+    assert "learn2learn.meta_step" in str(caught.value)
+    assert maml.module.weight.grad is None
+    batch = ga.TaskBatch(maml, ga.Mean())
+    for i in range(4):
+        learner = maml.clone()
+        learner.adapt(loss_fn(learner, tree_map(lambda leaf, i=i: leaf[i], tasks["support"])))
+        loss = loss_fn(learner, tree_map(lambda leaf, i=i: leaf[i], tasks["query"]))
+        batch.add(loss, adapted=learner)
+    batch.backward()
+    assert maml.module.weight.grad.abs() > 0

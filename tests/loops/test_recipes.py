@@ -1,0 +1,112 @@
+"""What docs/recipes.md says of numbers, beside the same computed by hand."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+
+import gradagree_opt as ga
+
+X = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+Y = torch.randn(3, 16, 1, generator=torch.Generator().manual_seed(1))
+AGREE = ga.GradientAgreement()
+
+
+class Questions(nn.Module):
+    """One trunk, a head for each question."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Linear(4, 8)
+        self.heads = nn.ModuleList(nn.Linear(8, 1) for _ in range(3))
+
+    def losses(self):
+        features = self.trunk(X).tanh()
+        return [mse_loss(head(features), y) for head, y in zip(self.heads, Y, strict=True)]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(2)
+    return Questions()
+
+
+def gradient(loss, parameters):
+    return torch.autograd.grad(loss, list(parameters), retain_graph=True)
+
+
+def by_agreement(losses, parameters):
+    parameters = list(parameters)
+    rows = [gradient(loss, parameters) for loss in losses]
+    return AGREE([torch.stack(leaves) for leaves in zip(*rows, strict=True)])
+
+
+@pytest.mark.parametrize("memory", ["graph", "stream"])
+def test_agreement_on_the_trunk_leaves_the_heads_the_mean(model, memory):
+    losses = model.losses()
+    trunk = by_agreement(losses, model.trunk.parameters())
+    heads = gradient(torch.stack(losses).mean(), model.heads.parameters())
+    torch.stack(losses).mean().backward(inputs=list(model.heads.parameters()), retain_graph=True)
+    batch = ga.TaskBatch(model.trunk, AGREE, memory=memory)
+    if memory == "stream":
+        losses = [model.losses()[i] for i in range(3)]  # each on a graph of its own
+    for loss in losses:
+        batch.add(loss)
+    batch.backward()
+    torch.testing.assert_close([p.grad for p in model.trunk.parameters()], trunk)
+    torch.testing.assert_close([p.grad for p in model.heads.parameters()], list(heads))
+
+
+@pytest.mark.parametrize("kind", ["norm", "value", "large norm"])
+def test_a_hook_of_the_optimizer_clips_the_aggregation(model, kind):
+    limit = {"norm": 0.01, "value": 0.001, "large norm": 100.0}[kind]
+    clip = nn.utils.clip_grad_value_ if kind == "value" else nn.utils.clip_grad_norm_
+    optimizer = torch.optim.SGD(model.trunk.parameters(), lr=1.0)
+    optimizer.register_step_pre_hook(lambda *_: clip(model.trunk.parameters(), limit) and None)
+    update = by_agreement(model.losses(), model.trunk.parameters())
+    before = [p.detach().clone() for p in model.trunk.parameters()]
+    norm = torch.cat([leaf.flatten() for leaf in update]).norm()
+    if kind == "value":
+        expected = [b - leaf.clamp(-limit, limit) for b, leaf in zip(before, update, strict=True)]
+    else:
+        factor = (limit / (norm + 1e-6)).clamp(max=1)
+        expected = [b - factor * leaf for b, leaf in zip(before, update, strict=True)]
+    ga.TaskOptimizer(optimizer, AGREE).step(model.losses())
+    torch.testing.assert_close([p.detach() for p in model.trunk.parameters()], expected)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
+def test_a_group_added_later_is_weighted_with_the_others(model, kind):
+    optimizer = kind(model.trunk.named_parameters(), lr=0.1)
+    tasks = ga.TaskOptimizer(optimizer, AGREE)
+    tasks.step(model.losses())
+    tasks.zero_grad()
+    optimizer.add_param_group({"params": list(model.heads[0].named_parameters()), "lr": 0.01})
+    parameters = [*model.trunk.parameters(), *model.heads[0].parameters()]
+    losses = [loss + 0 * sum(p.sum() for p in parameters) for loss in model.losses()]
+    expected = by_agreement(losses, parameters)
+    head = model.heads[0].weight.detach().clone()
+    tasks.step(losses)
+    torch.testing.assert_close([p.grad for p in parameters], expected)
+    assert not torch.equal(model.heads[0].weight, head)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])
+def test_sum_is_what_a_loop_that_sums_did(model, scale):
+    losses = [scale * loss for loss in model.losses()]
+    expected = gradient(sum(losses), model.parameters())
+    batch = ga.TaskBatch(model, ga.Sum())
+    for loss in losses:
+        batch.add(loss)
+    batch.backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], list(expected))
+
+
+def test_a_name_that_two_groups_have_is_refused_for_a_scope_by_name(model):
+    optimizer = torch.optim.SGD(model.trunk.named_parameters(), lr=0.1)
+    tasks = ga.TaskOptimizer(optimizer, ga.GradientAgreement(scope=lambda path: str(path)))
+    optimizer.add_param_group({"params": list(model.heads[0].named_parameters())})
+    before = model.trunk.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"found one name twice; give TaskOptimizer\(optimizer"):
+        tasks.step(model.losses())
+    assert torch.equal(model.trunk.weight, before)
