@@ -136,7 +136,8 @@ def run_main(before: str, module: str) -> "subprocess.CompletedProcess[str]":
 
 def test_with_a_broken_package_one_sentence_names_the_doctor(tmp_path: Path) -> None:
     (tmp_path / "scipy.py").write_text("raise ImportError('libgfortran.so.5: cannot open')")
-    found = run_main(f"sys.path.insert(0, {str(tmp_path)!r})", "gradagree_opt.cli")
+    before = f"sys.path.insert(0, {str(tmp_path)!r}); sys.argv = ['gradagree', 'ablate', 'sine']"
+    found = run_main(before, "gradagree_opt")
     assert found.returncode == 1 and found.stdout == ""
     [sentence] = found.stderr.splitlines()
     assert "libgfortran.so.5: cannot open; `python -m gradagree_opt.doctor` names" in sentence
