@@ -8,7 +8,7 @@ the part of the library that raises them. Causes and cures are in troubleshootin
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import yaml
@@ -18,27 +18,43 @@ SOURCES = {"gradagree_opt": ROOT / "gradagree_opt", "adapters": ROOT / "adapters
 GROUPS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 
 
-def template(node: ast.expr) -> str | None:
-    """A message with … for what is filled in; None where the expression is no literal text."""
+def template(node: ast.expr, names: Mapping[str, str]) -> str | None:
+    """A message with … for what is filled in; None where the expression is no literal text.
+
+    Args:
+        names: the texts of variables, which are put in where they stand.
+    """
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
-        parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
-        return "".join(map(str, parts))
+        return "".join(template(part, names) or "…" for part in node.values)
+    if isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.Name):
+        return names.get(node.value.id)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        halves = template(node.left), template(node.right)
+        halves = template(node.left, names), template(node.right, names)
         return "".join("…" if half is None else half for half in halves)
     return None
 
 
+def variables(tree: ast.Module) -> dict[str, str]:
+    """The texts of the variables that a file gives one text to."""
+    texts: dict[str, set[str | None]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            texts.setdefault(node.targets[0].id, set()).add(template(node.value, {}))
+    return {name: text for name, (text, *others) in texts.items() if text and not others}
+
+
 def messages(file: Path) -> Iterator[tuple[str, str]]:
     """The kind and the text of every error and warning that a file makes."""
-    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+    tree = ast.parse(file.read_text("utf-8"))
+    names = variables(tree)
+    for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not node.args:
             continue
         name = ast.unparse(node.func).rpartition(".")[2]
         if name.endswith(("Error", "Exit")) or name == "warn":
-            text = template(node.args[0])
+            text = template(node.args[0], names)
             if text is not None and " " in text:
                 yield ("warning" if name == "warn" else name), text
 
