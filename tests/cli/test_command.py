@@ -153,3 +153,14 @@ def test_without_the_extra_one_sentence_names_it(monkeypatch: pytest.MonkeyPatch
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert "typer" in str(exit_.value)
     assert "pip install 'gradagree-opt[ablation]'" in str(exit_.value)
+
+
+def test_without_the_extra_python_names_it_too() -> None:
+    program = (
+        "import sys; sys.modules['pandas'] = None; from gradagree_opt.ablation import ablate;"
+        "ablate('sine', out='nowhere')"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    last = found.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: expected the packages of the extra ablation, found no pan")
+    assert last.endswith("pip install 'gradagree-opt[ablation]'")
