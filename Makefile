@@ -1,6 +1,7 @@
 # make demo   a quick sine study from a fresh clone, in runs/sine-quick
 # make test   everything that has to pass: lint, tests, tests of compiled code
 # make lint   ruff and mypy alone
+# make docs   the site, in site/: strict, so that a link that leads nowhere is an error
 # make bench  timings beside other libraries, on an idle machine; writes docs/benchmarks.md
 #             (DEVICE=cuda: of a GPU, docs/benchmarks-cuda.md)
 # make clean  removes the environment, the caches and the build
@@ -16,7 +17,7 @@ EXTRAS := ablation,higher,learn2learn,lightning,tensorboard,torchjd,torchopt
 # One process per core, one thread per process.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 demo: $(VENV)/.study
 	$(BIN)/gradagree ablate sine --quick --out runs/sine-quick
@@ -63,5 +64,9 @@ $(VENV)/.bench: $(VENV)/.dev pyproject.toml
 	$(BIN)/python -m pip install --group bench
 	touch $@
 
+docs: $(VENV)/.dev
+	$(BIN)/python docs/troubleshooting.py
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

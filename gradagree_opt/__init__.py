@@ -20,7 +20,7 @@ from gradagree_opt.loops.task_batch import TaskBatch
 from gradagree_opt.loops.task_optimizer import TaskOptimizer
 from gradagree_opt.meta import MAML, InnerSGD, MetaSGD, MetaStep, Reptile
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "MAML",

@@ -1,49 +1,58 @@
-"""The ``gradagree`` command."""
+"""The ``gradagree`` command: its options, its help, and how it ends.
 
-import shlex
-import sys
-from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
+What a subcommand does is in :mod:`gradagree_opt.ablation.commands`, which is imported when one
+runs: ``--help``, ``--version`` and the completion of a shell wait for PyTorch alone.
+"""
+
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
-try:
-    import typer
-    from rich.console import Console
 
-    from gradagree_opt.ablation.conduct import build_sweeps, foresee, prepare, usable_cores
-    from gradagree_opt.ablation.report import layouts
-    from gradagree_opt.ablation.report.artefacts import check_text, write_artefacts
-    from gradagree_opt.ablation.report.beside import compare_folders
-    from gradagree_opt.ablation.report.citations import bibtex, methods_text
-    from gradagree_opt.ablation.report.display import Display
-    from gradagree_opt.ablation.report.report import Report, build_report
-    from gradagree_opt.ablation.runs.store import read_config, read_results
-    from gradagree_opt.ablation.runs.sweep import CHECKPOINT_SECONDS
-    from gradagree_opt.ablation.section import StudyError
-    from gradagree_opt.ablation.study.loading import load, read, shipped
-    from gradagree_opt.ablation.study.study import Study, named_device
-    from gradagree_opt.ablation.training.run import RunRecord, write_atomically
-    from gradagree_opt.doctor import main as try_packages
-except ModuleNotFoundError as missing:
-    if missing.name and missing.name.startswith("gradagree_opt"):
-        raise
-    raise SystemExit(
-        f"the gradagree command needs {missing.name}: pip install 'gradagree-opt[ablation]', "
-        "or pip install '.[ablation]' in a clone"
-    ) from None
-except ImportError as broken:
-    if broken.name and broken.name.startswith("gradagree_opt"):
-        raise
-    reason = str(broken).partition("\n")[0]
-    raise SystemExit(
+def unavailable(error: ImportError) -> SystemExit:
+    """Says in one sentence which package the command lacks, and how to install or mend it.
+
+    Raises:
+        ImportError: the error itself, where a module of this library is at fault.
+    """
+    if error.name and error.name.startswith("gradagree_opt"):
+        raise error
+    if isinstance(error, ModuleNotFoundError):
+        return SystemExit(
+            f"the gradagree command needs {error.name}: pip install 'gradagree-opt[ablation]', "
+            "or pip install '.[ablation]' in a clone"
+        )
+    reason = str(error).partition("\n")[0]
+    return SystemExit(
         f"the gradagree command cannot import what it needs: {reason}; "
         "`python -m gradagree_opt.doctor` names the package and how to mend it"
-    ) from None
+    )
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
+
+try:
+    import typer
+except ImportError as missing:
+    raise unavailable(missing) from None
+
+ENDS = """\
+Exit status: 0 if all went well; 1 if a run, a file or a package failed; 2 if an argument, a study
+or a folder is not as it should be, and then nothing was done; 130 if you interrupted it.
+"""
+STUDIES = Path(__file__).parent / "ablation" / "studies"
+
+
+def examples(*lines: str) -> str:
+    """The end of a help page; an empty line keeps two commands apart."""
+    return "\n\n".join(["Examples:", *lines])
+
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    epilog="\n\n".join(
+        [examples("gradagree ablate sine --quick", "gradagree doctor"), ENDS.replace("\n", " ")]
+    ),
+)
 
 
 def show_version(wanted: bool) -> bool:
@@ -57,46 +66,47 @@ def show_version(wanted: bool) -> bool:
 def main(
     _version: Annotated[
         bool,
-        typer.Option("--version", callback=show_version, is_eager=True, help="Its version."),
+        typer.Option("--version", callback=show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """Gradient Agreement for meta-learning: ablation studies."""
+    """Compare aggregators of task gradients: run a study, report it, cite it."""
 
 
 def list_studies(wanted: bool) -> bool:
     if wanted:
-        studies = shipped()
-        width = max(map(len, studies))
-        for name in studies:
-            typer.echo(f"{name:{width}}  {read(studies[name])[0]['title']}")
+        try:
+            from gradagree_opt.ablation import commands
+        except ImportError as missing:
+            raise unavailable(missing) from None
+        commands.list_studies()
         raise typer.Exit
     return wanted
 
 
-def parse_seeds(text: str | None) -> list[int] | None:
-    """The seeds of ``0,1,2`` or ``0-4``.
-
-    Raises:
-        StudyError: It is neither.
-    """
-    if text is None:
-        return None
-    seeds: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if not first.strip().isdecimal() or (dash and not last.strip().isdecimal()):
-            raise StudyError(f"expected --seeds as 0,1,2 or 0-4, found {text!r}")
-        seeds += range(int(first), int(last if dash else first) + 1)
-    return seeds
+def complete_study(incomplete: str) -> list[str]:
+    """The shipped studies whose names begin so, for the completion of a shell."""
+    return sorted(path.stem for path in STUDIES.glob(f"{incomplete}*.yaml"))
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "gradagree ablate --list",
+        "gradagree ablate sine --quick",
+        "gradagree ablate sine --dry-run",
+        "gradagree ablate sine --seeds 0-9 --iterations 2000 --out runs/ten-seeds",
+        "gradagree ablate omniglot-5way-1shot --data omniglot.npz --device cuda",
+    )
+)
 def ablate(
     study: Annotated[
-        str, typer.Argument(help="A shipped study, a study file, or a run's config.json.")
+        str,
+        typer.Argument(
+            help="A shipped study, a study file, or a run's config.json.",
+            autocompletion=complete_study,
+        ),
     ],
     quick: Annotated[
-        bool, typer.Option("--quick", help="The study's small form, in minutes.")
+        bool, typer.Option("--quick", help="Run the study's small form, in minutes.")
     ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Output folder.", show_default="runs/<study>")
@@ -104,192 +114,130 @@ def ablate(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Omniglot: .npz, or a folder that is there, to download to. mini-ImageNet: its "
-            "folder."
+            help="For Omniglot, its .npz file or an existing folder to download to. For "
+            "mini-ImageNet, its folder.",
+            show_default=False,
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = usable_cores(),
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Number of processes.", show_default="all cores")
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(
-            help="auto (a GPU where there is one), cpu, cuda or cuda:1. A GPU does all runs in one "
-            "process.",
-            show_default="the study's, auto unless it says",
+            help="auto (a GPU if there is one), cpu, cuda or cuda:1. On a GPU, one process does "
+            "all runs.",
+            show_default="the study's, which is auto unless it says otherwise",
         ),
     ] = None,
     checkpoint_seconds: Annotated[
-        float,
-        typer.Option(min=0, help="After so many, unfinished runs are saved, to go on from there."),
-    ] = CHECKPOINT_SECONDS,
+        float | None,
+        typer.Option(
+            min=0,
+            help="Save unfinished runs every so many seconds, to continue from there.",
+            show_default="300",
+        ),
+    ] = None,
     tensorboard: Annotated[
         bool,
         typer.Option(
             "--tensorboard",
-            help="Also write TensorBoard event files, DIR/tensorboard/<method>/rate-…/seed-…: a "
-            "run's when it ends, or when it is found finished.",
+            help="Also write TensorBoard event files, DIR/tensorboard/<method>/rate-…/seed-…, "
+            "when a run ends or is found finished.",
         ),
     ] = False,
     seeds: Annotated[
-        str | None, typer.Option(help="In place of the study's: 0,1,2 or 0-4.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Use these seeds in place of the study's: 0,1,2 or 0-4.", show_default=False
+        ),
     ] = None,
     iterations: Annotated[
-        int | None, typer.Option(help="In place of the study's.", show_default=False)
+        int | None,
+        typer.Option(
+            help="Use this number of outer steps in place of the study's.", show_default=False
+        ),
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Only say how many runs there are, and how long they take."),
+        typer.Option("--dry-run", help="Only say how many runs there are and how long they take."),
     ] = False,
     _list: Annotated[
         bool,
-        typer.Option("--list", callback=list_studies, is_eager=True, help="The shipped studies."),
+        typer.Option(
+            "--list", callback=list_studies, is_eager=True, help="List the shipped studies."
+        ),
     ] = False,
 ) -> None:
-    """Runs a study: every method at its own best outer rate, on the same tasks.
+    """Run a study: every method at its own best outer rate, on the same tasks.
 
-    Interrupted, the same command goes on with the runs that are missing.
+    If it is interrupted, run the same command again: it picks up where it left off.
     """
     try:
-        write_events = event_writer() if tensorboard else None
-        loaded = load(study, quick=quick, seeds=parse_seeds(seeds), iterations=iterations)
-        loaded = on_device(loaded, device)
-        folder = out or Path("runs") / loaded.name
-        command = ["gradagree", *sys.argv[1:]]
-        check_text([study, str(folder)])
-        if dry_run:
-            typer.echo(foresee(build_sweeps(loaded, folder, data, warn), jobs))
-            return
-        prepared = prepare(loaded, folder, data, command, warn, checkpoint_seconds)
-    except StudyError as mistake:
-        raise refusal(mistake) from None
-    except OSError as failure:
-        errors.print(f"gradagree: {failure}; nothing was run", markup=False)
-        raise typer.Exit(1) from None
-    try:
-        display = Display(loaded.title, prepared.iterations, errors)
-
-        def ended(part: Study, record: RunRecord, found: bool) -> None:
-            display.end(part, record, found=found)
-            display.resize(prepared.iterations)
-            if write_events is not None:
-                share = f"corrupted-{part.fraction:g}" if len(prepared.sweeps) > 1 else ""
-                write_events(folder / "tensorboard" / share, part, record)
-
-        with display.live():
-            results = prepared.run(jobs, display.advance, ended)
-    except (OSError, BrokenProcessPool, StudyError) as failure:
-        errors.print(f"gradagree: {failure}; the finished runs are in {folder}", markup=False)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        errors.print(
-            f"stopped; the finished runs are in {folder}, {shlex.join(command)!r} goes on",
-            markup=False,
-        )
-        raise typer.Exit(130) from None
-    show(results.report, folder)
+        from gradagree_opt.ablation import commands
+    except ImportError as missing:
+        raise unavailable(missing) from None
+    commands.run_study(
+        study,
+        quick=quick,
+        out=out,
+        data=data,
+        jobs=jobs,
+        device=device,
+        checkpoint_seconds=checkpoint_seconds,
+        tensorboard=tensorboard,
+        seeds=seeds,
+        iterations=iterations,
+        dry_run=dry_run,
+    )
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "gradagree report runs/sine", "gradagree report runs/sine runs/mine --out both.md"
+    )
+)
 def report(
     folders: Annotated[
         list[Path],
         typer.Argument(metavar="DIR...", help="The output folder of a finished study, or several."),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Of several folders: also write the table, as Markdown.")
+        Path | None,
+        typer.Option(
+            help="With several folders: also write the table, as Markdown.", show_default=False
+        ),
     ] = None,
 ) -> None:
-    """Writes the tables and figures of a study anew from its recorded runs; nothing is trained.
+    """Write the tables and figures of a study again from its recorded runs, without training.
 
-    Of several studies, shows their methods in one table, on the same tasks and seeds.
+    With several studies, show their methods in one table, on the same tasks and seeds.
     """
     try:
-        check_text(list(map(str, folders)))
-        if len(folders) > 1:
-            beside = compare_folders(folders)
-            if out is not None:
-                write_atomically(out, layouts.markdown(beside).encode())
-            show(beside, out)
-            return
-        if out is not None:
-            raise StudyError("--out is for several folders; one is written to itself")
-        [folder] = folders
-        config = read_config(folder)
-        found = build_report(read_results(folder, config))
-        write_artefacts(folder, found, config)
-    except StudyError as mistake:
-        raise refusal(mistake) from None
-    except OSError as failure:
-        errors.print(f"gradagree: {failure}", markup=False)
-        raise typer.Exit(1) from None
-    show(found, folder)
+        from gradagree_opt.ablation import commands
+    except ImportError as missing:
+        raise unavailable(missing) from None
+    commands.write_report(folders, out)
 
 
-@app.command()
+@app.command(epilog=examples("gradagree doctor"))
 def doctor() -> None:
-    """Tries every optional package once, and says how to mend what does not work.
+    """Try every optional package once, and say how to mend what does not work.
 
-    Exit status 1 where something that is installed does not work.
+    The exit status is 1 if something that is installed does not work.
     """
+    from gradagree_opt.doctor import main as try_packages
+
     raise typer.Exit(try_packages())
 
 
-@app.command()
+@app.command(epilog=examples("gradagree cite runs/sine", "gradagree cite runs/sine > methods.md"))
 def cite(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The output folder of a study.")],
 ) -> None:
-    """Prints a paragraph for a paper's methods section, and BibTeX of exactly what was used."""
+    """Print a paragraph for a paper's methods section, and BibTeX of exactly what was used."""
     try:
-        config = read_config(folder)
-    except StudyError as mistake:
-        raise refusal(mistake) from None
-    try:
-        read_results(folder, config)
-    except StudyError as unfinished:
-        warn(f"this text is of the finished study: {unfinished}")
-    typer.echo(methods_text(config))
-    typer.echo(bibtex(config), nl=False)
-
-
-def on_device(study: Study, name: str | None) -> Study:
-    """The study on the device that the command names, where it names one.
-
-    Raises:
-        StudyError: That is not how a device is named.
-    """
-    if name is None:
-        return study
-    try:
-        return study.model_copy(update={"device": named_device(name)})
-    except ValueError as mistake:
-        raise StudyError(f"--device: {mistake}") from None
-
-
-def refusal(mistake: StudyError) -> typer.Exit:
-    """Tells a mistake of the user's; nothing was done."""
-    errors.print(f"gradagree: {mistake}", markup=False)
-    return typer.Exit(2)
-
-
-def event_writer() -> Callable[[Path, Study, RunRecord], None]:
-    """What writes TensorBoard's files.
-
-    Raises:
-        StudyError: TensorBoard is not installed; the sentence has the command that does it.
-    """
-    try:
-        from gradagree_opt.ablation.report.event_files import write_events
+        from gradagree_opt.ablation import commands
     except ImportError as missing:
-        raise StudyError(f"--tensorboard: {missing}") from None
-    return write_events
-
-
-def warn(sentence: str) -> None:
-    errors.print(sentence, markup=False)
-
-
-def show(report: Report, written: Path | None) -> None:
-    """Prints the table, and where all of it is written."""
-    console = Console()
-    console.print(layouts.terminal(report))
-    if written is not None:
-        console.print(f"written to {written}", markup=False, soft_wrap=True)
+        raise unavailable(missing) from None
+    commands.print_citation(folder)

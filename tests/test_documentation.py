@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 from typing import get_args
 
+import pandas as pd
 import pytest
 from pydantic import BaseModel
 
@@ -112,3 +113,18 @@ def test_every_step_of_the_pipeline_is_where_its_table_says() -> None:
     assert {file for file, _ in steps} == {file.name for file in core.glob("[!_]*.py")}
     for file, name in steps:
         assert re.search(rf"^(def|class) {name}\b", (core / file).read_text("utf-8"), re.MULTILINE)
+
+
+def test_the_first_screen_has_the_numbers_of_the_recorded_study() -> None:
+    """At a shared rate agreement is ahead of the mean, at tuned ones behind; then the errors."""
+    figure = runpy.run_path(str(DOCS / "figures/outer_rates.py"))
+    losses = figure["losses"]()
+    assert losses["equal agreement"][1] < losses["agreement"][1] < losses["mean"][1]
+    assert losses["equal agreement"].min() < losses["mean"].min() < losses["agreement"].min()
+    texts = [text.get_text() for text in figure["draw"]().legends[0].get_texts()]
+    assert texts == [label for label, _, _ in figure["LOOKS"].values()]
+    table = pd.read_csv(DOCS / "results/equal-sine/table.csv").set_index("method")
+    screen = " ".join((ROOT / "README.md").read_text("utf-8").partition("\n## ")[0].split())
+    for method in figure["LOOKS"]:
+        mean, half = table.loc[method, ["mean_5_steps", "half_width_5_steps"]]
+        assert f"{mean:.4f} ± {half:.4f}" in screen

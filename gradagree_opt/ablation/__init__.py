@@ -40,6 +40,7 @@ def ablate(
         StudyError: a ValueError; in one sentence, the study, its data or the folder is not as it
             should be, and nothing was done.
         OSError: the folder cannot be written to; the finished runs are in it.
+        ImportError: the extra "ablation" is not installed.
 
     Warns:
         UserWarning: a record is damaged, other versions did some of the runs, or there is no
@@ -63,10 +64,20 @@ def ablate(
     from concurrent.futures.process import BrokenProcessPool
     from pathlib import Path
 
-    from gradagree_opt.ablation.conduct import prepare, usable_cores
-    from gradagree_opt.ablation.section import StudyError
-    from gradagree_opt.ablation.study.loading import load
     from gradagree_opt.options import check_count
+
+    try:
+        from gradagree_opt.ablation.conduct import prepare, usable_cores
+        from gradagree_opt.ablation.section import StudyError
+        from gradagree_opt.ablation.study.loading import load
+    except ModuleNotFoundError as missing:
+        if missing.name is None or missing.name.startswith("gradagree_opt"):
+            raise
+        raise ImportError(
+            f"expected the packages of the extra ablation, found no {missing.name}; install them "
+            "with: pip install 'gradagree-opt[ablation]'",
+            name=missing.name,
+        ) from missing
 
     def warn(sentence: str) -> None:
         warnings.warn(sentence, stacklevel=3)

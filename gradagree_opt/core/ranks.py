@@ -101,6 +101,12 @@ def own_share(tasks: PyTree, /, group: Any = None) -> PyTree:
 
     Raises:
         ValueError: as :func:`distributed`; or the task axes differ.
+
+    >>> from torch.distributed import HashStore, destroy_process_group, init_process_group
+    >>> init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    >>> own_share(torch.tensor([1.0, 2.0]))  # a single rank has all tasks
+    tensor([1., 2.])
+    >>> destroy_process_group()
     """
     ranks = Ranks(group)
     task_count(tasks, "tasks")

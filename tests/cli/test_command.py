@@ -136,7 +136,8 @@ def run_main(before: str, module: str) -> "subprocess.CompletedProcess[str]":
 
 def test_with_a_broken_package_one_sentence_names_the_doctor(tmp_path: Path) -> None:
     (tmp_path / "scipy.py").write_text("raise ImportError('libgfortran.so.5: cannot open')")
-    found = run_main(f"sys.path.insert(0, {str(tmp_path)!r})", "gradagree_opt.cli")
+    before = f"sys.path.insert(0, {str(tmp_path)!r}); sys.argv = ['gradagree', 'ablate', 'sine']"
+    found = run_main(before, "gradagree_opt")
     assert found.returncode == 1 and found.stdout == ""
     [sentence] = found.stderr.splitlines()
     assert "libgfortran.so.5: cannot open; `python -m gradagree_opt.doctor` names" in sentence
@@ -152,3 +153,14 @@ def test_without_the_extra_one_sentence_names_it(monkeypatch: pytest.MonkeyPatch
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert "typer" in str(exit_.value)
     assert "pip install 'gradagree-opt[ablation]'" in str(exit_.value)
+
+
+def test_without_the_extra_python_names_it_too() -> None:
+    program = (
+        "import sys; sys.modules['pandas'] = None; from gradagree_opt.ablation import ablate;"
+        "ablate('sine', out='nowhere')"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    last = found.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: expected the packages of the extra ablation, found no pan")
+    assert last.endswith("pip install 'gradagree-opt[ablation]'")

@@ -1,0 +1,106 @@
+"""What mkdocs shows beside docs/: pages made of README.md and others, and links that lead there.
+
+`make docs` builds the site with this module as a hook (mkdocs.yml). The pages are written for the
+repository; here the links of those outside docs/ are made relative to the site, and a link to a
+file that the site does not have becomes its text.
+"""
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+import griffe
+from mkdocs.structure.files import File, Files
+
+import gradagree_opt as ga
+
+ROOT = Path(__file__).parents[1]
+OUTSIDE = {
+    "index.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+}
+"""Pages of the site, and what each is in the repository."""
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]*)(#[^)\s]*)?\)")
+CODE = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)
+
+
+def api() -> str:
+    """The page of all public names, from their docstrings."""
+    lines = ["# API reference", "", "Everything here is `import gradagree_opt as ga`.", ""]
+    for name in sorted(ga.__all__, key=str.lower):
+        lines += [f"::: gradagree_opt.{name}", ""]
+    lines += ["::: gradagree_opt.ablation.ablate", "", "::: adapters.plain.train", ""]
+    return "\n".join(lines)
+
+
+def tour() -> str:
+    """docs/tour.py as a page: its comments are the prose, the rest is code."""
+    text = (ROOT / "docs/tour.py").read_text("utf-8")
+    head, *cells = re.split(r"^# %%", text, flags=re.MULTILINE)
+    page = ["# A tour in ten minutes", "", head.split('"""')[1].strip(), ""]
+    for cell in cells:
+        title, _, body = cell.strip("\n").partition("\n")
+        prose = re.match(r"(?:#.*\n)*", body)
+        assert prose is not None
+        page += [f"## {title.strip()}", "", re.sub(r"(?m)^# ?", "", prose[0])]
+        page += ["```python", body[prose.end() :].strip("\n"), "```", ""]
+    return "\n".join(page)
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Adds the pages that are not in docs/."""
+    texts = {page: (ROOT / source).read_text("utf-8") for page, source in OUTSIDE.items()}
+    for page, text in {**texts, "api.md": api(), "tour.md": tour()}.items():
+        files.append(File.generated(config, page, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Any, files: Files, **_: Any) -> str:
+    """Turns the links of the repository into those of the site, and doctests into blocks."""
+    here = page.file.src_uri
+    source = OUTSIDE.get(here, f"docs/{here}")
+    pages = {repository: site for site, repository in OUTSIDE.items()}
+
+    def mend(link: re.Match[str]) -> str:
+        mark, text, target, anchor = link[1], link[2], link[3], link[4] or ""
+        if not target or re.match(r"\w+:", target):
+            return link[0]
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+        place = pages.get(path, path.removeprefix("docs/"))
+        if path == "docs/tour.py":
+            place = "tour.md"
+        if files.get_file_from_path(place) is None:
+            assert (ROOT / path).exists(), f"{source} links to {path}, which is not there"
+            return text
+        relative = posixpath.relpath(place, posixpath.dirname(here) or ".")
+        return f"{mark}[{text}]({relative}{anchor})"
+
+    parts = CODE.split(fenced(markdown))
+    return "".join(part if CODE.fullmatch(part) else LINK.sub(mend, part) for part in parts)
+
+
+def fenced(markdown: str) -> str:
+    """Doctests that stand outside a fence, in one."""
+    lines, inside, shown = markdown.split("\n"), False, False
+    found: list[str] = []
+    for line in lines:
+        if line.startswith("```"):
+            inside = not inside
+        if not inside and not shown and line.startswith(">>> "):
+            shown = True
+            found.append("```python")
+        elif shown and not line.strip():
+            shown = False
+            found.append("```")
+        found.append(line)
+    return "\n".join([*found, "```"] if shown else found)
+
+
+class Doctests(griffe.Extension):
+    """Shows the doctests of docstrings as code."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring:
+            obj.docstring.value = fenced(obj.docstring.value)
