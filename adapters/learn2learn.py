@@ -92,7 +92,8 @@ def meta_step(
     check_aggregator(aggregator)
     _check_algorithm(algorithm, steps)
     parameters = trained(dict(algorithm.named_parameters()))
-    check_one_process(parameters.values(), algorithm)
+    over_ranks = aggregator.ranks is not None
+    check_one_process(parameters.values(), algorithm, over_ranks=over_ranks)
     n = check_tasks(parameters, tasks, "support", "query")
     statistics = RunningStatistics(algorithm)
     run = _Task(algorithm, scalar_loss(loss_fn), steps)

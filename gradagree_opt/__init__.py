@@ -5,6 +5,7 @@ from gradagree_opt.core.agreement import GradientAgreement, agreement_weights
 from gradagree_opt.core.controls import Mean, NormShare, RandomWeights, Sum
 from gradagree_opt.core.diagnostics import Diagnostics
 from gradagree_opt.core.equal import EqualAgreement, GramianPower
+from gradagree_opt.core.ranks import distributed, own_share
 from gradagree_opt.core.results import Aggregation, CollectedTasks
 from gradagree_opt.core.robust import GeometricMedian, NormClipped
 from gradagree_opt.core.statistics import Statistics
@@ -50,5 +51,7 @@ __all__ = [
     "Weighting",
     "aggregate_gradients",
     "agreement_weights",
+    "distributed",
+    "own_share",
     "task_gradients",
 ]

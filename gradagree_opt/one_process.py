@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_GATHER = "give one process all the tasks of a step"
+_GATHER = "give one process all the tasks of a step, or take ga.distributed(aggregator)"
 
 
-def check_one_process(tensors: Iterable[Any], /, module: object = None) -> None:
+def check_one_process(
+    tensors: Iterable[Any], /, module: object = None, *, over_ranks: bool = False
+) -> None:
     """Raises a ValueError where a module, a tensor or the process group shows several ranks.
 
     Args:
         tensors: the parameters.
         module: that they are of, if it is known.
+        over_ranks: the aggregator is one of several ranks, so that a process group may be there.
 
     >>> check_one_process([torch.zeros(2)], nn.Linear(1, 1))
     """
@@ -34,6 +37,8 @@ def check_one_process(tensors: Iterable[Any], /, module: object = None) -> None:
             )
     check_whole(tensors)
     distributed = torch.distributed
+    if over_ranks:
+        return
     if distributed.is_available() and distributed.is_initialized():
         ranks = distributed.get_world_size()
         if ranks > 1:

@@ -6,6 +6,7 @@ stack (a vjp, a backward pass of the weighted loss) runs the same ones.
 
 import copy
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -21,6 +22,7 @@ from gradagree_opt.core.diagnostics import (
     update_rounding,
     verify,
 )
+from gradagree_opt.core.ranks import Ranks
 from gradagree_opt.core.results import Aggregation, Combine, Measured
 from gradagree_opt.core.scopes import Scope, check_signal, group_indices, measure_by_group
 from gradagree_opt.core.stacks import (
@@ -85,6 +87,7 @@ class Aggregator:
         self.nonfinite = nonfinite
         self.generator = generator
         self.describes = True
+        self.ranks: Ranks | None = None
         if generator is None and isinstance(match_norm, Aggregator):
             self.generator = match_norm.generator
 
@@ -135,11 +138,16 @@ class Aggregator:
         >>> result.update
         {'w': tensor([1., 0.])}
         """
-        n = check_stack(directions, "directions" if signal is not None else "gradients")
+        with self.step_of_ranks():
+            return self._checked(directions, signal)
+
+    def _checked(self, directions: PyTree, signal: PyTree | None) -> Aggregation:
+        n = self._check(directions, signal)
         draws = self.draw(n)
         # The look that is due finds this sound but at extreme scales. What reads more than row sums
         # may depend on the scale, or remember what it has seen.
-        if self.nonfinite == "raise" and not self.needs & {"gramian", "directions"}:
+        once = self.needs & {"gramian", "directions"} or self.ranks is not None
+        if self.nonfinite == "raise" and not once:
             result = self._aggregate(directions, signal, n, draws=draws, scaled=False)
             if self.is_sound(result):
                 return result
@@ -165,10 +173,23 @@ class Aggregator:
             draws: result of :meth:`draw`, where it was called beforehand.
             scaled: as in :meth:`measure`.
         """
-        n = check_stack(directions, "directions" if signal is not None else "gradients")
+        n = self._check(directions, signal)
         return self._aggregate(
             directions, signal, n, nonfinite=nonfinite, draws=draws, scaled=scaled
         )
+
+    def step_of_ranks(self) -> AbstractContextManager[None]:
+        """Around a step of several ranks: what fails in it before they meet fails on all."""
+        return nullcontext() if self.ranks is None else self.ranks.step()
+
+    def _check(self, directions: PyTree, signal: PyTree | None) -> int:
+        name = "directions" if signal is not None else "gradients"
+        return check_stack(directions, name, least=self.fewest)
+
+    @property
+    def fewest(self) -> int:
+        """Fewest tasks of an aggregation here: one, or none on one of several ranks."""
+        return 1 if self.ranks is None else 0
 
     def _aggregate(
         self,
@@ -218,13 +239,23 @@ class Aggregator:
             draws: result of :meth:`draw`, where it was called beforehand.
             scaled: False saves the scaling, and marks all tasks as not finite where it was needed.
         """
+        groups = group_indices(signal, self.scope)
+        if self.ranks is not None:
+            return self.ranks.measure(
+                [leaf.detach() for leaf in leaves_of(signal)],
+                groups,
+                self.needs,
+                nonfinite=nonfinite,
+                drop=self.nonfinite == "drop",
+                draw=self._draw,
+                options=f"{self!r} {groups}",
+            )
         first = leaves_of(signal)[0]
         n = first.shape[0]
         if nonfinite is not None and self.nonfinite == "drop":
             active = ~nonfinite
         else:
             active = torch.ones(n, dtype=torch.bool, device=first.device)
-        groups = group_indices(signal, self.scope)
         statistics = measure_by_group(signal, groups, active, self.needs, scaled=scaled)
         if draws is None:
             draws = self.draw(n)
@@ -247,6 +278,8 @@ class Aggregator:
                 norm of their mean.
         """
         statistics = measured.statistics
+        if self.ranks is not None and measured.own is not None:
+            combine_directions = self.ranks.summed(combine_directions, measured.own)
         with full_precision(statistics.row_sums.device):
             decision = decide(self.weighting, statistics)
             reference = None if self.reference is None else decide(self.reference, statistics)
@@ -272,7 +305,10 @@ class Aggregator:
                 norm,
                 signal_is_direction=signal_is_direction,
             )
-        return Aggregation(update, decision.weights, decision.scores, diagnostics)
+        own = slice(None) if measured.own is None else measured.own
+        return Aggregation(
+            update, decision.weights[..., own], decision.scores[..., own], diagnostics
+        )
 
     def is_sound(self, result: Aggregation, /) -> bool:
         """One host synchronisation: whether no policy for bad tasks has anything to raise."""
@@ -285,7 +321,8 @@ class Aggregator:
             ValueError: a task or the update is non-finite under nonfinite="raise", or the scores
                 cancel under degenerate="raise".
         """
-        verify(result.diagnostics, **self._policies())
+        name = str if self.ranks is None else self.ranks.name
+        verify(result.diagnostics, name=name, **self._policies())
 
     def _policies(self) -> dict[str, bool]:
         return {
@@ -294,9 +331,13 @@ class Aggregator:
         }
 
     def draw(self, n: int, /) -> Float[Tensor, " n"] | None:
-        """The random numbers of one aggregation of n tasks; None if the weighting needs none."""
-        if "draws" not in self.needs:
-            return None
+        """The random numbers of one aggregation of n tasks.
+
+        None if the weighting needs none, or they are drawn for the tasks of all ranks.
+        """
+        return None if "draws" not in self.needs or self.ranks is not None else self._draw(n)
+
+    def _draw(self, n: int) -> Float[Tensor, " n"]:
         device = self.generator.device if self.generator is not None else None
         return torch.empty(n, device=device).exponential_(generator=self.generator)
 

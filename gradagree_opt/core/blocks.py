@@ -72,7 +72,7 @@ def row_unit_parts(
     """
     for part in _parts(leaves):
         maxima = torch.stack([absolute_maxima(block).to(dtype) for block in part])
-        scales = _power_of_two(maxima.nan_to_num(0.0, 0.0, 0.0).amax(0))
+        scales = power_of_two(maxima.nan_to_num(0.0, 0.0, 0.0).amax(0))
         units = or_one(scales).unsqueeze(1)
         yield scales, (block.to(dtype) / units for block in part)
 
@@ -115,10 +115,10 @@ def _side_by_side(part: list[Tensor], joined: int) -> list[Tensor]:
 
 def _scale(blocks: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, ""]:
     maxima = torch.stack([absolute_maxima(block).to(dtype) for block in blocks])
-    return _power_of_two(maxima.nan_to_num(0.0, 0.0, 0.0).amax())
+    return power_of_two(maxima.nan_to_num(0.0, 0.0, 0.0).amax())
 
 
-def _power_of_two(sizes: Tensor) -> Tensor:
+def power_of_two(sizes: Tensor) -> Tensor:
     """The largest power of two that is not above each size; 0 for 0."""
     return sizes / (2 * or_one(torch.frexp(sizes).mantissa))
 

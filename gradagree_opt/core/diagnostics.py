@@ -1,6 +1,7 @@
 """What an aggregation tells about itself: plain tensors, read on the host only by ``log``."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -207,13 +208,21 @@ def troubled(diagnostics: Diagnostics, /, *, finite: bool, agreement: bool) -> b
     return lost or any(numbers)
 
 
-def verify(diagnostics: Diagnostics, /, *, finite: bool, agreement: bool) -> None:
+def verify(
+    diagnostics: Diagnostics,
+    /,
+    *,
+    finite: bool,
+    agreement: bool,
+    name: Callable[[list[int]], str] = str,
+) -> None:
     """Raises what the policies say, after the one host synchronisation of :func:`troubled`.
 
     Args:
         diagnostics: of the aggregation.
         finite: raise where a task or the update is not finite.
         agreement: raise where the scores cancel.
+        name: what the message calls tasks of these numbers.
 
     Raises:
         ValueError: in one sentence that names the tasks and what to do.
@@ -223,8 +232,8 @@ def verify(diagnostics: Diagnostics, /, *, finite: bool, agreement: bool) -> Non
     tasks = diagnostics.nonfinite.nonzero().flatten().tolist()
     if finite and tasks:
         raise ValueError(
-            f"expected finite values for every task, found NaN or inf in tasks {tasks}; lower the "
-            "inner rate, or give nonfinite='drop' to leave such tasks out"
+            f"expected finite values for every task, found NaN or inf in tasks {name(tasks)}; "
+            "lower the inner rate, or give nonfinite='drop' to leave such tasks out"
         )
     if agreement and diagnostics.degenerate.any():
         raise ValueError(

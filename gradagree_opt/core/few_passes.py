@@ -26,6 +26,8 @@ def weighted_loss_refusal(aggregator: Aggregator, /) -> str | None:
 
 def row_sums_refusal(aggregator: Aggregator, /) -> str | None:
     """Why the row sums do not tell the weights, in half a sentence; None where they do."""
+    if aggregator.ranks is not None:
+        return "the row sums of a rank's own tasks say nothing of those of the others"
     missing = sorted(aggregator.needs - {"draws"})
     if missing:
         return f"its weighting reads {', '.join(missing)}, which no row sum tells"

@@ -50,9 +50,11 @@ class Measured(NamedTuple):
     """Statistics of a batch, its non-finite tasks, and the group of every leaf.
 
     ``scaled``: whether sums are taken in units of the largest entry, those of the update too.
+    ``own``: the place of this rank's tasks among those of all ranks; None where there is one.
     """
 
     statistics: Statistics
     nonfinite: Bool[Tensor, " n"]
     groups: list[int] | None
     scaled: bool = True
+    own: slice | None = None

@@ -34,7 +34,7 @@ def group_indices(signal: PyTree, scope: Scope, /) -> list[int] | None:
 
 def check_signal(signal: PyTree, directions: PyTree, n: int, scope: Scope, /) -> None:
     """ValueError or TypeError in one sentence unless the signal is that of the n directions."""
-    n_signal = check_stack(signal, "signal")
+    n_signal = check_stack(signal, "signal", least=min(n, 1))
     if n_signal != n:
         raise ValueError(
             f"expected one signal for each of the {n} directions, found {n_signal}; "

@@ -68,6 +68,8 @@ def task_count(
     name: str,
     advice: str = "give every leaf the task axis first; pad tasks of unequal size, with a mask in "
     "the loss, or loop over them with TaskBatch",
+    *,
+    least: int = 1,
 ) -> int:
     """Number of tasks n that every leaf of a task-stacked pytree has as its first axis.
 
@@ -75,6 +77,7 @@ def task_count(
         stack: pytree whose leaves are tensors ``[n, *shape]``.
         name: what the stack holds, for the messages.
         advice: what to do about task axes that differ.
+        least: 0 where there may be no task.
 
     Raises:
         TypeError: a leaf is not a tensor.
@@ -110,7 +113,7 @@ def task_count(
                 f"expected every leaf of the {name} to have the same task axis, found {n}"
                 f"{_place(stack, 0)} and {leaf.shape[0]}{_place(stack, index)}; {advice}"
             )
-    if n == 0:
+    if n < least:
         raise ValueError(
             f"expected {name} of at least one task, found an empty task axis; "
             "skip the step when the batch has no tasks"
@@ -118,7 +121,7 @@ def task_count(
     return n
 
 
-def check_stack(stack: PyTree, /, name: str = "gradients") -> int:
+def check_stack(stack: PyTree, /, name: str = "gradients", *, least: int = 1) -> int:
     """:func:`task_count` of a stack that is to be aggregated: every leaf is floating-point.
 
     Raises:
@@ -130,6 +133,7 @@ def check_stack(stack: PyTree, /, name: str = "gradients") -> int:
         name,
         "per-parameter gradients of one task, or a list of tasks, are to be stacked first: one "
         "tensor [n, *shape] for each parameter",
+        least=least,
     )
     check_floating(stack, name)
     return n

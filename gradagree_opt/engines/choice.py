@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.annotations import Float
-from gradagree_opt.core.aggregation import Aggregator, check_aggregator
+from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.diagnostics import Diagnostics
 from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree, is_coarse, task_count
@@ -30,7 +30,7 @@ from gradagree_opt.engines.losses import TaskLoss, TaskMap
 from gradagree_opt.engines.matrix_free import matrix_free, matrix_free_refusal
 from gradagree_opt.engines.one_backward import one_backward, one_backward_refusal
 from gradagree_opt.engines.random_state import draws_of_each_task
-from gradagree_opt.engines.stacked import stacked
+from gradagree_opt.engines.stacked import gradients_of, stacked
 from gradagree_opt.engines.streamed import streamed, streamed_refusal
 from gradagree_opt.one_process import check_one_process
 from gradagree_opt.options import check_choice
@@ -117,10 +117,13 @@ class Runner:
                 ranks train.
             RuntimeError: the engine cannot run the model, or memory does not suffice.
         """
-        check_aggregator(aggregator)
-        check_one_process(tree_leaves(params))
+        self._check_ranks(params, aggregator)
+        if n == 0:
+            return self._of_no_task(params, tasks, aggregator)
         draws = aggregator.draw(n)
         *others, last = self._candidates(self.task_loss, params, n, aggregator)
+        if aggregator.ranks is not None:  # no second try once the ranks have met
+            others, last = [], (others or [last])[0]
         for name in others:
             try:
                 return self._run(name, params, tasks, aggregator, draws)
@@ -142,6 +145,10 @@ class Runner:
         self, params: PyTree, tasks: PyTree, aggregator: Aggregator, streams: bool
     ) -> Iterator[Cure]:
         """What may run the model where the last engine does not, the best first."""
+        if aggregator.ranks is not None:  # the trials of one rank would wait for the others
+            if self.task_loss.plain_loss is not None:
+                yield of_a_loop(self.task_loss.plain_loss, params, tasks, self._loop)
+            return
         n = task_count(tasks, "tasks")
         draws = aggregator.draw(n)
 
@@ -191,6 +198,28 @@ class Runner:
         name = self._candidates(self.task_loss, params, task_count(tasks, "tasks"), aggregator)[0]
         aggregation, _ = self._engines[name](self.task_loss, params, tasks, aggregator, draws)
         return aggregation
+
+    def _check_ranks(self, params: PyTree, aggregator: Aggregator) -> None:
+        over_ranks = aggregator.ranks is not None
+        check_one_process(tree_leaves(params), over_ranks=over_ranks)
+        if over_ranks and self._compile:
+            raise ValueError(
+                "expected an aggregator of one process with compile=True, found one of several "
+                "ranks, whose messages no graph holds; give compile=False"
+            )
+
+    def _of_no_task(
+        self, params: PyTree, tasks: PyTree, aggregator: Aggregator
+    ) -> AggregatedGradients:
+        """This rank's part where it has no task: that of a task of zeros, which is left out."""
+        zeros = tree_map(lambda leaf: leaf.new_zeros(1, *leaf.shape[1:]), tasks)
+        stacks = gradients_of(self.task_loss, tree_map(torch.Tensor.detach, params), zeros)
+        gradients, signal, losses = tree_map(lambda leaf: leaf.detach()[:0], stacks)
+        aggregation = aggregator.aggregate_unchecked(
+            gradients, signal if tree_leaves(signal) else None
+        )
+        aggregator.verify(aggregation)
+        return AggregatedGradients(*aggregation, losses=losses, engine="stacked")
 
     def _run(
         self,

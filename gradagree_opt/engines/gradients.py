@@ -2,7 +2,7 @@
 
 from functools import lru_cache
 
-from gradagree_opt.core.aggregation import Aggregator
+from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.stacks import PyTree, check_floating, task_count
 from gradagree_opt.engines.choice import AggregatedGradients, EngineName, Runner
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap
@@ -60,10 +60,13 @@ buffers, as BatchNorm's running statistics, end as of one pass |
     >>> result.update, result.engine
     (tensor(-4.6667), 'stacked')
     """
-    check_floating(params, "parameters")
-    make = _compiled_runner if compile else _runner
-    n = task_count(tasks, "tasks")
-    return make(loss_fn, engine, chunk_size, randomness, compile)(params, tasks, n, aggregator)
+    check_aggregator(aggregator)
+    with aggregator.step_of_ranks():
+        check_floating(params, "parameters")
+        make = _compiled_runner if compile else _runner
+        n = task_count(tasks, "tasks", least=aggregator.fewest)
+        run = make(loss_fn, engine, chunk_size, randomness, compile)
+        return run(params, tasks, n, aggregator)
 
 
 def _runner(

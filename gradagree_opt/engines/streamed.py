@@ -29,6 +29,8 @@ def streamed_refusal(aggregator: Aggregator, task_loss: TaskLoss, /) -> str | No
     missing = sorted(aggregator.needs - known)
     if missing:
         return f"its weighting reads {', '.join(missing)}, which needs all gradients at once"
+    if aggregator.ranks is not None and task_loss.signal_is_gradient:
+        return "its passes sum the gradients of one rank's tasks alone"
     if aggregator.nonfinite == "drop" and not task_loss.signal_is_gradient:
         return "nonfinite='drop' needs the gradients of all tasks before the first is weighted"
     return None

@@ -45,6 +45,8 @@ def aggregate_losses(
     Raises:
         ValueError: the graph of a loss is stale.
     """
+    if aggregator.ranks is not None:
+        return None
     large = are_large([*graph.params.values()], graph.n)
     if aggregator.scope == "global" and not graph.is_coarse:
         if not reads_signal(aggregator) and weighted_loss_refusal(aggregator) is None:

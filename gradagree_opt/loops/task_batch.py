@@ -86,7 +86,8 @@ class TaskBatch:
         self._source = parameters if isinstance(parameters, nn.Module | Mapping | list) else None
         self._all = named(parameters)
         self._trained = trained(self._all)
-        check_one_process(self._trained.values(), parameters)
+        over_ranks = aggregator.ranks is not None
+        check_one_process(self._trained.values(), parameters, over_ranks=over_ranks)
         self.aggregator = aggregator
         self.memory = memory
         self._losses: list[Tensor] = []
@@ -138,7 +139,8 @@ class TaskBatch:
             self._all = self._found()
             self._trained = trained(self._all)
             self._used = set()
-            check_one_process(self._trained.values())
+            over_ranks = self.aggregator.ranks is not None
+            check_one_process(self._trained.values(), over_ranks=over_ranks)
         after = match(self._all, adapted) if adapted is not None else {}
         displacements = [displacement(self._trained, after)] if adapted is not None else []
         if loss is not None:
@@ -160,15 +162,18 @@ class TaskBatch:
                 since the first task, or the aggregator refuses the tasks or drops all
                 of them. No ``.grad`` is touched then, and the tasks are forgotten.
         """
-        if not len(self):
+        if len(self) < self.aggregator.fewest:
             raise ValueError("expected at least one task, found an empty batch; call add() first")
         try:
-            self._check_same_parameters()
-            result = self._aggregate()
-            self.aggregator.verify(result)
-            check_some_task(result.diagnostics, self.aggregator.nonfinite)
-            used = self._used if self._form[0] else set(self._trained)
-            losses = torch.stack(self._values) if self._values else None
+            with self.aggregator.step_of_ranks():
+                if not len(self):
+                    self._trained = trained(self._found())
+                self._check_same_parameters()
+                result = self._aggregate()
+                self.aggregator.verify(result)
+                check_some_task(result.diagnostics, self.aggregator.nonfinite)
+                used = self._used_parameters()
+                losses = torch.stack(self._values) if self._values else None
         finally:
             self.clear()
         add_to_grad({n: p for n, p in self._trained.items() if n in used}, result.update)
@@ -228,6 +233,9 @@ class TaskBatch:
         self._values.append(loss.detach().to(device))
 
     def _aggregate(self) -> Aggregation:
+        if not len(self):  # on one of several ranks
+            nothing = {n: p.detach().new_zeros(0, *p.shape) for n, p in self._trained.items()}
+            return self.aggregator.aggregate_unchecked(nothing)
         signal = _stack(self._displacements) if self._displacements else None
         if not self._form[0]:
             return self.aggregator.aggregate_unchecked(signal)
@@ -263,6 +271,15 @@ class TaskBatch:
 
         measured = self.aggregator.measure(signal, nonfinite=nonfinite)
         return self.aggregator.apply(measured, weighted, signal_is_direction=False)
+
+    def _used_parameters(self) -> set[str]:
+        """Those that a loss depends on, of any rank's tasks."""
+        used = self._used if self._form[0] or not len(self) else set(self._trained)
+        if self.aggregator.ranks is None:
+            return used
+        device = next(iter(self._trained.values())).device
+        flags = self.aggregator.ranks.used_by_any([n in used for n in self._trained], device)
+        return {name for name, flag in zip(self._trained, flags, strict=True) if flag}
 
     def _gradient(
         self, loss: Tensor, copies: dict[str, Tensor], *, retain_graph: bool

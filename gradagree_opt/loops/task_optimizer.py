@@ -120,9 +120,10 @@ class TaskOptimizer:
             self.optimizer.step(loss)
             return result
         batch = TaskBatch(self._named_parameters(), self.aggregator)
-        for loss in _vector(losses):
-            batch.add(loss)
-        result = batch.backward()
+        with self.aggregator.step_of_ranks():
+            for loss in _vector(losses, least=self.aggregator.fewest):
+                batch.add(loss)
+            result = batch.backward()
         self.optimizer.step()
         return result
 
@@ -232,6 +233,12 @@ def weighted_loss(
             left, or the aggregator refuses the gradients.
     """
     losses = _vector(losses)
+    if aggregator.ranks is not None:
+        raise ValueError(
+            "expected an aggregator of one process, found one of several ranks, whose weighted "
+            "loss no rank has; take an optimizer of torch.optim, or torchopt's that holds its "
+            "parameters, with TaskBatch for the losses"
+        )
     check_one_process(parameters)
     for position, parameter in enumerate(parameters):
         if not parameter.requires_grad:
@@ -262,7 +269,7 @@ def _gradients(loss: Tensor, parameters: Sequence[Tensor], task: int) -> list[Te
     ]
 
 
-def _vector(losses: Losses) -> list[Tensor]:
+def _vector(losses: Losses, *, least: int = 1) -> list[Tensor]:
     if isinstance(losses, Tensor) and losses.ndim != 1:
         raise ValueError(
             f"expected a vector of task losses [n], found shape {list(losses.shape)}; "
@@ -279,7 +286,7 @@ def _vector(losses: Losses) -> list[Tensor]:
             "step, and give them in place of a closure"
         )
     each = list(losses.unbind()) if isinstance(losses, Tensor) else list(losses)
-    if not each:
+    if len(each) < least:
         raise ValueError(
             "expected at least one task, found no losses; skip the step when there are no tasks"
         )

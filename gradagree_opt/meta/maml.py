@@ -89,8 +89,9 @@ class MAML:
                 model changes its buffers, the aggregator refuses the signals, or several ranks
                 train.
         """
-        n = check_tasks(params, tasks, "support", "query")
-        with statistics_refused():
+        check_aggregator(aggregator)
+        with aggregator.step_of_ranks(), statistics_refused():
+            n = check_tasks(params, tasks, "support", "query", least=aggregator.fewest)
             return self._run(params, tasks, n, aggregator)
 
     def aggregate_unchecked(

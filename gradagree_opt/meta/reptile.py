@@ -52,7 +52,7 @@ class Reptile:
         self.loss_fn = scalar_loss(loss_fn)
         self.inner = inner
         self._map = TaskMap(chunk_size, randomness, (loss_fn, inner))
-        self._compile = compile
+        self._compiles = compile
         # Two graphs: a new aggregator need not compile the inner loops again.
         self._displacements = maybe_compiled(self._displacements_by, compile)
         self._aggregate = maybe_compiled(_aggregate, compile)
@@ -73,10 +73,14 @@ class Reptile:
             RuntimeError: vmap cannot run the model, or memory does not suffice.
         """
         check_aggregator(aggregator)
-        check_one_process(tree_leaves(params))
-        n = check_tasks(params, tasks, "support")
+        check_one_process(tree_leaves(params), over_ranks=aggregator.ranks is not None)
+        if aggregator.ranks is not None and self._compiles:
+            raise ValueError(
+                "expected an aggregator of one process with compile=True, found one of several "
+                "ranks, whose messages no graph holds; give compile=False"
+            )
         without = "a loop of TaskBatch.add(adapted=…)"
-        task_map = self._map if self._compile else self._map.walked()
+        task_map = self._map if self._compiles else self._map.walked()
 
         def run(task_map: TaskMap) -> None:
             some = few(tasks)
@@ -84,20 +88,28 @@ class Reptile:
                 self._displacements_by(task_map, params, some, task_count(some, "tasks"))
 
         def cures() -> Iterator[Cure]:
-            if self._compile:
+            if self._compiles:
                 yield Cure("compile=False", partial(run, task_map))
             yield from of_the_map(task_map, run)
             support = tasks["support"]
             yield of_a_loop(self.loss_fn, params, support, without)
 
-        with (
-            explaining("vmap", task_map.at_once(n), task_map.source, cures, without=without),
-            statistics_refused(),
-            left_as_found(task_map.source),
-        ):
-            displacements, losses = self._displacements(task_map, params, tasks, n)
-        aggregation = self._aggregate(aggregator, displacements, aggregator.draw(n))
-        aggregator.verify(aggregation)
+        with aggregator.step_of_ranks():
+            n = check_tasks(params, tasks, "support", least=aggregator.fewest)
+            if n == 0:  # this rank's part is that of a task of zeros, which is left out
+                tasks = tree_map(lambda leaf: leaf.new_zeros(1, *leaf.shape[1:]), tasks)
+            with (
+                explaining(
+                    "vmap", task_map.at_once(n or 1), task_map.source, cures, without=without
+                ),
+                statistics_refused(),
+                left_as_found(task_map.source),
+            ):
+                displacements, losses = self._displacements(task_map, params, tasks, n or 1)
+            if n == 0:
+                displacements, losses = tree_map(lambda leaf: leaf[:0], (displacements, losses))
+            aggregation = self._aggregate(aggregator, displacements, aggregator.draw(n))
+            aggregator.verify(aggregation)
         return MetaStep(*aggregation, losses=losses, engine="stacked")
 
     def aggregate_unchecked(

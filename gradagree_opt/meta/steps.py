@@ -9,7 +9,7 @@ MetaStep: TypeAlias = AggregatedGradients
 """One outer step over n tasks."""
 
 
-def check_tasks(params: PyTree, tasks: PyTree, /, *sets: str) -> int:
+def check_tasks(params: PyTree, tasks: PyTree, /, *sets: str, least: int = 1) -> int:
     """Number of tasks, or one sentence unless the tasks hold the named sets.
 
     Raises:
@@ -28,4 +28,4 @@ def check_tasks(params: PyTree, tasks: PyTree, /, *sets: str) -> int:
                 f"expected tasks with a {name!r} set, found {sorted(map(str, tasks))}; "
                 "tasks are {'support': batch, 'query': batch}"
             )
-    return task_count(tasks, "tasks")
+    return task_count(tasks, "tasks", least=least)

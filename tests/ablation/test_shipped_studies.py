@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from gradagree_opt.ablation.study.loading import load, shipped
@@ -59,6 +60,15 @@ def write_data(study: Study, folder: Path) -> list[object]:
         np.savez(folder / "drawings.npz", images=images, vinyals_split=np.arange(6) % 3)
         return ["--data", folder / "drawings.npz"]
     return []
+
+
+def test_the_groups_of_each_have_as_many_rows_as_it_asks_for() -> None:
+    grouped = [study for study in map(load, shipped()) if study.tasks.kind == "grouped"]
+    assert len(grouped) >= 7
+    for study in grouped:
+        for tasks in study.tasks.build_folds(study.test, None):
+            for part in tasks:
+                assert part.sample(2, generator=torch.Generator())
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -1,0 +1,117 @@
+"""The tasks of one rank: their units and norms, and their products with sums over all ranks."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from gradagree_opt.annotations import Bool, Float
+from gradagree_opt.core.blocks import column_blocks, or_one, power_of_two, rows
+from gradagree_opt.core.stacks import row_magnitudes, scaled_square_sums
+from gradagree_opt.core.statistics import Statistics, relative_norms_of
+
+
+class Part:
+    """The leaves of one group on this rank, and the unit, a power of two, of every task in it."""
+
+    def __init__(self, leaves: Sequence[Tensor], units: Tensor, lengths: Tensor) -> None:
+        self.leaves = leaves
+        self.units = units
+        self.lengths = lengths
+        self.dtype = units.dtype
+        self.total_unit = units.new_ones(())
+
+    @classmethod
+    def of(cls, leaves: Sequence[Tensor]) -> "Part":
+        units = power_of_two(row_magnitudes(leaves).nan_to_num(0.0, 0.0, 0.0))
+        return cls(leaves, units, scaled_square_sums(leaves, or_one(units)).sqrt())
+
+    def sum(self, dtype: torch.dtype) -> Float[Tensor, " d"]:
+        """Σ_j g_j."""
+        return torch.cat([rows(leaf).sum(0, dtype=dtype) for leaf in self.leaves])
+
+    def unit_sum(self) -> Float[Tensor, " d"]:
+        """Σ_j g_j / ‖g_j‖."""
+        shares = or_one(self.lengths).reciprocal()
+        return torch.cat([shares @ block for block in self._blocks()])
+
+    def times(self, vector: Float[Tensor, " d"]) -> Float[Tensor, " n"]:
+        """(g_i / unit_i) · vector."""
+        result, at = torch.zeros_like(self.units), 0
+        for block in self._blocks():
+            result = result + block @ vector[at : at + block.shape[1]]
+            at += block.shape[1]
+        return result
+
+    def times_others(self, total: Float[Tensor, " d"]) -> Float[Tensor, " n"]:
+        """(g_i / unit_i) · (total − g_i / total_unit), in float64."""
+        result, at = self.units.double(), 0
+        shares = (result / or_one(self.total_unit).double()).unsqueeze(1)
+        result = torch.zeros_like(result)
+        for block in self._blocks(torch.float64):
+            rest = total[at : at + block.shape[1]] - block * shares
+            result = result + (block * rest).sum(1)
+            at += block.shape[1]
+        return result
+
+    def chunks(self, width: int) -> Iterator[Float[Tensor, "n columns"]]:
+        """The rows in their units, as many columns at a time, but fewer at the end."""
+        held: list[Tensor] = []
+        room = width
+        for leaf in self.leaves:
+            for piece in torch.split(rows(leaf), width, 1):
+                while piece.shape[1]:
+                    taken, piece = piece[:, :room], piece[:, room:]
+                    held.append(taken.to(self.dtype) / or_one(self.units).unsqueeze(1))
+                    room -= taken.shape[1]
+                    if not room:
+                        yield torch.cat(held, 1)
+                        held, room = [], width
+        if held:
+            yield torch.cat(held, 1)
+
+    def _blocks(self, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+        dtype = dtype or self.dtype
+        units = or_one(self.units).unsqueeze(1).to(dtype)
+        for leaf in self.leaves:
+            if len(leaf):
+                yield from (block / units for block in column_blocks(leaf, dtype))
+            else:
+                yield rows(leaf).to(dtype)
+
+
+def by_group(leaves: Sequence[Tensor], groups: list[int] | None, /) -> list[list[Tensor]]:
+    """The leaves of each group."""
+    if groups is None:
+        return [list(leaves)]
+    members: list[list[Tensor]] = [[] for _ in range(max(groups) + 1)]
+    for leaf, group in zip(leaves, groups, strict=True):
+        members[group].append(leaf)
+    return members
+
+
+def statistics_of(
+    told: Sequence[Float[Tensor, " n"]],
+    total_unit: Float[Tensor, ""],
+    active: Bool[Tensor, " n"],
+    needs: frozenset[str],
+) -> Statistics:
+    """Statistics of one group from what its tasks told: unit, length, products in their units."""
+    units, lengths, dots, *rest = told
+    scale = or_one(units.amax())
+    shares, total_share = units / scale, total_unit.to(units) / scale
+    cosine = rest.pop(0) if "cosine_row_sums" in needs else None
+    others = rest.pop(0) * shares * total_share if "other_row_sums" in needs else None
+    return Statistics(
+        row_sums=dots * shares * total_share,
+        squared_norms=(shares * lengths).square(),
+        cosine_row_sums=cosine,
+        finite=torch.isfinite(lengths),
+        active=active,
+        scale=scale,
+        other_row_sums=others,
+        nonzero=lengths != 0 if cosine is not None else None,
+        relative_norms=relative_norms_of(units, lengths, active)
+        if "relative_norms" in needs
+        else None,
+    )

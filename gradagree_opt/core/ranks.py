@@ -1,0 +1,346 @@
+"""Tasks that lie on several ranks: measured together, combined together, weighted by each alone.
+
+One step, in this order on every rank, whatever the weighting; all-reduce is the only primitive:
+
+1. header: how many tasks each rank has, what they look like, and whether a rank has failed;
+2. Σ_j g_j, d numbers, and Σ_j u_j for cosines;
+3. table: per task its norm and its products with these sums, from which each rank decides alone;
+4. whether every rank could combine its own tasks, one number;
+5. Σ_i w_i · direction_i, d numbers; once more for the length that match_norm names.
+
+The Gram matrix takes all rows in the place of step 2, N·d numbers, a block of columns at a time.
+Conjugate gradients on J Jᵀ would take d numbers a step, about 70 steps to 1e-6 at a damping of
+0.01: they would save nothing below as many tasks.
+"""
+
+import copy
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gradagree_opt.annotations import Bool, Float
+from gradagree_opt.core.blocks import or_one, power_of_two
+from gradagree_opt.core.own_part import Part, by_group, statistics_of
+from gradagree_opt.core.results import Combine, Measured
+from gradagree_opt.core.stacks import (
+    PyTree,
+    accumulation_dtype,
+    full_precision,
+    like,
+    task_count,
+)
+from gradagree_opt.core.statistics import OF_GRAMIAN, of_products, side_by_side
+
+GATHERED_ENTRIES = 2**22
+"""Entries of all tasks that are held at once for a Gram matrix: 16 MiB of float32."""
+
+AnAggregator = TypeVar("AnAggregator")
+
+
+def distributed(aggregator: AnAggregator, /, group: Any = None) -> AnAggregator:
+    """The aggregator, over the tasks of all ranks of a process group.
+
+    Every rank gives its own tasks, as many as it has, none too. The update and the diagnostics are
+    those of the tasks of all, the same bits on every rank; weights, scores and losses are those of
+    the rank's own tasks. It goes wherever the aggregator goes, but for ``compile=True``, TorchOpt's
+    loss optimizers and the aggregators of TorchJD. Replicas stay equal if they begin equal: give
+    the module itself and not DistributedDataParallel, and the same seed or a broadcast first.
+
+    Each call of an aggregation is one that all ranks make. Where one fails beforehand, all raise.
+
+    Args:
+        aggregator: any but those that need the gradients themselves.
+        group: process group; None for all ranks.
+
+    Raises:
+        TypeError: it is no aggregator.
+        ValueError: torch.distributed has no process group, this rank is not of it, or the
+            aggregator needs the gradients of all tasks on one rank.
+
+    >>> import tempfile
+    >>> import torch.distributed as dist
+    >>> import gradagree_opt as ga
+    >>> store = dist.FileStore(tempfile.mkstemp()[1], 1)
+    >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    >>> aggregator = ga.distributed(ga.GradientAgreement())
+    >>> aggregator(torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, -1.0]]))
+    tensor([1.6667, 0.3333])
+    >>> dist.destroy_process_group()
+    """
+    needs = getattr(aggregator, "needs", None)
+    if needs is None or not hasattr(aggregator, "ranks"):
+        raise TypeError(
+            "expected an aggregator as gradagree_opt.GradientAgreement(), found "
+            f"{type(aggregator).__name__}; give ga.distributed(ga.GradientAgreement())"
+        )
+    if "directions" in needs:
+        raise ValueError(
+            f"expected an aggregator that weights the tasks, found {aggregator!r}, which needs the "
+            "gradients of all of them on one rank; gather them, and aggregate without distributed"
+        )
+    spread = copy.copy(aggregator)
+    spread.ranks = Ranks(group)
+    return spread
+
+
+def own_share(tasks: PyTree, /, group: Any = None) -> PyTree:
+    """The tasks of this rank out of a task-stacked batch: as ``tensor_split`` deals them out.
+
+    Sizes differ by one at most; ranks get none where there are fewer tasks than ranks. Tasks are
+    dealt by their number, so that any number of ranks sees the same ones.
+
+    Args:
+        tasks: pytree with leaves ``[n, *shape]``, the same on all ranks.
+        group: process group; None for all ranks.
+
+    Raises:
+        ValueError: as :func:`distributed`; or the task axes differ.
+    """
+    ranks = Ranks(group)
+    task_count(tasks, "tasks")
+    return tree_map(lambda leaf: leaf.tensor_split(ranks.size)[ranks.rank], tasks)
+
+
+class Ranks:
+    """The ranks of a process group, and what they tell each other."""
+
+    def __init__(self, group: Any = None) -> None:
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            raise ValueError(
+                "expected a process group, found none; call "
+                "torch.distributed.init_process_group(…) first, and start by torchrun"
+            )
+        self.group = group
+        self.rank = torch.distributed.get_rank(group)
+        if self.rank < 0:
+            raise ValueError(
+                "expected a rank of the process group, found one outside of it; leave the step to "
+                "the ranks of the group"
+            )
+        self.size = torch.distributed.get_world_size(group)
+        self.counts: list[int] = []
+        self._joined = False
+
+    def __deepcopy__(self, memo: Any) -> "Ranks":
+        return self  # a process group is no value
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around what leads to an aggregation: tells the others where this rank fails before."""
+        self._joined = False
+        try:
+            yield
+        except Exception:
+            if not self._joined:
+                self._tell(0, 0, 0, failed=True)
+            raise
+
+    def name(self, tasks: Sequence[int], /) -> str:
+        """Tasks that are counted over all ranks, by their numbers on their own: "1 of rank 2"."""
+        names = []
+        for rank, count in enumerate(self.counts):
+            start = sum(self.counts[:rank])
+            own = [task - start for task in tasks if start <= task < start + count]
+            names += [f"{task} of rank {rank}" for task in own]
+        return ", ".join(names)
+
+    def measure(
+        self,
+        leaves: Sequence[Float[Tensor, "n ..."]],
+        groups: list[int] | None,
+        needs: frozenset[str],
+        /,
+        *,
+        nonfinite: Bool[Tensor, " n"] | None,
+        drop: bool,
+        draw: Callable[[int], Tensor | None],
+        options: str,
+    ) -> Measured:
+        """Statistics of the tasks of all ranks, from the signals of this one's.
+
+        Args:
+            leaves: of the task-stacked signal of this rank; zeros for the tasks that are dropped.
+            groups: the group of every leaf, or None.
+            needs: names of the optional statistics.
+            nonfinite: this rank's tasks that are known to be so.
+            drop: whether these get weight 0.
+            draw: gives as many random numbers as there are tasks; those of the first rank count.
+            options: what has to be the same on all ranks, in words.
+
+        Raises:
+            ValueError: another rank has failed, or has other shapes or options.
+        """
+        with full_precision(leaves[0].device):
+            own = self._join(leaves, options)
+            n = sum(self.counts)
+            if n == 0:
+                raise ValueError(
+                    "expected at least one task, found none on any rank; skip the step when the "
+                    "batch has no tasks"
+                )
+            members = by_group(leaves, groups)
+            parts = [Part.of(member) for member in members]
+            gathers = bool(needs & OF_GRAMIAN)
+            columns = [[part.units, part.lengths] for part in parts]
+            if not gathers:
+                for column, told in zip(columns, self._products(parts, needs), strict=True):
+                    column += told
+            flags = torch.zeros(own.stop - own.start, dtype=torch.bool, device=leaves[0].device)
+            table = [flags if nonfinite is None else nonfinite, flags]
+            table += [each for column in columns for each in column]
+            draws = draw(n) if "draws" in needs else None
+            rows = self._table(torch.stack([each.double() for each in table], 1), own, n, draws)
+            bad, draws_of_first, *rest = rows.to(accumulation_dtype(leaves)).unbind(1)
+            known_bad = bad != 0
+            active = ~known_bad if drop else torch.ones_like(known_bad)
+            width = len(columns[0])
+            each = []
+            for index, part in enumerate(parts):
+                told_of = rest[index * width : (index + 1) * width]
+                if gathers:
+                    products = self._inner_products(part, told_of[0], own)
+                    eps = torch.finfo(products.dtype).eps
+                    each.append(of_products(told_of[0], products, eps, active, needs))
+                else:
+                    each.append(statistics_of(told_of, part.total_unit, active, needs))
+            statistics = each[0] if groups is None else side_by_side(each, active)
+            if draws is not None:
+                statistics = statistics._replace(draws=draws_of_first)
+            return Measured(statistics, known_bad | ~statistics.finite, groups, True, own)
+
+    def summed(self, combine_directions: Combine, own: slice, /) -> Combine:
+        """Σ_i w_i · direction_i over the tasks of all ranks, from this one's."""
+
+        def over_ranks(weights: Tensor, groups: list[int] | None) -> PyTree:
+            update, error = None, None
+            try:
+                update = combine_directions(weights[..., own], groups)
+            except Exception as raised:
+                error = raised
+            failed = weights.new_zeros(self.size)
+            failed[self.rank] = float(error is not None)
+            self._reduce(failed)
+            if error is not None:
+                raise error
+            self._check_none(failed.nonzero().flatten().tolist())
+            leaves = tree_leaves(update)
+            flat = torch.cat([leaf.flatten().to(accumulation_dtype(leaves)) for leaf in leaves])
+            self._reduce(flat)
+            summed = torch.split(flat, [leaf.numel() for leaf in leaves])
+            shaped = [
+                s.reshape(leaf.shape).to(leaf) for s, leaf in zip(summed, leaves, strict=True)
+            ]
+            return like(update, shaped)
+
+        return over_ranks
+
+    def used_by_any(self, used: Sequence[bool], device: torch.device, /) -> list[bool]:
+        """Which of the parameters a loss of any rank depends on."""
+        flags = torch.tensor(used, dtype=torch.int32, device=device)
+        self._reduce(flags)
+        return (flags > 0).tolist()
+
+    def _join(self, leaves: Sequence[Tensor], options: str) -> slice:
+        """The place of this rank's tasks among all, once all have the same to do."""
+        n = len(leaves[0])
+        shapes = [(tuple(leaf.shape[1:]), str(leaf.dtype)) for leaf in leaves]
+        words = re.sub(r" at 0x[0-9a-f]+", "", f"{options} {shapes}")  # functions have an address
+        d = sum(leaf[:1].numel() if n else leaf.shape[1:].numel() for leaf in leaves)
+        table = self._tell(n, d, zlib.crc32(words.encode()), failed=False)
+        self._check_none([rank for rank, row in enumerate(table) if row[3]])
+        for rank, row in enumerate(table):
+            if row[1:3] != table[0][1:3]:
+                raise ValueError(
+                    f"expected the same parameters and options of the aggregator on all ranks, "
+                    f"found others on rank {rank} than on rank 0 ({row[1]} and {table[0][1]} "
+                    "entries); build model and aggregator alike on every rank"
+                )
+        self.counts = [row[0] for row in table]
+        start = sum(self.counts[: self.rank])
+        return slice(start, start + n)
+
+    def _tell(self, n: int, d: int, digest: int, *, failed: bool) -> list[list[int]]:
+        """What every rank has to say first."""
+        self._joined = True
+        header = torch.zeros(self.size, 4, dtype=torch.int64, device=self._device())
+        header[self.rank] = torch.tensor([n, d, digest, int(failed)])
+        self._reduce(header)
+        table: list[list[int]] = header.tolist()
+        return table
+
+    def _check_none(self, failed: list[int]) -> None:
+        if failed:
+            names = ", ".join(map(str, failed))
+            raise ValueError(
+                f"expected every rank to take part in the step, found that rank {names} failed "
+                "in it; its own message says why, and nothing was changed on this one"
+            )
+
+    def _products(
+        self, parts: Sequence[Part], needs: frozenset[str]
+    ) -> list[list[Float[Tensor, " n"]]]:
+        """Products of each task with Σ g_j, in their units, then those that are asked for."""
+        others, cosine = "other_row_sums" in needs, "cosine_row_sums" in needs
+        wide = torch.float64 if others else parts[0].dtype
+        sums = [part.sum(wide) for part in parts]
+        units = [part.unit_sum().to(wide) for part in parts] if cosine else []
+        flat = torch.cat([*sums, *units])
+        self._reduce(flat)
+        totals = torch.split(flat, [len(each) for each in [*sums, *units]])
+        results = []
+        for index, part in enumerate(parts):
+            total = totals[index]
+            largest = torch.cat([total.abs(), total.new_zeros(1)]).amax()
+            part.total_unit = power_of_two(largest.nan_to_num(0.0, 0.0, 0.0))
+            total = total / or_one(part.total_unit)
+            each = [part.times(total.to(part.dtype))]
+            if cosine:
+                shares = or_one(part.lengths).reciprocal()
+                each.append(shares * part.times(totals[len(parts) + index].to(part.dtype)))
+            if others:
+                each.append(part.times_others(total))
+            results.append(each)
+        return results
+
+    def _table(
+        self, own_rows: Tensor, own: slice, n: int, draws: Tensor | None
+    ) -> Float[Tensor, "n columns"]:
+        """The rows of all ranks; the second column is the first rank's draws."""
+        table = own_rows.new_zeros(n, own_rows.shape[1])
+        table[own] = own_rows
+        if draws is not None and self.rank == 0:
+            table[:, 1] = draws.to(table)
+        self._reduce(table)
+        return table
+
+    def _inner_products(self, part: Part, units: Tensor, own: slice) -> Float[Tensor, "n n"]:
+        """(g_i / unit_i) · (g_j / unit_j) of the tasks of all ranks, by blocks of columns."""
+        n = len(units)
+        products = units.new_zeros(n, n)
+        for block in part.chunks(max(1, GATHERED_ENTRIES // n)):
+            matrix = block.new_zeros(n, block.shape[1])
+            matrix[own] = block
+            self._reduce(matrix)
+            products = torch.addmm(products, matrix, matrix.T)
+        return products
+
+    def _reduce(self, tensor: Tensor) -> None:
+        try:
+            torch.distributed.all_reduce(tensor, group=self.group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "expected an answer of every rank, found that one has died or waited past the "
+                "timeout of the process group; nothing was changed on this one: start all of them "
+                "again from the last checkpoint"
+            ) from error
+
+    def _device(self) -> torch.device:
+        if torch.distributed.get_backend(self.group) == "nccl":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")

@@ -1,0 +1,1 @@
+collect_ignore = ["programs.py"]  # what the ranks run, which takes arguments

@@ -1,0 +1,415 @@
+"""What each rank runs, by name: ``python programs.py NAME RANK WORLD STORE``.
+
+References are computed before the process group is there, by one process with all tasks.
+"""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
+
+import gradagree_opt as ga
+
+RANK, WORLD, STORE = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+AGGREGATORS = (
+    ga.GradientAgreement(),
+    ga.GradientAgreement(similarity="cosine"),
+    ga.GradientAgreement(include_self=False),
+    ga.GradientAgreement(scope="leaf"),
+    ga.GradientAgreement(match_norm="mean"),
+    ga.GradientAgreement(similarity="cosine", scope=lambda path: path[0], negative="clip"),
+    ga.GradientAgreement(normalization="softmax", match_norm=ga.Sum()),
+    ga.EqualAgreement(),
+    ga.EqualAgreement(similarity="inner", scope="leaf"),
+    ga.GramianPower(2),
+    ga.Mean(),
+    ga.Mean(match_norm=ga.EqualAgreement()),
+    ga.Sum(),
+    ga.NormShare(),
+    ga.NormClipped(),
+    ga.GeometricMedian(),
+)
+
+
+def join() -> None:
+    """The process group of this test."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{STORE}",
+        rank=RANK,
+        world_size=WORLD,
+        timeout=timedelta(seconds=60),
+    )
+
+
+def check_same_bits(tree: Any) -> None:
+    """Every rank holds the same numbers, to the bit."""
+    own = [leaf.detach().numpy().tobytes() for leaf in tree_leaves(tree)]
+    each: list[Any] = [None] * WORLD
+    dist.all_gather_object(each, own)
+    assert all(other == own for other in each)
+
+
+def check_close(found: Any, wanted: Any, tolerance: float = 2e-5) -> None:
+    """Leaves that differ by rounding alone, relative to the largest entry of each."""
+    for one, other in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        size = other.abs().amax() if other.numel() else 0
+        assert bool(((one - other).abs() <= tolerance * size).all()), (one, other)
+
+
+def own(weights: Tensor) -> Tensor:
+    share: Tensor = ga.own_share(weights.movedim(-1, 0)).movedim(0, -1)
+    return share
+
+
+def aggregations() -> None:
+    """Every aggregator, of stacks of 1, 2 and 7 tasks, at three scales and in two dtypes."""
+    join()
+    for dtype in (torch.float32, torch.float64):
+        for n in (1, 2, 7):
+            torch.manual_seed(n)
+            stack = {"a": torch.randn(n, 3, 4), "b": torch.randn(n, 5), "c": torch.randn(n)}
+            stack["a"][0] = 0
+            for scale in (1.0, 1e-30, 1e30) if dtype == torch.float32 else (1.0,):
+                grads = {name: leaf.to(dtype) * scale for name, leaf in stack.items()}
+                for one in AGGREGATORS:
+                    wanted = one.aggregate(grads)
+                    found = ga.distributed(one).aggregate(ga.own_share(grads))
+                    check_close(found.update, wanted.update, 1e-4)
+                    check_close(found.weights, own(wanted.weights), 1e-4)
+                    check_same_bits([found.update, list(found.diagnostics)])
+                    for a, b in zip(found.diagnostics, wanted.diagnostics, strict=True):
+                        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def gramian_in_blocks() -> None:
+    """A Gram matrix that takes several messages, of leaves that end in none of them."""
+    join()
+    from gradagree_opt.core import ranks
+
+    ranks.GATHERED_ENTRIES = 20
+    stack = [torch.randn(5, *shape) for shape in ((3, 4), (7,), (), (9,))]
+    for tensor in stack:
+        dist.broadcast(tensor, 0)
+    one = ga.EqualAgreement()
+    check_close(ga.distributed(one)(ga.own_share(stack)), one(stack))
+
+
+def messages() -> None:
+    """How many numbers a step sends, whose d is large beside all else."""
+    join()
+    d, n = 100_000, 2 * WORLD
+    torch.manual_seed(0)
+    stack = torch.randn(n, d)
+    sent: list[int] = []
+    reduce = dist.all_reduce
+
+    def counting(tensor: Tensor, *args: Any, **options: Any) -> Any:
+        sent.append(tensor.numel() * tensor.element_size())
+        return reduce(tensor, *args, **options)
+
+    dist.all_reduce = torch.distributed.all_reduce = counting
+    for one, vectors in (
+        (ga.GradientAgreement(), 2),
+        (ga.GradientAgreement(similarity="cosine"), 3),
+        (ga.GradientAgreement(include_self=False), 3),
+        (ga.GradientAgreement(match_norm="mean"), 3),
+        (ga.EqualAgreement(), n + 1),
+    ):
+        for tasks in (ga.own_share(stack), stack[:0] if RANK else stack):
+            sent.clear()
+            ga.distributed(one)(tasks)
+            assert sum(sent) <= 1.05 * vectors * 4 * d, (one, sum(sent) / 4 / d)
+            assert len(sent) <= 5 + 2 * (one.reference is not None), (one, len(sent))
+
+
+def draws() -> None:
+    """Random weights are those of the first rank's generator."""
+    stack = torch.randn(5, 3)
+    wanted = ga.RandomWeights(torch.Generator().manual_seed(3)).aggregate(stack).weights
+    join()
+    one = ga.RandomWeights(torch.Generator().manual_seed(3 + RANK))
+    found = ga.distributed(one).aggregate(ga.own_share(stack))
+    check_close(found.weights, own(wanted))
+
+
+class Model(nn.Module):
+    """A trunk, and a head that not every task uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(3, 4)
+        self.heads = nn.ModuleList([nn.Linear(4, 1) for _ in range(3)])
+
+    def forward(self, x: Tensor, head: int = 0) -> Tensor:
+        result: Tensor = self.heads[head](self.trunk(x).tanh())
+        return result
+
+
+def collected(
+    aggregator: Any, tasks: list[Tensor], form: str, memory: str, *, holds_first: bool = True
+) -> Any:
+    """``.grad`` by name and the weights, of a TaskBatch of one form.
+
+    The second head hangs on the task that comes first of all, which the first rank holds.
+    """
+    torch.manual_seed(1)
+    model = Model()
+    batch = ga.TaskBatch(model, aggregator, memory=memory)
+    for task in tasks:
+        adapted = {name: p + 0 for name, p in model.named_parameters()}
+        if form != "multi-task":
+            loss = functional_call(model, adapted, (task,)).square().mean()
+            grads = torch.autograd.grad(
+                loss, [*adapted.values()], create_graph=True, allow_unused=True
+            )
+            steps = zip(adapted.items(), grads, strict=True)
+            adapted = {n: p if g is None else p - 0.1 * g for (n, p), g in steps}
+        if form == "Reptile":
+            batch.add(adapted=adapted)
+        else:
+            loss = functional_call(model, adapted, (task,)).square().mean()
+            if holds_first and not len(batch):
+                loss = loss + model.heads[1](task.new_ones(4)).sum()
+            batch.add(loss, **({"adapted": adapted} if form == "MAML" else {}))
+    result = batch.backward()
+    return {n: p.grad for n, p in model.named_parameters()}, result.weights
+
+
+def loss_of(params: Any, batch: Tensor) -> Tensor:
+    loss: Tensor = functional_call(MODEL, params, (batch,)).square().mean()
+    return loss
+
+
+MODEL = Model()
+PARAMS = {name: p.detach() for name, p in MODEL.named_parameters()}
+
+
+def stepped(name: str, aggregator: Any, tasks: Any) -> Any:
+    """Update, losses and weights of one functional step."""
+    inner = ga.InnerSGD(0.1, 2)
+    if name == "aggregate_gradients":
+        return ga.aggregate_gradients(loss_of, PARAMS, tasks["query"], aggregator)
+    if name == "Reptile":
+        return ga.Reptile(loss_of, inner).step(PARAMS, tasks, aggregator)
+    if name == "MetaSGD":
+        rates = tree_map(lambda p: torch.full_like(p, 0.1), PARAMS)
+        return ga.MetaSGD(loss_of, 1).step({"params": PARAMS, "lr": rates}, tasks, aggregator)
+    return ga.MAML(loss_of, inner, signal=name).step(PARAMS, tasks, aggregator)
+
+
+def loops() -> None:
+    """TaskBatch in all forms and every functional step, of more and of fewer tasks than ranks."""
+    torch.manual_seed(5)
+    forms = [(f, m) for f in ("multi-task", "MAML", "Reptile") for m in ("graph", "stream")]
+    steps = ("aggregate_gradients", "displacement", "gradient", "MetaSGD", "Reptile")
+    cases = []
+    for parameter in MODEL.parameters():
+        nn.init.normal_(parameter)
+    PARAMS.update((name, p.detach()) for name, p in MODEL.named_parameters())
+    for n in (5, 1):
+        tasks = {"support": torch.randn(n, 6, 3), "query": torch.randn(n, 6, 3)}
+        for one in (ga.GradientAgreement(), ga.EqualAgreement(), ga.Mean(nonfinite="drop")):
+            for form in forms:
+                wanted = collected(one, [*tasks["query"]], *form)
+                cases.append((one, tasks, form, wanted))
+            cases += [(one, tasks, step, stepped(step, one, tasks)) for step in steps]
+    join()
+    for one, tasks, case, wanted in cases:
+        mine, spread = ga.own_share(tasks), ga.distributed(one)
+        if isinstance(case, tuple):
+            grads, weights = collected(spread, [*mine["query"]], *case, holds_first=RANK == 0)
+            assert {n for n, g in grads.items() if g is None} == {
+                n for n, g in wanted[0].items() if g is None
+            }
+            there = [n for n, g in grads.items() if g is not None]
+            check_close([grads[n] for n in there], [wanted[0][n] for n in there], 1e-4)
+            check_close(weights, own(wanted[1]), 1e-4)
+            check_same_bits([grads[n] for n in there])
+        else:
+            found = stepped(case, spread, mine)
+            check_close(found.update, wanted.update, 1e-4)
+            check_close(found.losses, ga.own_share(wanted.losses), 1e-4)
+            check_same_bits([found.update, list(found.diagnostics)])
+
+
+def wrapped() -> None:
+    """The module that DistributedDataParallel wraps, whose own averages stay out of it."""
+    torch.manual_seed(3)
+    x, model = torch.randn(3, 4, 3), nn.Linear(3, 1)
+    batch = ga.TaskBatch(model, ga.EqualAgreement())
+    for task in x:
+        batch.add(model(task).square().mean())
+    batch.backward()
+    wanted = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    join()
+    module = nn.parallel.DistributedDataParallel(model).module
+    for _ in range(2):
+        batch = ga.TaskBatch(module, ga.distributed(ga.EqualAgreement()))
+        for task in ga.own_share(x):
+            batch.add(module(task).square().mean())
+        batch.backward()
+        check_close([p.grad for p in module.parameters()], wanted)
+        module.zero_grad()
+
+
+def replicas() -> None:
+    """Fifty steps of an optimizer, a head of one rank among its parameters: the same bits."""
+    join()
+    torch.manual_seed(2)
+    model = Model()
+    adam = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = ga.TaskOptimizer(adam, ga.distributed(ga.GradientAgreement()), module=model)
+    generator = torch.Generator().manual_seed(RANK)
+    before = [p.clone() for p in model.parameters()]
+    for step in range(50):
+        tasks = torch.randn((RANK + step) % 3, 4, 3, generator=generator)
+        losses = [model(x, head=1 + (RANK == 0)).square().mean() for x in tasks]
+        optimizer.zero_grad()
+        total = torch.tensor(len(losses))
+        dist.all_reduce(total)
+        if total:
+            optimizer.step(losses)
+    check_same_bits([*model.parameters()])
+    moved = [bool((a != b).any()) for a, b in zip(before, model.parameters(), strict=True)]
+    assert moved == [True, True, False, False, True, True, True, True]  # no task used heads[0]
+
+
+@contextmanager
+def refused(*parts: str) -> Iterator[None]:
+    """A sentence that holds all parts, on this rank while the others have theirs."""
+    dist.barrier()
+    start = time.monotonic()
+    with pytest.raises((ValueError, TypeError)) as caught:
+        yield
+    assert all(part in str(caught.value) for part in parts), caught.value
+    # A rank that waits in vain would do so for the 60 s of the group's timeout.
+    assert time.monotonic() - start < 20
+
+
+def failures() -> None:
+    """What fails on the last rank is told on all, changes nothing, and the next step works."""
+    join()
+    last = WORLD - 1
+    agree = ga.distributed(ga.GradientAgreement())
+    stack = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
+    spoilt = stack.clone()
+    spoilt[1, 0] = torch.nan if last == RANK else 1.0
+    with refused(f"1 of rank {last}"):
+        agree(spoilt)
+    dropping = ga.distributed(ga.GradientAgreement(nonfinite="drop"))
+    result = dropping.aggregate(spoilt)
+    assert result.diagnostics.nonfinite.sum() == 1 and result.update.isfinite().all()
+    words = ("floating-point",) if last == RANK else ("rank", str(last))
+    with refused(*words):
+        agree(stack.long() if last == RANK else stack)
+    with refused("rank", "expected the same"):
+        agree(stack[:, :1] if last == RANK else stack)
+    cosine = ga.distributed(ga.GradientAgreement(similarity="cosine"))
+    with refused("rank", "options"):
+        (cosine if last == RANK else agree)(stack)
+    with refused("at least one task"):
+        agree(stack[:0])
+
+    def broken(params: Any, batch: Tensor) -> Tensor:
+        if last == RANK:
+            raise ValueError("own mistake")
+        return loss_of(params, batch)
+
+    x = torch.randn(2, 6, 3)
+    with refused("own mistake" if last == RANK else f"rank {last}"):
+        ga.aggregate_gradients(broken, PARAMS, x, agree)
+    with refused("own mistake" if last == RANK else f"rank {last}"):
+        ga.Reptile(broken, ga.InnerSGD(0.1, 1)).step(PARAMS, {"support": x}, agree)
+    late_failure(agree, last, x)
+    check_close(agree(stack), ga.GradientAgreement()(torch.cat([stack] * WORLD)))
+
+
+def late_failure(agree: Any, last: int, x: Tensor) -> None:
+    """A backward pass that fails on one rank when the weights are known already."""
+    model = Model()
+    batch = ga.TaskBatch(model, agree)
+    for task in x:
+        adapted = {name: 0.9 * p for name, p in model.named_parameters()}
+        loss = functional_call(model, adapted, (task,)).square().mean()
+        if last == RANK:
+            loss = Fails.apply(loss)
+        batch.add(loss, adapted=adapted)
+    with refused("late" if last == RANK else f"rank {last}"):
+        batch.backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Fails(torch.autograd.Function):
+    """Fails in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise ValueError("late mistake")
+
+
+def refusals() -> None:
+    """What no several ranks can do is refused on each, before anything is sent."""
+    agree = ga.GradientAgreement()
+    with_message(lambda: ga.distributed(agree), "init_process_group")
+    join()
+    outside = dist.new_group([0])
+    if RANK:
+        with_message(lambda: ga.distributed(agree, outside), "rank of the process group")
+    else:
+        check_close(ga.distributed(agree, outside)(torch.ones(2, 3)), torch.ones(3))
+    spread = ga.distributed(agree)
+    assert repr(spread) == repr(agree) and type(spread) is type(agree)
+    ddp = nn.parallel.DistributedDataParallel(Model())
+    with_message(lambda: ga.TaskBatch(ddp, spread), "the module that it wraps")
+    maml = ga.MAML(loss_of, ga.InnerSGD(0.1, 1), compile=True)
+    x = {"support": torch.randn(1, 2, 3), "query": torch.randn(1, 2, 3)}
+    with_message(lambda: maml.step(PARAMS, x, spread), "compile=False")
+    reptile = ga.Reptile(loss_of, ga.InnerSGD(0.1, 1), compile=True)
+    with_message(lambda: reptile.step(PARAMS, x, spread), "compile=False")
+    for engine in ("streamed", "matrix_free"):
+        run = lambda engine=engine: ga.aggregate_gradients(  # noqa: E731 # its only use is a call
+            loss_of, PARAMS, x["query"], spread, engine=engine
+        )
+        with_message(run, "rank")
+
+
+def with_message(call: Callable[[], Any], part: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(part)):
+        call()
+
+
+def killed() -> None:
+    """The last rank ends without a word in its second step: the others get one sentence."""
+    join()
+    agree = ga.distributed(ga.GradientAgreement())
+    stack = torch.ones(2, 3)
+    agree(stack)
+    if RANK == WORLD - 1:
+        os._exit(9)
+    with pytest.raises(RuntimeError, match=r"rank.*checkpoint"):
+        agree(stack)
+    os._exit(0)  # the group cannot be taken down without the rank that is gone
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
+    dist.barrier()
+    dist.destroy_process_group()
