@@ -1,4 +1,5 @@
 # make demo   a quick sine study from a fresh clone, in runs/sine-quick
+# make check  lint, types and the fast tests, in minutes
 # make test   everything that has to pass: lint, tests, tests of compiled code
 # make lint   ruff and mypy alone
 # make docs   the site, in site/: strict, so that a link that leads nowhere is an error
@@ -17,13 +18,19 @@ EXTRAS := ablation,higher,learn2learn,lightning,tensorboard,torchjd,torchopt
 # One process per core, one thread per process.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo check test lint docs bench clean
 
 demo: $(VENV)/.study
 	$(BIN)/gradagree ablate sine --quick --out runs/sine-quick
 
+# What a file shares is made once.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+check: lint
+	$(PYTEST) -m "not slow and not compiled and not fused"
+
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder  # what a file shares is made once
+	$(PYTEST)
 	$(BIN)/pytest -n 2 -m compiled
 	DEVICE=$(DEVICE) $(BIN)/pytest -n 2 -m fused tests/core
 

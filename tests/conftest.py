@@ -58,6 +58,14 @@ def without_type_checks() -> Iterator[None]:
 
 
 @pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the figures, most of a tiny study's time, where no test looks at them."""
+    from gradagree_opt.ablation.report import artefacts
+
+    monkeypatch.setattr(artefacts, "draw", lambda *_: {})
+
+
+@pytest.fixture
 def without_code_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Captures and differentiates the whole graph, and runs it by PyTorch's own kernels."""
     original = torch.compile

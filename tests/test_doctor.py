@@ -91,6 +91,7 @@ def test_a_package_that_imports_but_does_not_run_is_broken(
     assert "has no attribute 'run'" in found.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_every_installed_package_is_found_working(name: str) -> None:
     if FRAMEWORKS[name].installed_version() is None:
@@ -99,6 +100,7 @@ def test_every_installed_package_is_found_working(name: str) -> None:
     assert found.status == "works", found.reason
 
 
+@pytest.mark.slow
 def test_learn2learn_without_torchvision_is_mended_by_its_install_command(tmp_path: Path) -> None:
     if FRAMEWORKS["learn2learn"].installed_version() is None:
         pytest.skip("learn2learn is not installed")

@@ -81,6 +81,7 @@ def test_the_page_of_the_adapter_shows_the_diff(pair: str) -> None:
     assert any(is_the_diff(block, pair) for block in blocks), "\n".join(changes(pair))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # what a framework warns of is tested with its adapter
 @pytest.mark.parametrize("side", ["before", "after"])
 @each_pair
@@ -100,6 +101,7 @@ def test_the_loop_learns(pair: str, side: str) -> None:
     assert sum(losses[-quarter:]) < sum(losses[:quarter])
 
 
+@pytest.mark.slow
 def test_importing_the_library_imports_no_framework() -> None:
     program = (
         "import sys, torch; torchs_own = set(sys.modules); import gradagree_opt;"

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import gradagree_opt as ga
 from gradagree_opt.engines import choice
+from gradagree_testing.looping import every
 
 from .engines.models import models
 from .meta.loops import ALGORITHMS
@@ -77,11 +78,10 @@ def served(engine, aggregator):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@each_engine
-@each_aggregator
+@every(engine=ENGINES, make=AGGREGATORS)
 def test_engines_give_what_they_give_on_a_cpu(name, engine, make):
     if not served(engine, make()):
-        pytest.skip("not served")
+        return
     model = models(torch.float64)[name]
     gradients, losses = model.loop()
     expected = make().aggregate(gradients)
@@ -95,11 +95,10 @@ def test_engines_give_what_they_give_on_a_cpu(name, engine, make):
 
 
 @each_algorithm
-@each_aggregator
-@pytest.mark.parametrize("chunk_size", [None, 2])
+@every(make=AGGREGATORS, chunk_size=[None, 2])
 def test_meta_steps_give_what_they_give_on_a_cpu(algorithm, make, chunk_size):
     if algorithm.learns_rates and make().scope != "global":
-        pytest.skip("not served")
+        return
     meta = algorithm.build(loss_fn, 0.1, 2, chunk_size=chunk_size)
     params = CASE.meta(algorithm.learns_rates)
     expected = meta.step(params, CASE.tasks, make())

@@ -132,6 +132,7 @@ CALLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
 def test_over_ranks_it_is_refused_in_one_sentence_and_nothing_has_changed(said, call):
     for rank in said:

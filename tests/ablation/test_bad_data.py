@@ -147,7 +147,7 @@ def test_photographs_that_are_damaged_or_missing_are_named(
     assert f"--data {root}: " in message and words.format(root=root) in message
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_data_that_are_gone_after_the_start_end_the_study_in_one_sentence(
     write_study: WriteStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int
 ) -> None:
@@ -168,6 +168,7 @@ def test_data_that_are_gone_after_the_start_end_the_study_in_one_sentence(
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_photographs_in_a_read_only_folder_are_decoded_into_the_users_cache(
     write_study: WriteStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +228,7 @@ def test_a_pickle_is_refused_and_never_unpickled(
     assert sprung.exists(), "the trap works"
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_pickle_among_the_records_is_a_damaged_record_and_never_unpickled(
     copied: Path, study_file: Path, tmp_path: Path
 ) -> None:

@@ -64,6 +64,7 @@ def test_differences_are_paired_by_the_seeds_that_both_have(finished: Path, othe
     assert any("over 2 seeds" in note for note in report.notes)
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_same_runs_are_there_once(
     finished: Path, tmp_path: Path, write_study: WriteStudy
 ) -> None:

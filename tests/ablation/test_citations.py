@@ -232,7 +232,8 @@ def test_whatever_setting_is_changed_the_text_says_so(config: Config, name: str)
     def text(study: Any) -> str:
         return methods_text(config.model_copy(update={"study": study, "packages": packages}))
 
-    same = {setting for setting, other in variants(study) if text(other) == text(study)}
+    said = text(study)
+    same = {setting for setting, other in variants(study) if text(other) == said}
     assert same <= silent
 
 
@@ -432,6 +433,7 @@ def test_a_study_that_is_not_finished_can_be_cited_and_is_told_so(copied: Path) 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     LATEX is None,
     reason="no LaTeX to compile table.tex with: apt-get install texlive-latex-recommended",

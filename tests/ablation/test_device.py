@@ -125,6 +125,7 @@ def test_the_device_is_in_the_record_the_configuration_and_the_text_not_in_the_k
         assert run.key(study.model_copy(update=changes), None) == run.key(study, None)
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_records_of_another_device_are_kept_after_one_sentence(
     copied: Path, study_file: Path
 ) -> None:
@@ -137,6 +138,7 @@ def test_records_of_another_device_are_kept_after_one_sentence(
     assert "those of NVIDIA H100 in float32 (now " in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [None, 1, 3])
 def test_groups_side_by_side_find_what_they_find_alone(study: Study, at_once: int | None) -> None:
     problem = build_problem(study, None)

@@ -69,6 +69,8 @@ def settings(found: "EventAccumulator") -> dict[str, object]:
     }
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 def test_a_new_study_a_resumed_one_and_a_finished_one_have_the_files_of_all_runs(
     study_file: Path, tmp_path: Path
 ) -> None:
@@ -89,6 +91,7 @@ def test_a_new_study_a_resumed_one_and_a_finished_one_have_the_files_of_all_runs
     check(out / "tensorboard", out)
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_every_fraction_has_a_folder(swept: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(swept, tmp_path / "out"))
     assert gradagree("ablate", out / "config.json", "--out", out, "--tensorboard").exit_code == 0

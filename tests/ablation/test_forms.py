@@ -196,6 +196,7 @@ def test_anil_is_maml_with_an_inner_rate_of_zero_for_the_body(
     torch.testing.assert_close(found.weights, expected.weights, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_a_quick_study_of_every_form_is_run_whole(
     write_study: WriteStudy, tmp_path: Path, form: str
@@ -210,6 +211,7 @@ def test_a_quick_study_of_every_form_is_run_whole(
             assert record.agreement is not None
 
 
+@pytest.mark.slow
 def test_every_artefact_of_a_meta_sgd_study_is_written(
     write_study: WriteStudy, tmp_path: Path
 ) -> None:

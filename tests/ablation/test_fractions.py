@@ -45,6 +45,8 @@ def test_a_run_at_one_of_several_fractions_is_found_again_by_a_study_at_that_one
     assert len(set(keys)) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize("place", range(3))
 def test_the_block_of_a_fraction_is_the_table_of_a_study_at_that_fraction(
     swept: Path, write_study: Any, tmp_path: Path, place: int
@@ -95,6 +97,7 @@ def test_the_tables_have_a_block_for_each_fraction(swept: Path) -> None:
     assert rules == [3, 7, 11] and body[8].startswith(r"20 \% & ")
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_table_of_all_fractions_fits_a_terminal(swept: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(swept, tmp_path / "out")
     result = gradagree("report", folder)
@@ -117,6 +120,7 @@ def test_every_artefact_is_rebuilt_to_the_bit(swept: Path, tmp_path: Path) -> No
         assert (folder / name).read_bytes() == (swept / name).read_bytes(), name
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_missing_runs_are_counted_over_all_fractions(swept: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(swept, tmp_path / "out"))
     for part in read_results(swept, read_config(swept))[1:]:
@@ -125,6 +129,7 @@ def test_missing_runs_are_counted_over_all_fractions(swept: Path, tmp_path: Path
     assert "2 of 36 runs" in gradagree("report", folder).stderr  # 3 fractions × 3 methods × (2 + 2)
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_at_fraction_0_foreign_data_play_no_part(write_study: Any, tmp_path: Path) -> None:
     keys = {"kind": "foreign", "foreign": "Spruce", "fraction": [0, 0.5]}
     test = {"tasks": 4, "support_shots": 5, "query_shots": 3, "steps": [0, 1]}

@@ -124,6 +124,7 @@ def test_an_inherited_inner_loop_is_left_out_by_null(
     assert load(str(path)).inner is None
 
 
+@pytest.mark.slow
 def test_without_scikit_learn_the_study_is_read_and_its_run_refused_with_the_command(
     write_digits: WriteStudy, tmp_path: Path
 ) -> None:

@@ -122,6 +122,7 @@ def warn(sentence: str) -> None:
     raise AssertionError(sentence)
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_example_of_the_page_runs_and_says_what_was_used(tmp_path: Path) -> None:
     for name in ("own_study.py", "own_study.yaml", "own_weighting.py"):
         shutil.copy(DOCS / name, tmp_path)
@@ -155,6 +156,7 @@ def test_the_example_of_the_page_runs_and_says_what_was_used(tmp_path: Path) -> 
     }
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_tasks_and_network_of_ones_own_give_what_the_same_built_in_ones_give(
     write_study: WriteStudy, tmp_path: Path
 ) -> None:
@@ -187,6 +189,7 @@ def test_a_weighting_has_its_own_options_and_those_of_an_aggregator() -> None:
     assert torch.allclose(torch.cat(update), factor * torch.tensor(raw))
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_classes_are_scored_by_accuracy_and_known_by_their_tasks(write_study: WriteStudy) -> None:
     tasks = {"kind": "own", "make": "ours:Blobs", "inputs": 2, "way": 3, "support_shots": 5}
     inner = {"lr": 0.02, "steps": 2}
@@ -271,6 +274,7 @@ def refused(study: Path, words: str) -> None:
     assert after == before
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_from_python_as_from_the_command(write_study: WriteStudy, finished: Path) -> None:
     results = ablate(finished.parent / "tiny.yaml", out="out", jobs=1)
     assert isinstance(results, Results) and results.folder == Path("out")

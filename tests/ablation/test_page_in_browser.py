@@ -21,6 +21,7 @@ if EXECUTABLE is None:
     pytest.skip(
         "no Chromium to look at report.html with: apt-get install chromium", allow_module_level=True
     )
+pytestmark = pytest.mark.slow
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
 TEXTS = ("body", ".notes p", "caption", "nav a")
 

@@ -51,6 +51,7 @@ def test_every_artefact_is_rebuilt_to_the_bit_without_training(
     assert f"written to {copied}" in result.stdout.replace("\n", " ")
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_report_compares_the_methods_once(
     copied: Path, monkeypatch: pytest.MonkeyPatch, no_training: None
 ) -> None:
@@ -84,6 +85,7 @@ def test_records_suffice_for_all_but_the_figure_of_trained_parameters_which_stay
     assert after == before and pages == [6, 5]
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_study_goes_on_from_records_alone(
     copied: Path, study_file: Path, no_training: None
 ) -> None:
@@ -93,6 +95,7 @@ def test_a_study_goes_on_from_records_alone(
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_what_corrupted_the_tasks_is_not_needed(
     write_study: WriteStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +111,7 @@ def test_what_corrupted_the_tasks_is_not_needed(
     assert artefacts(out) == before
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_changed_record_changes_the_table(copied: Path, study: Study) -> None:
     # mean at its chosen rate, after one step: 4 and 2 in place of what was found
     [results] = read_results(copied, read_config(copied))
@@ -125,6 +129,7 @@ def test_a_changed_record_changes_the_table(copied: Path, study: Study) -> None:
     assert "3.0000 ± 12.7062" in row  # t(0.975, 1) = 12.7062, standard error 1
 
 
+@pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize("whole", [True, False])
 def test_missing_runs_are_counted_and_the_command_named_does_them(
     copied: Path, study: Study, whole: bool
@@ -143,6 +148,7 @@ def test_missing_runs_are_counted_and_the_command_named_does_them(
     assert gradagree("report", copied).exit_code == 0
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_method_without_all_its_tuning_runs_lacks_its_final_runs_too(
     copied: Path, study: Study
 ) -> None:
@@ -188,6 +194,7 @@ def test_a_folder_of_another_kind_or_version_is_one_sentence(
     refused(copied, "unknown key 'later'")
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_runs_of_another_torch_are_kept_and_that_is_said(copied: Path, study_file: Path) -> None:
     packages = json.loads((copied / "config.json").read_text())["packages"]
     change_config(copied, packages=packages | {"torch": "1.2.3", "matplotlib": "0.1"})

@@ -163,6 +163,7 @@ def test_more_processes_train_smaller_groups(
     assert [len(runs) for runs in found] == sizes
 
 
+@pytest.mark.slow
 def test_processes_give_what_one_process_gives(study: Study, tmp_path: Path) -> None:
     steps: list[int] = []
     alone = Sweep(study, tmp_path / "alone", None, ignore).run(1, ignore)
@@ -172,7 +173,7 @@ def test_processes_give_what_one_process_gives(study: Study, tmp_path: Path) -> 
     assert multiprocessing.active_children() == []
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_why_a_process_cannot_prepare_is_told_and_other_children_are_left_alone(jobs: int) -> None:
     other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
     other.start()
@@ -186,6 +187,7 @@ def test_why_a_process_cannot_prepare_is_told_and_other_children_are_left_alone(
         other.join()
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_sweep_and_keeps_what_is_finished(
     study: Study, tmp_path: Path
 ) -> None:

@@ -210,6 +210,7 @@ def test_without_torchjd_a_study_is_read_and_its_run_refused_with_the_command(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_study_of_others_does_not_import_torchjd(study_file: Path) -> None:
     program = (
         "import sys\n"

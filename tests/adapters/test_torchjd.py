@@ -11,6 +11,7 @@ from torch import nn
 
 from gradagree_testing import reference
 from gradagree_testing.configurations import AGREEMENTS, EQUAL, EQUALS, PAPER, Configuration
+from gradagree_testing.looping import every
 from gradagree_testing.samplers import SAMPLERS
 
 pytest.importorskip("torchjd", reason="torchjd is not installed")
@@ -55,7 +56,7 @@ def matrix(seed=0, n=4, d=12):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.__name__)
+@every(sampler=SAMPLERS)
 def test_weights_of_a_gramian_are_those_of_the_reference(weighting, configuration, sampler):
     jacobian = sampler(torch.Generator().manual_seed(1))
     exact = reference.exact(jacobian) if len(jacobian) < 100 else jacobian.numpy()

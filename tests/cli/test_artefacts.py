@@ -128,6 +128,7 @@ def test_config_reproduces_every_artefact_to_the_bit_but_for_the_seconds_that_ru
     assert drawn.sub("", pages[0]) == drawn.sub("", pages[1])
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_single_seed_has_no_p_value_nor_effect_size(tiny: Path, tmp_path: Path) -> None:
     assert ablate(tiny, "--quick", "--out", tmp_path / "out", "--jobs", 1).exit_code == 0
     text = (tmp_path / "out/table.md").read_text()

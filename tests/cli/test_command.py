@@ -134,6 +134,7 @@ def run_main(before: str, module: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+@pytest.mark.slow
 def test_with_a_broken_package_one_sentence_names_the_doctor(tmp_path: Path) -> None:
     (tmp_path / "scipy.py").write_text("raise ImportError('libgfortran.so.5: cannot open')")
     before = f"sys.path.insert(0, {str(tmp_path)!r}); sys.argv = ['gradagree', 'ablate', 'sine']"

@@ -39,6 +39,7 @@ def test_seeds_and_iterations_are_those_of_a_file_that_says_so(tiny: Path, tmp_p
     assert (quick.name, quick.seeds, quick.iterations) == ("tiny-quick", [4, 5], 5)
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_command_and_python_take_them(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ["--seeds", "3,5-6", "--iterations", 2, "--out", out, "--jobs", 1]
@@ -82,6 +83,7 @@ def test_a_dry_run_times_a_few_steps_and_leaves_nothing(tiny: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_dry_run_goes_by_the_seconds_of_the_runs_that_are_finished(
     finished: Path, tiny: Path, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from gradagree_testing.photographs import write_photographs
 
 from .conftest import FILES, TINY, ablate
 
+pytestmark = pytest.mark.slow
 OMNIGLOT = """\
 name: tiny-omniglot
 title: Tiny Omniglot

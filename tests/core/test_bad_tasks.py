@@ -12,8 +12,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import gradagree_opt as ga
 from gradagree_testing.configurations import CONFIGURATIONS, Configuration
+from gradagree_testing.looping import every
 
 BAD = [torch.nan, torch.inf, -torch.inf]
+DETERMINISTIC = [c for c in CONFIGURATIONS if c.name != "random"]
 
 
 def rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -28,8 +30,7 @@ def spoilt(matrix: Tensor, tasks: list[int], value: float) -> Tensor:
 
 
 class TestRaise:
-    @pytest.mark.parametrize("value", BAD)
-    @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+    @every(configuration=CONFIGURATIONS, value=BAD)
     def test_names_the_offending_tasks(self, configuration: Configuration, value: float):
         grads = {"w": spoilt(rows(6, 3), [4], value), "b": spoilt(rows(6, 2), [1, 4], value)}
         with pytest.raises(ValueError, match=r"expected finite values .* found .* tasks \[1, 4\];"):
@@ -56,11 +57,7 @@ class TestRaise:
 
 
 class TestDrop:
-    @pytest.mark.parametrize("value", BAD)
-    @pytest.mark.parametrize(
-        "configuration", [c for c in CONFIGURATIONS if c.name != "random"], ids=str
-    )
-    @pytest.mark.parametrize("spoil", ["directions", "signal", "both"])
+    @every(configuration=DETERMINISTIC, value=BAD, spoil=["directions", "signal", "both"])
     def test_is_the_aggregation_of_the_remaining_tasks(
         self, configuration: Configuration, value: float, spoil: str
     ):
@@ -81,9 +78,7 @@ class TestDrop:
         assert result.weights[bad].tolist() == [0.0, 0.0]
         assert result.diagnostics.nonfinite.nonzero().flatten().tolist() == bad
 
-    @pytest.mark.parametrize(
-        "configuration", [c for c in CONFIGURATIONS if c.name != "random"], ids=str
-    )
+    @every(configuration=DETERMINISTIC)
     def test_without_a_signal_is_the_aggregation_of_the_remaining_tasks_and_so_are_its_diagnostics(
         self, configuration: Configuration
     ):
@@ -110,7 +105,7 @@ class TestDrop:
         assert (weights[[0, 2, 3, 4]] > 0).all()
         assert_close(weights.sum().item(), 1.0)
 
-    @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+    @every(configuration=CONFIGURATIONS)
     def test_all_tasks_dropped_gives_an_update_of_zero(self, configuration: Configuration):
         grads = {"w": torch.full((3, 2), torch.nan), "b": rows(3)}
         result = configuration.make(nonfinite="drop").aggregate(grads)
@@ -118,7 +113,7 @@ class TestDrop:
         assert result.weights.tolist() == [0.0, 0.0, 0.0]
         assert result.diagnostics.nonfinite.all()
 
-    @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+    @every(configuration=CONFIGURATIONS)
     def test_of_no_task_changes_nothing(self, configuration: Configuration):
         grads = rows(6, 3)
         dropped = configuration.make(nonfinite="drop").aggregate(grads)
@@ -130,8 +125,7 @@ class TestDrop:
 
 
 class TestPropagate:
-    @pytest.mark.parametrize("value", BAD)
-    @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+    @every(configuration=CONFIGURATIONS, value=BAD)
     def test_gives_an_update_that_gradscaler_finds_to_be_not_finite(
         self, configuration: Configuration, value: float
     ):
@@ -153,7 +147,7 @@ class TestPropagate:
         result = ga.GradientAgreement(nonfinite="propagate").aggregate(rows(4, 2), signal)
         assert not result.update.isfinite().any()
 
-    @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+    @every(configuration=CONFIGURATIONS)
     def test_reads_nothing_on_the_host(self, configuration: Configuration, host_reads: list[str]):
         aggregator = configuration.make(nonfinite="propagate")
         aggregator.aggregate(rows(6, 3))
@@ -233,8 +227,7 @@ class TestDegenerate:
         update = ga.GradientAgreement().aggregate(directions, signal=OPPOSITE).update
         assert_close(update, directions.mean(0))
 
-    @pytest.mark.parametrize("seed", range(20))
-    @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+    @every(seed=range(20), scale=[1e-30, 1.0, 1e30])
     def test_signals_opposite_up_to_rounding_give_the_fallback_and_never_noise(
         self, seed: int, scale: float
     ):
@@ -273,7 +266,7 @@ class TestDegenerate:
         expected = torch.tensor([1.0, -1.0]).repeat(n // 2) / n
         assert_close(result.weights, expected, rtol=2 * disagreement, atol=0)
 
-    @pytest.mark.parametrize("seed", range(10))
+    @every(seed=range(10))
     def test_two_signals_that_differ_by_a_thousandth_are_weighted_by_their_difference(
         self, seed: int
     ):

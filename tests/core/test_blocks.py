@@ -7,6 +7,7 @@ import gradagree_opt as ga
 from gradagree_opt.core.blocks import blocks_of_all, column_blocks, unit_parts
 from gradagree_testing import reference
 from gradagree_testing.configurations import CONFIGURATIONS
+from gradagree_testing.looping import every
 
 SCALES = (1e-30, 1e-20, 1e-3, 1.0, 1e10, 1e30)
 WEIGHTED = [c for c in CONFIGURATIONS if c.weights is not None]
@@ -36,8 +37,7 @@ def expected(configuration, signals):
     return torch.from_numpy(weights), torch.from_numpy(weights) @ matrix
 
 
-@pytest.mark.parametrize("configuration", WEIGHTED, ids=str)
-@pytest.mark.parametrize("scale", SCALES)
+@every(configuration=WEIGHTED, scale=SCALES)
 def test_every_scale_of_float32(configuration, scale):
     signals = stack(scale)
     result = configuration.make().aggregate(signals)
@@ -48,8 +48,7 @@ def test_every_scale_of_float32(configuration, scale):
     assert (found - update).norm() <= tolerance * update.norm()
 
 
-@pytest.mark.parametrize("configuration", WEIGHTED, ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every(configuration=WEIGHTED, dtype=[torch.bfloat16, torch.float16])
 def test_small_dtypes_have_weights_of_float32(configuration, dtype):
     signals = stack(dtype=dtype)
     result = configuration.make().aggregate(signals)

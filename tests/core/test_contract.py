@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from gradagree_opt import Aggregation
 from gradagree_testing import reference
 from gradagree_testing.configurations import CONFIGURATIONS, Configuration
+from gradagree_testing.looping import every
 from gradagree_testing.samplers import SAMPLERS, Sampler
 
 NUMBERS = (
@@ -42,12 +43,11 @@ def case(sampler: Sampler, dtype: torch.dtype, scale: float) -> Case:
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.__name__)
-@pytest.mark.parametrize(("dtype", "scale"), NUMBERS)
+@every(sampler=SAMPLERS, numbers=NUMBERS)
 def test_every_aggregator_combines_rows_with_the_weights_of_the_reference(
-    configuration: Configuration, sampler: Sampler, dtype: torch.dtype, scale: float
+    configuration: Configuration, sampler: Sampler, numbers: tuple[torch.dtype, float]
 ):
-    assert_contract(configuration, case(sampler, dtype, scale))
+    assert_contract(configuration, case(sampler, *numbers))
 
 
 def assert_contract(configuration: Configuration, case: Case, device: str = "cpu") -> None:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gradagree_opt as ga
 from gradagree_opt.core.diagnostics import Diagnostics
 from gradagree_testing.configurations import CONFIGURATIONS, Configuration
+from gradagree_testing.looping import every
 from gradagree_testing.samplers import SAMPLERS, Sampler
 
 
@@ -45,10 +46,7 @@ def computed(matrix: np.ndarray, weights: np.ndarray) -> dict[str, float]:
 CANCELLING = ("opposite", "all_zero")
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
-@pytest.mark.parametrize(
-    "sampler", [s for s in SAMPLERS if s.__name__ not in CANCELLING], ids=lambda s: s.__name__
-)
+@every(configuration=CONFIGURATIONS, sampler=[s for s in SAMPLERS if s.__name__ not in CANCELLING])
 def test_diagnostics_are_what_their_definitions_give(
     configuration: Configuration, sampler: Sampler
 ):

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 import gradagree_opt as ga
 
 OPTIONAL = (
@@ -15,6 +17,7 @@ def run(program: str) -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_nothing_optional():
     run(
         "import sys, torch\n"
@@ -24,6 +27,7 @@ def test_importing_the_package_imports_nothing_optional():
     )
 
 
+@pytest.mark.slow
 def test_shapes_are_plain_tensors_at_run_time():
     run(
         "from torch import Tensor\n"

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 
 import gradagree_opt as ga
 from gradagree_testing.configurations import CONFIGURATIONS, METHODS, Configuration
+from gradagree_testing.looping import every
 
 DETERMINISTIC = [c for c in CONFIGURATIONS if c.name != "random"]
 
@@ -29,8 +30,7 @@ def problems() -> dict[str, Tensor]:
     return stack
 
 
-@pytest.mark.parametrize("scope", ["global", "leaf"])
-@pytest.mark.parametrize("configuration", DETERMINISTIC, ids=str)
+@every(configuration=DETERMINISTIC, scope=["global", "leaf"])
 def test_vmap_over_problems_is_a_loop_over_them(
     configuration: Configuration, scope: str, without_type_checks: None
 ):
@@ -68,8 +68,7 @@ def test_vmap_over_random_weights_takes_draws_made_beforehand(without_type_check
     assert_close(torch.func.vmap(weights)(stacks, draws), draws / draws.sum(1, keepdim=True))
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every(configuration=CONFIGURATIONS, dtype=[torch.float32, torch.bfloat16])
 def test_autocast_changes_no_bit(configuration: Configuration, dtype: torch.dtype):
     stack = {"w": rows(6, 30).to(dtype), "b": rows(6, seed=1).to(dtype)}
     plain = configuration.make().aggregate(stack)
@@ -87,7 +86,7 @@ def test_autocast_changes_no_bit_of_grouped_weights(scope: Any):
     assert_close(tuple(cast), tuple(plain), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("configuration", DETERMINISTIC, ids=str)
+@every(configuration=DETERMINISTIC)
 def test_a_loss_scale_scales_the_update_and_leaves_the_weights(configuration: Configuration):
     stack = {"w": rows(6, 30), "b": rows(6, seed=1)}
     plain = configuration.make(nonfinite="propagate").aggregate(stack)
@@ -120,11 +119,11 @@ def test_gradscaler_unscales_the_update_and_skips_a_step_that_is_not_finite():
     assert scaler.get_scale() == 512.0
 
 
-@pytest.mark.parametrize("nonfinite", ["propagate", "drop"])
-@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+@every(configuration=CONFIGURATIONS, nonfinite=["propagate", "drop"])
 def test_tensors_without_data_pass_so_nothing_is_read_on_the_host_nor_copied_from_it(
     configuration: Configuration, nonfinite: str, host_reads: list[str]
 ):
+    host_reads.clear()  # of the case before
     stack = {"w": torch.empty(6, 3, 2, device="meta"), "b": torch.empty(6, device="meta")}
     result = configuration.make(nonfinite=nonfinite).aggregate(stack)
     draws = ["_to_copy"] if configuration.name == "random" else []  # of a generator on the host

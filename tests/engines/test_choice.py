@@ -5,6 +5,7 @@ import torch
 
 import gradagree_opt as ga
 from gradagree_opt.engines import choice
+from gradagree_testing.looping import every
 
 from .models import models
 
@@ -27,7 +28,6 @@ AGGREGATORS = {
 MATRIX_FREE = ("agreement", "clip", "mean", "sum", "shorter", "softmax", "random")
 each_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 each_engine = pytest.mark.parametrize("engine", ENGINES)
-each_aggregator = pytest.mark.parametrize("aggregator", AGGREGATORS.values(), ids=AGGREGATORS)
 
 
 def aggregate(model, aggregator, **options):
@@ -49,15 +49,14 @@ def assert_equals_loop(result, model, aggregator):
 
 
 @each_model
-@each_aggregator
-@pytest.mark.parametrize("engine", ["auto", "stacked", "streamed"])
+@every(aggregator=AGGREGATORS, engine=["auto", "stacked", "streamed"])
 def test_equals_the_aggregator_on_the_gradients_of_a_loop(model, aggregator, engine):
     result = aggregate(model, aggregator(), engine=engine)
     assert not assert_equals_loop(result, model, aggregator())
 
 
 @each_model
-@pytest.mark.parametrize("name", MATRIX_FREE)
+@every(name=MATRIX_FREE)
 def test_matrix_free_equals_it_too_but_knows_no_norms(model, name):
     aggregator = AGGREGATORS[name]
     result = aggregate(model, aggregator(), engine="matrix_free")

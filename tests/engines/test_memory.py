@@ -38,16 +38,17 @@ def peak(engine: str, chunk_size: int, n: int) -> float:
     return int(run.stdout) / MEGABYTES
 
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which Linux has")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which Linux has"),
+]
 
 
-@linux
 @pytest.mark.parametrize(("engine", "chunk_size"), [("streamed", 0), ("matrix_free", 2)])
 def test_memory_does_not_grow_with_the_number_of_tasks(engine, chunk_size):
     assert peak(engine, chunk_size, 128) < 200
 
 
-@linux
 def test_the_memory_of_a_stack_does():
     assert peak("stacked", 0, 128) > 512
 
@@ -75,7 +76,6 @@ else:
 """
 
 
-@linux
 @pytest.mark.parametrize(
     ("engine", "said"),
     [("stacked", "; give chunk_size=14, or engine='streamed'"), ("auto", "streamed")],

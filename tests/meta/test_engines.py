@@ -6,6 +6,7 @@ from torch.utils._pytree import tree_map
 
 import gradagree_opt as ga
 from gradagree_opt.engines import choice
+from gradagree_testing.looping import every
 
 from .loops import ALGORITHMS
 from .problems import assert_same, loss_fn, problem
@@ -20,13 +21,7 @@ ALL_RULES = RULES | GROUPED_RULES
 STACK_RULES = ("second power", "norm clipped", "geometric median")
 STACK_RULES += tuple(name for name in ALL_RULES if "equal" in name)
 """Those that read all products, or the median norm, of the signals."""
-PAIRS = {
-    f"{name}, {rule}": (algorithm, rule)
-    for name, algorithm in WITH_ENGINES.items()
-    for rule in (RULES if algorithm.learns_rates else ALL_RULES)
-}
 each_algorithm = pytest.mark.parametrize("algorithm", WITH_ENGINES.values(), ids=WITH_ENGINES)
-each_pair = pytest.mark.parametrize(("algorithm", "name"), PAIRS.values(), ids=PAIRS)
 
 
 def serves(engine, algorithm, rule):
@@ -52,9 +47,17 @@ def assert_equals_loop(result, algorithm, rule):
     torch.testing.assert_close(result.losses, torch.stack(losses), rtol=1e-12, atol=0)
 
 
+def takes(algorithm, name):
+    """Whether it is a rule for the algorithm: rates that are trained belong to no group."""
+    return not (algorithm.learns_rates and name in GROUPED_RULES)
+
+
 @each_engine
-@each_pair
+@each_algorithm
+@every(name=list(ALL_RULES))
 def test_step_equals_the_loop_over_tasks_or_is_refused(engine, algorithm, name):
+    if not takes(algorithm, name):
+        return
     rule = ALL_RULES[name]
     if serves(engine, algorithm, name):
         result = step(algorithm, rule.aggregator, engine=engine)
@@ -67,15 +70,18 @@ def test_step_equals_the_loop_over_tasks_or_is_refused(engine, algorithm, name):
 
 @each_engine
 @each_algorithm
-@pytest.mark.parametrize("chunk_size", [1, 2, 7])
+@every(chunk_size=[1, 2, 7])
 def test_chunks_do_not_change_the_step(engine, algorithm, chunk_size):
     if serves(engine, algorithm, "agreement"):
         result = step(algorithm, PAPER.aggregator, engine=engine, chunk_size=chunk_size)
         assert_equals_loop(result, algorithm, PAPER)
 
 
-@each_pair
+@each_algorithm
+@every(name=list(ALL_RULES))
 def test_auto_takes_an_engine_that_serves_the_aggregator(algorithm, name):
+    if not takes(algorithm, name):
+        return
     rule = ALL_RULES[name]
     result = step(algorithm, rule.aggregator)
     one_backward = serves("one_backward", algorithm, name) and rule.aggregator.scope == "global"

@@ -7,6 +7,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gradagree_opt as ga
+from gradagree_testing.looping import every
 
 from .loops import ALGORITHMS
 from .problems import Problem, assert_same, loss_fn, problem
@@ -15,20 +16,16 @@ from .rules import flat
 CASE = problem(n=4)
 DIVERGENT = 1
 each_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
-each_aggregator = pytest.mark.parametrize(
-    "aggregator",
-    [
-        ga.Mean,
-        ga.Sum,
-        ga.NormShare,
-        ga.GradientAgreement,
-        partial(ga.GradientAgreement, similarity="cosine"),
-        partial(ga.GradientAgreement, match_norm="mean"),
-        partial(ga.GradientAgreement, normalization="softmax"),
-        ga.EqualAgreement,
-    ],
-    ids=["mean", "sum", "norm share", "agreement", "cosine", "shorter", "softmax", "equal"],
-)
+AGGREGATORS = {
+    "mean": ga.Mean,
+    "sum": ga.Sum,
+    "norm share": ga.NormShare,
+    "agreement": ga.GradientAgreement,
+    "cosine": partial(ga.GradientAgreement, similarity="cosine"),
+    "shorter": partial(ga.GradientAgreement, match_norm="mean"),
+    "softmax": partial(ga.GradientAgreement, normalization="softmax"),
+    "equal": ga.EqualAgreement,
+}
 
 
 def with_targets(case: Problem, part: str, target: float) -> dict:
@@ -43,8 +40,7 @@ def build(algorithm):
 
 
 @each_algorithm
-@each_aggregator
-@pytest.mark.parametrize("target", [1e150, float("inf"), float("nan")])
+@every(aggregator=AGGREGATORS, target=[1e150, float("inf"), float("nan")])
 def test_drop_gives_the_step_over_the_other_tasks(algorithm, aggregator, target):
     params = CASE.meta(algorithm.learns_rates)
     tasks = with_targets(CASE, "support", target)

@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import gradagree_opt as ga
 from gradagree_testing import reference
+from gradagree_testing.looping import every
 
 from .loops import ALGORITHMS
 from .problems import assert_same, distance, loss_fn, problem
@@ -15,9 +16,7 @@ from .rules import GROUPED_RULES, MEAN, PAPER, RULES, gram, length
 
 LR = 0.1
 TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-12}
-each_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=["float32", "float64"])
 each_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
-each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 WITH_GROUPS = {name: a for name, a in ALGORITHMS.items() if not a.learns_rates}
 
 
@@ -31,15 +30,13 @@ def assert_equals_loop(algorithm, rule, case, *, tolerance, steps=2):
 
 
 @each_algorithm
-@each_rule
-@each_dtype
+@every(rule=RULES, dtype=list(TOLERANCES))
 def test_step_equals_the_loop_over_tasks(algorithm, rule, dtype):
     assert_equals_loop(algorithm, rule, problem(dtype=dtype), tolerance=TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("algorithm", WITH_GROUPS.values(), ids=WITH_GROUPS)
-@pytest.mark.parametrize("rule", GROUPED_RULES.values(), ids=GROUPED_RULES)
-@each_dtype
+@every(rule=GROUPED_RULES, dtype=list(TOLERANCES))
 def test_step_with_grouped_weights_equals_the_loop_over_tasks(algorithm, rule, dtype):
     assert_equals_loop(algorithm, rule, problem(dtype=dtype), tolerance=TOLERANCES[dtype])
 
