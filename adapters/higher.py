@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from gradagree_opt.core.aggregation import Aggregator
+from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.losses import scalar_loss
 from gradagree_opt.frameworks import require
@@ -77,6 +77,21 @@ def meta_step(
     >>> net.weight.grad.shape, result.losses.shape
     (torch.Size([1, 1]), torch.Size([4]))
     """
+    check_aggregator(aggregator)
+    with aggregator.step_of_ranks():
+        return _meta_step(model, optimizer, loss_fn, tasks, aggregator, steps, first_order, memory)
+
+
+def _meta_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_fn: LearnerLoss,
+    tasks: PyTree,
+    aggregator: Aggregator,
+    steps: int,
+    first_order: bool,
+    memory: Literal["graph", "stream"],
+) -> MetaStep:
     check_count("steps", steps, least=1)
     _check_optimizer(model, optimizer, first_order)
     n = check_tasks(dict(model.named_parameters()), tasks, "support", "query")

@@ -90,6 +90,18 @@ def meta_step(
     (torch.Size([1, 1]), torch.Size([4]))
     """
     check_aggregator(aggregator)
+    with aggregator.step_of_ranks():
+        return _meta_step(algorithm, loss_fn, tasks, aggregator, steps, chunk_size)
+
+
+def _meta_step(
+    algorithm: nn.Module,
+    loss_fn: LearnerLoss,
+    tasks: PyTree,
+    aggregator: Aggregator,
+    steps: int,
+    chunk_size: int | None,
+) -> MetaStep:
     _check_algorithm(algorithm, steps)
     parameters = trained(dict(algorithm.named_parameters()))
     over_ranks = aggregator.ranks is not None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import gradagree_opt as ga
@@ -132,7 +133,10 @@ def test_every_group_of_messages_has_some_and_every_file_a_group() -> None:
 
 @pytest.mark.slow
 def test_the_tour_shows_what_it_says() -> None:
-    tour = runpy.run_path(str(DOCS / "tour.py"))
+    try:
+        tour = runpy.run_path(str(DOCS / "tour.py"))
+    finally:
+        torch.set_printoptions(profile="default")
     spreads = tour["spreads"]
     assert min(spreads, key=spreads.get) == "EqualAgreement"
     assert spreads["GradientAgreement"] != pytest.approx(spreads["Mean"])

@@ -29,11 +29,13 @@ from gradagree_opt.core.stacks import (
     PyTree,
     check_stack,
     full_precision,
+    leaf_paths,
     leaves_of,
     mask_rows,
     nonfinite_tasks,
 )
 from gradagree_opt.core.weightings import (
+    Decision,
     Need,
     UniformWeighting,
     Weigh,
@@ -254,7 +256,7 @@ class Aggregator:
                 nonfinite=nonfinite,
                 drop=self.nonfinite == "drop",
                 draw=self._draw,
-                options=f"{self!r} {groups}",
+                options=f"{self!r} {groups} {leaf_paths(signal)}",
             )
         first = leaves_of(signal)[0]
         n = first.shape[0]
@@ -286,9 +288,7 @@ class Aggregator:
         statistics = measured.statistics
         if self.ranks is not None and measured.own is not None:
             combine_directions = self.ranks.summed(combine_directions, measured.own)
-        with full_precision(statistics.row_sums.device):
-            decision = decide(self.weighting, statistics)
-            reference = None if self.reference is None else decide(self.reference, statistics)
+        decision, reference, signal_is_direction = self._decide(measured, signal_is_direction)
         norm = None
         if self.describes or reference is not None:
             combined = with_norm(combine_directions, measured)
@@ -315,6 +315,27 @@ class Aggregator:
         return Aggregation(
             update, decision.weights[..., own], decision.scores[..., own], diagnostics
         )
+
+    def _decide(
+        self, measured: Measured, signal_is_direction: bool
+    ) -> tuple[Decision, Decision | None, bool]:
+        """The decision, that of the reference, and whether the directions are what was measured."""
+        statistics = measured.statistics
+
+        def decisions() -> list[Tensor]:
+            with full_precision(statistics.row_sums.device):
+                each = [decide(self.weighting, statistics)]
+                if self.reference is not None:
+                    each.append(decide(self.reference, statistics))
+            return [tensor for decision in each for tensor in decision]
+
+        if self.ranks is None or measured.own is None:
+            tensors = decisions()
+        else:
+            tensors, apart = self.ranks.decided(decisions, measured.own, not signal_is_direction)
+            signal_is_direction = not apart
+        reference = Decision(*tensors[3:]) if tensors[3:] else None
+        return Decision(*tensors[:3]), reference, signal_is_direction
 
     def is_sound(self, result: Aggregation, /) -> bool:
         """One host synchronisation: whether no policy for bad tasks has anything to raise."""
@@ -357,6 +378,11 @@ def _reference(method: Literal["mean"] | Aggregator | None, scope: Scope) -> Wei
         raise ValueError(
             "expected match_norm with an aggregator whose weights give its length, found "
             f"{method}; give it without match_norm, and none of TorchJD's that takes the matrix"
+        )
+    if method.ranks is not None:
+        raise ValueError(
+            "expected match_norm with an aggregator of one process, found one of several ranks; "
+            "give ga.distributed the aggregator that has the match_norm"
         )
     if method.scope != scope:
         raise ValueError(

@@ -28,12 +28,13 @@ class Part:
 
     def sum(self, dtype: torch.dtype) -> Float[Tensor, " d"]:
         """Σ_j g_j."""
-        return torch.cat([rows(leaf).sum(0, dtype=dtype) for leaf in self.leaves])
+        sums = [rows(leaf).sum(0, dtype=dtype) for leaf in self.leaves]
+        return torch.cat([self.units.new_zeros(0, dtype=dtype), *sums])
 
     def unit_sum(self) -> Float[Tensor, " d"]:
         """Σ_j g_j / ‖g_j‖."""
         shares = or_one(self.lengths).reciprocal()
-        return torch.cat([shares @ block for block in self._blocks()])
+        return torch.cat([self.units.new_zeros(0), *(shares @ block for block in self._blocks())])
 
     def times(self, vector: Float[Tensor, " d"]) -> Float[Tensor, " n"]:
         """(g_i / unit_i) · vector."""
@@ -44,12 +45,14 @@ class Part:
         return result
 
     def times_others(self, total: Float[Tensor, " d"]) -> Float[Tensor, " n"]:
-        """(g_i / unit_i) · (total − g_i / total_unit), in float64."""
-        result, at = self.units.double(), 0
-        shares = (result / or_one(self.total_unit).double()).unsqueeze(1)
-        result = torch.zeros_like(result)
+        """(g_i / unit_i) · (Σ_{j≠i} g_j / base_i), in float64; total is in its unit."""
+        units, whole = self.units.double(), self.total_unit.double()
+        base = base_of(units, whole)
+        shares = (or_one(units) / base).unsqueeze(1)
+        whole_shares = (or_one(whole) / base).unsqueeze(1)
+        result, at = torch.zeros_like(units), 0
         for block in self._blocks(torch.float64):
-            rest = total[at : at + block.shape[1]] - block * shares
+            rest = total[at : at + block.shape[1]] * whole_shares - block * shares
             result = result + (block * rest).sum(1)
             at += block.shape[1]
         return result
@@ -90,6 +93,11 @@ def by_group(leaves: Sequence[Tensor], groups: list[int] | None, /) -> list[list
     return members
 
 
+def base_of(units: Float[Tensor, " n"], total_unit: Float[Tensor, ""]) -> Float[Tensor, " n"]:
+    """Units of Σ_{j≠i} g_j = Σ_j g_j − g_i: the larger one of the two, where Σ_j g_j may be 0."""
+    return or_one(torch.maximum(units, total_unit.to(units)))
+
+
 def statistics_of(
     told: Sequence[Float[Tensor, " n"]],
     total_unit: Float[Tensor, ""],
@@ -101,7 +109,9 @@ def statistics_of(
     scale = or_one(units.amax())
     shares, total_share = units / scale, total_unit.to(units) / scale
     cosine = rest.pop(0) if "cosine_row_sums" in needs else None
-    others = rest.pop(0) * shares * total_share if "other_row_sums" in needs else None
+    others = None
+    if "other_row_sums" in needs:
+        others = rest.pop(0) * shares * (base_of(units, total_unit) / scale)
     return Statistics(
         row_sums=dots * shares * total_share,
         squared_norms=(shares * lengths).square(),

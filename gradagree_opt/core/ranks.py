@@ -5,8 +5,9 @@ One step, in this order on every rank, whatever the weighting; all-reduce is the
 1. header: how many tasks each rank has, what they look like, and whether a rank has failed;
 2. Σ_j g_j, d numbers, and Σ_j u_j for cosines;
 3. table: per task its norm and its products with these sums, from which each rank decides alone;
-4. whether every rank could combine its own tasks, one number;
-5. Σ_i w_i · direction_i, d numbers; once more for the length that match_norm names.
+4. what the first rank has decided, so that no rounding and no draw of a rank's own comes in;
+5. whether every rank could combine its own tasks, and to what shapes, two numbers a rank;
+6. Σ_i w_i · direction_i, d numbers; 5 and 6 once more for the length that match_norm names.
 
 The Gram matrix takes all rows in the place of step 2, N·d numbers, a block of columns at a time.
 Conjugate gradients on J Jᵀ would take d numbers a step, about 70 steps to 1e-6 at a damping of
@@ -113,6 +114,10 @@ def own_share(tasks: PyTree, /, group: Any = None) -> PyTree:
     return tree_map(lambda leaf: leaf.tensor_split(ranks.size)[ranks.rank], tasks)
 
 
+class RankLostError(RuntimeError):
+    """A rank has died, or waited past the timeout: no second try of this one helps."""
+
+
 class Ranks:
     """The ranks of a process group, and what they tell each other."""
 
@@ -131,7 +136,7 @@ class Ranks:
             )
         self.size = torch.distributed.get_world_size(group)
         self.counts: list[int] = []
-        self._joined = False
+        self.joined = False
 
     def __deepcopy__(self, memo: Any) -> "Ranks":
         return self  # a process group is no value
@@ -139,11 +144,11 @@ class Ranks:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around what leads to an aggregation: tells the others where this rank fails before."""
-        self._joined = False
+        self.joined = False
         try:
             yield
         except Exception:
-            if not self._joined:
+            if not self.joined:
                 self._tell(0, 0, 0, failed=True)
             raise
 
@@ -224,18 +229,15 @@ class Ranks:
         """Σ_i w_i · direction_i over the tasks of all ranks, from this one's."""
 
         def over_ranks(weights: Tensor, groups: list[int] | None) -> PyTree:
-            update, error = None, None
+            update: PyTree = ()
+            error = None
             try:
                 update = combine_directions(weights[..., own], groups)
             except Exception as raised:
                 error = raised
-            failed = weights.new_zeros(self.size)
-            failed[self.rank] = float(error is not None)
-            self._reduce(failed)
-            if error is not None:
-                raise error
-            self._check_none(failed.nonzero().flatten().tolist())
             leaves = tree_leaves(update)
+            shapes = [(tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves]
+            self._agree(error, zlib.crc32(str(shapes).encode()), "directions of other shapes")
             flat = torch.cat([leaf.flatten().to(accumulation_dtype(leaves)) for leaf in leaves])
             self._reduce(flat)
             summed = torch.split(flat, [leaf.numel() for leaf in leaves])
@@ -245,6 +247,56 @@ class Ranks:
             return like(update, shaped)
 
         return over_ranks
+
+    def decided(
+        self, decide: Callable[[], list[Tensor]], own: slice, apart: bool, /
+    ) -> tuple[list[Tensor], bool]:
+        """What the first rank has decided, on every rank, and whether the directions are no signal.
+
+        Args:
+            decide: gives weights and what else is decided, the same number of tensors on all ranks.
+            own: the place of this rank's tasks; without any it has no form of its own.
+            apart: whether this rank's directions are others than its signals.
+
+        Raises:
+            ValueError: the weighting has failed on another rank, or one has directions of its own
+                and another does not.
+        """
+        parts, error = [], None
+        try:
+            parts = decide()
+        except Exception as raised:
+            error = raised
+        form = 0 if own.start == own.stop else 1 + apart
+        forms = self._agree(error, form, "")
+        if len(set(forms) - {0}) > 1:
+            raise ValueError(
+                "expected tasks of one form on all ranks, found signals beside the directions on "
+                f"some alone; call the aggregation in the same way on every rank (found {forms})"
+            )
+        told = torch.cat([part.flatten().double() for part in parts])
+        if self.rank:
+            told.zero_()
+        self._reduce(told)
+        pieces = zip(torch.split(told, [part.numel() for part in parts]), parts, strict=True)
+        return [piece.reshape(part.shape).to(part.dtype) for piece, part in pieces], 2 in forms
+
+    def _agree(self, error: Exception | None, value: int, what: str) -> list[int]:
+        """Every rank's value; raises where one has failed, or all differ and have a name for it."""
+        table = torch.zeros(self.size, 2, dtype=torch.int64, device=self._device())
+        table[self.rank] = torch.tensor([int(error is not None), value])
+        self._reduce(table)
+        if error is not None:
+            raise error
+        failed, values = table.T.tolist()
+        self._check_none([rank for rank, flag in enumerate(failed) if flag])
+        others = [rank for rank, each in enumerate(values) if each != values[0]]
+        if what and others:
+            raise ValueError(
+                f"expected directions alike on all ranks, found {what} on rank {others[0]} than on "
+                "rank 0; build model and tasks alike on every rank"
+            )
+        return list(values)
 
     def used_by_any(self, used: Sequence[bool], device: torch.device, /) -> list[bool]:
         """Which of the parameters a loss of any rank depends on."""
@@ -273,7 +325,7 @@ class Ranks:
 
     def _tell(self, n: int, d: int, digest: int, *, failed: bool) -> list[list[int]]:
         """What every rank has to say first."""
-        self._joined = True
+        self.joined = True
         header = torch.zeros(self.size, 4, dtype=torch.int64, device=self._device())
         header[self.rank] = torch.tensor([n, d, digest, int(failed)])
         self._reduce(header)
@@ -293,7 +345,9 @@ class Ranks:
     ) -> list[list[Float[Tensor, " n"]]]:
         """Products of each task with Σ g_j, in their units, then those that are asked for."""
         others, cosine = "other_row_sums" in needs, "cosine_row_sums" in needs
-        wide = torch.float64 if others else parts[0].dtype
+        wide = torch.float64
+        if not others and all(part.dtype == torch.float32 for part in parts):
+            wide = torch.float32
         sums = [part.sum(wide) for part in parts]
         units = [part.unit_sum().to(wide) for part in parts] if cosine else []
         flat = torch.cat([*sums, *units])
@@ -330,8 +384,8 @@ class Ranks:
         n = len(units)
         products = units.new_zeros(n, n)
         for block in part.chunks(max(1, GATHERED_ENTRIES // n)):
-            matrix = block.new_zeros(n, block.shape[1])
-            matrix[own] = block
+            matrix = units.new_zeros(n, block.shape[1])
+            matrix[own] = block.to(units.dtype)
             self._reduce(matrix)
             products = torch.addmm(products, matrix, matrix.T)
         return products
@@ -340,7 +394,7 @@ class Ranks:
         try:
             torch.distributed.all_reduce(tensor, group=self.group)
         except RuntimeError as error:
-            raise RuntimeError(
+            raise RankLostError(
                 "expected an answer of every rank, found that one has died or waited past the "
                 "timeout of the process group; nothing was changed on this one: start all of them "
                 "again from the last checkpoint"

@@ -30,7 +30,7 @@ from gradagree_opt.engines.losses import TaskLoss, TaskMap
 from gradagree_opt.engines.matrix_free import matrix_free, matrix_free_refusal
 from gradagree_opt.engines.one_backward import one_backward, one_backward_refusal
 from gradagree_opt.engines.random_state import draws_of_each_task
-from gradagree_opt.engines.stacked import gradients_of, stacked
+from gradagree_opt.engines.stacked import stacked
 from gradagree_opt.engines.streamed import streamed, streamed_refusal
 from gradagree_opt.one_process import check_one_process
 from gradagree_opt.options import check_choice
@@ -85,12 +85,21 @@ class Runner:
         engine: "auto" takes the first engine that suits the aggregator and the size of the stack
             of gradients, and the next one where the model cannot be run by it.
         compile: torch.compile every engine but "streamed", which is a loop and not taken then.
+        signal_like: from the parameters to what a task's signal is shaped like; nothing where it is
+            the gradient.
 
     Raises:
         ValueError: the engine is none of its choices, or cannot be compiled.
     """
 
-    def __init__(self, task_loss: TaskLoss, engine: EngineName, compile: bool) -> None:
+    def __init__(
+        self,
+        task_loss: TaskLoss,
+        engine: EngineName,
+        compile: bool,
+        *,
+        signal_like: Callable[[PyTree], PyTree] = lambda _: (),
+    ) -> None:
         check_choice("engine", engine, ("auto", *ENGINES))
         if compile and engine == "streamed":
             raise ValueError(
@@ -100,6 +109,7 @@ class Runner:
         self.task_loss = task_loss
         self.engine = engine
         self._compile = compile
+        self._signal_like = signal_like
         self._failed: set[str] = set()
         self._tried: set[str] = set()
         self._engines = {
@@ -119,15 +129,15 @@ class Runner:
         """
         self._check_ranks(params, aggregator)
         if n == 0:
-            return self._of_no_task(params, tasks, aggregator)
+            return self._of_no_task(params, aggregator)
         draws = aggregator.draw(n)
         *others, last = self._candidates(self.task_loss, params, n, aggregator)
-        if aggregator.ranks is not None:  # no second try once the ranks have met
-            others, last = [], (others or [last])[0]
         for name in others:
             try:
                 return self._run(name, params, tasks, aggregator, draws)
             except RuntimeError:
+                if aggregator.ranks is not None and aggregator.ranks.joined:
+                    raise  # no second try once the ranks have met
                 if self._compile:  # to try again would be to compile again
                     self._failed.add(name)
         streams = streamed_refusal(aggregator, self.task_loss) is None and last != "streamed"
@@ -205,17 +215,15 @@ class Runner:
                 "ranks, whose messages no graph holds; give compile=False"
             )
 
-    def _of_no_task(
-        self, params: PyTree, tasks: PyTree, aggregator: Aggregator
-    ) -> AggregatedGradients:
-        """This rank's part where it has no task: that of a task of zeros, which is left out."""
-        zeros = tree_map(lambda leaf: leaf.new_zeros(1, *leaf.shape[1:]), tasks)
-        stacks = gradients_of(self.task_loss, tree_map(torch.Tensor.detach, params), zeros)
-        gradients, signal, losses = tree_map(lambda leaf: leaf.detach()[:0], stacks)
+    def _of_no_task(self, params: PyTree, aggregator: Aggregator) -> AggregatedGradients:
+        """The part of a rank that has no task."""
+        nothing = of_no_task(params)
+        signal = of_no_task(self._signal_like(params))
         aggregation = aggregator.aggregate_unchecked(
-            gradients, signal if tree_leaves(signal) else None
+            nothing, signal if tree_leaves(signal) else None
         )
         aggregator.verify(aggregation)
+        losses = tree_leaves(nothing)[0].new_zeros(0)
         return AggregatedGradients(*aggregation, losses=losses, engine="stacked")
 
     def _run(
@@ -274,6 +282,11 @@ class Runner:
             order = [name for name in order if name in IN_FLOAT32]
         order = [name for name in order if refusals[name] is None]
         return sorted(order, key=self._failed.__contains__)
+
+
+def of_no_task(like: PyTree, /) -> PyTree:
+    """A task-stacked pytree of no tasks."""
+    return tree_map(lambda leaf: leaf.detach().new_zeros(0, *leaf.shape), like)
 
 
 def are_large(leaves: list[Tensor], n: int, /) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unflatten
 
+from gradagree_opt.core.ranks import RankLostError
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.errors import (
     SharedDrawsError,
@@ -112,6 +113,8 @@ def explaining(
     """
     try:
         yield
+    except RankLostError:
+        raise
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise without_memory(error, by, n, without=without) from error

@@ -89,7 +89,9 @@ def stacked(
     /,
 ) -> tuple[Aggregation, Float[Tensor, " n"]]:
     """Aggregation of n gradients that are held at once, and the losses: n · d extra memory."""
-    gradients, signal, losses = gradients_of(task_loss, params, tasks)
+    n = task_count(tasks, "tasks")
+    gradient = torch.func.grad(task_loss.function, has_aux=True)
+    gradients, (signal, losses) = task_loss.map(gradient, params, tasks, n)
     aggregation = aggregator.aggregate_unchecked(
         gradients,
         signal if tree_leaves(signal) else None,
@@ -97,13 +99,3 @@ def stacked(
         draws=draws,
     )
     return aggregation, losses
-
-
-def gradients_of(
-    task_loss: TaskLoss, params: PyTree, tasks: PyTree, /
-) -> tuple[PyTree, PyTree, Float[Tensor, " n"]]:
-    """Gradients and signals of n tasks, task-stacked, and their losses."""
-    gradient = torch.func.grad(task_loss.function, has_aux=True)
-    n = task_count(tasks, "tasks")
-    gradients, (signal, losses) = task_loss.map(gradient, params, tasks, n)
-    return gradients, signal, losses

@@ -167,13 +167,17 @@ class TaskBatch:
         try:
             with self.aggregator.step_of_ranks():
                 if not len(self):
-                    self._trained = trained(self._found())
+                    self._all = self._found()
+                    self._trained = trained(self._all)
+                    self._used = set()
                 self._check_same_parameters()
                 result = self._aggregate()
                 self.aggregator.verify(result)
                 check_some_task(result.diagnostics, self.aggregator.nonfinite)
                 used = self._used_parameters()
                 losses = torch.stack(self._values) if self._values else None
+                if not len(self):
+                    losses = result.weights.new_zeros(0)
         finally:
             self.clear()
         add_to_grad({n: p for n, p in self._trained.items() if n in used}, result.update)

@@ -105,6 +105,10 @@ class TaskOptimizer:
                 gradients or drops all of them. No parameter, ``.grad`` or optimizer state is
                 touched then.
         """
+        with self.aggregator.step_of_ranks():
+            return self._step(losses)
+
+    def _step(self, losses: Losses | None) -> CollectedTasks:
         if losses is None:
             raise TypeError(
                 "expected the task losses, found none; a GradScaler, and what else calls step() by "
@@ -120,10 +124,9 @@ class TaskOptimizer:
             self.optimizer.step(loss)
             return result
         batch = TaskBatch(self._named_parameters(), self.aggregator)
-        with self.aggregator.step_of_ranks():
-            for loss in _vector(losses, least=self.aggregator.fewest):
-                batch.add(loss)
-            result = batch.backward()
+        for loss in _vector(losses, least=self.aggregator.fewest):
+            batch.add(loss)
+        result = batch.backward()
         self.optimizer.step()
         return result
 

@@ -74,7 +74,7 @@ class MAML:
             first_order=None if first_order else self._in_first_order()._query_loss,
             plain_loss=lambda params, task: self.loss_fn(self._initial(params), task["support"]),
         )
-        self._run = Runner(task_loss, engine, compile)
+        self._run = Runner(task_loss, engine, compile, signal_like=self._signal_like)
 
     def step(self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /) -> MetaStep:
         """One outer step, without changing the parameters.
@@ -125,6 +125,10 @@ class MAML:
     def _initial(self, params: PyTree) -> PyTree:
         """The part of the meta-parameters that the inner loop starts from."""
         return params
+
+    def _signal_like(self, params: PyTree) -> PyTree:
+        """What the signal of a task is shaped like, where it is not the gradient."""
+        return self._initial(params) if self.signal == "displacement" else ()
 
     def _query_loss(self, params: PyTree, task: PyTree) -> tuple[Tensor, tuple[PyTree, Tensor]]:
         """Query loss after adaptation; as constants the signal, if it is another, and the loss."""
@@ -185,8 +189,12 @@ class MetaSGD(MAML):
 
     def step(self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /) -> MetaStep:
         """One outer step on ``{"params": θ, "lr": α}``: see :meth:`MAML.step`."""
-        _check_meta_parameters(params)
         check_aggregator(aggregator)
+        with aggregator.step_of_ranks():
+            return self._checked_step(params, tasks, aggregator)
+
+    def _checked_step(self, params: PyTree, tasks: PyTree, aggregator: Aggregator) -> MetaStep:
+        _check_meta_parameters(params)
         if aggregator.scope != "global":
             raise ValueError(
                 "expected an aggregator of scope 'global' for Meta-SGD, found "

@@ -11,6 +11,7 @@ from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree, task_count
+from gradagree_opt.engines.choice import of_no_task
 from gradagree_opt.engines.compilation import maybe_compiled
 from gradagree_opt.engines.cures import Cure, explaining, few, of_a_loop, of_the_map
 from gradagree_opt.engines.kept import left_as_found
@@ -81,11 +82,11 @@ class Reptile:
             )
         with aggregator.step_of_ranks():
             n = check_tasks(params, tasks, "support", least=aggregator.fewest)
-            # With none, this rank's part is that of a task of zeros, which is left out.
-            some = tasks if n else tree_map(lambda leaf: leaf.new_zeros(1, *leaf.shape[1:]), tasks)
-            displacements, losses = self._explained_displacements(params, some, n or 1)
-            if not n:
-                displacements, losses = tree_map(lambda leaf: leaf[:0], (displacements, losses))
+            if n:
+                displacements, losses = self._explained_displacements(params, tasks, n)
+            else:  # on one of several ranks
+                displacements = of_no_task(params)
+                losses = tree_leaves(displacements)[0].new_zeros(0)
             aggregation = self._aggregate(aggregator, displacements, aggregator.draw(n))
             aggregator.verify(aggregation)
         return MetaStep(*aggregation, losses=losses, engine="stacked")

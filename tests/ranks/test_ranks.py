@@ -43,6 +43,10 @@ def run(name: str, world: int, folder: Path) -> list[subprocess.CompletedProcess
         ("wrapped", 2),
         ("replicas", 3),
         ("failures", 2),
+        ("cancelling", 2),
+        ("unlike", 2),
+        ("own_draws", 2),
+        ("a_rank_that_runs_out_of_tasks", 2),
         ("refusals", 2),
     ],
 )
