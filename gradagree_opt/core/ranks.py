@@ -17,8 +17,7 @@ Conjugate gradients on J Jᵀ would take d numbers a step, about 70 steps to 1e-
 import copy
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.core.blocks import or_one, power_of_two
+from gradagree_opt.core.messages import Messages
 from gradagree_opt.core.own_part import Part, by_group, statistics_of
 from gradagree_opt.core.results import Combine, Measured
 from gradagree_opt.core.stacks import (
@@ -114,43 +114,8 @@ def own_share(tasks: PyTree, /, group: Any = None) -> PyTree:
     return tree_map(lambda leaf: leaf.tensor_split(ranks.size)[ranks.rank], tasks)
 
 
-class RankLostError(RuntimeError):
-    """A rank has died, or waited past the timeout: no second try of this one helps."""
-
-
-class Ranks:
-    """The ranks of a process group, and what they tell each other."""
-
-    def __init__(self, group: Any = None) -> None:
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            raise ValueError(
-                "expected a process group, found none; call "
-                "torch.distributed.init_process_group(…) first, and start by torchrun"
-            )
-        self.group = group
-        self.rank = torch.distributed.get_rank(group)
-        if self.rank < 0:
-            raise ValueError(
-                "expected a rank of the process group, found one outside of it; leave the step to "
-                "the ranks of the group"
-            )
-        self.size = torch.distributed.get_world_size(group)
-        self.counts: list[int] = []
-        self.joined = False
-
-    def __deepcopy__(self, memo: Any) -> "Ranks":
-        return self  # a process group is no value
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Around what leads to an aggregation: tells the others where this rank fails before."""
-        self.joined = False
-        try:
-            yield
-        except Exception:
-            if not self.joined:
-                self._tell(0, 0, 0, failed=True)
-            raise
+class Ranks(Messages):
+    """The ranks of a process group as one: measured, decided and combined together."""
 
     def name(self, tasks: Sequence[int], /) -> str:
         """Tasks that are counted over all ranks, by their numbers on their own: "1 of rank 2"."""
@@ -206,7 +171,7 @@ class Ranks:
             table = [flags if nonfinite is None else nonfinite, flags]
             table += [each for column in columns for each in column]
             draws = draw(n) if "draws" in needs else None
-            rows = self._table(torch.stack([each.double() for each in table], 1), own, n, draws)
+            rows = self.table(torch.stack([each.double() for each in table], 1), own, n, draws)
             bad, draws_of_first, *rest = rows.to(accumulation_dtype(leaves)).unbind(1)
             known_bad = bad != 0
             active = ~known_bad if drop else torch.ones_like(known_bad)
@@ -237,9 +202,9 @@ class Ranks:
                 error = raised
             leaves = tree_leaves(update)
             shapes = [(tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves]
-            self._agree(error, zlib.crc32(str(shapes).encode()), "directions of other shapes")
+            self.agree(error, zlib.crc32(str(shapes).encode()), "directions of other shapes")
             flat = torch.cat([leaf.flatten().to(accumulation_dtype(leaves)) for leaf in leaves])
-            self._reduce(flat)
+            self.reduce(flat)
             summed = torch.split(flat, [leaf.numel() for leaf in leaves])
             shaped = [
                 s.reshape(leaf.shape).to(leaf) for s, leaf in zip(summed, leaves, strict=True)
@@ -268,7 +233,7 @@ class Ranks:
         except Exception as raised:
             error = raised
         form = 0 if own.start == own.stop else 1 + apart
-        forms = self._agree(error, form, "")
+        forms = self.agree(error, form, "")
         if len(set(forms) - {0}) > 1:
             raise ValueError(
                 "expected tasks of one form on all ranks, found signals beside the directions on "
@@ -277,32 +242,9 @@ class Ranks:
         told = torch.cat([part.flatten().double() for part in parts])
         if self.rank:
             told.zero_()
-        self._reduce(told)
+        self.reduce(told)
         pieces = zip(torch.split(told, [part.numel() for part in parts]), parts, strict=True)
         return [piece.reshape(part.shape).to(part.dtype) for piece, part in pieces], 2 in forms
-
-    def _agree(self, error: Exception | None, value: int, what: str) -> list[int]:
-        """Every rank's value; raises where one has failed, or all differ and have a name for it."""
-        table = torch.zeros(self.size, 2, dtype=torch.int64, device=self._device())
-        table[self.rank] = torch.tensor([int(error is not None), value])
-        self._reduce(table)
-        if error is not None:
-            raise error
-        failed, values = table.T.tolist()
-        self._check_none([rank for rank, flag in enumerate(failed) if flag])
-        others = [rank for rank, each in enumerate(values) if each != values[0]]
-        if what and others:
-            raise ValueError(
-                f"expected directions alike on all ranks, found {what} on rank {others[0]} than on "
-                "rank 0; build model and tasks alike on every rank"
-            )
-        return list(values)
-
-    def used_by_any(self, used: Sequence[bool], device: torch.device, /) -> list[bool]:
-        """Which of the parameters a loss of any rank depends on."""
-        flags = torch.tensor(used, dtype=torch.int32, device=device)
-        self._reduce(flags)
-        return (flags > 0).tolist()
 
     def _join(self, leaves: Sequence[Tensor], options: str) -> slice:
         """The place of this rank's tasks among all, once all have the same to do."""
@@ -310,8 +252,8 @@ class Ranks:
         shapes = [(tuple(leaf.shape[1:]), str(leaf.dtype)) for leaf in leaves]
         words = re.sub(r" at 0x[0-9a-f]+", "", f"{options} {shapes}")  # functions have an address
         d = sum(leaf[:1].numel() if n else leaf.shape[1:].numel() for leaf in leaves)
-        table = self._tell(n, d, zlib.crc32(words.encode()), failed=False)
-        self._check_none([rank for rank, row in enumerate(table) if row[3]])
+        table = self.tell(n, d, zlib.crc32(words.encode()), failed=False)
+        self.check_none([rank for rank, row in enumerate(table) if row[3]])
         for rank, row in enumerate(table):
             if row[1:3] != table[0][1:3]:
                 raise ValueError(
@@ -322,23 +264,6 @@ class Ranks:
         self.counts = [row[0] for row in table]
         start = sum(self.counts[: self.rank])
         return slice(start, start + n)
-
-    def _tell(self, n: int, d: int, digest: int, *, failed: bool) -> list[list[int]]:
-        """What every rank has to say first."""
-        self.joined = True
-        header = torch.zeros(self.size, 4, dtype=torch.int64, device=self._device())
-        header[self.rank] = torch.tensor([n, d, digest, int(failed)])
-        self._reduce(header)
-        table: list[list[int]] = header.tolist()
-        return table
-
-    def _check_none(self, failed: list[int]) -> None:
-        if failed:
-            names = ", ".join(map(str, failed))
-            raise ValueError(
-                f"expected every rank to take part in the step, found that rank {names} failed "
-                "in it; its own message says why, and nothing was changed on this one"
-            )
 
     def _products(
         self, parts: Sequence[Part], needs: frozenset[str]
@@ -351,7 +276,7 @@ class Ranks:
         sums = [part.sum(wide) for part in parts]
         units = [part.unit_sum().to(wide) for part in parts] if cosine else []
         flat = torch.cat([*sums, *units])
-        self._reduce(flat)
+        self.reduce(flat)
         totals = torch.split(flat, [len(each) for each in [*sums, *units]])
         results = []
         for index, part in enumerate(parts):
@@ -368,17 +293,6 @@ class Ranks:
             results.append(each)
         return results
 
-    def _table(
-        self, own_rows: Tensor, own: slice, n: int, draws: Tensor | None
-    ) -> Float[Tensor, "n columns"]:
-        """The rows of all ranks; the second column is the first rank's draws."""
-        table = own_rows.new_zeros(n, own_rows.shape[1])
-        table[own] = own_rows
-        if draws is not None and self.rank == 0:
-            table[:, 1] = draws.to(table)
-        self._reduce(table)
-        return table
-
     def _inner_products(self, part: Part, units: Tensor, own: slice) -> Float[Tensor, "n n"]:
         """(g_i / unit_i) · (g_j / unit_j) of the tasks of all ranks, by blocks of columns."""
         n = len(units)
@@ -386,21 +300,6 @@ class Ranks:
         for block in part.chunks(max(1, GATHERED_ENTRIES // n)):
             matrix = units.new_zeros(n, block.shape[1])
             matrix[own] = block.to(units.dtype)
-            self._reduce(matrix)
+            self.reduce(matrix)
             products = torch.addmm(products, matrix, matrix.T)
         return products
-
-    def _reduce(self, tensor: Tensor) -> None:
-        try:
-            torch.distributed.all_reduce(tensor, group=self.group)
-        except RuntimeError as error:
-            raise RankLostError(
-                "expected an answer of every rank, found that one has died or waited past the "
-                "timeout of the process group; nothing was changed on this one: start all of them "
-                "again from the last checkpoint"
-            ) from error
-
-    def _device(self) -> torch.device:
-        if torch.distributed.get_backend(self.group) == "nccl":
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("cpu")
