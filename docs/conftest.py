@@ -1,1 +1,3 @@
-collect_ignore = ["site.py", "tour.py"]  # a hook of mkdocs, and what works when it is imported
+"""What pytest leaves alone here: a hook of mkdocs, and a tour that does its work when imported."""
+
+collect_ignore = ["site.py", "tour.py"]
