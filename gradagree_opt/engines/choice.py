@@ -169,7 +169,10 @@ class Runner:
 
         here = self.task_loss
         if self._compile:
-            yield Cure("compile=False", partial(run, here))
+            engines = self._candidates(here, params, n, aggregator)
+            if streams and self.engine == "auto":  # which is left out where all is compiled
+                engines.append("streamed")
+            yield Cure("compile=False", partial(run, here, *engines))
             return
         yield from of_the_map(here.map, lambda task_map: run(replace(here, map=task_map)))
         if streams:
