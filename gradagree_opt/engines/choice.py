@@ -173,7 +173,6 @@ class Runner:
             if streams and self.engine == "auto":  # which is left out where all is compiled
                 engines.append("streamed")
             yield Cure("compile=False", partial(run, here, *engines))
-            return
         yield from of_the_map(here.map, lambda task_map: run(replace(here, map=task_map)))
         if streams:
             yield Cure(STREAMED, partial(run, here, "streamed"))
