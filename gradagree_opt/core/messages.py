@@ -57,8 +57,8 @@ class Messages:
         table: list[list[int]] = header.tolist()
         return table
 
-    def agree(self, error: Exception | None, value: int, what: str) -> list[int]:
-        """Every rank's value; raises where one has failed, or where they differ in ``what``."""
+    def agree(self, error: Exception | None, value: int) -> list[int]:
+        """Every rank's value; raises where one of them has failed."""
         table = torch.zeros(self.size, 2, dtype=torch.int64, device=self._device())
         table[self.rank] = torch.tensor([int(error is not None), value])
         self.reduce(table)
@@ -66,12 +66,6 @@ class Messages:
             raise error
         failed, values = table.T.tolist()
         self.check_none([rank for rank, flag in enumerate(failed) if flag])
-        others = [rank for rank, each in enumerate(values) if each != values[0]]
-        if what and others:
-            raise ValueError(
-                f"expected directions alike on all ranks, found {what} on rank {others[0]} than on "
-                "rank 0; build model and tasks alike on every rank"
-            )
         return list(values)
 
     def used_by_any(self, used: Sequence[bool], device: torch.device, /) -> list[bool]:

@@ -1,10 +1,10 @@
-"""Tasks that lie on several ranks: measured together, combined together, weighted by each alone.
+"""Tasks that lie on several ranks: measured together, decided by the first, combined together.
 
 One step, in this order on every rank, whatever the weighting; all-reduce is the only primitive:
 
 1. header: how many tasks each rank has, what they look like, and whether a rank has failed;
 2. Σ_j g_j, d numbers, and Σ_j u_j for cosines;
-3. table: per task its norm and its products with these sums, from which each rank decides alone;
+3. table: per task its norm and its products with these sums, so that every rank knows all tasks;
 4. what the first rank has decided, so that no rounding and no draw of a rank's own comes in;
 5. whether every rank could combine its own tasks, and to what shapes, two numbers a rank;
 6. Σ_i w_i · direction_i, d numbers; 5 and 6 once more for the length that match_norm names.
@@ -50,8 +50,9 @@ def distributed(aggregator: AnAggregator, /, group: Any = None) -> AnAggregator:
     Every rank gives its own tasks, as many as it has, none too. The update and the diagnostics are
     those of the tasks of all, the same bits on every rank; weights, scores and losses are those of
     the rank's own tasks. It goes wherever the aggregator goes, but for ``compile=True``, TorchOpt's
-    loss optimizers and the aggregators of TorchJD. Replicas stay equal if they begin equal: give
-    the module itself and not DistributedDataParallel, and the same seed or a broadcast first.
+    loss optimizers and those of TorchJD that need the gradients themselves. Replicas stay equal if
+    they begin equal: give the module itself and not DistributedDataParallel, and the same seed or a
+    broadcast first.
 
     Each call of an aggregation is one that all ranks make. Where one fails beforehand, all raise.
 
@@ -202,7 +203,13 @@ class Ranks(Messages):
                 error = raised
             leaves = tree_leaves(update)
             shapes = [(tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves]
-            self.agree(error, zlib.crc32(str(shapes).encode()), "directions of other shapes")
+            digests = self.agree(error, zlib.crc32(str(shapes).encode()))
+            others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+            if others:
+                raise ValueError(
+                    "expected directions alike on all ranks, found other shapes on rank "
+                    f"{others[0]} than on rank 0; build model and tasks alike on every rank"
+                )
             flat = torch.cat([leaf.flatten().to(accumulation_dtype(leaves)) for leaf in leaves])
             self.reduce(flat)
             summed = torch.split(flat, [leaf.numel() for leaf in leaves])
@@ -233,7 +240,7 @@ class Ranks(Messages):
         except Exception as raised:
             error = raised
         form = 0 if own.start == own.stop else 1 + apart
-        forms = self.agree(error, form, "")
+        forms = self.agree(error, form)
         if len(set(forms) - {0}) > 1:
             raise ValueError(
                 "expected tasks of one form on all ranks, found signals beside the directions on "
@@ -251,7 +258,7 @@ class Ranks(Messages):
         n = len(leaves[0])
         shapes = [(tuple(leaf.shape[1:]), str(leaf.dtype)) for leaf in leaves]
         words = re.sub(r" at 0x[0-9a-f]+", "", f"{options} {shapes}")  # functions have an address
-        d = sum(leaf[:1].numel() if n else leaf.shape[1:].numel() for leaf in leaves)
+        d = sum(leaf.shape[1:].numel() for leaf in leaves)
         table = self.tell(n, d, zlib.crc32(words.encode()), failed=False)
         self.check_none([rank for rank, row in enumerate(table) if row[3]])
         for rank, row in enumerate(table):

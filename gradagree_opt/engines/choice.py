@@ -127,7 +127,7 @@ class Runner:
                 ranks train.
             RuntimeError: the engine cannot run the model, or memory does not suffice.
         """
-        self._check_ranks(params, aggregator)
+        check_ranks(params, aggregator, self._compile)
         if n == 0:
             return self._of_no_task(params, aggregator)
         draws = aggregator.draw(n)
@@ -208,15 +208,6 @@ class Runner:
         aggregation, _ = self._engines[name](self.task_loss, params, tasks, aggregator, draws)
         return aggregation
 
-    def _check_ranks(self, params: PyTree, aggregator: Aggregator) -> None:
-        over_ranks = aggregator.ranks is not None
-        check_one_process(tree_leaves(params), over_ranks=over_ranks)
-        if over_ranks and self._compile:
-            raise ValueError(
-                "expected an aggregator of one process with compile=True, found one of several "
-                "ranks, whose messages no graph holds; give compile=False"
-            )
-
     def _of_no_task(self, params: PyTree, aggregator: Aggregator) -> AggregatedGradients:
         """The part of a rank that has no task."""
         nothing = of_no_task(params)
@@ -284,6 +275,17 @@ class Runner:
             order = [name for name in order if name in IN_FLOAT32]
         order = [name for name in order if refusals[name] is None]
         return sorted(order, key=self._failed.__contains__)
+
+
+def check_ranks(params: PyTree, aggregator: Aggregator, compile: bool, /) -> None:
+    """Raises a ValueError where several ranks train and their aggregator or a graph does not."""
+    over_ranks = aggregator.ranks is not None
+    check_one_process(tree_leaves(params), over_ranks=over_ranks)
+    if over_ranks and compile:
+        raise ValueError(
+            "expected an aggregator of one process with compile=True, found one of several "
+            "ranks, whose messages no graph holds; give compile=False"
+        )
 
 
 def of_no_task(like: PyTree, /) -> PyTree:

@@ -149,7 +149,7 @@ class NoDataSet(TorchFunctionMode):
         return function(*args, **kwargs) if kwargs else function(*args)
 
 
-_SET_DATA: Callable[[Tensor, Tensor], None] = Tensor.data.__set__  # type: ignore[attr-defined]
+_SET_DATA: Callable[[Tensor, Tensor], None] = Tensor.data.__set__  # type: ignore[attr-defined] # a descriptor
 
 
 def _set_data(tensor: Tensor, data: Tensor) -> None:
@@ -165,7 +165,7 @@ def no_data_set() -> AbstractContextManager[Any]:
     """:class:`NoDataSet`, unless a block of it has begun or torch.compile reads the block."""
     if torch.compiler.is_compiling():
         return nullcontext()
-    mode: object = _get_current_function_mode()  # type: ignore[no-untyped-call]
+    mode: object = _get_current_function_mode()  # type: ignore[no-untyped-call] # torch's
     if isinstance(mode, NoDataSet):
         return nullcontext()
     return NoDataSet()

@@ -11,6 +11,7 @@ from gradagree_opt.core.diagnostics import check_some_task
 from gradagree_opt.core.few_passes import weighted_loss_refusal
 from gradagree_opt.core.results import Aggregation, CollectedTasks
 from gradagree_opt.core.stacks import PyTree, is_coarse
+from gradagree_opt.engines.choice import of_no_task
 from gradagree_opt.loops.accumulation import add_to_grad
 from gradagree_opt.loops.adapted import Parameters, displacement, match, named, trained
 from gradagree_opt.loops.graphs import check_depends, check_loss, depends
@@ -238,8 +239,7 @@ class TaskBatch:
 
     def _aggregate(self) -> Aggregation:
         if not len(self):  # on one of several ranks
-            nothing = {n: p.detach().new_zeros(0, *p.shape) for n, p in self._trained.items()}
-            return self.aggregator.aggregate_unchecked(nothing)
+            return self.aggregator.aggregate_unchecked(of_no_task(self._trained))
         signal = _stack(self._displacements) if self._displacements else None
         if not self._form[0]:
             return self.aggregator.aggregate_unchecked(signal)

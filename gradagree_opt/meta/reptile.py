@@ -11,14 +11,14 @@ from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree, task_count
-from gradagree_opt.engines.choice import of_no_task
+from gradagree_opt.engines.choice import check_ranks, of_no_task
 from gradagree_opt.engines.compilation import maybe_compiled
 from gradagree_opt.engines.cures import Cure, explaining, few, of_a_loop, of_the_map
 from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskMap, scalar_loss
 from gradagree_opt.meta.inner import InnerLoop, watched
 from gradagree_opt.meta.steps import MetaStep, check_tasks
-from gradagree_opt.one_process import check_one_process, check_whole
+from gradagree_opt.one_process import check_whole
 
 
 class Reptile:
@@ -74,12 +74,7 @@ class Reptile:
             RuntimeError: vmap cannot run the model, or memory does not suffice.
         """
         check_aggregator(aggregator)
-        check_one_process(tree_leaves(params), over_ranks=aggregator.ranks is not None)
-        if aggregator.ranks is not None and self._compile:
-            raise ValueError(
-                "expected an aggregator of one process with compile=True, found one of several "
-                "ranks, whose messages no graph holds; give compile=False"
-            )
+        check_ranks(params, aggregator, self._compile)
         with aggregator.step_of_ranks():
             n = check_tasks(params, tasks, "support", least=aggregator.fewest)
             if n:

@@ -65,7 +65,7 @@ def test_help_and_version_import_nothing_that_only_a_study_needs() -> None:
 
 def test_the_help_names_the_checkpoint_interval_that_is_used() -> None:
     [option] = [p for p in COMMANDS["ablate"].params if p.name == "checkpoint_seconds"]
-    assert float(str(getattr(option, "show_default"))) == CHECKPOINT_SECONDS  # noqa: B009
+    assert float(str(getattr(option, "show_default"))) == CHECKPOINT_SECONDS  # noqa: B009 - untyped
 
 
 def test_studies_are_completed_by_their_names() -> None:

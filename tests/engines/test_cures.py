@@ -44,7 +44,7 @@ def packed(params, x, module=nn.RNN(SIZE, SIZE, batch_first=True)):  # noqa: B00
     return functional_call(module, weights, (sequences,))[0].data.square().mean()
 
 
-def gru(params, x, module=nn.GRU(SIZE, SIZE, batch_first=True)):  # noqa: B008
+def gru(params, x, module=nn.GRU(SIZE, SIZE, batch_first=True)):  # noqa: B008 - likewise
     weights = {n: params["w"].repeat(3, 1) if p.ndim == 2 else torch.zeros(3 * SIZE)
                for n, p in module.named_parameters()}  # fmt: skip
     return functional_call(module, weights, (x,))[0].square().mean()

@@ -54,13 +54,13 @@ def test_all_at_once_they_are_right_or_the_advice_is(loss_fn):
     try:
         found = ga.task_gradients(loss_fn, WORDS, TASKS).gradients["w"]
     except RuntimeError as error:
-        assert str(error).endswith("; take chunk_size=1, which does without vmap")  # noqa: PT017
+        assert str(error).endswith("; take chunk_size=1, which does without vmap")  # noqa: PT017 - or right
     else:
         torch.testing.assert_close(found, rows)
     reptile = ga.Reptile(loss_fn, ga.InnerSGD(0.1, 1))
     try:
         update = reptile.step(WORDS, {"support": TASKS}, AGREE).update["w"]
     except RuntimeError as error:
-        assert str(error).endswith("; take chunk_size=1, which does without vmap")  # noqa: PT017
+        assert str(error).endswith("; take chunk_size=1, which does without vmap")  # noqa: PT017 - or right
     else:
         torch.testing.assert_close(update, AGREE(0.1 * rows))
