@@ -16,7 +16,12 @@ _GATHER = "give one process all the tasks of a step, or take ga.distributed(aggr
 
 
 def check_one_process(
-    tensors: Iterable[Any], /, module: object = None, *, over_ranks: bool = False
+    tensors: Iterable[Any],
+    /,
+    module: object = None,
+    *,
+    over_ranks: bool = False,
+    wrapped: bool = False,
 ) -> None:
     """Raises a ValueError where a module, a tensor or the process group shows several ranks.
 
@@ -24,12 +29,14 @@ def check_one_process(
         tensors: the parameters.
         module: that they are of, if it is known.
         over_ranks: the aggregator is one of several ranks, so that a process group may be there.
+        wrapped: and DistributedDataParallel, where a forward or backward pass sends nothing.
 
     >>> check_one_process([torch.zeros(2)], nn.Linear(1, 1))
     """
-    parts, wrappers = module.modules() if isinstance(module, nn.Module) else (), _wrappers()
-    for part in parts:
-        if isinstance(part, wrappers):
+    for part in module.modules() if isinstance(module, nn.Module) else ():
+        if wrapped and over_ranks and isinstance(part, nn.parallel.DistributedDataParallel):
+            _check_sends_nothing(part)
+        elif isinstance(part, _wrappers()):
             raise ValueError(
                 f"expected a module that one process trains, found {type(part).__name__}, whose "
                 "averages over the ranks the gradients of single tasks would not pass; give the "
@@ -63,6 +70,30 @@ def check_whole(tensors: Iterable[Any], /) -> None:
                 "part of which lies on every rank and has a gradient of zero in a functional call; "
                 f"leave out fully_shard and its like, and {_GATHER}"
             )
+
+
+def inside(module: Any, /) -> Any:
+    """The module that DistributedDataParallel wraps, else what was given.
+
+    >>> inside([1])
+    [1]
+    """
+    return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
+
+
+def _check_sends_nothing(wrapper: nn.parallel.DistributedDataParallel) -> None:
+    """Raises a ValueError where a pass of one task would wait for the other ranks."""
+    if wrapper.broadcast_buffers and any(True for _ in wrapper.module.buffers()):
+        raise ValueError(
+            "expected DistributedDataParallel whose forward pass sends nothing, found one of a "
+            "module with buffers: ranks with other numbers of tasks would wait for them in vain; "
+            "give it broadcast_buffers=False, or call the module that it wraps"
+        )
+    if wrapper.static_graph:
+        raise ValueError(
+            "expected DistributedDataParallel whose backward pass sends nothing, found "
+            "static_graph=True, which averages in the first one of any task; leave it out"
+        )
 
 
 def _wrappers() -> tuple[type, ...]:

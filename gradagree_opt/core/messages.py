@@ -18,28 +18,51 @@ class Messages:
     """What the ranks of a process group tell each other, by all-reduces alone."""
 
     def __init__(self, group: Any = None) -> None:
+        self.group = group
+        self.counts: list[int] = []
+        self.joined = False
+        if group is not None:
+            self.check_group()
+
+    def __deepcopy__(self, memo: Any) -> "Messages":
+        return self  # a process group is no value
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.group is not None:
+            raise TypeError(
+                "expected ga.distributed(aggregator) of all ranks where it is pickled, found one "
+                "of a process group, which no file and no other process holds; leave the "
+                "aggregator out, and make it anew where it is loaded"
+            )
+        return {**vars(self), "counts": []}
+
+    def check_group(self) -> None:
+        """Raises a ValueError without a process group, or on a rank outside of it."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise ValueError(
                 "expected a process group, found none; call "
                 "torch.distributed.init_process_group(…) first, and start by torchrun"
             )
-        self.group = group
-        self.rank = torch.distributed.get_rank(group)
-        if self.rank < 0:
+        if torch.distributed.get_rank(self.group) < 0:
             raise ValueError(
                 "expected a rank of the process group, found one outside of it; leave the step to "
                 "the ranks of the group"
             )
-        self.size = torch.distributed.get_world_size(group)
-        self.counts: list[int] = []
-        self.joined = False
 
-    def __deepcopy__(self, memo: Any) -> "Messages":
-        return self  # a process group is no value
+    @property
+    def rank(self) -> int:
+        """The number of this one in the group."""
+        return torch.distributed.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return torch.distributed.get_world_size(self.group)
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around what leads to an aggregation: tells the others where this rank fails before."""
+        self.check_group()
         self.joined = False
         try:
             yield

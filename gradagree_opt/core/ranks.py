@@ -51,19 +51,19 @@ def distributed(aggregator: AnAggregator, /, group: Any = None) -> AnAggregator:
     those of the tasks of all, the same bits on every rank; weights, scores and losses are those of
     the rank's own tasks. It goes wherever the aggregator goes, but for ``compile=True``, TorchOpt's
     loss optimizers and those of TorchJD that need the gradients themselves. Replicas stay equal if
-    they begin equal: give the module itself and not DistributedDataParallel, and the same seed or a
-    broadcast first.
+    they begin equal: by the same seed, a broadcast or DistributedDataParallel.
 
     Each call of an aggregation is one that all ranks make. Where one fails beforehand, all raise.
+    The process group of all ranks may be made later, as by Lightning, but before the first step.
 
     Args:
         aggregator: any but those that need the gradients themselves.
         group: process group; None for all ranks.
 
     Raises:
-        TypeError: it is no aggregator.
-        ValueError: torch.distributed has no process group, this rank is not of it, or the
-            aggregator needs the gradients of all tasks on one rank.
+        TypeError: it is no aggregator; or, when it is pickled, it has a group of its own.
+        ValueError: this rank is not of the group, or the aggregator needs the gradients of all
+            tasks on one rank; or, at a step, there is no process group.
 
     >>> import tempfile
     >>> import torch.distributed as dist
@@ -102,7 +102,7 @@ def own_share(tasks: PyTree, /, group: Any = None) -> PyTree:
         group: process group; None for all ranks.
 
     Raises:
-        ValueError: as :func:`distributed`; or the task axes differ.
+        ValueError: there is no process group, this rank is not of it, or the task axes differ.
 
     >>> from torch.distributed import HashStore, destroy_process_group, init_process_group
     >>> init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
@@ -111,6 +111,7 @@ def own_share(tasks: PyTree, /, group: Any = None) -> PyTree:
     >>> destroy_process_group()
     """
     ranks = Ranks(group)
+    ranks.check_group()
     task_count(tasks, "tasks")
     return tree_map(lambda leaf: leaf.tensor_split(ranks.size)[ranks.rank], tasks)
 

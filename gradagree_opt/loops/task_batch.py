@@ -17,7 +17,7 @@ from gradagree_opt.loops.adapted import Parameters, displacement, match, named, 
 from gradagree_opt.loops.graphs import check_depends, check_loss, depends
 from gradagree_opt.loops.loss_graph import LossGraph
 from gradagree_opt.loops.multi_task import aggregate_losses
-from gradagree_opt.one_process import check_one_process
+from gradagree_opt.one_process import check_one_process, inside
 from gradagree_opt.options import check_choice
 
 _FROM_COPY = (
@@ -59,8 +59,9 @@ class TaskBatch:
     Raises:
         TypeError: these are no parameters, or no aggregator.
         ValueError: no parameter requires a gradient, one is no leaf or occurs twice, or memory is
-            neither "graph" nor "stream"; or several ranks train: a module in
-            DistributedDataParallel, parameters of FSDP, a process group of more than one rank.
+            neither "graph" nor "stream"; or several ranks train without ``ga.distributed``: a module
+            in DistributedDataParallel, a process group of more than one rank; or parameters of
+            FSDP; or DistributedDataParallel that sends more than gradients.
 
     Source: Eshratifar et al. 2018, algorithm 1, both forms.
 
@@ -83,12 +84,14 @@ class TaskBatch:
     ) -> None:
         check_aggregator(aggregator)
         check_choice("memory", memory, ("graph", "stream"))
+        over_ranks = aggregator.ranks is not None
+        check_one_process((), parameters, over_ranks=over_ranks, wrapped=True)
+        parameters = inside(parameters)
         # A module may be given new parts between batches; an iterator can be read once.
         self._source = parameters if isinstance(parameters, nn.Module | Mapping | list) else None
         self._all = named(parameters)
         self._trained = trained(self._all)
-        over_ranks = aggregator.ranks is not None
-        check_one_process(self._trained.values(), parameters, over_ranks=over_ranks)
+        check_one_process(self._trained.values(), over_ranks=over_ranks)
         self.aggregator = aggregator
         self.memory = memory
         self._losses: list[Tensor] = []
@@ -181,7 +184,8 @@ class TaskBatch:
                     losses = result.weights.new_zeros(0)
         finally:
             self.clear()
-        add_to_grad({n: p for n, p in self._trained.items() if n in used}, result.update)
+        used_ones = {n: p for n, p in self._trained.items() if n in used}
+        add_to_grad(used_ones, result.update, over_ranks=self.aggregator.ranks is not None)
         return CollectedTasks(*result, losses)
 
     def clear(self) -> None:

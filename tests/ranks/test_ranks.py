@@ -41,6 +41,8 @@ def run(name: str, world: int, folder: Path) -> list[subprocess.CompletedProcess
         ("draws", 2),
         ("loops", 2),
         ("wrapped", 2),
+        ("functional_through_the_wrapper", 2),
+        ("copies", 2),
         ("replicas", 3),
         ("failures", 2),
         ("cancelling", 2),
