@@ -89,6 +89,11 @@ def _check_sends_nothing(wrapper: nn.parallel.DistributedDataParallel) -> None:
             "module with buffers: ranks with other numbers of tasks would wait for them in vain; "
             "give it broadcast_buffers=False, or call the module that it wraps"
         )
+    check_no_static_graph(wrapper)
+
+
+def check_no_static_graph(wrapper: nn.parallel.DistributedDataParallel, /) -> None:
+    """Raises a ValueError where the first backward pass would average, whatever it is told."""
     if wrapper.static_graph:
         raise ValueError(
             "expected DistributedDataParallel whose backward pass sends nothing, found "

@@ -59,9 +59,10 @@ class TaskBatch:
     Raises:
         TypeError: these are no parameters, or no aggregator.
         ValueError: no parameter requires a gradient, one is no leaf or occurs twice, or memory is
-            neither "graph" nor "stream"; or several ranks train without ``ga.distributed``: a module
-            in DistributedDataParallel, a process group of more than one rank; or parameters of
-            FSDP; or DistributedDataParallel that sends more than gradients.
+            neither "graph" nor "stream"; or several ranks train: a module in
+            DistributedDataParallel or a process group of more than one rank without
+            ``ga.distributed``, DistributedDataParallel that sends more than gradients, parameters
+            of FSDP.
 
     Source: Eshratifar et al. 2018, algorithm 1, both forms.
 

@@ -1,1 +1,2 @@
-collect_ignore = ["programs.py"]  # what the ranks run, which takes arguments
+collect_ignore = ["programs.py", "wrapped_programs.py", "lightning_programs.py"]
+"""What the ranks run, which takes arguments."""

@@ -1,6 +1,7 @@
 """Several ranks beside one process, in processes and over a process group that are real."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,15 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-def run(name: str, world: int, folder: Path) -> list[subprocess.CompletedProcess[str]]:
+def run(
+    name: str, world: int, folder: Path, file: str = "programs.py", store: str = "store"
+) -> list[subprocess.CompletedProcess[str]]:
     """One program on so many ranks; what each of them answered."""
-    program = Path(__file__).with_name("programs.py")
+    program = Path(__file__).with_name(file)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     started = [
         subprocess.Popen(
-            [sys.executable, str(program), name, str(rank), str(world), str(folder / "store")],
+            [sys.executable, str(program), name, str(rank), str(world), str(folder / store)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -31,6 +34,11 @@ def run(name: str, world: int, folder: Path) -> list[subprocess.CompletedProcess
     return answers
 
 
+def check(answers: list[subprocess.CompletedProcess[str]]) -> None:
+    failed = [answer.stderr[-3000:] for answer in answers if answer.returncode]
+    assert not failed, "\n".join(failed)
+
+
 @pytest.mark.parametrize(
     ("name", "world"),
     [
@@ -40,9 +48,6 @@ def run(name: str, world: int, folder: Path) -> list[subprocess.CompletedProcess
         ("messages", 2),
         ("draws", 2),
         ("loops", 2),
-        ("wrapped", 2),
-        ("functional_through_the_wrapper", 2),
-        ("copies", 2),
         ("replicas", 3),
         ("failures", 2),
         ("cancelling", 2),
@@ -53,9 +58,22 @@ def run(name: str, world: int, folder: Path) -> list[subprocess.CompletedProcess
     ],
 )
 def test_ranks_do_what_one_process_does(name: str, world: int, tmp_path: Path) -> None:
-    answers = run(name, world, tmp_path)
-    failed = [answer.stderr[-3000:] for answer in answers if answer.returncode]
-    assert not failed, "\n".join(failed)
+    check(run(name, world, tmp_path))
+
+
+@pytest.mark.parametrize("name", ["wrapped", "functional_through_the_wrapper", "copies"])
+def test_wrapped_modules_and_copies_do_what_one_process_does(name: str, tmp_path: Path) -> None:
+    check(run(name, 2, tmp_path, "wrapped_programs.py"))
+
+
+@pytest.mark.parametrize(
+    "name", ["lightning", "a_task_for_each_device", "lightning_manual", "fabric"]
+)
+def test_lightning_on_two_devices_does_what_one_does(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    check(run(name, 2, tmp_path, "lightning_programs.py", f"store-{port}"))
 
 
 def test_a_rank_that_dies_is_told_to_the_others(tmp_path: Path) -> None:
