@@ -22,6 +22,7 @@ from gradagree_opt.frameworks import require
 from gradagree_opt.loops.accumulation import check_no_accumulation_hooks
 from gradagree_opt.loops.adapted import Parameters
 from gradagree_opt.loops.graphs import check_depends
+from gradagree_opt.loops.over_ranks import used_on_any_rank
 from gradagree_opt.loops.task_batch import TaskBatch
 from gradagree_opt.one_process import check_no_static_graph
 
@@ -158,9 +159,10 @@ class AgreementCallback(pl.Callback):
             stack = self._stack(parameters, trainer.accumulate_grad_batches / scale)
             result = self.aggregator.aggregate(stack)
             check_some_task(result.diagnostics, self.aggregator.nonfinite)
-            used = self._used(parameters)
-        for name in used:
-            parameters[name].grad = result.update[name] * scale
+            names = {name for task in self._tasks for name in task}
+            used = used_on_any_rank(self.aggregator, parameters, names)
+        for name, parameter in used.items():
+            parameter.grad = result.update[name] * scale
         self.weights, self._tasks = result.weights, []
         _log(pl_module, "agreement", result.diagnostics)
         model = trainer.strategy.model
@@ -175,14 +177,6 @@ class AgreementCallback(pl.Callback):
             for name, p in parameters.items()
             if self.aggregator.ranks is not None or any(name in task for task in tasks)
         }
-
-    def _used(self, parameters: dict[str, nn.Parameter]) -> list[str]:
-        """Names of the parameters that a task of the window uses, on any rank."""
-        flags = [any(name in task for task in self._tasks) for name in parameters]
-        if self.aggregator.ranks is not None:
-            device = next(iter(parameters.values())).device
-            flags = self.aggregator.ranks.used_by_any(flags, device)
-        return [name for name, flag in zip(parameters, flags, strict=True) if flag]
 
     def _forget(self) -> None:
         self._tasks = []

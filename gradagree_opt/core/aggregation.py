@@ -180,9 +180,9 @@ class Aggregator:
             directions, signal, n, nonfinite=nonfinite, draws=draws, scaled=scaled
         )
 
-    def step_of_ranks(self) -> AbstractContextManager[None]:
+    def step_of_ranks(self, batch: object = None) -> AbstractContextManager[None]:
         """Around a step of several ranks: what fails in it before they meet fails on all."""
-        return nullcontext() if self.ranks is None else self.ranks.step()
+        return nullcontext() if self.ranks is None else self.ranks.step(batch)
 
     def of_one_process(self) -> "Aggregator":
         """The same, of the tasks of this rank alone."""
@@ -256,7 +256,7 @@ class Aggregator:
                 nonfinite=nonfinite,
                 drop=self.nonfinite == "drop",
                 draw=self._draw,
-                options=f"{self!r} {groups} {leaf_paths(signal)}",
+                options=[repr(self), f"groups {groups}", *leaf_paths(signal)],
             )
         first = leaves_of(signal)[0]
         n = first.shape[0]

@@ -43,6 +43,10 @@ class Combination:
         """:func:`combine` of the stack."""
         return self.and_norm(weights, groups)[0]
 
+    def wide(self, weights: Float[Tensor, "*groups n"], groups: Sequence[int] | None, /) -> PyTree:
+        """:func:`combine` of the stack, in what it is accumulated in: as a part of a larger sum."""
+        return combine(self.stack, weights, groups, wide=True)
+
     def and_norm(
         self, weights: Float[Tensor, "*groups n"], groups: Sequence[int] | None, /
     ) -> tuple[PyTree, Float[Tensor, ""]]:
@@ -56,7 +60,12 @@ class Combination:
 
 
 def combine(
-    stack: PyTree, weights: Float[Tensor, "*groups n"], groups: Sequence[int] | None = None, /
+    stack: PyTree,
+    weights: Float[Tensor, "*groups n"],
+    groups: Sequence[int] | None = None,
+    /,
+    *,
+    wide: bool = False,
 ) -> PyTree:
     """Σ_i w_i · row i for every leaf, accumulated in float32 or better, in the leaf's own dtype.
 
@@ -64,6 +73,7 @@ def combine(
         stack: task-stacked pytree.
         weights: ``[n]``, or ``[groups, n]`` with the group of every leaf in ``groups``.
         groups: index of the group of every leaf, or None where there is one for all.
+        wide: leaves the sums in float32 or better.
     """
     leaves = leaves_of(stack)
     with full_precision(leaves[0].device):
@@ -71,6 +81,8 @@ def combine(
             _weighted_sum(leaf, weights if groups is None else weights[groups[index]])
             for index, leaf in enumerate(leaves)
         ]
+    if not wide:
+        sums = [total.to(leaf.dtype) for total, leaf in zip(sums, leaves, strict=True)]
     return like(stack, sums)
 
 
@@ -81,4 +93,4 @@ def _weighted_sum(leaf: Tensor, weights: Tensor) -> Tensor:
         total = torch.mv(rows(leaf).to(dtype).T, weights)
     else:  # by blocks: no copy of the whole leaf in the larger dtype
         total = torch.cat([torch.mv(block.T, weights) for block in column_blocks(leaf, dtype)])
-    return total.reshape(leaf.shape[1:]).to(leaf.dtype)
+    return total.reshape(leaf.shape[1:])

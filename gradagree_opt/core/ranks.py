@@ -14,18 +14,17 @@ Conjugate gradients on J Jᵀ would take d numbers a step, about 70 steps to 1e-
 0.01: they would save nothing below as many tasks.
 """
 
-import copy
 import re
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.core.blocks import or_one, power_of_two
+from gradagree_opt.core.combination import Combination
 from gradagree_opt.core.messages import Messages
 from gradagree_opt.core.own_part import Part, by_group, statistics_of
 from gradagree_opt.core.results import Combine, Measured
@@ -33,87 +32,13 @@ from gradagree_opt.core.stacks import (
     PyTree,
     accumulation_dtype,
     full_precision,
+    leaves_of,
     like,
-    task_count,
 )
 from gradagree_opt.core.statistics import OF_GRAMIAN, of_products, side_by_side
 
 GATHERED_ENTRIES = 2**22
 """Entries of all tasks that are held at once for a Gram matrix: 16 MiB of float32."""
-
-AnAggregator = TypeVar("AnAggregator")
-
-
-def distributed(aggregator: AnAggregator, /, group: Any = None) -> AnAggregator:
-    """The aggregator, over the tasks of all ranks of a process group.
-
-    Every rank gives its own tasks, as many as it has, none too. The update and the diagnostics are
-    those of the tasks of all, the same bits on every rank; weights, scores and losses are those of
-    the rank's own tasks. It goes wherever the aggregator goes, but for ``compile=True``, TorchOpt's
-    loss optimizers and those of TorchJD that need the gradients themselves. Replicas stay equal if
-    they begin equal: by the same seed, a broadcast or DistributedDataParallel.
-
-    Each call of an aggregation is one that all ranks make. Where one fails beforehand, all raise.
-    The process group of all ranks may be made later, as by Lightning, but before the first step.
-
-    Args:
-        aggregator: any but those that need the gradients themselves.
-        group: process group; None for all ranks.
-
-    Raises:
-        TypeError: it is no aggregator; or, when it is pickled, it has a group of its own.
-        ValueError: this rank is not of the group, or the aggregator needs the gradients of all
-            tasks on one rank; or, at a step, there is no process group.
-
-    >>> import tempfile
-    >>> import torch.distributed as dist
-    >>> import gradagree_opt as ga
-    >>> store = dist.FileStore(tempfile.mkstemp()[1], 1)
-    >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    >>> aggregator = ga.distributed(ga.GradientAgreement())
-    >>> aggregator(torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, -1.0]]))
-    tensor([1.6667, 0.3333])
-    >>> dist.destroy_process_group()
-    """
-    needs = getattr(aggregator, "needs", None)
-    if needs is None or not hasattr(aggregator, "ranks"):
-        raise TypeError(
-            "expected an aggregator as gradagree_opt.GradientAgreement(), found "
-            f"{type(aggregator).__name__}; give ga.distributed(ga.GradientAgreement())"
-        )
-    if "directions" in needs:
-        raise ValueError(
-            f"expected an aggregator that weights the tasks, found {aggregator!r}, which needs the "
-            "gradients of all of them on one rank; gather them, and aggregate without distributed"
-        )
-    spread = copy.copy(aggregator)
-    spread.ranks = Ranks(group)
-    return spread
-
-
-def own_share(tasks: PyTree, /, group: Any = None) -> PyTree:
-    """The tasks of this rank out of a task-stacked batch: as ``tensor_split`` deals them out.
-
-    Sizes differ by one at most; ranks get none where there are fewer tasks than ranks. Tasks are
-    dealt by their number, so that any number of ranks sees the same ones.
-
-    Args:
-        tasks: pytree with leaves ``[n, *shape]``, the same on all ranks.
-        group: process group; None for all ranks.
-
-    Raises:
-        ValueError: there is no process group, this rank is not of it, or the task axes differ.
-
-    >>> from torch.distributed import HashStore, destroy_process_group, init_process_group
-    >>> init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    >>> own_share(torch.tensor([1.0, 2.0]))  # a single rank has all tasks
-    tensor([1., 2.])
-    >>> destroy_process_group()
-    """
-    ranks = Ranks(group)
-    ranks.check_group()
-    task_count(tasks, "tasks")
-    return tree_map(lambda leaf: leaf.tensor_split(ranks.size)[ranks.rank], tasks)
 
 
 class Ranks(Messages):
@@ -138,7 +63,7 @@ class Ranks(Messages):
         nonfinite: Bool[Tensor, " n"] | None,
         drop: bool,
         draw: Callable[[int], Tensor | None],
-        options: str,
+        options: Sequence[str],
     ) -> Measured:
         """Statistics of the tasks of all ranks, from the signals of this one's.
 
@@ -149,7 +74,7 @@ class Ranks(Messages):
             nonfinite: this rank's tasks that are known to be so.
             drop: whether these get weight 0.
             draw: gives as many random numbers as there are tasks; those of the first rank count.
-            options: what has to be the same on all ranks, in words.
+            options: what has to be the same on all ranks, in words; last the names of the leaves.
 
         Raises:
             ValueError: another rank has failed, or has other shapes or options.
@@ -198,12 +123,19 @@ class Ranks(Messages):
         def over_ranks(weights: Tensor, groups: list[int] | None) -> PyTree:
             update: PyTree = ()
             error = None
+            stack = combine_directions if isinstance(combine_directions, Combination) else None
+            # One rank's part may be larger than its dtype can hold.
+            combine = combine_directions if stack is None else stack.wide
             try:
-                update = combine_directions(weights[..., own], groups)
+                update = combine(weights[..., own], groups)
             except Exception as raised:
                 error = raised
             leaves = tree_leaves(update)
-            shapes = [(tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves]
+            kept = leaves if stack is None else leaves_of(stack.stack)
+            shapes = [
+                (tuple(leaf.shape), str(each.dtype))
+                for leaf, each in zip(leaves, kept, strict=True)
+            ]
             digests = self.agree(error, zlib.crc32(str(shapes).encode()))
             others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
             if others:
@@ -215,7 +147,8 @@ class Ranks(Messages):
             self.reduce(flat)
             summed = torch.split(flat, [leaf.numel() for leaf in leaves])
             shaped = [
-                s.reshape(leaf.shape).to(leaf) for s, leaf in zip(summed, leaves, strict=True)
+                total.reshape(leaf.shape).to(each.dtype)
+                for total, leaf, each in zip(summed, leaves, kept, strict=True)
             ]
             return like(update, shaped)
 
@@ -254,21 +187,23 @@ class Ranks(Messages):
         pieces = zip(torch.split(told, [part.numel() for part in parts]), parts, strict=True)
         return [piece.reshape(part.shape).to(part.dtype) for piece, part in pieces], 2 in forms
 
-    def _join(self, leaves: Sequence[Tensor], options: str) -> slice:
+    def _join(self, leaves: Sequence[Tensor], options: Sequence[str]) -> slice:
         """The place of this rank's tasks among all, once all have the same to do."""
         n = len(leaves[0])
-        shapes = [(tuple(leaf.shape[1:]), str(leaf.dtype)) for leaf in leaves]
-        words = re.sub(r" at 0x[0-9a-f]+", "", f"{options} {shapes}")  # functions have an address
+        names = options[len(options) - len(leaves) :]
+        words = [re.sub(r" at 0x[0-9a-f]+", "", option) for option in options]  # of functions
+        words += [
+            f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape[1:])} of {name!r}"
+            for name, leaf in zip(names, leaves, strict=True)
+        ]
         d = sum(leaf.shape[1:].numel() for leaf in leaves)
-        table = self.tell(n, d, zlib.crc32(words.encode()), failed=False)
+        table = self.tell(n, d, zlib.crc32("\n".join(words).encode()), failed=False)
         self.check_none([rank for rank, row in enumerate(table) if row[3]])
-        for rank, row in enumerate(table):
-            if row[1:3] != table[0][1:3]:
-                raise ValueError(
-                    f"expected the same parameters and options of the aggregator on all ranks, "
-                    f"found others on rank {rank} than on rank 0 ({row[1]} and {table[0][1]} "
-                    "entries); build model and aggregator alike on every rank"
-                )
+        if any(row[1:3] != table[0][1:3] for row in table):
+            raise ValueError(
+                "expected the same parameters and options of the aggregator on all ranks, found "
+                f"{self.differences(words)}; build model and aggregator alike on every rank"
+            )
         self.counts = [row[0] for row in table]
         start = sum(self.counts[: self.rank])
         return slice(start, start + n)

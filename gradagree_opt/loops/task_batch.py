@@ -17,6 +17,7 @@ from gradagree_opt.loops.adapted import Parameters, displacement, match, named, 
 from gradagree_opt.loops.graphs import check_depends, check_loss, depends
 from gradagree_opt.loops.loss_graph import LossGraph
 from gradagree_opt.loops.multi_task import aggregate_losses
+from gradagree_opt.loops.over_ranks import task_of, used_on_any_rank
 from gradagree_opt.one_process import check_one_process, inside
 from gradagree_opt.options import check_choice
 
@@ -129,6 +130,10 @@ class TaskBatch:
                 adapted from them; ``adapted`` is no learner of the same model; or the form differs
                 from that of earlier tasks.
         """
+        with task_of(self, self.aggregator):
+            self._add(loss, adapted)
+
+    def _add(self, loss: Tensor | None, adapted: Parameters | None) -> None:
         if loss is None and adapted is None:
             raise ValueError(
                 "expected a loss, adapted parameters or both, found neither; call "
@@ -140,10 +145,8 @@ class TaskBatch:
                 f"expected every task of a batch in one form, found add{_call(form)} after "
                 f"add{_call(self._form)}; call backward() first"
             )
-        if not len(self):  # parameters may be replaced, frozen and unfrozen between batches
-            self._all = self._found()
-            self._trained = trained(self._all)
-            self._used = set()
+        if not len(self):
+            self._look_anew()
             over_ranks = self.aggregator.ranks is not None
             check_one_process(self._trained.values(), over_ranks=over_ranks)
         after = match(self._all, adapted) if adapted is not None else {}
@@ -170,23 +173,21 @@ class TaskBatch:
         if len(self) < self.aggregator.fewest:
             raise ValueError("expected at least one task, found an empty batch; call add() first")
         try:
-            with self.aggregator.step_of_ranks():
+            with self.aggregator.step_of_ranks(self):
                 if not len(self):
-                    self._all = self._found()
-                    self._trained = trained(self._all)
-                    self._used = set()
+                    self._look_anew()
                 self._check_same_parameters()
                 result = self._aggregate()
                 self.aggregator.verify(result)
                 check_some_task(result.diagnostics, self.aggregator.nonfinite)
-                used = self._used_parameters()
+                all_used = self._used if self._form[0] or not len(self) else {*self._trained}
+                used = used_on_any_rank(self.aggregator, self._trained, all_used)
                 losses = torch.stack(self._values) if self._values else None
                 if not len(self):
                     losses = result.weights.new_zeros(0)
         finally:
             self.clear()
-        used_ones = {n: p for n, p in self._trained.items() if n in used}
-        add_to_grad(used_ones, result.update, over_ranks=self.aggregator.ranks is not None)
+        add_to_grad(used, result.update, over_ranks=self.aggregator.ranks is not None)
         return CollectedTasks(*result, losses)
 
     def clear(self) -> None:
@@ -196,6 +197,12 @@ class TaskBatch:
         self._copies.clear()
         self._directions.clear()
         self._displacements.clear()
+
+    def _look_anew(self) -> None:
+        """Parameters may be replaced, frozen and unfrozen between batches."""
+        self._all = self._found()
+        self._trained = trained(self._all)
+        self._used = set()
 
     def _found(self) -> dict[str, Tensor]:
         """The parameters as they are now."""
@@ -280,15 +287,6 @@ class TaskBatch:
 
         measured = self.aggregator.measure(signal, nonfinite=nonfinite)
         return self.aggregator.apply(measured, weighted, signal_is_direction=False)
-
-    def _used_parameters(self) -> set[str]:
-        """Those that a loss depends on, of any rank's tasks."""
-        used = self._used if self._form[0] or not len(self) else set(self._trained)
-        if self.aggregator.ranks is None:
-            return used
-        device = next(iter(self._trained.values())).device
-        flags = self.aggregator.ranks.used_by_any([n in used for n in self._trained], device)
-        return {name for name, flag in zip(self._trained, flags, strict=True) if flag}
 
     def _gradient(
         self, loss: Tensor, copies: dict[str, Tensor], *, retain_graph: bool

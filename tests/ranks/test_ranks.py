@@ -1,6 +1,7 @@
 """Several ranks beside one process, in processes and over a process group that are real."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -55,6 +56,8 @@ def check(answers: list[subprocess.CompletedProcess[str]]) -> None:
         ("own_draws", 2),
         ("a_rank_that_runs_out_of_tasks", 2),
         ("refusals", 2),
+        ("left_alone", 2),
+        ("half_precision", 2),
     ],
 )
 def test_ranks_do_what_one_process_does(name: str, world: int, tmp_path: Path) -> None:
@@ -76,7 +79,28 @@ def test_lightning_on_two_devices_does_what_one_does(name: str, tmp_path: Path) 
     check(run(name, 2, tmp_path, "lightning_programs.py", f"store-{port}"))
 
 
-def test_a_rank_that_dies_is_told_to_the_others(tmp_path: Path) -> None:
-    first, last = run("killed", 2, tmp_path)
-    assert last.returncode == 9
-    assert first.returncode == 0, first.stderr[-3000:]
+@pytest.mark.parametrize("name", ["killed", "hanging"])
+def test_a_rank_that_is_lost_is_named_by_all_others(name: str, tmp_path: Path) -> None:
+    *others, last = run(name, 3, tmp_path)
+    assert last.returncode == (9 if name == "killed" else 0), last.stderr[-3000:]
+    check(others)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_step_sends_two_vectors_over_the_network(world: int, tmp_path: Path) -> None:
+    namespace = ["unshare", "--net", "--map-root-user", "sh", "-c"]
+    up = "ip link set lo up"
+    if shutil.which("unshare") is None or subprocess.run([*namespace, up], check=False).returncode:
+        pytest.skip("no network namespace of one's own here")
+    program = Path(__file__).with_name("programs.py")
+    ranks = " ".join(map(str, range(world)))
+    script = (
+        f"{up}; started=; for rank in {ranks}; do "
+        f"'{sys.executable}' '{program}' bytes_on_loopback $rank {world} '{tmp_path}/store' & "
+        'started="$started $!"; done; for one in $started; do wait $one || exit 1; done'
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    answer = subprocess.run(
+        [*namespace, script], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert answer.returncode == 0, answer.stderr[-3000:]
