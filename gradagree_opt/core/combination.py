@@ -19,8 +19,9 @@ def with_norm(
     """From weights to the update and its norm, which a stack's combination tells along with it."""
 
     def combined(weights: Tensor) -> tuple[PyTree, Tensor]:
-        if isinstance(combine_directions, Combination):
-            return combine_directions.and_norm(weights, measured.groups)
+        if hasattr(combine_directions, "and_norm"):
+            together: tuple[PyTree, Tensor] = combine_directions.and_norm(weights, measured.groups)
+            return together
         update = combine_directions(weights, measured.groups)
         return update, tree_norm(update, scaled=measured.scaled)
 

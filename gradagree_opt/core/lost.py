@@ -18,8 +18,14 @@ class RankLostError(RuntimeError):
     """A rank has died, or waited past the timeout: no second try of this one helps."""
 
 
-def reduce_over(tensor: Tensor, group: Any, /) -> None:
+def reduce_over(tensor: Tensor, group: Any, all_of: Any, operation: Any = None, /) -> None:
     """Sums a tensor over the ranks, in place.
+
+    Args:
+        tensor: of the same shape on all.
+        group: process group of these ranks.
+        all_of: that of all who take part in the step, and would wait too.
+        operation: another one than the sum.
 
     Raises:
         RankLostError: a rank has not answered. On gloo it is named: each rank that notices leaves
@@ -27,13 +33,14 @@ def reduce_over(tensor: Tensor, group: Any, /) -> None:
     """
     distributed = torch.distributed
     try:
-        if distributed.get_backend(group) != "gloo":
-            distributed.all_reduce(tensor, group=group)
+        operation = distributed.ReduceOp.SUM if operation is None else operation
+        waits = distributed.get_backend(group) == "gloo"
+        work = distributed.all_reduce(tensor, operation, group, async_op=waits)
+        if not waits:
             return
-        work = distributed.all_reduce(tensor, group=group, async_op=True)
         while not _arrived(work):
             # Those whose own connections hold would wait for the timeout.
-            if _keys("noticed", group):
+            if _keys("noticed", all_of):
                 break
         else:
             return
@@ -41,7 +48,7 @@ def reduce_over(tensor: Tensor, group: Any, /) -> None:
     except RuntimeError as error:
         cause = error
     raise RankLostError(
-        f"expected an answer of every rank, found {_found(group)}; nothing was changed on this "
+        f"expected an answer of every rank, found {_found(all_of)}; nothing was changed on this "
         "one: start all of them again from the last checkpoint"
     ) from cause
 

@@ -18,6 +18,7 @@ class Messages:
     Attributes:
         counts: tasks of each rank in the step at hand.
         joined: whether the ranks have met in it.
+        groups: process groups of ranks with the same part of sharded parameters.
         left: the batch in which a task has failed before any step, which the others wait for.
     """
 
@@ -26,6 +27,7 @@ class Messages:
         self.counts: list[int] = []
         self.joined = False
         self.left: object = None
+        self.groups: dict[tuple[int, ...], Any] = {}
         if group is not None:
             self.check_group()
 
@@ -39,7 +41,7 @@ class Messages:
                 "of a process group, which no file and no other process holds; leave the "
                 "aggregator out, and make it anew where it is loaded"
             )
-        return {**vars(self), "counts": [], "left": None}
+        return {**vars(self), "counts": [], "left": None, "groups": {}}
 
     def check_group(self) -> None:
         """Raises a ValueError without a process group, or on a rank outside of it."""
@@ -86,11 +88,13 @@ class Messages:
                 self.tell(0, 0, 0, failed=True)
             raise
 
-    def tell(self, n: int, d: int, digest: int, *, failed: bool) -> list[list[int]]:
+    def tell(
+        self, n: int, d: int, digest: int, block: int = -1, index: int = 0, *, failed: bool
+    ) -> list[list[int]]:
         """What every rank has to say first."""
         self.joined = True
-        header = torch.zeros(self.size, 4, dtype=torch.int64, device=self._device())
-        header[self.rank] = torch.tensor([n, d, digest, int(failed)])
+        header = torch.zeros(self.size, 6, dtype=torch.int64, device=self._device())
+        header[self.rank] = torch.tensor([n, d, digest, int(failed), block, index])
         self.reduce(header)
         table: list[list[int]] = header.tolist()
         return table
@@ -154,7 +158,7 @@ class Messages:
         return table
 
     def reduce(self, tensor: Tensor) -> None:
-        reduce_over(tensor, self.group)
+        reduce_over(tensor, self.group, self.group)
 
     def _device(self) -> torch.device:
         if torch.distributed.get_backend(self.group) == "nccl":

@@ -17,17 +17,18 @@ Conjugate gradients on J Jᵀ would take d numbers a step, about 70 steps to 1e-
 import re
 import zlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map
 
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.core.blocks import or_one, power_of_two
-from gradagree_opt.core.combination import Combination
 from gradagree_opt.core.messages import Messages
 from gradagree_opt.core.own_part import Part, by_group, statistics_of
-from gradagree_opt.core.results import Combine, Measured
+from gradagree_opt.core.results import Aggregation, Combine, Measured
+from gradagree_opt.core.shards import Shards, own_part
 from gradagree_opt.core.stacks import (
     PyTree,
     accumulation_dtype,
@@ -36,6 +37,7 @@ from gradagree_opt.core.stacks import (
     like,
 )
 from gradagree_opt.core.statistics import OF_GRAMIAN, of_products, side_by_side
+from gradagree_opt.core.summed import Summed
 
 GATHERED_ENTRIES = 2**22
 """Entries of all tasks that are held at once for a Gram matrix: 16 MiB of float32."""
@@ -43,6 +45,35 @@ GATHERED_ENTRIES = 2**22
 
 class Ranks(Messages):
     """The ranks of a process group as one: measured, decided and combined together."""
+
+    def __init__(self, group: Any = None) -> None:
+        super().__init__(group)
+        self.shards = Shards((), group)
+
+    def by_parts(
+        self,
+        directions: PyTree,
+        signal: PyTree | None,
+        aggregate: Callable[[PyTree, PyTree | None], Aggregation],
+        /,
+    ) -> Aggregation:
+        """An aggregation of what this rank holds of each leaf; its update is sharded as they are.
+
+        Raises:
+            ValueError: DTensors lie on several meshes, or their parts are to be added.
+        """
+        shards = self.shards = Shards(leaves_of(directions), self.group)
+        try:
+            own = tree_map(own_part, directions)
+            result = aggregate(own, None if signal is None else tree_map(own_part, signal))
+        finally:
+            self.shards = Shards((), self.group)
+        whole = shards.whole(leaves_of(result.update))
+        return result._replace(update=like(result.update, whole))
+
+    def on_any_shard(self, flags: Bool[Tensor, " n"], /) -> Bool[Tensor, " n"]:
+        """Flags of tasks, of which another rank may hold the part that they come from."""
+        return self.shards.sum(flags.int()) > 0
 
     def name(self, tasks: Sequence[int], /) -> str:
         """Tasks that are counted over all ranks, by their numbers on their own: "1 of rank 2"."""
@@ -87,10 +118,12 @@ class Ranks(Messages):
                     "expected at least one task, found none on any rank; skip the step when the "
                     "batch has no tasks"
                 )
-            members = by_group(leaves, groups)
+            members = by_group(self.shards.counted(leaves), groups)
             parts = [Part.of(member) for member in members]
+            self.shards.unify(parts)
             gathers = bool(needs & OF_GRAMIAN)
-            columns = [[part.units, part.lengths] for part in parts]
+            counts = float(not self.shards.index)  # products are added up over the parts
+            columns = [[part.units * counts, part.lengths * counts] for part in parts]
             if not gathers:
                 for column, told in zip(columns, self._products(parts, needs), strict=True):
                     column += told
@@ -117,42 +150,9 @@ class Ranks(Messages):
                 statistics = statistics._replace(draws=draws_of_first)
             return Measured(statistics, known_bad | ~statistics.finite, groups, True, own)
 
-    def summed(self, combine_directions: Combine, own: slice, /) -> Combine:
+    def summed(self, combine_directions: Combine, own: slice, /) -> Summed:
         """Σ_i w_i · direction_i over the tasks of all ranks, from this one's."""
-
-        def over_ranks(weights: Tensor, groups: list[int] | None) -> PyTree:
-            update: PyTree = ()
-            error = None
-            stack = combine_directions if isinstance(combine_directions, Combination) else None
-            # One rank's part may be larger than its dtype can hold.
-            combine = combine_directions if stack is None else stack.wide
-            try:
-                update = combine(weights[..., own], groups)
-            except Exception as raised:
-                error = raised
-            leaves = tree_leaves(update)
-            kept = leaves if stack is None else leaves_of(stack.stack)
-            shapes = [
-                (tuple(leaf.shape), str(each.dtype))
-                for leaf, each in zip(leaves, kept, strict=True)
-            ]
-            digests = self.agree(error, zlib.crc32(str(shapes).encode()))
-            others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-            if others:
-                raise ValueError(
-                    "expected directions alike on all ranks, found other shapes on rank "
-                    f"{others[0]} than on rank 0; build model and tasks alike on every rank"
-                )
-            flat = torch.cat([leaf.flatten().to(accumulation_dtype(leaves)) for leaf in leaves])
-            self.reduce(flat)
-            summed = torch.split(flat, [leaf.numel() for leaf in leaves])
-            shaped = [
-                total.reshape(leaf.shape).to(each.dtype)
-                for total, leaf, each in zip(summed, leaves, kept, strict=True)
-            ]
-            return like(update, shaped)
-
-        return over_ranks
+        return Summed(self, combine_directions, own)
 
     def decided(
         self, decide: Callable[[], list[Tensor]], own: slice, apart: bool, /
@@ -192,20 +192,24 @@ class Ranks(Messages):
         n = len(leaves[0])
         names = options[len(options) - len(leaves) :]
         words = [re.sub(r" at 0x[0-9a-f]+", "", option) for option in options]  # of functions
+        shapes = self.shards.shapes(leaves)
         words += [
-            f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape[1:])} of {name!r}"
-            for name, leaf in zip(names, leaves, strict=True)
+            f"{str(leaf.dtype).removeprefix('torch.')} {list(shape)} of {name!r}"
+            for name, leaf, shape in zip(names, leaves, shapes, strict=True)
         ]
-        d = sum(leaf.shape[1:].numel() for leaf in leaves)
-        table = self.tell(n, d, zlib.crc32("\n".join(words).encode()), failed=False)
+        d = sum(torch.Size(shape).numel() for shape in shapes)
+        digest = zlib.crc32("\n".join(words).encode())
+        table = self.tell(n, d, digest, self.shards.block, self.shards.index, failed=False)
         self.check_none([rank for rank, row in enumerate(table) if row[3]])
         if any(row[1:3] != table[0][1:3] for row in table):
             raise ValueError(
                 "expected the same parameters and options of the aggregator on all ranks, found "
                 f"{self.differences(words)}; build model and aggregator alike on every rank"
             )
-        self.counts = [row[0] for row in table]
-        start = sum(self.counts[: self.rank])
+        places = [(row[0], row[4], row[5]) for row in table]
+        self.counts = self.shards.meet(places, self.groups)
+        self.indices = [row[5] for row in table]
+        start = sum(self.counts[: self.shards.first(places, self.rank)])
         return slice(start, start + n)
 
     def _products(
@@ -219,13 +223,14 @@ class Ranks(Messages):
         sums = [part.sum(wide) for part in parts]
         units = [part.unit_sum().to(wide) for part in parts] if cosine else []
         flat = torch.cat([*sums, *units])
-        self.reduce(flat)
+        self.shards.add_up(flat)
         totals = torch.split(flat, [len(each) for each in [*sums, *units]])
         results = []
         for index, part in enumerate(parts):
             total = totals[index]
             largest = torch.cat([total.abs(), total.new_zeros(1)]).amax()
-            part.total_unit = power_of_two(largest.nan_to_num(0.0, 0.0, 0.0))
+            largest = self.shards.largest(largest.nan_to_num(0.0, 0.0, 0.0))
+            part.total_unit = power_of_two(largest)
             total = total / or_one(part.total_unit)
             each = [part.times(total.to(part.dtype))]
             if cosine:
@@ -243,6 +248,6 @@ class Ranks(Messages):
         for block in part.chunks(max(1, GATHERED_ENTRIES // n)):
             matrix = units.new_zeros(n, block.shape[1])
             matrix[own] = block.to(units.dtype)
-            self.reduce(matrix)
+            self.shards.add_up(matrix)
             products = torch.addmm(products, matrix, matrix.T)
-        return products
+        return self.shards.sum(products)

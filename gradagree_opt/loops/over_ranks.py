@@ -3,9 +3,35 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from gradagree_opt.core.aggregation import Aggregator
+from gradagree_opt.loops.accumulation import check_no_accumulation_hooks
+from gradagree_opt.loops.graphs import stale_graphs
+
+
+def accumulated_gradient(
+    loss: Tensor, parameters: Mapping[str, Tensor], /, *, retain_graph: bool
+) -> dict[str, Tensor]:
+    """∇L by name of sharded parameters, which no function returns: a backward pass fills ``.grad``.
+
+    That of a parameter is as before afterwards.
+
+    Raises:
+        ValueError: the graph of the loss is stale, or a hook hangs on the accumulation.
+    """
+    before = {name: parameter.grad for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        check_no_accumulation_hooks(parameter, advice="step the optimizer after the batch")
+        parameter.grad = None
+    try:
+        with stale_graphs():
+            torch.autograd.backward(loss, retain_graph=retain_graph)
+        return {n: p.grad for n, p in parameters.items() if p.grad is not None}
+    finally:
+        for name, parameter in parameters.items():
+            parameter.grad = before[name]
 
 
 @contextmanager

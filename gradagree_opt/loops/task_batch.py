@@ -10,15 +10,15 @@ from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.diagnostics import check_some_task
 from gradagree_opt.core.few_passes import weighted_loss_refusal
 from gradagree_opt.core.results import Aggregation, CollectedTasks
+from gradagree_opt.core.shards import is_sharded, of_no_task, stack_tasks
 from gradagree_opt.core.stacks import PyTree, is_coarse
-from gradagree_opt.engines.choice import of_no_task
 from gradagree_opt.loops.accumulation import add_to_grad
 from gradagree_opt.loops.adapted import Parameters, displacement, match, named, trained
 from gradagree_opt.loops.graphs import check_depends, check_loss, depends
 from gradagree_opt.loops.loss_graph import LossGraph
 from gradagree_opt.loops.multi_task import aggregate_losses
-from gradagree_opt.loops.over_ranks import task_of, used_on_any_rank
-from gradagree_opt.one_process import check_one_process, inside
+from gradagree_opt.loops.over_ranks import accumulated_gradient, task_of, used_on_any_rank
+from gradagree_opt.one_process import check_one_process, inside, reshard
 from gradagree_opt.options import check_choice
 
 _FROM_COPY = (
@@ -89,11 +89,14 @@ class TaskBatch:
         over_ranks = aggregator.ranks is not None
         check_one_process((), parameters, over_ranks=over_ranks, wrapped=True)
         parameters = inside(parameters)
+        reshard(parameters)
         # A module may be given new parts between batches; an iterator can be read once.
         self._source = parameters if isinstance(parameters, nn.Module | Mapping | list) else None
         self._all = named(parameters)
         self._trained = trained(self._all)
-        check_one_process(self._trained.values(), over_ranks=over_ranks)
+        if self._sharded:  # in the middle of a step FSDP shows others
+            self._source = None
+        check_one_process(self._trained.values(), over_ranks=over_ranks, wrapped=True)
         self.aggregator = aggregator
         self.memory = memory
         self._losses: list[Tensor] = []
@@ -148,7 +151,12 @@ class TaskBatch:
         if not len(self):
             self._look_anew()
             over_ranks = self.aggregator.ranks is not None
-            check_one_process(self._trained.values(), over_ranks=over_ranks)
+            check_one_process(self._trained.values(), over_ranks=over_ranks, wrapped=True)
+        if adapted is not None and self._sharded:
+            raise ValueError(
+                "expected losses alone of sharded parameters, found adapted ones, through whose "
+                "inner steps FSDP gives no gradient; call add(loss), or leave out fully_shard"
+            )
         after = match(self._all, adapted) if adapted is not None else {}
         displacements = [displacement(self._trained, after)] if adapted is not None else []
         if loss is not None:
@@ -198,6 +206,11 @@ class TaskBatch:
         self._directions.clear()
         self._displacements.clear()
 
+    @property
+    def _sharded(self) -> bool:
+        """Whether each rank holds a part of the parameters."""
+        return any(is_sharded(parameter) for parameter in self._trained.values())
+
     def _look_anew(self) -> None:
         """Parameters may be replaced, frozen and unfrozen between batches."""
         self._all = self._found()
@@ -240,7 +253,8 @@ class TaskBatch:
                 "last inner step"
             )
         start = [*self._trained.values(), *copies.values()]
-        check_depends(loss, start, len(self), advice=_FROM_COPY if after else _FROM_OTHERS)
+        if not self._sharded:  # those of FSDP are not the tensors that it computes with
+            check_depends(loss, start, len(self), advice=_FROM_COPY if after else _FROM_OTHERS)
         if self.memory == "stream":
             self._directions.append(self._gradient(loss, copies, retain_graph=False))
         else:
@@ -251,7 +265,9 @@ class TaskBatch:
 
     def _aggregate(self) -> Aggregation:
         if not len(self):  # on one of several ranks
-            return self.aggregator.aggregate_unchecked(of_no_task(self._trained))
+            return self.aggregator.aggregate_unchecked(
+                {name: of_no_task(parameter) for name, parameter in self._trained.items()}
+            )
         signal = _stack(self._displacements) if self._displacements else None
         if not self._form[0]:
             return self.aggregator.aggregate_unchecked(signal)
@@ -292,6 +308,12 @@ class TaskBatch:
         self, loss: Tensor, copies: dict[str, Tensor], *, retain_graph: bool
     ) -> dict[str, Tensor]:
         """Gradient by parameter, that of a detached copy counted for its parameter (FOMAML)."""
+        if self._sharded:
+            found = accumulated_gradient(loss, self._trained, retain_graph=retain_graph)
+            self._used |= found.keys()
+            return {
+                n: found[n] if n in found else torch.zeros_like(p) for n, p in self._trained.items()
+            }
         graph = LossGraph([loss], self._trained, [copies])
         gradient = graph.gradient(0, retain_graph=retain_graph)
         self._used |= graph.used
@@ -300,7 +322,7 @@ class TaskBatch:
 
 def _stack(tasks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of all tasks, which are taken out of them: each is held once."""
-    return {name: torch.stack([task.pop(name) for task in tasks]) for name in [*tasks[0]]}
+    return {name: stack_tasks([task.pop(name) for task in tasks]) for name in [*tasks[0]]}
 
 
 def _call(form: tuple[bool, bool]) -> str:

@@ -70,6 +70,13 @@ def test_wrapped_modules_and_copies_do_what_one_process_does(name: str, tmp_path
 
 
 @pytest.mark.parametrize(
+    ("name", "world"), [("fsdp", 2), ("fsdp", 3), ("data_by_shards", 2), ("tasks_by_shards", 4)]
+)
+def test_sharded_parameters_do_what_one_process_does(name: str, world: int, tmp_path: Path) -> None:
+    check(run(name, world, tmp_path, "sharded_programs.py"))
+
+
+@pytest.mark.parametrize(
     "name", ["lightning", "a_task_for_each_device", "lightning_manual", "fabric"]
 )
 def test_lightning_on_two_devices_does_what_one_does(name: str, tmp_path: Path) -> None:
