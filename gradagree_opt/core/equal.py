@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Bool, Float
-from gradagree_opt.core.aggregation import Aggregator, Nonfinite
+from gradagree_opt.core.aggregation import Aggregator
+from gradagree_opt.core.pipeline import Nonfinite
 from gradagree_opt.core.positive_definite import power, solve
 from gradagree_opt.core.scopes import Scope
 from gradagree_opt.core.statistics import Statistics

@@ -130,11 +130,11 @@ class Runner:
         check_ranks(params, aggregator, self._compile)
         if n == 0:
             return self._of_no_task(params, aggregator)
-        draws = aggregator.draw(n)
+        aggregator = aggregator.for_batch(n)
         *others, last = self._candidates(self.task_loss, params, n, aggregator)
         for name in others:
             try:
-                return self._run(name, params, tasks, aggregator, draws)
+                return self._run(name, params, tasks, aggregator)
             except RuntimeError:
                 if aggregator.ranks is not None and aggregator.ranks.joined:
                     raise  # no second try once the ranks have met
@@ -149,23 +149,22 @@ class Runner:
             lambda: self._cures(params, few(tasks), aggregator, streams),
             without="compile=False" if self._compile else without,
         ):
-            return self._run(last, params, tasks, aggregator, draws)
+            return self._run(last, params, tasks, aggregator)
 
     def _cures(
         self, params: PyTree, tasks: PyTree, aggregator: Aggregator, streams: bool
     ) -> Iterator[Cure]:
         """What may run the model where the last engine does not, the best first."""
         n = task_count(tasks, "tasks")
-        aggregator = aggregator.of_one_process()
-        draws = aggregator.draw(n)
+        aggregator = aggregator.of_one_process().for_batch(n)
 
         def run(task_loss: TaskLoss, *engines: str) -> None:
             *others, final = engines or self._candidates(task_loss, params, n, aggregator)
             for name in others:
                 with suppress(RuntimeError):
-                    self._try(name, task_loss, params, tasks, aggregator, draws)
+                    self._try(name, task_loss, params, tasks, aggregator)
                     return
-            self._try(final, task_loss, params, tasks, aggregator, draws)
+            self._try(final, task_loss, params, tasks, aggregator)
 
         here = self.task_loss
         if self._compile:
@@ -193,19 +192,16 @@ class Runner:
         params: PyTree,
         tasks: PyTree,
         aggregator: Aggregator,
-        draws: Tensor | None,
     ) -> None:
         """Runs an engine uncompiled, on other terms."""
         knows = name == "streamed" and not task_loss.adapts
         with nullcontext() if knows else left_as_found(task_loss.map.source):
-            _constants(ENGINES[name], task_loss, params, tasks, aggregator, draws)
+            _constants(ENGINES[name], task_loss, params, tasks, aggregator)
 
-    def unchecked(
-        self, params: PyTree, tasks: PyTree, aggregator: Aggregator, draws: Tensor | None, /
-    ) -> Aggregation:
+    def unchecked(self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /) -> Aggregation:
         """The aggregation by the engine that suits best, not looked at and with no other tried."""
         name = self._candidates(self.task_loss, params, task_count(tasks, "tasks"), aggregator)[0]
-        aggregation, _ = self._engines[name](self.task_loss, params, tasks, aggregator, draws)
+        aggregation, _ = self._engines[name](self.task_loss, params, tasks, aggregator)
         return aggregation
 
     def _of_no_task(self, params: PyTree, aggregator: Aggregator) -> AggregatedGradients:
@@ -225,11 +221,10 @@ class Runner:
         params: PyTree,
         tasks: PyTree,
         aggregator: Aggregator,
-        draws: Tensor | None,
     ) -> AggregatedGradients:
         task_loss = self.task_loss if self._compile else self.task_loss.walked()
         with self._left_as_found(name, task_loss.map, params, tasks):
-            aggregation, losses = self._engines[name](task_loss, params, tasks, aggregator, draws)
+            aggregation, losses = self._engines[name](task_loss, params, tasks, aggregator)
         aggregator.verify(aggregation)
         return AggregatedGradients(*aggregation, losses=losses, engine=name)
 

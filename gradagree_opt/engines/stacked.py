@@ -85,7 +85,6 @@ def stacked(
     params: PyTree,
     tasks: PyTree,
     aggregator: Aggregator,
-    draws: Float[Tensor, " n"] | None,
     /,
 ) -> tuple[Aggregation, Float[Tensor, " n"]]:
     """Aggregation of n gradients that are held at once, and the losses: n · d extra memory."""
@@ -96,6 +95,5 @@ def stacked(
         gradients,
         signal if tree_leaves(signal) else None,
         nonfinite=~torch.isfinite(losses),
-        draws=draws,
     )
     return aggregation, losses

@@ -7,8 +7,10 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.blocks import or_one
-from gradagree_opt.core.stacks import accumulation_dtype, is_coarse, tree_norm
+from gradagree_opt.core.results import Combine
+from gradagree_opt.core.stacks import PyTree, accumulation_dtype, is_coarse, tree_norm
 from gradagree_opt.loops.graphs import Survey, gradients, stale_graphs, survey
 
 
@@ -90,6 +92,17 @@ class LossGraph:
                 allow_unused=True,
             )
         return self._by_name(found)
+
+    def combined_for(self, aggregator: Aggregator, /) -> Combine:
+        """:meth:`weighted` as an aggregator calls it; the last pass frees what backward() does."""
+        passes = 1 if aggregator.reference is None else 2
+
+        def weighted(weights: Tensor, _: list[int] | None) -> PyTree:
+            nonlocal passes
+            passes -= 1
+            return self.weighted(weights, retain_graph=passes > 0)
+
+        return weighted
 
     def row_sums(self, *, waits: bool) -> tuple[Tensor, Tensor, Tensor]:
         """g_i · Σ_j g_j ``[n]`` in units of scale², the scale, and ‖Σ_j g_j‖.

@@ -265,16 +265,9 @@ class TaskBatch:
             return aggregate_losses(graph, nonfinite, self.aggregator)
         if not self.takes_one_backward:
             return None
-        # What backward() frees is freed by the last pass.
-        passes = 1 if self.aggregator.reference is None else 2
-
-        def weighted(weights: Tensor, _: list[int] | None) -> PyTree:
-            nonlocal passes
-            passes -= 1
-            return graph.weighted(weights, retain_graph=passes > 0)
-
         measured = self.aggregator.measure(signal, nonfinite=nonfinite)
-        return self.aggregator.apply(measured, weighted, signal_is_direction=False)
+        combined = graph.combined_for(self.aggregator)
+        return self.aggregator.apply(measured, combined, signal_is_direction=False)
 
     def _used_parameters(self) -> set[str]:
         """Those that a loss depends on, of any rank's tasks."""

@@ -95,15 +95,14 @@ class MAML:
             return self._run(params, tasks, n, aggregator)
 
     def aggregate_unchecked(
-        self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /, *, draws: Tensor | None
+        self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /
     ) -> Aggregation:
         """:meth:`step` without its checks and its losses: runs under vmap and torch.compile.
 
         Args:
             params, tasks, aggregator: as for :meth:`step`.
-            draws: result of :meth:`Aggregator.draw` for the tasks.
         """
-        return self._run.unchecked(params, tasks, aggregator, draws)
+        return self._run.unchecked(params, tasks, aggregator)
 
     def adapt(self, params: PyTree, support: PyTree, /, *, steps: int | None = None) -> PyTree:
         """Parameters adapted to the support set of one task, in ``steps`` inner steps."""

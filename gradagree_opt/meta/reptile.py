@@ -82,7 +82,7 @@ class Reptile:
             else:  # on one of several ranks
                 displacements = of_no_task(params)
                 losses = tree_leaves(displacements)[0].new_zeros(0)
-            aggregation = self._aggregate(aggregator, displacements, aggregator.draw(n))
+            aggregation = self._aggregate(aggregator.for_batch(n), displacements)
             aggregator.verify(aggregation)
         return MetaStep(*aggregation, losses=losses, engine="stacked")
 
@@ -114,18 +114,17 @@ class Reptile:
             return result
 
     def aggregate_unchecked(
-        self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /, *, draws: Tensor | None
+        self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /
     ) -> Aggregation:
         """:meth:`step` without its checks and its losses: runs under vmap and torch.compile.
 
         Args:
             params, tasks, aggregator: as for :meth:`step`.
-            draws: result of :meth:`Aggregator.draw` for the tasks.
         """
         displacements, _ = self._displacements_by(
             self._map, params, tasks, task_count(tasks, "tasks")
         )
-        return _aggregate(aggregator, displacements, draws)
+        return _aggregate(aggregator, displacements)
 
     def adapt(self, params: PyTree, support: PyTree, /, *, steps: int | None = None) -> PyTree:
         """Parameters adapted to the support set of one task, in ``steps`` inner steps."""
@@ -152,5 +151,5 @@ class Reptile:
         return constants
 
 
-def _aggregate(aggregator: Aggregator, displacements: PyTree, draws: Tensor | None) -> Aggregation:
-    return aggregator.aggregate_unchecked(displacements, draws=draws)
+def _aggregate(aggregator: Aggregator, displacements: PyTree) -> Aggregation:
+    return aggregator.aggregate_unchecked(displacements)

@@ -118,7 +118,7 @@ def test_steps_of_several_problems_at_once_equal_the_loops_over_their_tasks(name
     inputs = [(start, case.tasks) for start, case in zip(starts, cases, strict=True)]
 
     def update(params, tasks):
-        return meta.aggregate_unchecked(params, tasks, rule.aggregator, draws=None).update
+        return meta.aggregate_unchecked(params, tasks, rule.aggregator).update
 
     found = torch.vmap(update)(*tree_map(lambda *leaves: torch.stack(leaves), *inputs))
     for index, (start, case) in enumerate(zip(starts, cases, strict=True)):
