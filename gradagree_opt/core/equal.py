@@ -42,7 +42,7 @@ class EqualWeighting:
         damping = tasks.n * self.damping
         factor = 1 + self.damping
         if self.similarity == "cosine":
-            matrix = tasks.cosines + damping.unsqueeze(-1) * identity
+            matrix = torch.addcmul(tasks.cosines, identity, damping.unsqueeze(-1))
             scores = factor * solve(matrix, tasks.counted.to(matrix))
             return Decision(scores / tasks.norms, scores, tasks.none)
         # D Ĝ D + n λ I = E⁻¹ R E⁻¹ with the norms D and ones on the diagonal of R: no squares of
