@@ -89,10 +89,14 @@ def _visit(thing: object, found: Reached) -> Iterable[object]:
         found.holders.append(thing)  # type: ignore[arg-type] # a deque is as a list here
         held = entries(thing)
         return list(held.values()) if isinstance(held, dict) else held
-    if isinstance(thing, UserList):
-        return (thing.data,)
     if isinstance(thing, tuple | set | frozenset):
         return thing if len(thing) <= MOST else ()
+    return _behind_object(thing, found)
+
+
+def _behind_object(thing: object, found: Reached) -> Iterable[object]:
+    if isinstance(thing, UserList):
+        return (thing.data,)
     state = getattr(thing, "__dict__", None)
     if isinstance(thing, ModuleType) or _is_of_a_library(thing) or not isinstance(state, dict):
         return ()
