@@ -213,6 +213,11 @@ def check_optimizer(optimizer: Any, /) -> None:
             f"expected an optimizer with param_groups and step(), found "
             f"{type(optimizer).__name__}; give one as torch.optim.SGD(model.parameters(), …)"
         )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise TypeError(
+            "expected an optimizer of dense gradients, found SparseAdam; take Adam or SGD, as an "
+            "update is dense, that of a sparse embedding too"
+        )
     for name, parameter in inspect.signature(optimizer.step).parameters.items():
         optional = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         # Where a scheduler has wrapped step, self is among its parameters.
@@ -253,7 +258,6 @@ def weighted_loss(
                 "out of what the optimizer is given"
             )
     for task, loss in enumerate(losses):
-        check_loss(loss, task)
         check_depends(loss, parameters, task, advice="compute it from those of the optimizer")
     values = torch.stack([loss.detach() for loss in losses])
     by_position = {str(position): parameter for position, parameter in enumerate(parameters)}
@@ -296,4 +300,6 @@ def _vector(losses: Losses, *, least: int = 1) -> list[Tensor]:
         raise ValueError(
             "expected at least one task, found no losses; skip the step when there are no tasks"
         )
+    for task, loss in enumerate(each):
+        check_loss(loss, task)
     return each
