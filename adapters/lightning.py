@@ -1,10 +1,19 @@
 """Lightning 2: accumulated training steps as tasks, and a task batch for manual optimization."""
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from gradagree_opt.adapters.lightning_trainer import (
+    accumulates,
+    check_trainer,
+    closes_window,
+    is_a,
+    loss_scale,
+    named,
+    scaler_of,
+    trained,
+)
+from torch import Tensor
 
 from gradagree_opt.annotations import Float
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
@@ -19,8 +28,6 @@ from gradagree_opt.loops.task_batch import TaskBatch
 require("lightning")
 
 import lightning.pytorch as pl  # noqa: E402 - after require, whose error names the install command
-from lightning.pytorch.callbacks import GradientAccumulationScheduler  # noqa: E402
-from lightning.pytorch.strategies import SingleDeviceStrategy  # noqa: E402
 
 __all__ = ["AgreementCallback", "ManualTaskBatch"]
 
@@ -70,12 +77,12 @@ class AgreementCallback(pl.Callback):
                 "expected automatic optimization, found automatic_optimization=False; "
                 "use ManualTaskBatch in training_step"
             )
-        if not _accumulates(trainer):
+        if not accumulates(trainer):
             raise ValueError(
                 "expected accumulate_grad_batches=N with N tasks a step, found 1; "
                 "pass Trainer(accumulate_grad_batches=N)"
             )
-        _check_trainer(trainer, self.aggregator)
+        check_trainer(trainer, self.aggregator)
         n = sum(isinstance(each, AgreementCallback) for each in trainer.callbacks)  # type: ignore[attr-defined]
         if n > 1:
             raise ValueError(
@@ -98,8 +105,8 @@ class AgreementCallback(pl.Callback):
         pl_module: pl.LightningModule,  # noqa: ARG002
         loss: Tensor,
     ) -> None:
-        check_depends(loss, _trained(trainer), len(self._tasks), advice="compute it by the module")
-        for parameter in _trained(trainer):
+        check_depends(loss, trained(trainer), len(self._tasks), advice="compute it by the module")
+        for parameter in trained(trainer):
             check_no_accumulation_hooks(parameter, advice="use ManualTaskBatch")
             parameter.grad = None
 
@@ -112,11 +119,11 @@ class AgreementCallback(pl.Callback):
             )
         gradients = {
             name: parameter.grad.clone()
-            for name, parameter in _named(trainer, pl_module).items()
+            for name, parameter in named(trainer, pl_module).items()
             if parameter.grad is not None
         }
         self._tasks.append(gradients)
-        if _closes_window(trainer):
+        if closes_window(trainer):
             self._aggregate(trainer, pl_module)
             self._window_closed = True
 
@@ -131,16 +138,16 @@ class AgreementCallback(pl.Callback):
             self._aggregate(trainer, pl_module)
 
     def _aggregate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        tasks, scale = self._tasks, _loss_scale(trainer)
+        tasks, scale = self._tasks, loss_scale(trainer)
         # Lightning has divided the loss by N, and a GradScaler has multiplied it.
         factor = trainer.accumulate_grad_batches / scale
         used = {
             name: parameter
-            for name, parameter in _named(trainer, pl_module).items()
+            for name, parameter in named(trainer, pl_module).items()
             if any(name in task for task in tasks)
         }
         stack = {
-            name: torch.stack([task.get(name, torch.zeros_like(p)) for task in tasks]).mul_(factor)
+            name: torch.stack([_take(task, name, p) for task in tasks]).mul_(factor)
             for name, p in used.items()
         }
         result = self.aggregator.aggregate(stack)
@@ -187,17 +194,17 @@ class ManualTaskBatch(TaskBatch):
         memory: Literal["graph", "stream"] = "graph",
         name: str = "agreement",
     ) -> None:
-        if not isinstance(module, pl.LightningModule):
+        if not is_a("LightningModule", module):
             raise TypeError(
-                f"expected a module of lightning.pytorch, found {type(module).__module__}."
-                f"{type(module).__name__}; give self, and a part of it as parameters="
+                f"expected a LightningModule, found {type(module).__name__}; give self, and a part "
+                "of it as parameters="
             )
         if module.automatic_optimization:
             raise ValueError(
                 "expected manual optimization, found automatic_optimization=True; set it to False "
                 "in __init__, or take AgreementCallback"
             )
-        _check_trainer(module.trainer, aggregator)
+        check_trainer(module.trainer, aggregator)
         super().__init__(module if parameters is None else parameters, aggregator, memory=memory)
         self._module = module
         self._name = name
@@ -212,7 +219,7 @@ class ManualTaskBatch(TaskBatch):
         trainer = self._module.trainer
         if loss is not None:
             loss = trainer.precision_plugin.pre_backward(loss, self._module)
-        elif _scaler(trainer) is not None:
+        elif scaler_of(trainer) is not None:
             raise ValueError(
                 "expected a loss under a GradScaler, which has nothing to scale in the Reptile "
                 "form; train with precision='bf16-mixed' or '32-true'"
@@ -231,10 +238,10 @@ class ManualTaskBatch(TaskBatch):
         result = super().backward()
         if total is not None:
             trainer.precision_plugin.post_backward(total, self._module)
-        norm = result.diagnostics.update_norm / _loss_scale(trainer)
+        norm = result.diagnostics.update_norm / loss_scale(trainer)
         _log(self._module, self._name, result.diagnostics._replace(update_norm=norm))
         losses = result.losses
-        return result._replace(losses=None if losses is None else losses / _loss_scale(trainer))
+        return result._replace(losses=None if losses is None else losses / loss_scale(trainer))
 
     def clear(self) -> None:
         """Forgets the tasks added so far, and their graphs."""
@@ -242,61 +249,10 @@ class ManualTaskBatch(TaskBatch):
         self._total = None
 
 
-def _check_trainer(trainer: pl.Trainer, aggregator: Aggregator) -> None:
-    if not isinstance(trainer, pl.Trainer):
-        raise TypeError(
-            f"expected a Trainer of lightning.pytorch, found one of {type(trainer).__module__}; "
-            "import lightning.pytorch as pl throughout"
-        )
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
-        raise ValueError(
-            f"expected one device, found {type(trainer.strategy).__name__}, which averages the "
-            "tasks of several devices by itself; pass Trainer(devices=1, strategy='auto') and all "
-            "the tasks of a step to that one"
-        )
-    if _scaler(trainer) is not None and aggregator.nonfinite != "propagate":
-        raise ValueError(
-            "expected nonfinite='propagate' under a GradScaler, which lowers its scale at every "
-            f"overflow that it sees, found {aggregator.nonfinite!r}; pass it to the aggregator, "
-            "or train with precision='bf16-mixed'"
-        )
-
-
-def _accumulates(trainer: pl.Trainer) -> bool:
-    return trainer.accumulate_grad_batches > 1 or any(
-        isinstance(callback, GradientAccumulationScheduler)
-        and callback.going_to_accumulate_grad_batches()
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-    )
-
-
-def _closes_window(trainer: pl.Trainer) -> bool:
-    """Whether the optimizer steps after this training step: as Lightning decides it."""
-    ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-    last = trainer.is_last_batch or ready == trainer.num_training_batches
-    return last or ready % trainer.accumulate_grad_batches == 0
-
-
-def _trained(trainer: pl.Trainer) -> Iterator[nn.Parameter]:
-    """Parameters of the one optimizer that automatic optimization has."""
-    for group in trainer.optimizers[0].param_groups:
-        yield from group["params"]
-
-
-def _named(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, nn.Parameter]:
-    """The optimizer's parameters by their names in the module, else by their positions."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    return {names.get(id(p), f"parameter {index}"): p for index, p in enumerate(_trained(trainer))}
-
-
-def _scaler(trainer: pl.Trainer) -> Any:
-    """The precision plugin's GradScaler, or None."""
-    return getattr(trainer.precision_plugin, "scaler", None)
-
-
-def _loss_scale(trainer: pl.Trainer) -> float:
-    scaler = _scaler(trainer)
-    return 1.0 if scaler is None else float(scaler.get_scale())
+def _take(task: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
+    """The gradient of a parameter, taken out of its task so that it is held once."""
+    gradient = task.pop(name, None)
+    return torch.zeros_like(parameter) if gradient is None else gradient
 
 
 def _log(module: pl.LightningModule, name: str, diagnostics: Diagnostics) -> None:

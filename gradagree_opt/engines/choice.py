@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ from gradagree_opt.engines.cures import (
     of_the_kernel,
     of_the_map,
     of_the_order,
+    one_of,
+    uncompiled,
 )
 from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import TaskLoss, TaskMap
@@ -172,13 +175,15 @@ class Runner:
             if streams and self.engine == "auto":  # which is left out where all is compiled
                 engines.append("streamed")
             yield Cure("compile=False", partial(run, here, *engines))
-        yield from of_the_map(here.map, lambda task_map: run(replace(here, map=task_map)))
-        if streams:
-            yield Cure(STREAMED, partial(run, here, "streamed"))
-        yield of_the_kernel(partial(run, here))
-        yield from of_the_order(here, run)
+        others = chain(
+            of_the_map(here.map, lambda task_map: run(replace(here, map=task_map))),
+            [Cure(STREAMED, partial(run, here, "streamed"))] * streams,
+            [of_the_kernel(partial(run, here))],
+            of_the_order(here, run),
+        )
+        yield from uncompiled(others) if self._compile else others
         if here.plain_loss is not None:
-            yield of_a_loop(here.plain_loss, params, tasks, self._loop)
+            yield of_a_loop(here.plain_loss, params, one_of(tasks), self._loop)
 
     @property
     def _loop(self) -> str:

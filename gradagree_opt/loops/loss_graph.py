@@ -21,6 +21,7 @@ class LossGraph:
         losses: n scalars.
         parameters: the leaves, by name, that gradients are taken of.
         copies: detached copies of parameters, whose gradients count for these (FOMAML).
+        kept: whether the graphs are to outlive the last pass.
 
     Attributes:
         n: number of tasks.
@@ -33,11 +34,14 @@ class LossGraph:
         losses: Sequence[Tensor],
         parameters: Mapping[str, Tensor],
         copies: Sequence[Mapping[str, Tensor]] = (),
+        *,
+        kept: bool = False,
     ) -> None:
         self.n = len(losses)
         self.params = dict(parameters)
         self.used: set[str] = set()
         self._losses = list(losses)
+        self._kept = kept
         self._places = list(chain(parameters.items(), *(copy.items() for copy in copies)))
         self._tensors = [tensor for _, tensor in self._places]
 
@@ -88,7 +92,7 @@ class LossGraph:
                 self._losses,
                 self._tensors,
                 self._cotangents(weights),
-                retain_graph=retain_graph,
+                retain_graph=retain_graph or self._kept,
                 allow_unused=True,
             )
         return self._by_name(found)

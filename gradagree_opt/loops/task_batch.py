@@ -221,7 +221,9 @@ class TaskBatch:
         own = {n: t for n, t in own.items() if t.requires_grad}
         # A module's own parameters are no copies: they may as well be those of another model.
         copies = {n: t for n, t in own.items() if t.is_leaf and not isinstance(t, nn.Parameter)}
-        if own and not depends(loss, own.values()):
+        # What one vmap has adapted for all tasks is taken apart by views of it.
+        origins = [t._base for t in own.values() if t._base is not None]
+        if own and not depends(loss, [*own.values(), *origins]):
             raise ValueError(
                 f"expected a loss of the adapted parameters, found one for task {len(self)} that "
                 "depends on none of them; add every loss with its own learner, computed after its "

@@ -12,7 +12,9 @@ from gradagree_opt.annotations import Float
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.diagnostics import check_some_task
 from gradagree_opt.core.results import CollectedTasks
-from gradagree_opt.loops.graphs import check_depends, check_loss, gradients
+from gradagree_opt.loops.graphs import check_depends, check_loss
+from gradagree_opt.loops.loss_graph import LossGraph
+from gradagree_opt.loops.multi_task import aggregate_losses
 from gradagree_opt.loops.task_batch import TaskBatch
 from gradagree_opt.one_process import check_one_process
 
@@ -211,6 +213,11 @@ def check_optimizer(optimizer: Any, /) -> None:
             f"expected an optimizer with param_groups and step(), found "
             f"{type(optimizer).__name__}; give one as torch.optim.SGD(model.parameters(), …)"
         )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise TypeError(
+            "expected an optimizer of dense gradients, found SparseAdam; take Adam or SGD, as an "
+            "update is dense, that of a sparse embedding too"
+        )
     for name, parameter in inspect.signature(optimizer.step).parameters.items():
         optional = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         # Where a scheduler has wrapped step, self is among its parameters.
@@ -250,26 +257,26 @@ def weighted_loss(
                 f"{list(parameter.shape)}, frozen, by which TorchOpt would differentiate; leave it "
                 "out of what the optimizer is given"
             )
-    tasks = [_gradients(loss, parameters, task) for task, loss in enumerate(losses)]
-    result = aggregator.aggregate([torch.stack(leaves) for leaves in zip(*tasks, strict=True)])
+    for task, loss in enumerate(losses):
+        check_depends(loss, parameters, task, advice="compute it from those of the optimizer")
+    values = torch.stack([loss.detach() for loss in losses])
+    by_position = {str(position): parameter for position, parameter in enumerate(parameters)}
+    graph = LossGraph(losses, by_position, kept=True)
+    nonfinite = ~torch.isfinite(values)
+    result = aggregate_losses(graph, nonfinite, aggregator)
+    if result is None:
+        each = [graph.gradient(task, retain_graph=True) for task in range(len(losses))]
+        stack = {name: torch.stack([task[name] for task in each]) for name in by_position}
+        result = aggregator.aggregate_unchecked(stack, nonfinite=nonfinite)
+    aggregator.verify(result)
     check_some_task(result.diagnostics, aggregator.nonfinite)
+    result = result._replace(update=[*result.update.values()])
     terms = [weight * loss for weight, loss in zip(result.weights, losses, strict=True)]
     if aggregator.nonfinite == "drop":
         # A dropped task must not reach the shared backward pass: 0 · NaN is NaN there.
         dropped = result.diagnostics.nonfinite.tolist()
         terms = [term for term, out in zip(terms, dropped, strict=True) if not out]
-    values = torch.stack([loss.detach() for loss in losses])
     return torch.stack(terms).sum(), CollectedTasks(*result, values)
-
-
-def _gradients(loss: Tensor, parameters: Sequence[Tensor], task: int) -> list[Tensor]:
-    check_loss(loss, task)
-    check_depends(loss, parameters, task, advice="compute it from those of the optimizer")
-    grads = gradients(loss, parameters, retain_graph=True)
-    return [
-        torch.zeros_like(parameter) if grad is None else grad.detach().to_dense()
-        for parameter, grad in zip(parameters, grads, strict=True)
-    ]
 
 
 def _vector(losses: Losses, *, least: int = 1) -> list[Tensor]:
@@ -293,4 +300,6 @@ def _vector(losses: Losses, *, least: int = 1) -> list[Tensor]:
         raise ValueError(
             "expected at least one task, found no losses; skip the step when there are no tasks"
         )
+    for task, loss in enumerate(each):
+        check_loss(loss, task)
     return each

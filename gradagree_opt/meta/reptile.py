@@ -13,12 +13,20 @@ from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree, task_count
 from gradagree_opt.engines.choice import check_ranks, of_no_task
 from gradagree_opt.engines.compilation import maybe_compiled
-from gradagree_opt.engines.cures import Cure, explaining, few, of_a_loop, of_the_map
+from gradagree_opt.engines.cures import (
+    Cure,
+    explaining,
+    few,
+    of_a_loop,
+    of_the_map,
+    one_of,
+    uncompiled,
+)
 from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskMap, scalar_loss
+from gradagree_opt.meta.adapting import adapt_to
 from gradagree_opt.meta.inner import InnerLoop, watched
 from gradagree_opt.meta.steps import MetaStep, check_tasks
-from gradagree_opt.one_process import check_whole
 
 
 class Reptile:
@@ -99,11 +107,12 @@ class Reptile:
                 self._displacements_by(task_map, params, some, task_count(some, "tasks"))
 
         def cures() -> Iterator[Cure]:
+            others = of_the_map(task_map, run)
             if self._compile:
                 yield Cure("compile=False", partial(run, task_map))
-            yield from of_the_map(task_map, run)
-            support = tasks["support"]
-            yield of_a_loop(self.loss_fn, params, support, without)
+                others = uncompiled(others)
+            yield from others
+            yield of_a_loop(self.loss_fn, params, one_of(tasks["support"]), without)
 
         with (
             explaining("vmap", task_map.at_once(n), task_map.source, cures, without=without),
@@ -127,10 +136,9 @@ class Reptile:
         return _aggregate(aggregator, displacements)
 
     def adapt(self, params: PyTree, support: PyTree, /, *, steps: int | None = None) -> PyTree:
-        """Parameters adapted to the support set of one task, in ``steps`` inner steps."""
-        check_whole(tree_leaves(params))
-        with statistics_refused(), left_as_found((self.loss_fn, self.inner)):
-            return self._adapt(params, support, steps)
+        """Parameters adapted to the support set of one task: see :meth:`MAML.adapt`."""
+        adapt = partial(self._adapt, params, steps=steps)
+        return adapt_to(support, adapt, params, self.loss_fn, (self.loss_fn, self.inner))
 
     def _adapt(self, params: PyTree, support: PyTree, steps: int | None = None) -> PyTree:
         with watched(self.inner):
