@@ -73,7 +73,9 @@ def test_every_page_that_is_listed_is_there(pages: dict[Path, Page], site: Path)
     }
     assert len(expected) > 15 and expected <= set(pages)
     shown = {*DOCS.glob("*.md"), *DOCS.glob("adapters/*.md")}
-    shown.remove(DOCS / "performance.md")  # where the time goes: for who works on the library
+    shown.remove(
+        DOCS / "performance.md"
+    )  # for those who work on the library: CONTRIBUTING links to it
     assert {site / p.relative_to(DOCS).with_suffix(".html") for p in shown} <= expected
 
 

@@ -54,7 +54,8 @@ def _solve(matrix: Tensor, vector: Tensor) -> Tensor:
         solution = torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
     else:
         solution = torch.cholesky_solve(column, factor).squeeze(-1)
-    return solution.masked_fill((info > 0).unsqueeze(-1), torch.nan)
+    known: Tensor = solution.masked_fill((info > 0).unsqueeze(-1), torch.nan)
+    return known
 
 
 def _power(matrix: Tensor, vector: Tensor, exponent: float) -> Tensor:

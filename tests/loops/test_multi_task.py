@@ -83,7 +83,9 @@ def naive(module, scale=1.0):
         torch.autograd.grad(loss, params, retain_graph=True, materialize_grads=True)
         for loss in module.losses(scale)
     ]
-    return torch.stack([torch.cat([leaf.flatten() for leaf in each]).double() for each in grads])
+    # Detached: in torch 2.5 the zeros that autograd puts in for None require a gradient.
+    rows = [torch.cat([leaf.detach().flatten() for leaf in each]).double() for each in grads]
+    return torch.stack(rows)
 
 
 def flat_grad(module):

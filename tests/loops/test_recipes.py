@@ -10,6 +10,10 @@ import gradagree_opt as ga
 X = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.randn(3, 16, 1, generator=torch.Generator().manual_seed(1))
 AGREE = ga.GradientAgreement()
+named_groups = pytest.mark.skipif(
+    torch.torch_version.TorchVersion(torch.__version__) < (2, 6),
+    reason="optimizers take named parameters from torch 2.6 on",
+)
 
 
 class Questions(nn.Module):
@@ -75,6 +79,7 @@ def test_a_hook_of_the_optimizer_clips_the_aggregation(model, kind):
     torch.testing.assert_close([p.detach() for p in model.trunk.parameters()], expected)
 
 
+@named_groups
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
 def test_a_group_added_later_is_weighted_with_the_others(model, kind):
     optimizer = kind(model.trunk.named_parameters(), lr=0.1)
@@ -102,6 +107,7 @@ def test_sum_is_what_a_loop_that_sums_did(model, scale):
     torch.testing.assert_close([p.grad for p in model.parameters()], list(expected))
 
 
+@named_groups
 def test_a_name_that_two_groups_have_is_refused_for_a_scope_by_name(model):
     optimizer = torch.optim.SGD(model.trunk.named_parameters(), lr=0.1)
     tasks = ga.TaskOptimizer(optimizer, ga.GradientAgreement(scope=lambda path: str(path)))
