@@ -16,7 +16,7 @@ from gradagree_opt.core.few_passes import (
     weighted_loss_refusal,
 )
 from gradagree_opt.core.results import Aggregation
-from gradagree_opt.engines.choice import are_large
+from gradagree_opt.engines.candidates import are_large
 from gradagree_opt.engines.streamed import measured_in_two_passes, weighted_sum
 from gradagree_opt.loops.loss_graph import LossGraph
 

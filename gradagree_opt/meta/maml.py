@@ -11,7 +11,8 @@ from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree
-from gradagree_opt.engines.choice import EngineName, Runner
+from gradagree_opt.engines.candidates import EngineName
+from gradagree_opt.engines.choice import Runner
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap, scalar_loss
 from gradagree_opt.meta.adapting import adapt_to
 from gradagree_opt.meta.inner import InnerLoop, InnerSGD, watched

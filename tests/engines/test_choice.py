@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gradagree_opt as ga
-from gradagree_opt.engines import choice
+from gradagree_opt.engines import candidates
 from gradagree_testing.looping import every
 
 from .models import models
@@ -239,7 +239,7 @@ def test_maml_of_many_tasks_in_half_precision_does_not_stall(coarse, chunk_size)
 
 @pytest.mark.parametrize("coarse", ["parameters", "losses"])
 def test_auto_takes_no_row_sums_of_half_precision(coarse, monkeypatch):
-    monkeypatch.setattr(choice, "STACK_BYTES", 0)
+    monkeypatch.setattr(candidates, "STACK_BYTES", 0)
     dtype = torch.bfloat16 if coarse == "parameters" else torch.float32
     tasks = torch.linspace(0.5, 1.5, 24).reshape(8, 3).to(dtype)
     result = ga.aggregate_gradients(
