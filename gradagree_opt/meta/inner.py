@@ -66,8 +66,7 @@ class InnerSGD:
                     f"expected lr to be a number, or tensors like the parameters, found "
                     f"{type(rate).__name__}; give float(lr), or torch.as_tensor(…) for each"
                 )
-        plain = isinstance(lr, float) or not isinstance(lr, Real)
-        self.lr = lr if plain else float(lr)
+        self.lr = float(lr) if isinstance(lr, Real) else lr
         self.steps = steps
         self.batch_size = batch_size
 
