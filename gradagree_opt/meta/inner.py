@@ -66,7 +66,7 @@ class InnerSGD:
                     f"expected lr to be a number, or tensors like the parameters, found "
                     f"{type(rate).__name__}; give float(lr), or torch.as_tensor(…) for each"
                 )
-        self.lr = lr
+        self.lr = float(lr) if isinstance(lr, Real) else lr
         self.steps = steps
         self.batch_size = batch_size
 
@@ -93,7 +93,7 @@ class InnerSGD:
         return params
 
     def _rates(self, params: PyTree) -> PyTree:
-        if isinstance(self.lr, Real) or getattr(self.lr, "ndim", None) == 0:
+        if isinstance(self.lr, float | int) or getattr(self.lr, "ndim", None) == 0:
             rate = self.lr if isinstance(self.lr, Tensor) else float(self.lr)  # NumPy's, too
             return tree_map(lambda _: rate, params)
         if tree_structure(self.lr) != tree_structure(params):
