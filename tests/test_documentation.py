@@ -87,7 +87,9 @@ def test_every_key_of_a_record_is_explained() -> None:
 
 def test_the_page_shows_the_study_of_ones_own_that_the_tests_run() -> None:
     shown = (DOCS / "own_study.yaml").read_text("utf-8")
-    assert f"```yaml\n{shown}```" in (DOCS / "studies.md").read_text("utf-8")
+    page = (DOCS / "studies.md").read_text("utf-8")
+    assert f"```yaml\n{shown}```" in page
+    assert f"```python\n{(DOCS / 'own_study.py').read_text('utf-8')}```" in page
 
 
 @pytest.mark.parametrize(
