@@ -7,9 +7,10 @@ from gradagree_opt.adapters.lightning_trainer import (
     accumulates,
     check_trainer,
     closes_window,
+    is_a,
     loss_scale,
     named,
-    scaler,
+    scaler_of,
     trained,
 )
 from torch import Tensor, nn
@@ -156,10 +157,10 @@ class AgreementCallback(pl.Callback):
         parameters = named(trainer, pl_module)
         with self.aggregator.step_of_ranks():
             # Lightning has divided the loss by N, and a GradScaler has multiplied it.
-            stack = self._stack(parameters, trainer.accumulate_grad_batches / scale)
+            names = {name for task in self._tasks for name in task}
+            stack = self._stack(parameters, names, trainer.accumulate_grad_batches / scale)
             result = self.aggregator.aggregate(stack)
             check_some_task(result.diagnostics, self.aggregator.nonfinite)
-            names = {name for task in self._tasks for name in task}
             used = used_on_any_rank(self.aggregator, parameters, names)
         for name, parameter in used.items():
             parameter.grad = result.update[name] * scale
@@ -169,13 +170,15 @@ class AgreementCallback(pl.Callback):
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model.require_forward_param_sync = True  # buffers are sent once a step, as without us
 
-    def _stack(self, parameters: dict[str, nn.Parameter], factor: float) -> dict[str, Tensor]:
+    def _stack(
+        self, parameters: dict[str, nn.Parameter], used: set[str], factor: float
+    ) -> dict[str, Tensor]:
         """The gradients of the window; of all parameters where another rank may use them."""
-        tasks = self._tasks
+        over_ranks = self.aggregator.ranks is not None
         return {
-            name: torch.stack([task.get(name, torch.zeros_like(p)) for task in tasks]).mul_(factor)
+            name: torch.stack([_take(task, name, p) for task in self._tasks]).mul_(factor)
             for name, p in parameters.items()
-            if self.aggregator.ranks is not None or any(name in task for task in tasks)
+            if over_ranks or name in used
         }
 
     def _forget(self) -> None:
@@ -215,10 +218,10 @@ class ManualTaskBatch(TaskBatch):
         memory: Literal["graph", "stream"] = "graph",
         name: str = "agreement",
     ) -> None:
-        if not isinstance(module, pl.LightningModule):
+        if not is_a("LightningModule", module):
             raise TypeError(
-                f"expected a module of lightning.pytorch, found {type(module).__module__}."
-                f"{type(module).__name__}; give self, and a part of it as parameters="
+                f"expected a LightningModule, found {type(module).__name__}; give self, and a part "
+                "of it as parameters="
             )
         if module.automatic_optimization:
             raise ValueError(
@@ -240,7 +243,7 @@ class ManualTaskBatch(TaskBatch):
         trainer = self._module.trainer
         if loss is not None:
             loss = trainer.precision_plugin.pre_backward(loss, self._module)
-        elif scaler(trainer) is not None:
+        elif scaler_of(trainer) is not None:
             raise ValueError(
                 "expected a loss under a GradScaler, which has nothing to scale in the Reptile "
                 "form; train with precision='bf16-mixed' or '32-true'"
@@ -268,6 +271,12 @@ class ManualTaskBatch(TaskBatch):
         """Forgets the tasks added so far, and their graphs."""
         super().clear()
         self._total = None
+
+
+def _take(task: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
+    """The gradient of a parameter, taken out of its task so that it is held once."""
+    gradient = task.pop(name, None)
+    return torch.zeros_like(parameter) if gradient is None else gradient
 
 
 def _log(module: pl.LightningModule, name: str, diagnostics: Diagnostics) -> None:

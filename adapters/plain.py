@@ -82,8 +82,9 @@ def train(
     by_path = dict(zip(leaf_paths(params), leaves, strict=True))
     for path, leaf in by_path.items():
         if not leaf.requires_grad:
+            found = repr(path) if path else "one"
             raise ValueError(
-                f"expected params that require a gradient, found {path or 'one'!r} frozen; keep it "
+                f"expected params that require a gradient, found {found} frozen; keep it "
                 "out of params and let loss_fn add it, or call requires_grad_() to train it"
             )
     trained(by_path)  # raises where one is tied to another

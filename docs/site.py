@@ -71,7 +71,8 @@ def on_page_markdown(markdown: str, *, page: Any, files: Files, **_: Any) -> str
         place = pages.get(path, path.removeprefix("docs/"))
         if path == "docs/tour.py":
             place = "tour.md"
-        if files.get_file_from_path(place) is None:
+        shown = files.get_file_from_path(place)
+        if shown is None or shown.inclusion.is_excluded():
             assert (ROOT / path).exists(), f"{source} links to {path}, which is not there"
             return text
         relative = posixpath.relpath(place, posixpath.dirname(here) or ".")

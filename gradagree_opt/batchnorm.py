@@ -76,9 +76,11 @@ def statistics_refused() -> Iterator[None]:
         yield
     except RuntimeError as error:
         message = str(error)
-        if isinstance(error, ChangedBufferError) or isinstance(error.__cause__, ChangedBufferError):
+        # What explains it advises a loop, as this does.
+        changed = error if isinstance(error, ChangedBufferError) else error.__cause__
+        if isinstance(changed, ChangedBufferError):
             raise ValueError(
-                f"expected a model that changes no buffer, found {error}; call eval() on the "
+                f"expected a model that changes no buffer, found {changed}; call eval() on the "
                 "module that does, if it changes it in training alone, or loop with TaskBatch"
             ) from error
         if "mutate a captured Tensor" in message or "will be updated in place" in message:

@@ -87,13 +87,18 @@ def test_every_key_of_a_record_is_explained() -> None:
 
 def test_the_page_shows_the_study_of_ones_own_that_the_tests_run() -> None:
     shown = (DOCS / "own_study.yaml").read_text("utf-8")
-    assert f"```yaml\n{shown}```" in (DOCS / "studies.md").read_text("utf-8")
+    page = (DOCS / "studies.md").read_text("utf-8")
+    assert f"```yaml\n{shown}```" in page
+    assert f"```python\n{(DOCS / 'own_study.py').read_text('utf-8')}```" in page
 
 
-def test_every_test_that_a_page_names_is_there() -> None:
-    page = (DOCS / "equal-agreement.md").read_text("utf-8")
-    tests = (ROOT / "tests/core/test_equal_agreement.py").read_text("utf-8")
-    named = re.findall(r"`(test_\w+)`", page)
+@pytest.mark.parametrize(
+    ("page", "folder"), [("equal-agreement.md", "core"), ("mathematics.md", ".")]
+)
+def test_every_test_that_a_page_names_is_there(page: str, folder: str) -> None:
+    sources = (ROOT / "tests" / folder).rglob("test_*.py")
+    tests = "".join(source.read_text("utf-8") for source in sources)
+    named = re.findall(r"`(test_\w+)`", (DOCS / page).read_text("utf-8"))
     assert len(named) > 10
     assert [name for name in named if f"def {name}(" not in tests] == []
 

@@ -8,7 +8,7 @@ from torch.nn.functional import dropout
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gradagree_opt as ga
-from gradagree_opt.engines import choice
+from gradagree_opt.engines import candidates
 from gradagree_testing.looping import every
 
 from .engines.models import models
@@ -241,7 +241,7 @@ def test_too_many_tasks_for_the_memory_are_told_the_chunk_size():
 
 
 def test_auto_goes_on_where_the_memory_does_not_suffice(monkeypatch):
-    monkeypatch.setattr(choice, "GPU_STACK_BYTES", 2**62)
+    monkeypatch.setattr(candidates, "GPU_STACK_BYTES", 2**62)
     params = torch.ones(2**28, device="cuda")
     tasks = torch.ones(600, 1, device="cuda")
     result = ga.aggregate_gradients(lambda w, x: (w * x).sum(), params, tasks, ga.Mean())

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 import gradagree_opt as ga
+from gradagree_testing.browser import EXECUTABLE, Browser
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -73,7 +74,9 @@ def test_every_page_that_is_listed_is_there(pages: dict[Path, Page], site: Path)
     }
     assert len(expected) > 15 and expected <= set(pages)
     shown = {*DOCS.glob("*.md"), *DOCS.glob("adapters/*.md")}
-    shown.remove(DOCS / "performance.md")  # where the time goes: for who works on the library
+    shown.remove(
+        DOCS / "performance.md"
+    )  # for those who work on the library: CONTRIBUTING links to it
     assert {site / p.relative_to(DOCS).with_suffix(".html") for p in shown} <= expected
 
 
@@ -129,6 +132,27 @@ def test_every_group_of_messages_has_some_and_every_file_a_group() -> None:
     assert titles == {each["title"] for each in TROUBLES["GROUPS"]}
     with pytest.raises(LookupError, match=r"new\.py"):
         TROUBLES["group"]("new.py")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium to look at the site with")
+def test_every_page_fits_a_desk_and_a_phone_in_both_themes_and_asks_for_nothing_else(
+    pages: dict[Path, Page], tmp_path: Path
+) -> None:
+    with Browser(tmp_path) as browser:
+        for width, scheme, palette in ((1280, "light", "default"), (360, "dark", "slate")):
+            browser.emulate(width=width, height=800, scheme=scheme)
+            for path in sorted(pages):
+                browser.open(path)
+                browser.evaluate("localStorage.clear()")  # where a theme is remembered
+                root = "document.documentElement"
+                spare = browser.evaluate(f"{root}.clientWidth - {root}.scrollWidth")
+                requests = [e for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+                urls = [each["params"]["request"]["url"] for each in requests]
+                assert spare == 0, f"{path.name} is wider than {width} px"
+                assert all(url.startswith(("file:", "data:")) for url in urls), path.name
+                shown = browser.evaluate("document.body.dataset.mdColorScheme")
+                assert shown == palette, f"{path.name}: {shown}"
 
 
 @pytest.mark.slow

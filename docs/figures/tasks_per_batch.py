@@ -20,6 +20,7 @@ STUDIES = {
     5: "tasks-per-batch-5",
     10: "tasks-per-batch",
     25: "tasks-per-batch-25",
+    50: "tasks-per-batch-50",
 }
 METHODS = {
     "mean": INK,

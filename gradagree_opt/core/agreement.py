@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Float
-from gradagree_opt.core.aggregation import AN_AGGREGATOR, Aggregator, Nonfinite
+from gradagree_opt.core.aggregation import Aggregator
+from gradagree_opt.core.pipeline import Nonfinite
 from gradagree_opt.core.scopes import Scope
 from gradagree_opt.core.stacks import PyTree, check_stack
 from gradagree_opt.core.statistics import Statistics
@@ -137,8 +138,6 @@ class GradientAgreement(Aggregator):
         degenerate: Literal["uniform", "zero", "raise"] = "uniform",
         nonfinite: Nonfinite = "raise",
     ) -> None:
-        if not isinstance(match_norm, Aggregator):
-            check_choice("match_norm", match_norm, (None, "mean"), AN_AGGREGATOR)
         weighting = AgreementWeighting(
             similarity=similarity,
             include_self=include_self,

@@ -1,6 +1,6 @@
 """Apply: Σ_i w_i · row i of a task-stacked pytree, and its norm."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,54 +10,78 @@ from gradagree_opt.annotations import Float
 from gradagree_opt.core.blocks import column_blocks, rows
 from gradagree_opt.core.devices import fused_kernels
 from gradagree_opt.core.results import Combine, Measured
-from gradagree_opt.core.stacks import PyTree, full_precision, leaves_of, like, tree_norm
+from gradagree_opt.core.stacks import (
+    PyTree,
+    full_precision,
+    is_coarse,
+    leaves_of,
+    like,
+    tree_norm,
+)
 
 
 def with_norm(
-    combine_directions: Combine, measured: Measured
-) -> Callable[[Tensor], tuple[PyTree, Tensor]]:
-    """From weights to the update and its norm, which a stack's combination tells along with it."""
-
-    def combined(weights: Tensor) -> tuple[PyTree, Tensor]:
-        if hasattr(combine_directions, "and_norm"):
-            together: tuple[PyTree, Tensor] = combine_directions.and_norm(weights, measured.groups)
-            return together
-        update = combine_directions(weights, measured.groups)
-        return update, tree_norm(update, scaled=measured.scaled)
-
-    return combined
+    combine_directions: Combine, weights: Float[Tensor, "*groups n"], measured: Measured, /
+) -> tuple[PyTree, Float[Tensor, ""]]:
+    """The update of these weights and its norm, which a combination may tell along with it."""
+    if hasattr(combine_directions, "and_norm"):
+        together: tuple[PyTree, Tensor] = combine_directions.and_norm(weights, measured)
+        return together
+    update = combine_directions(weights, measured.groups)
+    return update, tree_norm(update, scaled=measured.scaled)
 
 
 @dataclass(frozen=True)
 class Combination:
-    """Σ_i w_i · row i of a task-stacked pytree as a function of the weights, and its norm.
-
-    ``scaled``: of the norm, as in :func:`tree_norm`.
-    """
+    """Σ_i w_i · row i of a task-stacked pytree as a function of the weights, and its norm."""
 
     stack: PyTree
-    scaled: bool
 
     def __call__(
         self, weights: Float[Tensor, "*groups n"], groups: Sequence[int] | None, /
     ) -> PyTree:
         """:func:`combine` of the stack."""
-        return self.and_norm(weights, groups)[0]
+        leaves = leaves_of(self.stack)
+        if kernels := fused_kernels(leaves):
+            return like(self.stack, kernels.combine(leaves, weights, groups)[0])
+        return combine(self.stack, weights, groups)
 
     def wide(self, weights: Float[Tensor, "*groups n"], groups: Sequence[int] | None, /) -> PyTree:
         """:func:`combine` of the stack, in what it is accumulated in: as a part of a larger sum."""
+        if not is_coarse(leaves_of(self.stack)):
+            return self(weights, groups)
         return combine(self.stack, weights, groups, wide=True)
 
     def and_norm(
-        self, weights: Float[Tensor, "*groups n"], groups: Sequence[int] | None, /
+        self, weights: Float[Tensor, "*groups n"], measured: Measured, /
     ) -> tuple[PyTree, Float[Tensor, ""]]:
         """:func:`combine` of the stack and :func:`tree_norm` of that, in one launch on a GPU."""
         leaves = leaves_of(self.stack)
         if kernels := fused_kernels(leaves):
-            sums, norm = kernels.combine(leaves, weights, groups)
+            sums, norm = kernels.combine(leaves, weights, measured.groups)
             return like(self.stack, sums), norm
-        update = combine(self.stack, weights, groups)
-        return update, tree_norm(update, scaled=self.scaled)
+        update = combine(self.stack, weights, measured.groups)
+        return update, tree_norm(update, scaled=measured.scaled)
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A combination whose norm takes one read of the update where that is enough.
+
+    To learn whether it is, the host waits for the device.
+    """
+
+    combine_directions: Combine
+
+    def __call__(self, weights: Float[Tensor, "*groups n"], groups: list[int] | None, /) -> PyTree:
+        return self.combine_directions(weights, groups)
+
+    def and_norm(
+        self, weights: Float[Tensor, "*groups n"], measured: Measured, /
+    ) -> tuple[PyTree, Float[Tensor, ""]]:
+        update = self(weights, measured.groups)
+        norm = tree_norm(update, scaled=False)
+        return update, norm if torch.isfinite(norm) else tree_norm(update)
 
 
 def combine(

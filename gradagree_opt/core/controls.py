@@ -5,8 +5,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from gradagree_opt.core.aggregation import AN_AGGREGATOR, Aggregator, Nonfinite
+from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.agreement import GradientAgreement
+from gradagree_opt.core.matching import AN_AGGREGATOR
+from gradagree_opt.core.pipeline import Nonfinite
 from gradagree_opt.core.scopes import Scope
 from gradagree_opt.core.statistics import Statistics
 from gradagree_opt.core.weightings import Decision, Need, UniformWeighting, plain_decision, uniform

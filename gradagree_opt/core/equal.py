@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Bool, Float
-from gradagree_opt.core.aggregation import Aggregator, Nonfinite
+from gradagree_opt.core.aggregation import Aggregator
+from gradagree_opt.core.pipeline import Nonfinite
 from gradagree_opt.core.positive_definite import power, solve
 from gradagree_opt.core.scopes import Scope
 from gradagree_opt.core.statistics import Statistics
@@ -41,7 +42,7 @@ class EqualWeighting:
         damping = tasks.n * self.damping
         factor = 1 + self.damping
         if self.similarity == "cosine":
-            matrix = tasks.cosines + damping.unsqueeze(-1) * identity
+            matrix = torch.addcmul(tasks.cosines, identity, damping.unsqueeze(-1))
             scores = factor * solve(matrix, tasks.counted.to(matrix))
             return Decision(scores / tasks.norms, scores, tasks.none)
         # D Ĝ D + n λ I = E⁻¹ R E⁻¹ with the norms D and ones on the diagonal of R: no squares of

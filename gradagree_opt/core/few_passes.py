@@ -6,13 +6,16 @@ of the weighted loss, once the weights are known; and the row sums s = J (Jᵀ 1
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.agreement import AgreementWeighting
+from gradagree_opt.core.combination import Waiting
 from gradagree_opt.core.results import Aggregation, Combine, Measured
+from gradagree_opt.core.stacks import tree_norm
 from gradagree_opt.core.statistics import Statistics
+from gradagree_opt.core.weightings import Decision
 
 
 def weighted_loss_refusal(aggregator: Aggregator, /) -> str | None:
@@ -47,7 +50,7 @@ def measured_by(
     row_sums: Float[Tensor, " n"],
     scale: Float[Tensor, ""],
     nonfinite: Bool[Tensor, " n"],
-    draws: Float[Tensor, " n"] | None,
+    aggregator: Aggregator,
     /,
 ) -> Measured:
     """What is known of signals whose norms are not.
@@ -56,8 +59,9 @@ def measured_by(
         row_sums: in units of scale²; NaN where no weighting reads them.
         scale: power of two or not, positive.
         nonfinite: the tasks whose loss is not finite.
-        draws: result of :meth:`Aggregator.draw`.
+        aggregator: that weights them.
     """
+    draws = aggregator.for_batch(len(row_sums)).drawn
     statistics = Statistics(
         row_sums=row_sums,
         squared_norms=None,
@@ -68,26 +72,6 @@ def measured_by(
         draws=None if draws is None else draws.to(row_sums),
     )
     return Measured(statistics, nonfinite, None)
-
-
-def apply_unscaled(
-    aggregator: Aggregator, measured: Measured, combine_directions: Combine, /, *, waits: bool
-) -> Aggregation:
-    """:meth:`Aggregator.apply`, the norm of the update in one read of it where that is enough.
-
-    Args:
-        aggregator: what weights the tasks.
-        measured: what is known of the signals, which are the directions.
-        combine_directions: linear map from weights to Σ_i w_i g_i.
-        waits: whether the host may wait for the device to learn whether it is enough.
-    """
-    if not waits or aggregator.reference is not None:
-        return aggregator.apply(measured, combine_directions, signal_is_direction=True)
-    plain = measured._replace(scaled=False)
-    result = aggregator.apply(plain, combine_directions, signal_is_direction=True)
-    if torch.isfinite(result.diagnostics.update_norm):
-        return result
-    return aggregator.apply(measured, lambda *_: result.update, signal_is_direction=True)
 
 
 def apply_row_sums(
@@ -113,25 +97,35 @@ def apply_row_sums(
         eps: to which the gradients are rounded.
         waits: whether the host may wait for the device to save what is not needed.
     """
-    row_sums = measured.statistics.row_sums
-    aggregation = apply_unscaled(aggregator, measured, combine_directions, waits=waits)
-    rounding = 8 * eps * row_sums.shape[-1] ** 1.5
-    size = aggregation.weights.abs().sum()  # 1, unless the update has another one's length
-    cancelled = norm * size <= rounding * aggregation.diagnostics.update_norm
+    if waits:
+        combine_directions = Waiting(combine_directions)
+    decided = aggregator.decide(measured, signal_is_direction=True)
+    update, length, decided = aggregator.combine(measured, decided, combine_directions)
+    if length is None:
+        length = tree_norm(update)
+    statistics, decision = measured.statistics, decided.decision
+    size = decision.weights.abs().sum()  # 1, unless the update has another one's length
+    rounding = 8 * eps * statistics.row_sums.shape[-1] ** 1.5
+    cancelled = norm * size <= rounding * length
     if waits and not cancelled:
-        return aggregation
-    nothing = measured.statistics._replace(row_sums=torch.zeros_like(row_sums))
-    fallback = aggregator.apply(
-        measured._replace(statistics=nothing),
-        lambda weights, _: weights.new_zeros(1),
-        signal_is_direction=True,
-    )
-    degenerate = cancelled & fallback.diagnostics.degenerate
-    rest = tree_map(
-        lambda a, b: torch.where(degenerate, a, b), tuple(fallback[1:]), tuple(aggregation[1:])
-    )
-    leaves, structure = tree_flatten(aggregation.update)
-    del aggregation
+        return aggregator.answer(measured, decided, update, length)
+    nothing = statistics._replace(row_sums=torch.zeros_like(statistics.row_sums))
+    without = aggregator.decide(measured._replace(statistics=nothing), signal_is_direction=True)
+    degenerate = cancelled & without.decision.degenerate
+
+    def unless_degenerate(value: Tensor) -> Tensor:
+        return torch.where(degenerate, value.new_zeros(()), value)
+
+    leaves, structure = tree_flatten(update)
+    del update
     for index, leaf in enumerate(leaves):  # each in the memory that the one before it has left
-        leaves[index] = torch.where(degenerate, leaf.new_zeros(()), leaf)
-    return Aggregation(tree_unflatten(leaves, structure), *rest)
+        leaves[index] = unless_degenerate(leaf)
+    row_sums = unless_degenerate(statistics.row_sums)
+    pairs = zip(without.decision, decision, strict=True)
+    decision = Decision(*[torch.where(degenerate, a, b) for a, b in pairs])
+    return aggregator.answer(
+        measured._replace(statistics=statistics._replace(row_sums=row_sums)),
+        decided._replace(decision=decision),
+        tree_unflatten(leaves, structure),
+        unless_degenerate(length),
+    )

@@ -113,13 +113,14 @@ def _inner_products(leaves: Sequence[Tensor], *, scaled: bool) -> tuple[Tensor |
 
     The units are powers of two, 0 for a zero signal; None, for 1, without scaling.
     """
-    dtype = accumulation_dtype(leaves)
-    units = leaves[0].new_zeros(leaves[0].shape[0], dtype=dtype)
-    products = torch.outer(units, units)
+    dtype, n = accumulation_dtype(leaves), leaves[0].shape[0]
     if not scaled:
+        total = None
         for block in blocks_of_all(leaves, dtype):
-            products = torch.addmm(products, block, block.T)
-        return None, products
+            total = block @ block.T if total is None else torch.addmm(total, block, block.T)
+        return None, leaves[0].new_zeros(n, n, dtype=dtype) if total is None else total
+    units = leaves[0].new_zeros(n, dtype=dtype)
+    products = torch.outer(units, units)
     for scales, blocks in row_unit_parts(leaves, dtype):
         largest = torch.maximum(units, scales)
         before, now = units / or_one(largest), scales / or_one(largest)

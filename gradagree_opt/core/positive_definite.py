@@ -15,7 +15,9 @@ from gradagree_opt.core.blocks import or_one
 
 def diagonal(matrix: Float[Tensor, "*groups n n"], /) -> Float[Tensor, "*groups n"]:
     """The entries on the diagonal."""
-    # Tensor.diagonal compiles with a warning: inductor calls what torch deprecates (torch 2.14).
+    if not torch.compiler.is_compiling():
+        return matrix.diagonal(dim1=-2, dim2=-1)
+    # Which compiles with a warning: inductor calls what torch deprecates (torch 2.14).
     index = torch.arange(matrix.shape[-1], device=matrix.device)
     return matrix[..., index, index]
 
@@ -52,7 +54,8 @@ def _solve(matrix: Tensor, vector: Tensor) -> Tensor:
         solution = torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
     else:
         solution = torch.cholesky_solve(column, factor).squeeze(-1)
-    return torch.where((info > 0).unsqueeze(-1), torch.nan, solution)
+    known: Tensor = solution.masked_fill((info > 0).unsqueeze(-1), torch.nan)
+    return known
 
 
 def _power(matrix: Tensor, vector: Tensor, exponent: float) -> Tensor:

@@ -9,6 +9,7 @@ from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.core.diagnostics import Diagnostics
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.core.statistics import Statistics
+from gradagree_opt.core.weightings import Decision
 
 Combine = Callable[[Tensor, list[int] | None], PyTree]
 """From weights ``[n]``, or ``[groups, n]`` and the group of each leaf, to Σ_i w_i · direction_i."""
@@ -58,3 +59,15 @@ class Measured(NamedTuple):
     groups: list[int] | None
     scaled: bool = True
     own: slice | None = None
+
+
+class Decided(NamedTuple):
+    """What was decided of a batch.
+
+    ``reference``: of the method whose length the update gets, or None.
+    ``signal_is_direction``: the directions are what was measured.
+    """
+
+    decision: Decision
+    reference: Decision | None
+    signal_is_direction: bool

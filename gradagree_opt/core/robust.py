@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Float
-from gradagree_opt.core.aggregation import Aggregator, Nonfinite
+from gradagree_opt.core.aggregation import Aggregator
+from gradagree_opt.core.pipeline import Nonfinite
 from gradagree_opt.core.positive_definite import diagonal
 from gradagree_opt.core.scopes import Scope
 from gradagree_opt.core.statistics import Statistics

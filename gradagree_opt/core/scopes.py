@@ -1,6 +1,6 @@
 """Which leaves share one weight a task: all of them, each by itself, or groups by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_structure
 
 from gradagree_opt.annotations import Bool
 from gradagree_opt.core.measuring import measure, measure_groups
-from gradagree_opt.core.stacks import PyTree, check_stack, leaf_paths, leaves_of
+from gradagree_opt.core.stacks import PyTree, check_stack, leaf_paths
 from gradagree_opt.core.statistics import Statistics
 
 Scope = Literal["global", "leaf"] | Callable[[str], str]
@@ -48,7 +48,7 @@ def check_signal(signal: PyTree, directions: PyTree, n: int, scope: Scope, /) ->
 
 
 def measure_by_group(
-    signal: PyTree,
+    leaves: Sequence[Tensor],
     groups: list[int] | None,
     active: Bool[Tensor, " n"],
     needs: frozenset[str],
@@ -56,16 +56,15 @@ def measure_by_group(
     *,
     scaled: bool,
 ) -> Statistics:
-    """Statistics of a task-stacked signal, one row for each group where there are groups.
+    """Statistics of task-stacked signals, one row for each group where there are groups.
 
     Args:
-        signal: task-stacked pytree.
+        leaves: task-stacked tensors without a graph.
         groups: result of :func:`group_indices`.
         active: the tasks that may get a weight.
         needs: names of the optional statistics.
         scaled: as in :func:`~gradagree_opt.core.measuring.measure`.
     """
-    leaves = [leaf.detach() for leaf in leaves_of(signal)]
     if groups is None:
         return measure(leaves, active, needs, scaled=scaled)
     members: list[list[Tensor]] = [[] for _ in range(max(groups) + 1)]

@@ -112,7 +112,7 @@ def of_products(
         row_sums=_row_sums(gramian, eps),
         squared_norms=squared_norms,
         cosine_row_sums=_row_sums(cosines, eps) if of_cosines else None,
-        finite=torch.isfinite(lengths),
+        finite=lengths < torch.inf,
         active=active,
         scale=scale,
         gramian=gramian,
@@ -131,14 +131,15 @@ def relative_norms_of(
     By ratios alone: the norms themselves may overflow, or vanish beside a larger one.
     """
     counted = active & (lengths != 0)
-    places = counted.sum() + torch.arange(-1, 1, device=lengths.device)
-    sizes = lengths if units is None else units.log2() + lengths.log2()
+    places = (counted.sum() + torch.arange(-1, 1, device=lengths.device)).clamp(min=0) // 2
+    if units is None:  # of lengths in range
+        ordered = lengths.masked_fill(~counted, torch.inf).sort().values
+        return lengths / or_one(ordered[places].mean())
+    sizes = units.log2() + lengths.log2()
     order = sizes.masked_fill(~counted, torch.inf).argsort()
-    middle = order[places.clamp(min=0) // 2]  # two, or one twice
+    middle = order[places]  # two, or one twice
     upper = middle[1:]
-    norms = lengths / or_one(lengths[upper])
-    if units is not None:
-        norms = units / or_one(units[upper]) * norms
+    norms = units / or_one(units[upper]) * (lengths / or_one(lengths[upper]))
     return norms / or_one(norms[middle].mean())
 
 

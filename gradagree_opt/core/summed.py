@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from gradagree_opt.core.combination import Combination
-from gradagree_opt.core.results import Combine
+from gradagree_opt.core.results import Combine, Measured
 from gradagree_opt.core.stacks import PyTree, accumulation_dtype, leaves_of, like
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Summed:
         ]
         return like(update, shaped)
 
-    def and_norm(self, weights: Tensor, groups: list[int] | None, /) -> tuple[PyTree, Tensor]:
+    def and_norm(self, weights: Tensor, measured: Measured, /) -> tuple[PyTree, Tensor]:
         """The update, and its norm over all parts of it."""
-        update = self(weights, groups)
+        update = self(weights, measured.groups)
         return update, self._ranks.shards.norm([leaf.unsqueeze(0) for leaf in leaves_of(update)])

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from gradagree_opt.annotations import Float
 from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.diagnostics import Diagnostics
 from gradagree_opt.core.results import Aggregation
-from gradagree_opt.core.stacks import PyTree, is_coarse, task_count
+from gradagree_opt.core.stacks import PyTree, task_count
+from gradagree_opt.engines.candidates import ENGINES, EngineName, candidates
 from gradagree_opt.engines.compilation import maybe_compiled
 from gradagree_opt.engines.cures import (
     Cure,
@@ -24,36 +26,16 @@ from gradagree_opt.engines.cures import (
     of_the_kernel,
     of_the_map,
     of_the_order,
+    one_of,
+    uncompiled,
 )
 from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import TaskLoss, TaskMap
-from gradagree_opt.engines.matrix_free import matrix_free, matrix_free_refusal
-from gradagree_opt.engines.one_backward import one_backward, one_backward_refusal
 from gradagree_opt.engines.random_state import draws_of_each_task
-from gradagree_opt.engines.stacked import stacked
-from gradagree_opt.engines.streamed import streamed, streamed_refusal
 from gradagree_opt.one_process import check_one_process
 from gradagree_opt.options import check_choice
 
-EngineName = Literal["auto", "stacked", "streamed", "matrix_free", "one_backward"]
-
-Engine = Callable[..., tuple[Aggregation, Tensor]]
-
-ENGINES: dict[str, Engine] = {
-    "stacked": stacked,
-    "streamed": streamed,
-    "matrix_free": matrix_free,
-    "one_backward": one_backward,
-}
-
 STREAMED = "engine='streamed'"
-
-IN_FLOAT32 = ("stacked", "streamed")
-"""Those that add over the tasks in float32 whatever the parameters are."""
-STACK_BYTES = 2**24
-"""Size of all gradients together from which on not to hold them is faster as well."""
-GPU_STACK_BYTES = 2**30
-"""The same on a GPU, roughly: at 0.7 GiB, holding them took 0.6 of the time."""
 
 
 class AggregatedGradients(NamedTuple):
@@ -113,8 +95,8 @@ class Runner:
         self._failed: set[str] = set()
         self._tried: set[str] = set()
         self._engines = {
-            name: maybe_compiled(partial(_constants, function), compile and name != "streamed")
-            for name, function in ENGINES.items()
+            name: maybe_compiled(partial(_constants, each.run), compile and name != "streamed")
+            for name, each in ENGINES.items()
         }
 
     def __call__(
@@ -130,17 +112,18 @@ class Runner:
         check_ranks(params, aggregator, self._compile)
         if n == 0:
             return self._of_no_task(params, aggregator)
-        draws = aggregator.draw(n)
+        aggregator = aggregator.for_batch(n)
         *others, last = self._candidates(self.task_loss, params, n, aggregator)
         for name in others:
             try:
-                return self._run(name, params, tasks, aggregator, draws)
+                return self._run(name, params, tasks, aggregator)
             except RuntimeError:
                 if aggregator.ranks is not None and aggregator.ranks.joined:
                     raise  # no second try once the ranks have met
                 if self._compile:  # to try again would be to compile again
                     self._failed.add(name)
-        streams = streamed_refusal(aggregator, self.task_loss) is None and last != "streamed"
+        refusal = ENGINES["streamed"].refusal(aggregator, self.task_loss)
+        streams = refusal is None and last != "streamed"
         without = STREAMED if streams else self._loop
         with explaining(
             f"engine={last!r}",
@@ -149,23 +132,22 @@ class Runner:
             lambda: self._cures(params, few(tasks), aggregator, streams),
             without="compile=False" if self._compile else without,
         ):
-            return self._run(last, params, tasks, aggregator, draws)
+            return self._run(last, params, tasks, aggregator)
 
     def _cures(
         self, params: PyTree, tasks: PyTree, aggregator: Aggregator, streams: bool
     ) -> Iterator[Cure]:
         """What may run the model where the last engine does not, the best first."""
         n = task_count(tasks, "tasks")
-        aggregator = aggregator.of_one_process()
-        draws = aggregator.draw(n)
+        aggregator = aggregator.of_one_process().for_batch(n)
 
         def run(task_loss: TaskLoss, *engines: str) -> None:
             *others, final = engines or self._candidates(task_loss, params, n, aggregator)
             for name in others:
                 with suppress(RuntimeError):
-                    self._try(name, task_loss, params, tasks, aggregator, draws)
+                    self._try(name, task_loss, params, tasks, aggregator)
                     return
-            self._try(final, task_loss, params, tasks, aggregator, draws)
+            self._try(final, task_loss, params, tasks, aggregator)
 
         here = self.task_loss
         if self._compile:
@@ -173,13 +155,15 @@ class Runner:
             if streams and self.engine == "auto":  # which is left out where all is compiled
                 engines.append("streamed")
             yield Cure("compile=False", partial(run, here, *engines))
-        yield from of_the_map(here.map, lambda task_map: run(replace(here, map=task_map)))
-        if streams:
-            yield Cure(STREAMED, partial(run, here, "streamed"))
-        yield of_the_kernel(partial(run, here))
-        yield from of_the_order(here, run)
+        others = chain(
+            of_the_map(here.map, lambda task_map: run(replace(here, map=task_map))),
+            [Cure(STREAMED, partial(run, here, "streamed"))] * streams,
+            [of_the_kernel(partial(run, here))],
+            of_the_order(here, run),
+        )
+        yield from uncompiled(others) if self._compile else others
         if here.plain_loss is not None:
-            yield of_a_loop(here.plain_loss, params, tasks, self._loop)
+            yield of_a_loop(here.plain_loss, params, one_of(tasks), self._loop)
 
     @property
     def _loop(self) -> str:
@@ -193,19 +177,16 @@ class Runner:
         params: PyTree,
         tasks: PyTree,
         aggregator: Aggregator,
-        draws: Tensor | None,
     ) -> None:
         """Runs an engine uncompiled, on other terms."""
         knows = name == "streamed" and not task_loss.adapts
         with nullcontext() if knows else left_as_found(task_loss.map.source):
-            _constants(ENGINES[name], task_loss, params, tasks, aggregator, draws)
+            _constants(ENGINES[name].run, task_loss, params, tasks, aggregator)
 
-    def unchecked(
-        self, params: PyTree, tasks: PyTree, aggregator: Aggregator, draws: Tensor | None, /
-    ) -> Aggregation:
+    def unchecked(self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /) -> Aggregation:
         """The aggregation by the engine that suits best, not looked at and with no other tried."""
         name = self._candidates(self.task_loss, params, task_count(tasks, "tasks"), aggregator)[0]
-        aggregation, _ = self._engines[name](self.task_loss, params, tasks, aggregator, draws)
+        aggregation, _ = self._engines[name](self.task_loss, params, tasks, aggregator)
         return aggregation
 
     def _of_no_task(self, params: PyTree, aggregator: Aggregator) -> AggregatedGradients:
@@ -225,11 +206,10 @@ class Runner:
         params: PyTree,
         tasks: PyTree,
         aggregator: Aggregator,
-        draws: Tensor | None,
     ) -> AggregatedGradients:
         task_loss = self.task_loss if self._compile else self.task_loss.walked()
         with self._left_as_found(name, task_loss.map, params, tasks):
-            aggregation, losses = self._engines[name](task_loss, params, tasks, aggregator, draws)
+            aggregation, losses = self._engines[name](task_loss, params, tasks, aggregator)
         aggregator.verify(aggregation)
         return AggregatedGradients(*aggregation, losses=losses, engine=name)
 
@@ -251,29 +231,10 @@ class Runner:
     def _candidates(
         self, task_loss: TaskLoss, params: PyTree, n: int, aggregator: Aggregator
     ) -> list[str]:
-        """The engines to try, the best first."""
-        refusals = {
-            "stacked": None,
-            "streamed": streamed_refusal(aggregator, task_loss),
-            "matrix_free": matrix_free_refusal(aggregator, task_loss),
-            "one_backward": one_backward_refusal(aggregator, task_loss),
-        }
-        if self.engine != "auto":
-            if refusals[self.engine] is not None:
-                raise ValueError(
-                    f"expected an aggregator that engine={self.engine!r} can serve, found that "
-                    f"{refusals[self.engine]}; take engine='stacked'"
-                )
-            return [self.engine]
-        leaves = tree_leaves(params)
-        sparing = not self.task_loss.adapts and are_large(leaves, n)
-        order = ["one_backward", "stacked"]
-        if aggregator.scope != "global":  # one backward pass for each group
-            order.reverse()
-        order = [*["matrix_free"] * sparing, *order, *["streamed"] * (not self._compile)]
-        if is_coarse(leaves):
-            order = [name for name in order if name in IN_FLOAT32]
-        order = [name for name in order if refusals[name] is None]
+        """The engines to try, the best first; those that have failed come last."""
+        order = candidates(
+            self.engine, task_loss, tree_leaves(params), n, aggregator, loops=not self._compile
+        )
         return sorted(order, key=self._failed.__contains__)
 
 
@@ -293,17 +254,13 @@ def of_no_task(like: PyTree, /) -> PyTree:
     return tree_map(lambda leaf: leaf.detach().new_zeros(0, *leaf.shape), like)
 
 
-def are_large(leaves: list[Tensor], n: int, /) -> bool:
-    """Whether not to hold the gradients of n tasks is faster."""
-    size: int = n * sum(leaf.numel() * leaf.element_size() for leaf in leaves)
-    limit = STACK_BYTES if leaves[0].device.type == "cpu" else GPU_STACK_BYTES
-    return size > limit
-
-
 def _constants(
-    engine: Engine, task_loss: TaskLoss, params: PyTree, *others: Any
+    run: Callable[..., tuple[Aggregation, Tensor]],
+    task_loss: TaskLoss,
+    params: PyTree,
+    *others: Any,
 ) -> tuple[Aggregation, Tensor]:
     """What an engine answers, without a graph, whatever requires a gradient."""
-    answer = engine(task_loss, tree_map(torch.Tensor.detach, params), *others)
+    answer = run(task_loss, tree_map(torch.Tensor.detach, params), *others)
     result: tuple[Aggregation, Tensor] = tree_map(torch.Tensor.detach, answer)
     return result

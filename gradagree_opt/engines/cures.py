@@ -1,6 +1,6 @@
 """What to do about a model that cannot be run over many tasks at once: what runs when tried."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -74,13 +74,12 @@ def of_the_order(task_loss: TaskLoss, run: Callable[[TaskLoss], object], /) -> I
 
 
 def of_a_loop(
-    loss: Callable[[PyTree, PyTree], Tensor], params: PyTree, tasks: PyTree, advice: str, /
+    loss: Callable[[PyTree, PyTree], Tensor], params: PyTree, task: PyTree, advice: str, /
 ) -> Cure:
     """A loop of the user's own, which has the loss function run by autograd alone."""
 
     def gradient() -> None:
         leaves = [leaf.detach().requires_grad_() for leaf in tree_leaves(params)]
-        task = tree_map(lambda leaf: leaf[0], tasks)
         with torch.enable_grad():
             value = loss(tree_unflatten(leaves, tree_structure(params)), task)
         torch.autograd.grad(value, leaves, allow_unused=True)
@@ -91,6 +90,17 @@ def of_a_loop(
 def few(tasks: PyTree, /) -> PyTree:
     """The tasks that a cure is tried on."""
     return tree_map(lambda leaf: leaf[:FEW], tasks)
+
+
+def uncompiled(cures: Iterator[Cure], /) -> Iterator[Cure]:
+    """Cures of a compiled step, which are tried without torch.compile and advised so."""
+    for cure in cures:
+        yield Cure(f"compile=False and {cure.advice}", cure.trial)
+
+
+def one_of(tasks: PyTree, /) -> PyTree:
+    """The first task, without its task axis."""
+    return tree_map(lambda leaf: leaf[0], tasks)
 
 
 @contextmanager
@@ -118,13 +128,23 @@ def explaining(
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise without_memory(error, by, n, without=without) from error
-        model, state = Model(source), RandomState(source=source)
-        advice = next((c.advice for c in cures() if _helps(c, model, state)), None)
+        advice = first_that_helps(cures(), source)
         if advice is None:
             raise
         if isinstance(error, SharedDrawsError) and advice.startswith("chunk_size=1"):
             advice = "chunk_size=1, where every task draws for itself, or randomness='same'"
         raise explained(error, by, advice) from error
+
+
+def first_that_helps(cures: Iterable[Cure], source: object, /) -> str | None:
+    """The advice of the first cure whose trial runs, or None.
+
+    Args:
+        cures: the best first.
+        source: the loss function, or what it is made of: left as it is found by the trials.
+    """
+    model, state = Model(source), RandomState(source=source)
+    return next((cure.advice for cure in cures if _helps(cure, model, state)), None)
 
 
 def _helps(cure: Cure, model: Model, state: RandomState) -> bool:

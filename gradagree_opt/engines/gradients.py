@@ -4,7 +4,8 @@ from functools import lru_cache
 
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.stacks import PyTree, check_floating, task_count
-from gradagree_opt.engines.choice import AggregatedGradients, EngineName, Runner
+from gradagree_opt.engines.candidates import EngineName
+from gradagree_opt.engines.choice import AggregatedGradients, Runner
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap
 
 

@@ -5,7 +5,7 @@ the module could run nor be saved with it.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import CellType
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from gradagree_opt.batchnorm import ChangedBufferError
-from gradagree_opt.engines.reached import Names, reach
+from gradagree_opt.engines.reached import Names, base_of, entries, reach
 
 
 @contextmanager
@@ -176,13 +176,14 @@ _UNSET = object()
 
 def _entries(holder: Any) -> Any:
     if isinstance(holder, Names):
-        return {name: holder.namespace[name] for name in holder.names}
+        space = holder.namespace
+        return {name: space[name] for name in holder.names if name in space}
     if isinstance(holder, CellType):
         try:
             return holder.cell_contents
         except ValueError:
             return _UNSET
-    return dict(holder) if isinstance(holder, MutableMapping) else list(holder)
+    return entries(holder)
 
 
 def _restore(holder: Any, before: Any, is_meant: Callable[[Any], bool]) -> None:
@@ -191,24 +192,24 @@ def _restore(holder: Any, before: Any, is_meant: Callable[[Any], bool]) -> None:
         if now is not before and is_meant(now):
             holder.cell_contents = before
     elif isinstance(holder, list | deque):
-        now = list(holder)
+        now, base = entries(holder), base_of(holder)
         same = len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
         if not same and is_meant([each for each in now if not any(each is b for b in before)]):
-            holder.clear()
-            holder.extend(before)
+            base.clear(holder)
+            base.extend(holder, before)
     else:
         space = holder.namespace if isinstance(holder, Names) else holder
-        for name in before if isinstance(holder, Names) else [*holder]:
-            value = space.get(name, _UNSET)
+        now, base = _entries(holder), base_of(space)
+        for name, value in now.items():
             old = before.get(name, _UNSET)
             if value is not old and is_meant(value):
                 if old is _UNSET:
-                    del space[name]
+                    base.__delitem__(space, name)
                 else:
-                    space[name] = old
+                    base.__setitem__(space, name, old)
         if space is holder:
-            for name in [name for name in before if name not in holder]:
-                holder[name] = before[name]
+            for name in [name for name in before if name not in now]:
+                base.__setitem__(space, name, before[name])
 
 
 def _holds_wrapped(value: Any, depth: int = 3) -> bool:

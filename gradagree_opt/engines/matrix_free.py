@@ -35,7 +35,6 @@ def matrix_free(
     params: PyTree,
     tasks: PyTree,
     aggregator: Aggregator,
-    draws: Float[Tensor, " n"] | None,
     /,
 ) -> tuple[Aggregation, Float[Tensor, " n"]]:
     """Aggregation of n gradients of which none is ever formed, and the losses: d extra memory.
@@ -63,7 +62,7 @@ def matrix_free(
         products.append(chunk.times(params, tree_unflatten(leaves, structure)))
     leaves.clear()
     row_sums = products.stack.to(scale.dtype) / scale
-    measured = measured_by(row_sums, scale, ~torch.isfinite(losses), draws)
+    measured = measured_by(row_sums, scale, ~torch.isfinite(losses), aggregator)
 
     def weighted(weights: Tensor, _: list[int] | None) -> PyTree:
         update: PyTree = None

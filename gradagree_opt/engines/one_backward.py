@@ -26,7 +26,6 @@ def one_backward(
     params: PyTree,
     tasks: PyTree,
     aggregator: Aggregator,
-    draws: Float[Tensor, " n"] | None,
     /,
 ) -> tuple[Aggregation, Float[Tensor, " n"]]:
     """Aggregation of the gradients by their tasks' own signals, and the losses.
@@ -55,7 +54,7 @@ def one_backward(
         update = [each[group][index] for index, group in enumerate(groups)]
         return tree_unflatten(update, tree_structure(params))
 
-    measured = aggregator.measure(signal, nonfinite=~torch.isfinite(losses), draws=draws)
+    measured = aggregator.measure(signal, nonfinite=~torch.isfinite(losses))
     return aggregator.apply(measured, weighted, signal_is_direction=False), losses
 
 

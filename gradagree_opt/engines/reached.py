@@ -7,7 +7,7 @@ of strings) hides it.
 
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, UserList, deque
 from collections.abc import Iterable, Iterator, MutableMapping
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
@@ -84,17 +84,45 @@ def _visit(thing: object, found: Reached) -> Iterable[object]:
         found.generators.append(thing)
         return ()
     if isinstance(thing, MutableMapping | list | deque):
-        if len(thing) > MOST:
+        if base_of(thing).__len__(thing) > MOST:
             return ()
         found.holders.append(thing)  # type: ignore[arg-type] # a deque is as a list here
-        return list(thing.values()) if isinstance(thing, MutableMapping) else list(thing)
+        held = entries(thing)
+        return list(held.values()) if isinstance(held, dict) else held
     if isinstance(thing, tuple | set | frozenset):
         return thing if len(thing) <= MOST else ()
+    return _behind_object(thing, found)
+
+
+def _behind_object(thing: object, found: Reached) -> Iterable[object]:
+    if isinstance(thing, UserList):
+        return (thing.data,)
     state = getattr(thing, "__dict__", None)
     if isinstance(thing, ModuleType) or _is_of_a_library(thing) or not isinstance(state, dict):
         return ()
     found.holders.append(state)
     return (*state.values(), getattr(type(thing), "__call__", None))  # noqa: B004 - it is walked, not asked for
+
+
+def base_of(holder: Any, /) -> Any:
+    """The class whose methods read and write a container without code of its own class.
+
+    What a subclass makes of ``get`` or ``[]`` may load files, or take other keys.
+    """
+    bases = (OrderedDict, dict, list, deque)
+    return next((base for base in bases if isinstance(holder, base)), type(holder))
+
+
+def entries(holder: Any, /) -> dict[Any, Any] | list[Any]:
+    """A copy of what a container holds.
+
+    >>> entries(deque([1, 2])), entries({"a": 1})
+    ([1, 2], {'a': 1})
+    """
+    base = base_of(holder)
+    if issubclass(base, MutableMapping):
+        return dict(base.items(holder))
+    return list(base.__iter__(holder))
 
 
 def _behind_function(function: FunctionType, found: Reached) -> Iterator[object]:

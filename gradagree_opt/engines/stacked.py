@@ -12,7 +12,7 @@ from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree, check_floating, task_count
-from gradagree_opt.engines.cures import Cure, explaining, few, of_a_loop, of_the_map
+from gradagree_opt.engines.cures import Cure, explaining, few, of_a_loop, of_the_map, one_of
 from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap, scalar_loss
 from gradagree_opt.one_process import check_whole
@@ -74,7 +74,7 @@ def task_gradients(
 
     def cures() -> Iterator[Cure]:
         yield from of_the_map(each, lambda other: run(other, few(tasks)))
-        yield of_a_loop(loss_fn, params, tasks, without)
+        yield of_a_loop(loss_fn, params, one_of(tasks), without)
 
     with explaining("vmap(grad)", each.at_once(n), each.source, cures, without=without):
         return run(each, tasks)
@@ -85,7 +85,6 @@ def stacked(
     params: PyTree,
     tasks: PyTree,
     aggregator: Aggregator,
-    draws: Float[Tensor, " n"] | None,
     /,
 ) -> tuple[Aggregation, Float[Tensor, " n"]]:
     """Aggregation of n gradients that are held at once, and the losses: n · d extra memory."""
@@ -96,6 +95,5 @@ def stacked(
         gradients,
         signal if tree_leaves(signal) else None,
         nonfinite=~torch.isfinite(losses),
-        draws=draws,
     )
     return aggregation, losses

@@ -41,7 +41,6 @@ def streamed(
     params: PyTree,
     tasks: PyTree,
     aggregator: Aggregator,
-    draws: Float[Tensor, " n"] | None,
     /,
 ) -> tuple[Aggregation, Float[Tensor, " n"]]:
     """Aggregation of n gradients of which one exists at a time, and the losses: d extra memory.
@@ -57,9 +56,9 @@ def streamed(
         )
     stream = _Stream(task_loss, params, tasks)
     if task_loss.signal_is_gradient:
-        measured, losses = measured_in_two_passes(stream, aggregator, draws)
+        measured, losses = measured_in_two_passes(stream, aggregator)
     else:
-        measured, losses = _measured_forward(stream, aggregator, draws)
+        measured, losses = _measured_forward(stream, aggregator)
     aggregation = aggregator.apply(
         measured,
         lambda weights, groups: weighted_sum(stream, weights, groups),
@@ -94,17 +93,13 @@ def weighted_sum(stream: Gradients, weights: Tensor, groups: list[int] | None, /
     return tree_unflatten(cast, tree_structure(stream.params))
 
 
-def _measured_forward(
-    stream: "_Stream", aggregator: Aggregator, draws: Tensor | None
-) -> tuple[Measured, Tensor]:
+def _measured_forward(stream: "_Stream", aggregator: Aggregator) -> tuple[Measured, Tensor]:
     """Statistics of signals that the forward pass tells, and the losses."""
     losses, signal = stream.losses_and_signals()
-    return aggregator.measure(signal, nonfinite=~torch.isfinite(losses), draws=draws), losses
+    return aggregator.measure(signal, nonfinite=~torch.isfinite(losses)), losses
 
 
-def measured_in_two_passes(
-    stream: Gradients, aggregator: Aggregator, draws: Tensor | None, /
-) -> tuple[Measured, Tensor]:
+def measured_in_two_passes(stream: Gradients, aggregator: Aggregator, /) -> tuple[Measured, Tensor]:
     """Statistics of the gradients: norms and Σ g_j in one pass, products with it in another."""
     groups = group_indices(stream.params, aggregator.scope)
     drop = aggregator.nonfinite == "drop"
@@ -152,7 +147,7 @@ def measured_in_two_passes(
             cosines.append(product.unsqueeze(0))
             del units
         del gradient, kept  # before the next one is made
-    draws = aggregator.draw(stream.n) if draws is None else draws
+    draws = aggregator.for_batch(stream.n).drawn
     squared_norms = torch.where(shares == 0, shares, shares.square() * squares.stack).movedim(0, -1)
     statistics = Statistics(
         row_sums=dots.stack.movedim(0, -1).to(squared_norms),

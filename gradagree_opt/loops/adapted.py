@@ -39,6 +39,7 @@ def trained(parameters: Mapping[str, Tensor], /) -> dict[str, Tensor]:
     """Those of the parameters whose ``.grad`` is to be filled: they require a gradient.
 
     Raises:
+        TypeError: one is complex.
         ValueError: there is none, one was computed from other tensors, or one occurs twice.
     """
     found = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
@@ -49,6 +50,11 @@ def trained(parameters: Mapping[str, Tensor], /) -> dict[str, Tensor]:
         )
     names: dict[int, str] = {}
     for name, tensor in found.items():
+        if tensor.is_complex():
+            raise TypeError(
+                f"expected real parameters to train, found {tensor.dtype} in {name!r}; hold it as "
+                "torch.view_as_real(…), and take view_as_complex(…) in forward"
+            )
         if not tensor.is_leaf:
             raise ValueError(
                 f"expected the parameters to train, found {name!r} computed from other tensors; "

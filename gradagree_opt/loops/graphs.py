@@ -51,7 +51,7 @@ def depends(loss: Tensor, tensors: Iterable[Tensor], /) -> bool:
 
 
 def check_loss(loss: object, task: int, /) -> None:
-    """Raises a ValueError unless the loss of a task is a scalar tensor with a graph."""
+    """Raises a ValueError unless the loss of a task is a real scalar tensor with a graph."""
     if not isinstance(loss, Tensor):
         raise ValueError(
             f"expected a scalar loss, found {type(loss).__name__} for task {task}; give the tensor "
@@ -61,6 +61,11 @@ def check_loss(loss: object, task: int, /) -> None:
         raise ValueError(
             f"expected a scalar loss, found shape {list(loss.shape)} for task {task}; reduce it, "
             "as in loss.mean()"
+        )
+    if loss.is_complex():
+        raise ValueError(
+            f"expected a real loss, found {loss.dtype} for task {task}; take its real part, or its "
+            "abs()"
         )
     if not loss.requires_grad:
         raise ValueError(

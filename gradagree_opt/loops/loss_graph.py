@@ -7,8 +7,10 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.blocks import or_one
-from gradagree_opt.core.stacks import accumulation_dtype, is_coarse, tree_norm
+from gradagree_opt.core.results import Combine
+from gradagree_opt.core.stacks import PyTree, accumulation_dtype, is_coarse, tree_norm
 from gradagree_opt.loops.graphs import Survey, gradients, stale_graphs, survey
 
 
@@ -19,6 +21,7 @@ class LossGraph:
         losses: n scalars.
         parameters: the leaves, by name, that gradients are taken of.
         copies: detached copies of parameters, whose gradients count for these (FOMAML).
+        kept: whether the graphs are to outlive the last pass.
 
     Attributes:
         n: number of tasks.
@@ -31,11 +34,14 @@ class LossGraph:
         losses: Sequence[Tensor],
         parameters: Mapping[str, Tensor],
         copies: Sequence[Mapping[str, Tensor]] = (),
+        *,
+        kept: bool = False,
     ) -> None:
         self.n = len(losses)
         self.params = dict(parameters)
         self.used: set[str] = set()
         self._losses = list(losses)
+        self._kept = kept
         self._places = list(chain(parameters.items(), *(copy.items() for copy in copies)))
         self._tensors = [tensor for _, tensor in self._places]
 
@@ -86,10 +92,21 @@ class LossGraph:
                 self._losses,
                 self._tensors,
                 self._cotangents(weights),
-                retain_graph=retain_graph,
+                retain_graph=retain_graph or self._kept,
                 allow_unused=True,
             )
         return self._by_name(found)
+
+    def combined_for(self, aggregator: Aggregator, /) -> Combine:
+        """:meth:`weighted` as an aggregator calls it; the last pass frees what backward() does."""
+        passes = 1 if aggregator.reference is None else 2
+
+        def weighted(weights: Tensor, _: list[int] | None) -> PyTree:
+            nonlocal passes
+            passes -= 1
+            return self.weighted(weights, retain_graph=passes > 0)
+
+        return weighted
 
     def row_sums(self, *, waits: bool) -> tuple[Tensor, Tensor, Tensor]:
         """g_i · Σ_j g_j ``[n]`` in units of scale², the scale, and ‖Σ_j g_j‖.

@@ -1,21 +1,22 @@
 """Multi-task learning on the graph that is there: no gradient of a task where none is read."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Bool
 from gradagree_opt.core.aggregation import Aggregator
+from gradagree_opt.core.combination import Waiting
 from gradagree_opt.core.few_passes import (
     apply_row_sums,
-    apply_unscaled,
     measured_by,
     reads_signal,
     row_sums_refusal,
     weighted_loss_refusal,
 )
 from gradagree_opt.core.results import Aggregation
-from gradagree_opt.core.stacks import PyTree
-from gradagree_opt.engines.choice import are_large
+from gradagree_opt.engines.candidates import are_large
 from gradagree_opt.engines.streamed import measured_in_two_passes, weighted_sum
 from gradagree_opt.loops.loss_graph import LossGraph
 
@@ -65,14 +66,11 @@ def aggregate_losses(
 def _unread(graph: LossGraph, nonfinite: Tensor, aggregator: Aggregator) -> Aggregation:
     """The mean and its like: one backward pass of the weighted loss, nothing measured."""
     unknown = graph.weights * torch.nan
-    draws = aggregator.draw(graph.n)
-    measured = measured_by(unknown, unknown.new_ones(()), nonfinite, draws)
-    return apply_unscaled(
-        aggregator,
-        measured,
-        lambda weights, _: graph.weighted(weights),
-        waits=aggregator.nonfinite != "propagate",
-    )
+    measured = measured_by(unknown, unknown.new_ones(()), nonfinite, aggregator)
+    combined = graph.combined_for(aggregator)
+    if aggregator.nonfinite != "propagate":
+        combined = Waiting(combined)
+    return aggregator.apply(measured, combined, signal_is_direction=True)
 
 
 def _by_row_sums(graph: LossGraph, nonfinite: Tensor, aggregator: Aggregator) -> Aggregation | None:
@@ -87,27 +85,16 @@ def _by_row_sums(graph: LossGraph, nonfinite: Tensor, aggregator: Aggregator) ->
         sound = (row_sums.sum() - square).abs() <= TOLERANCE * square
         if not bool(sound & ~nonfinite.any()):
             return None
-    measured = measured_by(row_sums, scale, nonfinite, aggregator.draw(graph.n))
-    again = aggregator.reference is not None  # a second pass, for the norm to match
-    return apply_row_sums(
-        aggregator,
-        measured,
-        lambda weights, _: graph.weighted(weights, retain_graph=again),
-        norm,
-        graph.eps,
-        waits=waits,
-    )
+    measured = measured_by(row_sums, scale, nonfinite, aggregator)
+    combined = graph.combined_for(aggregator)
+    return apply_row_sums(aggregator, measured, combined, norm, graph.eps, waits=waits)
 
 
 def _streamed(graph: LossGraph, aggregator: Aggregator) -> Aggregation:
     """One gradient at a time, twice; then the weighted loss, where the tasks may share a pass."""
-    measured, _ = measured_in_two_passes(graph, aggregator, None)
+    measured, _ = measured_in_two_passes(graph, aggregator)
     apart = weighted_loss_refusal(aggregator) is not None or aggregator.scope != "global"
-    again = aggregator.reference is not None
-
-    def weighted(weights: Tensor, groups: list[int] | None) -> PyTree:
-        if apart or graph.is_coarse:
-            return weighted_sum(graph, weights, groups)
-        return graph.weighted(weights, retain_graph=again)
-
-    return aggregator.apply(measured, weighted, signal_is_direction=True)
+    combined = graph.combined_for(aggregator)
+    if apart or graph.is_coarse:
+        combined = partial(weighted_sum, graph)
+    return aggregator.apply(measured, combined, signal_is_direction=True)

@@ -246,7 +246,9 @@ class TaskBatch:
         own = {n: t for n, t in own.items() if t.requires_grad}
         # A module's own parameters are no copies: they may as well be those of another model.
         copies = {n: t for n, t in own.items() if t.is_leaf and not isinstance(t, nn.Parameter)}
-        if own and not depends(loss, own.values()):
+        # What one vmap has adapted for all tasks is taken apart by views of it.
+        origins = [t._base for t in own.values() if t._base is not None]
+        if own and not depends(loss, [*own.values(), *origins]):
             raise ValueError(
                 f"expected a loss of the adapted parameters, found one for task {len(self)} that "
                 "depends on none of them; add every loss with its own learner, computed after its "
@@ -293,16 +295,9 @@ class TaskBatch:
             return aggregate_losses(graph, nonfinite, self.aggregator)
         if not self.takes_one_backward:
             return None
-        # What backward() frees is freed by the last pass.
-        passes = 1 if self.aggregator.reference is None else 2
-
-        def weighted(weights: Tensor, _: list[int] | None) -> PyTree:
-            nonlocal passes
-            passes -= 1
-            return graph.weighted(weights, retain_graph=passes > 0)
-
         measured = self.aggregator.measure(signal, nonfinite=nonfinite)
-        return self.aggregator.apply(measured, weighted, signal_is_direction=False)
+        combined = graph.combined_for(self.aggregator)
+        return self.aggregator.apply(measured, combined, signal_is_direction=False)
 
     def _gradient(
         self, loss: Tensor, copies: dict[str, Tensor], *, retain_graph: bool

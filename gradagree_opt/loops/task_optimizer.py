@@ -1,22 +1,16 @@
 """TaskOptimizer: an optimizer that steps on a vector of task losses."""
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from gradagree_opt.annotations import Float
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
-from gradagree_opt.core.diagnostics import check_some_task
 from gradagree_opt.core.results import CollectedTasks
-from gradagree_opt.loops.graphs import check_depends, check_loss, gradients
+from gradagree_opt.loops.loss_vector import Losses, loss_vector, weighted_loss
 from gradagree_opt.loops.task_batch import TaskBatch
-from gradagree_opt.one_process import check_one_process
-
-Losses = Float[Tensor, " n"] | Sequence[Tensor]
 
 
 class FunctionalStep(NamedTuple):
@@ -124,7 +118,7 @@ class TaskOptimizer:
             self.optimizer.step(loss)
             return result
         batch = TaskBatch(self._named_parameters(), self.aggregator)
-        for loss in _vector(losses, least=self.aggregator.fewest):
+        for loss in loss_vector(losses, least=self.aggregator.fewest):
             batch.add(loss)
         result = batch.backward()
         self.optimizer.step()
@@ -211,6 +205,11 @@ def check_optimizer(optimizer: Any, /) -> None:
             f"expected an optimizer with param_groups and step(), found "
             f"{type(optimizer).__name__}; give one as torch.optim.SGD(model.parameters(), …)"
         )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise TypeError(
+            "expected an optimizer of dense gradients, found SparseAdam; take Adam or SGD, as an "
+            "update is dense, that of a sparse embedding too"
+        )
     for name, parameter in inspect.signature(optimizer.step).parameters.items():
         optional = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         # Where a scheduler has wrapped step, self is among its parameters.
@@ -221,76 +220,3 @@ def check_optimizer(optimizer: Any, /) -> None:
                 f"{type(optimizer).__name__}, whose step() needs its {name}; give one as "
                 "torch.optim.SGD(model.parameters(), …)"
             )
-
-
-def weighted_loss(
-    losses: Losses, parameters: Sequence[Tensor], aggregator: Aggregator, /
-) -> tuple[Float[Tensor, ""], CollectedTasks]:
-    """Σ_i w_i L_i, whose gradient is the aggregation of the task gradients, and that aggregation.
-
-    The weights are constants, the losses keep their graphs. Tasks that the aggregator drops are
-    left out.
-
-    Raises:
-        ValueError: a parameter is frozen, a loss does not depend on the parameters, no task is
-            left, or the aggregator refuses the gradients.
-    """
-    losses = _vector(losses)
-    if aggregator.ranks is not None:
-        raise ValueError(
-            "expected an aggregator of one process, found one of several ranks, whose weighted "
-            "loss no rank has; take an optimizer of torch.optim, or torchopt's that holds its "
-            "parameters, with TaskBatch for the losses"
-        )
-    check_one_process(parameters)
-    for position, parameter in enumerate(parameters):
-        if not parameter.requires_grad:
-            raise ValueError(
-                f"expected parameters that require a gradient, found number {position}, of shape "
-                f"{list(parameter.shape)}, frozen, by which TorchOpt would differentiate; leave it "
-                "out of what the optimizer is given"
-            )
-    tasks = [_gradients(loss, parameters, task) for task, loss in enumerate(losses)]
-    result = aggregator.aggregate([torch.stack(leaves) for leaves in zip(*tasks, strict=True)])
-    check_some_task(result.diagnostics, aggregator.nonfinite)
-    terms = [weight * loss for weight, loss in zip(result.weights, losses, strict=True)]
-    if aggregator.nonfinite == "drop":
-        # A dropped task must not reach the shared backward pass: 0 · NaN is NaN there.
-        dropped = result.diagnostics.nonfinite.tolist()
-        terms = [term for term, out in zip(terms, dropped, strict=True) if not out]
-    values = torch.stack([loss.detach() for loss in losses])
-    return torch.stack(terms).sum(), CollectedTasks(*result, values)
-
-
-def _gradients(loss: Tensor, parameters: Sequence[Tensor], task: int) -> list[Tensor]:
-    check_loss(loss, task)
-    check_depends(loss, parameters, task, advice="compute it from those of the optimizer")
-    grads = gradients(loss, parameters, retain_graph=True)
-    return [
-        torch.zeros_like(parameter) if grad is None else grad.detach().to_dense()
-        for parameter, grad in zip(parameters, grads, strict=True)
-    ]
-
-
-def _vector(losses: Losses, *, least: int = 1) -> list[Tensor]:
-    if isinstance(losses, Tensor) and losses.ndim != 1:
-        raise ValueError(
-            f"expected a vector of task losses [n], found shape {list(losses.shape)}; "
-            "give one loss a task, not their mean"
-        )
-    if isinstance(losses, Mapping):
-        raise TypeError(
-            f"expected a sequence of task losses, found {type(losses).__name__}; give "
-            "list(losses.values())"
-        )
-    if not isinstance(losses, Iterable):
-        raise TypeError(
-            f"expected the task losses [n], found {type(losses).__name__}; compute them before the "
-            "step, and give them in place of a closure"
-        )
-    each = list(losses.unbind()) if isinstance(losses, Tensor) else list(losses)
-    if len(each) < least:
-        raise ValueError(
-            "expected at least one task, found no losses; skip the step when there are no tasks"
-        )
-    return each

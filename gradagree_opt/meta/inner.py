@@ -1,6 +1,7 @@
 """Inner loops: how the parameters adapt to the support set of one task."""
 
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -46,6 +47,7 @@ class InnerSGD:
             paper's "k sub-batches of its examples".
 
     Raises:
+        TypeError: lr is neither a number nor tensors.
         ValueError: steps is no integer or negative, or batch_size does not divide the support set.
 
     >>> import gradagree_opt as ga
@@ -58,7 +60,13 @@ class InnerSGD:
         check_count("steps", steps)
         if batch_size is not None:
             check_count("batch_size", batch_size, least=1)
-        self.lr = lr
+        for rate in tree_leaves(lr):
+            if not (isinstance(rate, Tensor | Real) or getattr(rate, "ndim", None) == 0):
+                raise TypeError(
+                    f"expected lr to be a number, or tensors like the parameters, found "
+                    f"{type(rate).__name__}; give float(lr), or torch.as_tensor(…) for each"
+                )
+        self.lr = float(lr) if isinstance(lr, Real) else lr
         self.steps = steps
         self.batch_size = batch_size
 

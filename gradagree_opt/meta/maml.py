@@ -1,21 +1,22 @@
 """MAML, FOMAML and Meta-SGD: the displacement is the signal, the meta-gradient the direction."""
 
 from copy import copy
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree
-from gradagree_opt.engines.choice import EngineName, Runner
-from gradagree_opt.engines.kept import left_as_found
+from gradagree_opt.engines.candidates import EngineName
+from gradagree_opt.engines.choice import Runner
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap, scalar_loss
+from gradagree_opt.meta.adapting import adapt_to
 from gradagree_opt.meta.inner import InnerLoop, InnerSGD, watched
 from gradagree_opt.meta.steps import MetaStep, check_tasks
-from gradagree_opt.one_process import check_whole
 from gradagree_opt.options import check_choice
 
 
@@ -72,7 +73,7 @@ class MAML:
             task_map,
             adapts=True,
             first_order=None if first_order else self._in_first_order()._query_loss,
-            plain_loss=lambda params, task: self.loss_fn(self._initial(params), task["support"]),
+            plain_loss=lambda params, task: self._plain_loss(params, task["support"]),
         )
         self._run = Runner(task_loss, engine, compile, signal_like=self._signal_like)
 
@@ -95,27 +96,35 @@ class MAML:
             return self._run(params, tasks, n, aggregator)
 
     def aggregate_unchecked(
-        self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /, *, draws: Tensor | None
+        self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /
     ) -> Aggregation:
         """:meth:`step` without its checks and its losses: runs under vmap and torch.compile.
 
         Args:
             params, tasks, aggregator: as for :meth:`step`.
-            draws: result of :meth:`Aggregator.draw` for the tasks.
         """
-        return self._run.unchecked(params, tasks, aggregator, draws)
+        return self._run.unchecked(params, tasks, aggregator)
 
     def adapt(self, params: PyTree, support: PyTree, /, *, steps: int | None = None) -> PyTree:
-        """Parameters adapted to the support set of one task, in ``steps`` inner steps."""
-        check_whole(tree_leaves(params))
-        with statistics_refused(), left_as_found((self.loss_fn, self.inner)):
-            return self._adapt(params, support, steps)
+        """Parameters adapted to the support set of one task, in ``steps`` inner steps.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: these are no parameters, or no support set of one
+                task; the model changes its buffers, or torch.func cannot run it.
+        """
+        adapt = partial(self._adapt, params, steps=steps)
+        source = (self.loss_fn, self.inner)
+        return adapt_to(support, adapt, params, self._plain_loss, source)
 
     def _adapt(self, params: PyTree, support: PyTree, steps: int | None = None) -> PyTree:
         with watched(self.inner):
             return self.inner(
                 self.loss_fn, params, support, first_order=self.first_order, steps=steps
             )
+
+    def _plain_loss(self, params: PyTree, batch: PyTree) -> Tensor:
+        """Of the parameters before adaptation."""
+        return self.loss_fn(self._initial(params), batch)
 
     def _in_first_order(self) -> "MAML":
         other = copy(self)

@@ -13,12 +13,20 @@ from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree, task_count
 from gradagree_opt.engines.choice import check_ranks, of_no_task
 from gradagree_opt.engines.compilation import maybe_compiled
-from gradagree_opt.engines.cures import Cure, explaining, few, of_a_loop, of_the_map
+from gradagree_opt.engines.cures import (
+    Cure,
+    explaining,
+    few,
+    of_a_loop,
+    of_the_map,
+    one_of,
+    uncompiled,
+)
 from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskMap, scalar_loss
+from gradagree_opt.meta.adapting import adapt_to
 from gradagree_opt.meta.inner import InnerLoop, watched
 from gradagree_opt.meta.steps import MetaStep, check_tasks
-from gradagree_opt.one_process import check_whole
 
 
 class Reptile:
@@ -82,7 +90,7 @@ class Reptile:
             else:  # on one of several ranks
                 displacements = of_no_task(params)
                 losses = tree_leaves(displacements)[0].new_zeros(0)
-            aggregation = self._aggregate(aggregator, displacements, aggregator.draw(n))
+            aggregation = self._aggregate(aggregator.for_batch(n), displacements)
             aggregator.verify(aggregation)
         return MetaStep(*aggregation, losses=losses, engine="stacked")
 
@@ -99,11 +107,12 @@ class Reptile:
                 self._displacements_by(task_map, params, some, task_count(some, "tasks"))
 
         def cures() -> Iterator[Cure]:
+            others = of_the_map(task_map, run)
             if self._compile:
                 yield Cure("compile=False", partial(run, task_map))
-            yield from of_the_map(task_map, run)
-            support = tasks["support"]
-            yield of_a_loop(self.loss_fn, params, support, without)
+                others = uncompiled(others)
+            yield from others
+            yield of_a_loop(self.loss_fn, params, one_of(tasks["support"]), without)
 
         with (
             explaining("vmap", task_map.at_once(n), task_map.source, cures, without=without),
@@ -114,24 +123,22 @@ class Reptile:
             return result
 
     def aggregate_unchecked(
-        self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /, *, draws: Tensor | None
+        self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /
     ) -> Aggregation:
         """:meth:`step` without its checks and its losses: runs under vmap and torch.compile.
 
         Args:
             params, tasks, aggregator: as for :meth:`step`.
-            draws: result of :meth:`Aggregator.draw` for the tasks.
         """
         displacements, _ = self._displacements_by(
             self._map, params, tasks, task_count(tasks, "tasks")
         )
-        return _aggregate(aggregator, displacements, draws)
+        return _aggregate(aggregator, displacements)
 
     def adapt(self, params: PyTree, support: PyTree, /, *, steps: int | None = None) -> PyTree:
-        """Parameters adapted to the support set of one task, in ``steps`` inner steps."""
-        check_whole(tree_leaves(params))
-        with statistics_refused(), left_as_found((self.loss_fn, self.inner)):
-            return self._adapt(params, support, steps)
+        """Parameters adapted to the support set of one task: see :meth:`MAML.adapt`."""
+        adapt = partial(self._adapt, params, steps=steps)
+        return adapt_to(support, adapt, params, self.loss_fn, (self.loss_fn, self.inner))
 
     def _adapt(self, params: PyTree, support: PyTree, steps: int | None = None) -> PyTree:
         with watched(self.inner):
@@ -152,5 +159,5 @@ class Reptile:
         return constants
 
 
-def _aggregate(aggregator: Aggregator, displacements: PyTree, draws: Tensor | None) -> Aggregation:
-    return aggregator.aggregate_unchecked(displacements, draws=draws)
+def _aggregate(aggregator: Aggregator, displacements: PyTree) -> Aggregation:
+    return aggregator.aggregate_unchecked(displacements)

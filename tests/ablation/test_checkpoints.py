@@ -124,7 +124,9 @@ def test_the_groups_that_were_begun_stay_together(tmp_path: Path) -> None:
     (tmp_path / "c.json").touch()  # recorded
     missing = {key: key.upper() for key in "abdfgh"}
     assert checkpoints.begun(missing) == [["A", "B"]]
-    left = {key for path in tmp_path.glob("*.pt") for key in torch.load(path)["keys"]}
+    left = {
+        key for path in tmp_path.glob("*.pt") for key in torch.load(path, weights_only=True)["keys"]
+    }
     assert left == {"a", "b", "e", "f", "g"}
 
 
@@ -232,7 +234,7 @@ def test_a_study_killed_within_its_runs_goes_on_with_the_same_result(
 def done(path: Path) -> int:
     """The outer steps of a state, 0 where it has just been removed."""
     try:
-        steps: int = torch.load(path)["state"]["program"]["done"]
+        steps: int = torch.load(path, weights_only=True)["state"]["program"]["done"]
     except FileNotFoundError:
         return 0
     return steps

@@ -57,6 +57,7 @@ COLUMNS = {  # of tables that compare studies
     "5": "tasks-per-batch-5",
     "10": "tasks-per-batch",
     "25": "tasks-per-batch-25",
+    "50": "tasks-per-batch-50",
     "spruces": "equal-grouped",
     "milk": "equal-grouped-milk",
     "chicks": "equal-grouped-chickweight",
@@ -227,7 +228,7 @@ def test_the_curves_over_the_tasks_in_a_batch_are_those_of_the_recorded_tables()
     drawn = [container.lines[0] for container in script["draw"]().axes[0].containers]
     for method, line in zip(script["METHODS"], drawn, strict=True):
         points = dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
-        assert [*points] == [2, 5, 10, 25]
+        assert [*points] == [2, 5, 10, 25, 50]
         for n, error in points.items():
             cell = recorded(script["STUDIES"][n])["", method][STEPS]
             assert f"{error:.4f}" == cell.split()[0]

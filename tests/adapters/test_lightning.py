@@ -247,19 +247,6 @@ def test_an_optimizer_that_calls_its_closure_again_is_refused() -> None:
     refused("LBFGS calls its closure again", module)
 
 
-@pytest.mark.usefixtures("without_type_checks")
-def test_the_trainer_of_the_other_distribution_is_refused() -> None:
-    other = pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not installed")
-
-    class Other(other.LightningModule):
-        automatic_optimization = True
-
-    callback = AgreementCallback(ga.Mean())
-    foreign = other.Trainer(accumulate_grad_batches=2, accelerator="cpu", logger=False)
-    with pytest.raises(TypeError, match="import lightning"):
-        callback.setup(foreign, Other(), "fit")
-
-
 def test_a_step_within_the_backward_pass_is_refused_for_it_would_be_one_of_every_task() -> None:
     module = Automatic()
     module.net[0].weight.register_post_accumulate_grad_hook(lambda parameter: None)

@@ -212,7 +212,7 @@ def test_a_manual_batch_refuses_automatic_optimization() -> None:
 
 @pytest.mark.usefixtures("without_type_checks")
 def test_a_manual_batch_takes_the_module_not_a_part_of_it() -> None:
-    with pytest.raises(TypeError, match=r"found torch\.nn.*Linear; give self, and a part of it as"):
+    with pytest.raises(TypeError, match="found Linear; give self, and a part of it as"):
         ManualTaskBatch(nn.Linear(2, 2), ga.Mean())
 
 

@@ -141,7 +141,7 @@ def test_an_engine_gives_the_update_of_the_stack_or_says_why_not(name, engine, s
 @pytest.mark.parametrize("stack_bytes", [0, 2**26], ids=["a large stack", "a small one"])
 @pytest.mark.parametrize("name", ["UPGrad", *OF_MATRIX])
 def test_auto_takes_an_engine_that_can(name, stack_bytes, step, monkeypatch):
-    monkeypatch.setattr("gradagree_opt.engines.choice.STACK_BYTES", stack_bytes)
+    monkeypatch.setattr("gradagree_opt.engines.candidates.STACK_BYTES", stack_bytes)
     found = STEPS[step](from_torchjd(make(name)), "auto")
     forward = name == "UPGrad" and step == "displacement"
     assert found.engine == ("one_backward" if forward else "stacked")

@@ -96,6 +96,54 @@ def test_step_of_a_meta_optimizer_is_differentiable_with_the_weights_constant(me
     assert_same(found, expected, 1e-12)
 
 
+class Counted(torch.autograd.Function):
+    """The identity; a backward pass goes through it once."""
+
+    passes = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        Counted.passes += 1
+        return grad
+
+
+def agreement_by_hand(stack):
+    scores = stack @ stack.sum(0)
+    return scores @ stack / scores.abs().sum()
+
+
+@pytest.mark.parametrize("n", [6, 12])
+@pytest.mark.parametrize(
+    ("make", "by_hand", "passes"),
+    [
+        (ga.Mean, lambda stack: stack.mean(0), lambda n: 2),  # of the update, and of the step
+        (ga.Sum, lambda stack: stack.sum(0), lambda n: 2),
+        (ga.GradientAgreement, agreement_by_hand, lambda n: 3),
+        (ga.EqualAgreement, METHODS[1].combine, lambda n: n + 1),
+    ],
+    ids=["mean", "sum", "agreement", "equal"],
+)
+def test_what_reads_row_sums_alone_takes_no_pass_for_each_task(make, by_hand, passes, n):
+    targets = TARGETS.repeat(4, 1)[:n] * torch.linspace(1, 2, n, dtype=torch.float64).unsqueeze(1)
+
+    def losses(w):
+        return (w.tanh() - targets).square().sum(1)
+
+    w = start()
+    optimizer = ga.TaskOptimizer(torchopt.FuncOptimizer(torchopt.sgd(lr=0.1)), make())
+    Counted.passes = 0
+    ((found,), result) = optimizer.functional_step(losses(Counted.apply(w)), (w,))
+    assert Counted.passes == passes(n)
+    update = by_hand(torch.func.jacrev(losses)(w.detach()))
+    assert_same(found, w.detach() - 0.1 * update, 1e-12)
+    assert_same(result.update, [update], 1e-12)
+    assert_same(result.losses, losses(w.detach()), 1e-12)
+
+
 def test_zero_grad_leaves_optimizers_alone_that_use_no_grad():
     net = Weight()
     for optimizer in (torchopt.MetaSGD(net, lr=0.1), torchopt.FuncOptimizer(torchopt.sgd(0.1))):

@@ -58,7 +58,9 @@ def main() -> None:
         for contestant in memory if options.device == "cpu" else ():
             memory[contestant] = child(name, contestant, options.device)
         results[name]["machine"] = report.machine()
-        print(report.section(name, results[name]), flush=True)
+        print(
+            report.section(name, results[name]), *report.missed(results[name]), sep="\n", flush=True
+        )
         if options.out:
             suffix = "" if options.device == "cpu" else f"-{options.device}"
             keep(results, options.out / f"benchmarks{suffix}.json")

@@ -107,10 +107,20 @@ def test_draws_made_beforehand_take_the_place_of_the_generator():
     random = ga.RandomWeights(seeded(2))
     draws = random.draw(7)
     random.draw(7)
-    given = random.aggregate_unchecked(stack(), draws=draws)
+    given = random.holding(draws).aggregate_unchecked(stack())
     assert given.weights.equal(expected.weights)
 
 
 @pytest.mark.parametrize("make", [ga.GradientAgreement, ga.Mean, ga.Sum, ga.NormShare])
 def test_only_random_weights_draw(make: type[ga.Aggregator]):
-    assert make().draw(5) is None
+    aggregator = make()
+    assert aggregator.for_batch(5) is aggregator
+
+
+def test_what_is_held_for_a_batch_is_drawn_once():
+    random = ga.RandomWeights(seeded(2))
+    held = random.for_batch(7)
+    assert held.for_batch(7) is held
+    first, again = held.aggregate(stack()), held.aggregate(stack())
+    assert first.weights.equal(again.weights)
+    assert not random.aggregate(stack()).weights.equal(first.weights)

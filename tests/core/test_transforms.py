@@ -63,7 +63,7 @@ def test_vmap_over_random_weights_takes_draws_made_beforehand(without_type_check
     stacks, draws = rows(3, 5, 4), torch.stack([random.draw(5) for _ in range(3)])
 
     def weights(stack: Tensor, draws: Tensor) -> Tensor:
-        return random.aggregate_unchecked(stack, draws=draws).weights
+        return random.holding(draws).aggregate_unchecked(stack).weights
 
     assert_close(torch.func.vmap(weights)(stacks, draws), draws / draws.sum(1, keepdim=True))
 

@@ -144,7 +144,7 @@ def assert_usable(module):
     file = io.BytesIO()
     torch.save(module.state_dict(), file)
     file.seek(0)
-    module.load_state_dict(torch.load(file))
+    module.load_state_dict(torch.load(file, weights_only=True))
 
 
 @each_call

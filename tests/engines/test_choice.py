@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gradagree_opt as ga
-from gradagree_opt.engines import choice
+from gradagree_opt.engines import candidates
 from gradagree_testing.looping import every
 
 from .models import models
@@ -233,13 +233,13 @@ def test_maml_of_many_tasks_in_half_precision_does_not_stall(coarse, chunk_size)
     assert result.engine == "stacked"
     torch.testing.assert_close(result.update, torch.tensor([0.9], dtype=dtype), rtol=4e-3, atol=0)
     if coarse == "parameters":
-        unchecked = maml.aggregate_unchecked(*arguments, draws=None)
+        unchecked = maml.aggregate_unchecked(*arguments)
         assert torch.equal(unchecked.update, result.update)
 
 
 @pytest.mark.parametrize("coarse", ["parameters", "losses"])
 def test_auto_takes_no_row_sums_of_half_precision(coarse, monkeypatch):
-    monkeypatch.setattr(choice, "STACK_BYTES", 0)
+    monkeypatch.setattr(candidates, "STACK_BYTES", 0)
     dtype = torch.bfloat16 if coarse == "parameters" else torch.float32
     tasks = torch.linspace(0.5, 1.5, 24).reshape(8, 3).to(dtype)
     result = ga.aggregate_gradients(

@@ -187,3 +187,31 @@ def test_trials_leave_generators_as_they_were(loss_fn):
         ga.task_gradients(with_noise, PARAMS, TASKS)
     assert drawn  # by a trial; vmap refuses to draw
     assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("loss_fn", [branch, attention])
+def test_of_a_compiled_step_both_that_have_been_tried_are_advised(loss_fn, without_code_generation):
+    first = loss_fn is branch
+    signal = "displacement" if first else "gradient"
+    maml = partial(ga.MAML, loss_fn, ga.InnerSGD(0.1, 1), signal=signal, engine="stacked")
+    with pytest.raises(RuntimeError) as caught:
+        maml(compile=True).step(PARAMS, BOTH, AGREE)
+    other = NO_VMAP if first else "the math kernel of attention, with torch.nn.attention."
+    assert f"; take compile=False and {other}" in str(caught.value)
+    with pytest.raises(RuntimeError, match="expected a model that"):
+        maml().step(PARAMS, BOTH, AGREE)  # one of the two does not do
+    if first:
+        maml(chunk_size=1).step(PARAMS, BOTH, AGREE)
+    else:
+        with sdpa_kernel(SDPBackend.MATH):
+            maml().step(PARAMS, BOTH, AGREE)
+
+
+@pytest.mark.compiled
+def test_of_a_compiled_reptile_both_are_advised(without_code_generation):
+    reptile = partial(ga.Reptile, branch, ga.InnerSGD(0.1, 1))
+    advice_of(
+        lambda: reptile(compile=True).step(PARAMS, BOTH, AGREE), f"compile=False and {NO_VMAP}"
+    )
+    reptile(chunk_size=1).step(PARAMS, BOTH, AGREE)

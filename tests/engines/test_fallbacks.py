@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import mse_loss, scaled_dot_product_attention
 
 import gradagree_opt as ga
-from gradagree_opt.engines import choice
+from gradagree_opt.engines import candidates
 from gradagree_testing.configurations import EQUAL
 
 from .models import Model
@@ -123,7 +123,7 @@ def test_an_engine_runs_the_model_or_says_which_one_does(kind, engine):
 )
 @pytest.mark.parametrize("stack_bytes", [0, 2**40], ids=["large stack", "small stack"])
 def test_auto_goes_on_to_an_engine_that_runs_the_model(kind, engine, stack_bytes, monkeypatch):
-    monkeypatch.setattr(choice, "STACK_BYTES", stack_bytes)
+    monkeypatch.setattr(candidates, "STACK_BYTES", stack_bytes)
     case = model(kind)
     result = aggregate(case)
     assert result.engine == engine
@@ -132,7 +132,7 @@ def test_auto_goes_on_to_an_engine_that_runs_the_model(kind, engine, stack_bytes
 
 @pytest.mark.parametrize(("stack_bytes", "engine"), [(0, "matrix_free"), (2**40, "stacked")])
 def test_auto_holds_no_large_stack(stack_bytes, engine, monkeypatch):
-    monkeypatch.setattr(choice, "STACK_BYTES", stack_bytes)
+    monkeypatch.setattr(candidates, "STACK_BYTES", stack_bytes)
     case = model(lambda: nn.Linear(3, 2))
     result = aggregate(case)
     assert result.engine == engine

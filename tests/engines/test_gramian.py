@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gradagree_opt as ga
-from gradagree_opt.engines import choice
+from gradagree_opt.engines import candidates
 from gradagree_testing.configurations import CONFIGURATIONS, EQUAL
 
 from .models import models
@@ -41,7 +41,7 @@ def test_stacked_gives_equal_agreement_of_the_gradients_of_a_loop(model, chunk_s
 
 @each_configuration
 def test_auto_holds_the_stack_however_large_it_is(configuration, monkeypatch):
-    monkeypatch.setattr(choice, "STACK_BYTES", 0)
+    monkeypatch.setattr(candidates, "STACK_BYTES", 0)
     model = MODELS["mlp"]
     result = aggregate(model, configuration)
     assert result.engine == "stacked"

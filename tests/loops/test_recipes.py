@@ -10,6 +10,10 @@ import gradagree_opt as ga
 X = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.randn(3, 16, 1, generator=torch.Generator().manual_seed(1))
 AGREE = ga.GradientAgreement()
+named_groups = pytest.mark.skipif(
+    torch.torch_version.TorchVersion(torch.__version__) < (2, 6),
+    reason="optimizers take named parameters from torch 2.6 on",
+)
 
 
 class Questions(nn.Module):
@@ -75,6 +79,7 @@ def test_a_hook_of_the_optimizer_clips_the_aggregation(model, kind):
     torch.testing.assert_close([p.detach() for p in model.trunk.parameters()], expected)
 
 
+@named_groups
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
 def test_a_group_added_later_is_weighted_with_the_others(model, kind):
     optimizer = kind(model.trunk.named_parameters(), lr=0.1)
@@ -102,6 +107,7 @@ def test_sum_is_what_a_loop_that_sums_did(model, scale):
     torch.testing.assert_close([p.grad for p in model.parameters()], list(expected))
 
 
+@named_groups
 def test_a_name_that_two_groups_have_is_refused_for_a_scope_by_name(model):
     optimizer = torch.optim.SGD(model.trunk.named_parameters(), lr=0.1)
     tasks = ga.TaskOptimizer(optimizer, ga.GradientAgreement(scope=lambda path: str(path)))
@@ -110,3 +116,28 @@ def test_a_name_that_two_groups_have_is_refused_for_a_scope_by_name(model):
     with pytest.raises(ValueError, match=r"found one name twice; give TaskOptimizer\(optimizer"):
         tasks.step(model.losses())
     assert torch.equal(model.trunk.weight, before)
+
+
+def test_the_loss_of_a_learner_alone_is_agreement_of_the_meta_gradients(model):
+    """What docs/adapters/plain.md says of Equal Agreement in MAML, beside ga.MAML."""
+    trunk = dict(model.trunk.named_parameters())
+    directions = torch.randn(3, 8, generator=torch.Generator().manual_seed(3))
+
+    def loss_fn(params, direction):
+        return (
+            (torch.func.functional_call(model.trunk, params, (X,)).tanh() - direction)
+            .square()
+            .mean()
+        )
+
+    batch = ga.TaskBatch(model.trunk, ga.EqualAgreement())
+    for direction in directions:
+        grads = torch.autograd.grad(loss_fn(trunk, direction), trunk.values(), create_graph=True)
+        adapted = {name: p - 0.1 * g for (name, p), g in zip(trunk.items(), grads, strict=True)}
+        batch.add(loss_fn(adapted, direction))
+    found = batch.backward()
+    tasks = {"support": directions, "query": directions}
+    maml = ga.MAML(loss_fn, ga.InnerSGD(lr=0.1, steps=1), signal="gradient")
+    expected = maml.step(trunk, tasks, ga.EqualAgreement())
+    torch.testing.assert_close(found.weights, expected.weights, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.update, expected.update, rtol=1e-4, atol=1e-6)

@@ -146,3 +146,43 @@ def test_frozen_parameters_take_no_part(memory, add):
     assert module.get_parameter(frozen).grad is None
     assert_same(result.update, expected.update, tolerance=1e-12)
     torch.testing.assert_close(result.weights, expected.weights, rtol=1e-11, atol=1e-14)
+
+
+TAKEN_APART = {
+    "views by index": lambda stack, at: stack[at],
+    "unbound": lambda stack, at: stack.unbind()[at],
+    "narrowed": lambda stack, at: stack.narrow(0, at, 1).squeeze(0),
+    "copies": lambda stack, at: stack[at].detach(),
+}
+
+
+@pytest.mark.parametrize("aggregator", [ga.Sum, ga.GradientAgreement, ga.EqualAgreement])
+@pytest.mark.parametrize("container", [dict, lambda named: [*named.values()]], ids=["dict", "list"])
+@pytest.mark.parametrize("part", TAKEN_APART.values(), ids=TAKEN_APART)
+def test_what_one_vmap_has_adapted_is_taken_apart_by_task(part, container, aggregator):
+    module = Network(CASE.params)
+
+    def one(task):
+        adapted = parameters(module)
+        for _ in range(STEPS):
+            grads = torch.func.grad(loss_fn)(adapted, task["support"])
+            adapted = {name: p - LR * grads[name] for name, p in adapted.items()}
+        return loss_fn(adapted, task["query"]), adapted
+
+    losses, adapted = torch.func.vmap(one)(CASE.tasks)
+    batch = ga.TaskBatch(container(parameters(module)), aggregator())
+    for at, loss in enumerate(losses):
+        batch.add(loss, adapted=container({name: part(p, at) for name, p in adapted.items()}))
+    expected = ga.MAML(loss_fn, INNER).step(CASE.params, CASE.tasks, aggregator())
+    assert_filled(module, batch.backward(), expected)
+
+
+@pytest.mark.parametrize("part", [TAKEN_APART["views by index"], TAKEN_APART["unbound"]])
+def test_views_of_what_another_model_has_adapted_are_refused(part):
+    module, other = Network(CASE.params), Network(CASE.params)
+    stacks = {name: torch.stack([p * 2, p * 3]) for name, p in parameters(other).items()}
+    batch = ga.TaskBatch(module, ga.Mean())
+    loss = loss_fn(parameters(module), CASE.task(0)["query"])
+    with pytest.raises(ValueError, match="depends on none of them; add every loss with its own"):
+        batch.add(loss, adapted={name: part(p, 0) for name, p in stacks.items()})
+    assert not len(batch)

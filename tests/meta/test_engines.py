@@ -5,7 +5,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 import gradagree_opt as ga
-from gradagree_opt.engines import choice
+from gradagree_opt.engines import candidates
 from gradagree_testing.looping import every
 
 from .loops import ALGORITHMS
@@ -118,7 +118,7 @@ def test_steps_of_several_problems_at_once_equal_the_loops_over_their_tasks(name
     inputs = [(start, case.tasks) for start, case in zip(starts, cases, strict=True)]
 
     def update(params, tasks):
-        return meta.aggregate_unchecked(params, tasks, rule.aggregator, draws=None).update
+        return meta.aggregate_unchecked(params, tasks, rule.aggregator).update
 
     found = torch.vmap(update)(*tree_map(lambda *leaves: torch.stack(leaves), *inputs))
     for index, (start, case) in enumerate(zip(starts, cases, strict=True)):
@@ -128,6 +128,6 @@ def test_steps_of_several_problems_at_once_equal_the_loops_over_their_tasks(name
 
 
 def test_auto_holds_the_stack_in_maml_whose_tasks_have_parameters_of_their_own(monkeypatch):
-    monkeypatch.setattr(choice, "STACK_BYTES", 0)
+    monkeypatch.setattr(candidates, "STACK_BYTES", 0)
     result = step(ALGORITHMS["MAML on gradients"], PAPER.aggregator)
     assert result.engine == "stacked"

@@ -208,9 +208,8 @@ class Method(Recipe, Named):  # a study is written with the fields of the last b
         try:
             self.check()
             self.try_on(n_tasks)
-            aggregator = self.build(Generator())
-            draws = aggregator.draw(n_tasks)
-            torch.vmap(lambda tasks: aggregator.aggregate_unchecked(tasks, draws=draws).update)(
+            aggregator = self.build(Generator()).for_batch(n_tasks)
+            torch.vmap(lambda tasks: aggregator.aggregate_unchecked(tasks).update)(
                 torch.randn(2, n_tasks, 2)
             )
         except LocatedError:

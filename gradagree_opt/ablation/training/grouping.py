@@ -156,8 +156,8 @@ class OuterStep:
         return result
 
     def _row(self, aggregator: ga.Aggregator, row: StepInputs) -> Result:
-        aggregation = self.learner.aggregate_unchecked(
-            row.params, row.tasks, aggregator, draws=row.draws
-        )
+        if row.draws is not None:
+            aggregator = aggregator.holding(row.draws)
+        aggregation = self.learner.aggregate_unchecked(row.params, row.tasks, aggregator)
         params, state = self.optimizer.step(row.params, aggregation.update, row.state, row.rates)
         return params, state, aggregation

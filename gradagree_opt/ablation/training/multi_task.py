@@ -27,14 +27,14 @@ class MultiTask:
     >>> loss = lambda params, x: params["head"] * (params["trunk"] * x).sum()
     >>> params = {"trunk": {"trunk": torch.ones(1)}, "heads": {"head": torch.tensor([1.0, -3.0])}}
     >>> tasks = {"support": torch.tensor([[2.0], [4.0]])}
-    >>> MultiTask(loss).aggregate_unchecked(params, tasks, ga.Mean(), draws=None).update
+    >>> MultiTask(loss).aggregate_unchecked(params, tasks, ga.Mean()).update
     {'trunk': {'trunk': tensor([-5.])}, 'heads': {'head': tensor([1., 2.])}}
     """
 
     loss: BatchFunction
 
     def aggregate_unchecked(
-        self, params: Params, tasks: Any, aggregator: ga.Aggregator, /, *, draws: Tensor | None
+        self, params: Params, tasks: Any, aggregator: ga.Aggregator, /
     ) -> Aggregation:
         """What an outer step subtracts, a tree like ``params``; all else is of the trunk.
 
@@ -42,10 +42,9 @@ class MultiTask:
             params: ``{"trunk": its leaves, "heads": leaves [n, *shape]}``.
             tasks: ``{"support": batch}`` with leaves ``[n, *shape]``.
             aggregator: what combines the gradients of the trunk.
-            draws: result of :meth:`gradagree_opt.Aggregator.draw` for the tasks.
         """
         trunk, heads = self.gradients(params, tasks["support"])
-        aggregation = aggregator.aggregate_unchecked(trunk, draws=draws)
+        aggregation = aggregator.aggregate_unchecked(trunk)
         shares = {name: leaf / len(leaf) for name, leaf in heads.items()}
         return aggregation._replace(update={"trunk": aggregation.update, "heads": shares})
 

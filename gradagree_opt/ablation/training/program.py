@@ -16,8 +16,8 @@ from gradagree_opt.ablation.training.grouping import StepInputs, stack
 from gradagree_opt.ablation.training.networks import Params, generator
 from gradagree_opt.ablation.training.problem import Problem, TrainingTasks, pinned
 from gradagree_opt.ablation.training.run import Run
-from gradagree_opt.core.aggregation import without_diagnostics
 from gradagree_opt.core.diagnostics import Diagnostics
+from gradagree_opt.core.pipeline import without_diagnostics
 
 Tell = Callable[[str], None]
 

@@ -1,0 +1,68 @@
+"""match_norm: the update of one method at the length of another's."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from gradagree_opt.annotations import Float
+from gradagree_opt.core.diagnostics import update_rounding
+from gradagree_opt.core.results import Decided
+from gradagree_opt.core.scopes import Scope
+from gradagree_opt.core.stacks import PyTree
+from gradagree_opt.core.statistics import Statistics
+from gradagree_opt.core.weightings import UniformWeighting, Weigh
+from gradagree_opt.options import check_choice
+
+AN_AGGREGATOR = "an aggregator as gradagree_opt.Sum()"
+"""What match_norm takes besides words, for the messages."""
+
+
+def reference_of(method: Any, scope: Scope, /) -> Weigh | None:
+    """The weighting whose update has the length that is matched; None where none is.
+
+    Args:
+        method: None, "mean" or an aggregator.
+        scope: of the aggregator that is given it.
+
+    Raises:
+        ValueError: it is none of these, or an aggregator whose weights do not tell a length here.
+    """
+    if not hasattr(method, "weighting"):
+        check_choice("match_norm", method, (None, "mean"), AN_AGGREGATOR)
+        return None if method is None else UniformWeighting()
+    if method.reference is not None or "directions" in method.needs:
+        raise ValueError(
+            "expected match_norm with an aggregator whose weights give its length, found "
+            f"{method}; give it without match_norm, and none of TorchJD's that takes the matrix"
+        )
+    if method.ranks is not None:
+        raise ValueError(
+            "expected match_norm with an aggregator of one process, found one of several ranks; "
+            "give ga.distributed the aggregator that has the match_norm"
+        )
+    if method.scope != scope:
+        raise ValueError(
+            f"expected match_norm with an aggregator of scope {scope!r}, found {method.scope!r}; "
+            "give both the same"
+        )
+    weighting: Weigh = method.weighting
+    return weighting
+
+
+def at_length(
+    length: Float[Tensor, ""],
+    update: PyTree,
+    norm: Float[Tensor, ""],
+    decided: Decided,
+    statistics: Statistics,
+    /,
+) -> tuple[PyTree, Float[Tensor, ""], Decided]:
+    """Update, norm and weights rescaled to a length; as they are where the update is rounding."""
+    rounding = update_rounding(statistics, decided.decision) if decided.signal_is_direction else 0
+    factor = torch.where(norm > rounding, length / norm, torch.ones_like(norm))
+    update = tree_map(lambda leaf: (leaf * factor).to(leaf.dtype), update)
+    weights = decided.decision.weights * factor
+    decision = decided.decision._replace(weights=weights)
+    return update, norm * factor, decided._replace(decision=decision)

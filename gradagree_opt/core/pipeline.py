@@ -1,0 +1,233 @@
+"""The steps of an aggregation, one by one: what engines and loops run, each in its own order.
+
+An engine that never holds the directions as a stack (a vjp, a backward pass of the weighted loss)
+runs the same steps as :meth:`gradagree_opt.Aggregator.aggregate`.
+"""
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from gradagree_opt.annotations import Bool, Float
+from gradagree_opt.core.combination import with_norm
+from gradagree_opt.core.deferred import describe
+from gradagree_opt.core.diagnostics import undescribed
+from gradagree_opt.core.matching import at_length, reference_of
+from gradagree_opt.core.ranks import Ranks
+from gradagree_opt.core.results import Aggregation, Combine, Decided, Measured
+from gradagree_opt.core.scopes import Scope, group_indices, measure_by_group
+from gradagree_opt.core.stacks import PyTree, full_precision, leaf_paths, leaves_of
+from gradagree_opt.core.weightings import Decision, Need, Weigh, check_weighting, decide, needs_of
+from gradagree_opt.options import check_choice
+
+Nonfinite = Literal["raise", "drop", "propagate"]
+
+Steps = TypeVar("Steps", bound="Pipeline")
+
+
+class Pipeline:
+    """Measure the signals, decide on weights, combine the directions, and answer.
+
+    The options are those of :class:`gradagree_opt.Aggregator`.
+    """
+
+    def __init__(
+        self,
+        weighting: Weigh,
+        *,
+        scope: Scope = "global",
+        match_norm: Any = None,
+        nonfinite: Nonfinite = "raise",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        check_weighting(weighting)
+        if not callable(scope):
+            check_choice("scope", scope, ("global", "leaf"))
+        self.reference = reference_of(match_norm, scope)
+        check_choice("nonfinite", nonfinite, ("raise", "drop", "propagate"))
+        self.weighting = weighting
+        self.scope = scope
+        self.match_norm = match_norm
+        self.nonfinite = nonfinite
+        self.generator = generator
+        self.describes = True
+        self.drawn: Tensor | None = None
+        self.ranks: Ranks | None = None
+        if generator is None and match_norm is not None and match_norm != "mean":
+            self.generator = match_norm.generator
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Names of the optional statistics that are measured for it."""
+        own = needs_of(self.weighting)
+        return own if self.reference is None else own | needs_of(self.reference)
+
+    def measure(
+        self,
+        signal: PyTree,
+        /,
+        *,
+        nonfinite: Bool[Tensor, " n"] | None = None,
+        scaled: bool = True,
+    ) -> Measured:
+        """Statistics of a task-stacked signal: what :meth:`decide` needs to know of it.
+
+        Args:
+            signal: task-stacked pytree, every leaf ``[n, *shape]``.
+            nonfinite: tasks already known to be non-finite; "drop" gives them weight 0 and wants
+                zeros in place of their signals.
+            scaled: False saves the scaling, and marks all tasks as not finite where it was needed.
+        """
+        groups = group_indices(signal, self.scope)
+        leaves = [leaf.detach() for leaf in leaves_of(signal)]
+        if self.ranks is not None:
+            return self.ranks.measure(
+                leaves,
+                groups,
+                self.needs,
+                nonfinite=nonfinite,
+                drop=self.nonfinite == "drop",
+                draw=self.draw,
+                options=[repr(self), f"groups {groups}", *leaf_paths(signal)],
+            )
+        n = leaves[0].shape[0]
+        if nonfinite is not None and self.nonfinite == "drop":
+            active = ~nonfinite
+        else:
+            active = torch.ones(n, dtype=torch.bool, device=leaves[0].device)
+        statistics = measure_by_group(leaves, groups, active, self.needs, scaled=scaled)
+        draws = self.for_batch(n).drawn
+        if draws is not None:
+            statistics = statistics._replace(draws=draws.to(statistics.row_sums))
+        found = ~statistics.finite
+        return Measured(
+            statistics, found if nonfinite is None else nonfinite | found, groups, scaled
+        )
+
+    def decide(self, measured: Measured, /, *, signal_is_direction: bool) -> Decided:
+        """The weights, and those of the method whose length the update gets.
+
+        Args:
+            measured: result of :meth:`measure`.
+            signal_is_direction: the directions are what was measured, so the statistics hold the
+                norm of their mean.
+        """
+        statistics = measured.statistics
+
+        def decisions() -> list[Tensor]:
+            with full_precision(statistics.row_sums.device):
+                each = [decide(self.weighting, statistics)]
+                if self.reference is not None:
+                    each.append(decide(self.reference, statistics))
+            return [tensor for decision in each for tensor in decision]
+
+        if self.ranks is None or measured.own is None:
+            tensors = decisions()
+        else:
+            tensors, apart = self.ranks.decided(decisions, measured.own, not signal_is_direction)
+            signal_is_direction = not apart
+        reference = Decision(*tensors[3:]) if tensors[3:] else None
+        return Decided(Decision(*tensors[:3]), reference, signal_is_direction)
+
+    def combine(
+        self, measured: Measured, decided: Decided, combine_directions: Combine, /
+    ) -> tuple[PyTree, Tensor | None, Decided]:
+        """The update, its norm (None where nobody asks), and the weights that it came to have.
+
+        Args:
+            measured, decided: results of :meth:`measure` and :meth:`decide`.
+            combine_directions: linear map from weights to Σ_i w_i · direction_i.
+        """
+        if self.ranks is not None and measured.own is not None:
+            combine_directions = self.ranks.summed(combine_directions, measured.own)
+        if decided.reference is None and not self.describes:
+            return combine_directions(decided.decision.weights, measured.groups), None, decided
+        update, norm = with_norm(combine_directions, decided.decision.weights, measured)
+        if decided.reference is None:
+            return update, norm, decided
+        _, length = with_norm(combine_directions, decided.reference.weights, measured)
+        return at_length(length, update, norm, decided, measured.statistics)
+
+    def answer(
+        self, measured: Measured, decided: Decided, update: PyTree, norm: Tensor | None, /
+    ) -> Aggregation:
+        """What an aggregation hands out: the update, this rank's weights, and the diagnostics."""
+        statistics, decision = measured.statistics, decided.decision
+        if norm is None or not self.describes:
+            diagnostics = undescribed(statistics.scale)
+        else:
+            diagnostics = describe(
+                statistics,
+                decision,
+                measured.nonfinite,
+                norm,
+                signal_is_direction=decided.signal_is_direction,
+            )
+        own = slice(None) if measured.own is None else measured.own
+        return Aggregation(
+            update, decision.weights[..., own], decision.scores[..., own], diagnostics
+        )
+
+    def apply(
+        self, measured: Measured, combine_directions: Combine, /, *, signal_is_direction: bool
+    ) -> Aggregation:
+        """Decides on the weights and combines the directions: all that follows :meth:`measure`.
+
+        Args:
+            measured, combine_directions, signal_is_direction: as in :meth:`decide` and
+                :meth:`combine`.
+        """
+        decided = self.decide(measured, signal_is_direction=signal_is_direction)
+        update, norm, decided = self.combine(measured, decided, combine_directions)
+        return self.answer(measured, decided, update, norm)
+
+    def for_batch(self: Steps, n: int, /) -> Steps:
+        """The same, holding what is to be drawn at random for n tasks: itself where nothing is."""
+        if self.drawn is not None or self.ranks is not None or "draws" not in self.needs:
+            return self
+        return self.holding(self.draw(n))
+
+    def holding(self: Steps, draws: Float[Tensor, " n"], /) -> Steps:
+        """The same, for one batch whose random numbers are these: under vmap and torch.compile."""
+        held = copy.copy(self)
+        held.drawn = draws
+        return held
+
+    def draw(self, n: int, /) -> Float[Tensor, " n"]:
+        """Random numbers for one aggregation of n tasks, for a weighting that needs some."""
+        device = self.generator.device if self.generator is not None else None
+        return torch.empty(n, device=device).exponential_(generator=self.generator)
+
+    @property
+    def fewest(self) -> int:
+        """Fewest tasks of an aggregation here: one, or none on one of several ranks."""
+        return 1 if self.ranks is None else 0
+
+    def step_of_ranks(self, batch: object = None) -> AbstractContextManager[None]:
+        """Around a step of several ranks: what fails in it before they meet fails on all."""
+        return nullcontext() if self.ranks is None else self.ranks.step(batch)
+
+    def of_one_process(self: Steps) -> Steps:
+        """The same, of the tasks of this rank alone."""
+        alone = copy.copy(self)
+        alone.ranks = None
+        return alone
+
+
+def without_diagnostics(steps: Steps, /) -> Steps:
+    """The same aggregator, whose diagnostics are NaN: for steps that nobody looks at.
+
+    On a GPU they are a third of the operations of a small step.
+
+    >>> import gradagree_opt as ga
+    >>> stack = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    >>> quiet = without_diagnostics(ga.Mean())
+    >>> quiet.aggregate_unchecked(stack).diagnostics.weight_sum
+    tensor(nan)
+    """
+    quiet = copy.copy(steps)
+    quiet.describes = False
+    return quiet
