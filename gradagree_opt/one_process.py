@@ -98,7 +98,8 @@ def reshard(module: object, /) -> None:
 
 def _check_sends_nothing(wrapper: nn.parallel.DistributedDataParallel) -> None:
     """Raises a ValueError where a pass of one task would wait for the other ranks."""
-    if wrapper.broadcast_buffers and any(True for _ in wrapper.module.buffers()):
+    sends = getattr(wrapper, "forward_sync_buffers", wrapper.broadcast_buffers)  # by its newer name
+    if sends and any(True for _ in wrapper.module.buffers()):
         raise ValueError(
             "expected DistributedDataParallel whose forward pass sends nothing, found one of a "
             "module with buffers: ranks with other numbers of tasks would wait for them in vain; "

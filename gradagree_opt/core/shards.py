@@ -6,7 +6,7 @@ counted by the first. Other ranks with the same part, of other meshes, have othe
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -166,17 +166,29 @@ def own_part(tensor: Tensor, /) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def stack_tasks(tensors: Sequence[Tensor], /) -> Tensor:
+def are_sharded(parameters: Mapping[str, Tensor], /) -> bool:
+    """Whether some are DTensors."""
+    return any(map(is_sharded, parameters.values()))
+
+
+def stack_tasks(tasks: Sequence[dict[str, Tensor]], /) -> dict[str, Tensor]:
+    """The tensors of all tasks, which are taken out of them: each is held once."""
+    return {name: _stack([task.pop(name) for task in tasks]) for name in [*tasks[0]]}
+
+
+def of_no_task(parameters: Mapping[str, Tensor], /) -> dict[str, Tensor]:
+    """The stack of no task."""
+    empty = {}
+    for name, parameter in parameters.items():
+        own = own_part(parameter.detach()).unsqueeze(0)[:0]
+        empty[name] = _whole(own, parameter, 1, (0, *parameter.shape))
+    return empty
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
     """``torch.stack``, of DTensors without a message."""
     stack = torch.stack([own_part(tensor) for tensor in tensors])
     return _whole(stack, tensors[0], 1, (len(tensors), *tensors[0].shape))
-
-
-def of_no_task(parameter: Tensor, /) -> Tensor:
-    """The stack of no task."""
-    return _whole(
-        own_part(parameter.detach()).unsqueeze(0)[:0], parameter, 1, (0, *parameter.shape)
-    )
 
 
 def _whole(own: Tensor, like: Tensor, by: int, shape: Sequence[int]) -> Tensor:

@@ -10,15 +10,20 @@ from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.diagnostics import check_some_task
 from gradagree_opt.core.few_passes import weighted_loss_refusal
 from gradagree_opt.core.results import Aggregation, CollectedTasks
-from gradagree_opt.core.shards import is_sharded, of_no_task, stack_tasks
+from gradagree_opt.core.shards import are_sharded, of_no_task, stack_tasks
 from gradagree_opt.core.stacks import PyTree, is_coarse
 from gradagree_opt.loops.accumulation import add_to_grad
 from gradagree_opt.loops.adapted import Parameters, displacement, match, named, trained
 from gradagree_opt.loops.graphs import check_depends, check_loss, depends
 from gradagree_opt.loops.loss_graph import LossGraph
 from gradagree_opt.loops.multi_task import aggregate_losses
-from gradagree_opt.loops.over_ranks import accumulated_gradient, task_of, used_on_any_rank
-from gradagree_opt.one_process import check_one_process, inside, reshard
+from gradagree_opt.loops.over_ranks import (
+    accumulated_gradient,
+    check_ranks,
+    task_of,
+    unwrapped,
+    used_on_any_rank,
+)
 from gradagree_opt.options import check_choice
 
 _FROM_COPY = (
@@ -60,10 +65,8 @@ class TaskBatch:
     Raises:
         TypeError: these are no parameters, or no aggregator.
         ValueError: no parameter requires a gradient, one is no leaf or occurs twice, or memory is
-            neither "graph" nor "stream"; or several ranks train: a module in
-            DistributedDataParallel or a process group of more than one rank without
-            ``ga.distributed``, DistributedDataParallel that sends more than gradients, parameters
-            of FSDP.
+            neither "graph" nor "stream"; or several ranks train without ``ga.distributed``, or by
+            a DistributedDataParallel that sends more than gradients.
 
     Source: Eshratifar et al. 2018, algorithm 1, both forms.
 
@@ -86,17 +89,14 @@ class TaskBatch:
     ) -> None:
         check_aggregator(aggregator)
         check_choice("memory", memory, ("graph", "stream"))
-        over_ranks = aggregator.ranks is not None
-        check_one_process((), parameters, over_ranks=over_ranks, wrapped=True)
-        parameters = inside(parameters)
-        reshard(parameters)
+        parameters = unwrapped(parameters, aggregator)
         # A module may be given new parts between batches; an iterator can be read once.
         self._source = parameters if isinstance(parameters, nn.Module | Mapping | list) else None
         self._all = named(parameters)
         self._trained = trained(self._all)
-        if self._sharded:  # in the middle of a step FSDP shows others
+        if are_sharded(self._trained):  # in the middle of a step FSDP shows others
             self._source = None
-        check_one_process(self._trained.values(), over_ranks=over_ranks, wrapped=True)
+        check_ranks(self._trained, aggregator)
         self.aggregator = aggregator
         self.memory = memory
         self._losses: list[Tensor] = []
@@ -131,7 +131,7 @@ class TaskBatch:
             TypeError: ``adapted`` is neither a module nor tensors.
             ValueError: the loss is not a scalar, or does not depend on the parameters or on those
                 adapted from them; ``adapted`` is no learner of the same model; or the form differs
-                from that of earlier tasks.
+                from that of earlier tasks, or is not add(loss) where parameters are sharded.
         """
         with task_of(self, self.aggregator):
             self._add(loss, adapted)
@@ -150,13 +150,7 @@ class TaskBatch:
             )
         if not len(self):
             self._look_anew()
-            over_ranks = self.aggregator.ranks is not None
-            check_one_process(self._trained.values(), over_ranks=over_ranks, wrapped=True)
-        if adapted is not None and self._sharded:
-            raise ValueError(
-                "expected losses alone of sharded parameters, found adapted ones, through whose "
-                "inner steps FSDP gives no gradient; call add(loss), or leave out fully_shard"
-            )
+            check_ranks(self._trained, self.aggregator, adapts=adapted is not None)
         after = match(self._all, adapted) if adapted is not None else {}
         displacements = [displacement(self._trained, after)] if adapted is not None else []
         if loss is not None:
@@ -170,8 +164,7 @@ class TaskBatch:
         The update is dense, that of a sparse embedding too, with which SparseAdam cannot step.
 
         Returns:
-            The aggregation and the losses ``[n]``; its update is a dict from parameter name (or
-            position) to gradient.
+            The aggregation and the losses ``[n]``; its update is a dict by parameter name or place.
 
         Raises:
             ValueError: no task was added, the graph of a loss is stale, a parameter was replaced
@@ -190,9 +183,8 @@ class TaskBatch:
                 check_some_task(result.diagnostics, self.aggregator.nonfinite)
                 all_used = self._used if self._form[0] or not len(self) else {*self._trained}
                 used = used_on_any_rank(self.aggregator, self._trained, all_used)
-                losses = torch.stack(self._values) if self._values else None
-                if not len(self):
-                    losses = result.weights.new_zeros(0)
+                losses = None if len(self) else result.weights.new_zeros(0)
+                losses = torch.stack(self._values) if self._values else losses
         finally:
             self.clear()
         add_to_grad(used, result.update, over_ranks=self.aggregator.ranks is not None)
@@ -200,16 +192,9 @@ class TaskBatch:
 
     def clear(self) -> None:
         """Forgets the tasks added so far, and their graphs."""
-        self._losses.clear()
-        self._values.clear()
-        self._copies.clear()
-        self._directions.clear()
-        self._displacements.clear()
-
-    @property
-    def _sharded(self) -> bool:
-        """Whether each rank holds a part of the parameters."""
-        return any(is_sharded(parameter) for parameter in self._trained.values())
+        lists = (self._losses, self._values, self._copies, self._directions, self._displacements)
+        for each in lists:
+            each.clear()
 
     def _look_anew(self) -> None:
         """Parameters may be replaced, frozen and unfrozen between batches."""
@@ -255,7 +240,7 @@ class TaskBatch:
                 "last inner step"
             )
         start = [*self._trained.values(), *copies.values()]
-        if not self._sharded:  # those of FSDP are not the tensors that it computes with
+        if not are_sharded(self._trained):  # FSDP computes with others
             check_depends(loss, start, len(self), advice=_FROM_COPY if after else _FROM_OTHERS)
         if self.memory == "stream":
             self._directions.append(self._gradient(loss, copies, retain_graph=False))
@@ -267,10 +252,8 @@ class TaskBatch:
 
     def _aggregate(self) -> Aggregation:
         if not len(self):  # on one of several ranks
-            return self.aggregator.aggregate_unchecked(
-                {name: of_no_task(parameter) for name, parameter in self._trained.items()}
-            )
-        signal = _stack(self._displacements) if self._displacements else None
+            return self.aggregator.aggregate_unchecked(of_no_task(self._trained))
+        signal = stack_tasks(self._displacements) if self._displacements else None
         if not self._form[0]:
             return self.aggregator.aggregate_unchecked(signal)
         nonfinite, directions = ~torch.isfinite(torch.stack(self._values)), self._directions
@@ -285,7 +268,8 @@ class TaskBatch:
                 self._gradient(loss, copies, retain_graph=shared and loss is not self._losses[-1])
                 for loss, copies in zip(self._losses, self._copies, strict=True)
             ]
-        return self.aggregator.aggregate_unchecked(_stack(directions), signal, nonfinite=nonfinite)
+        stacked = stack_tasks(directions)
+        return self.aggregator.aggregate_unchecked(stacked, signal, nonfinite=nonfinite)
 
     def _from_few_passes(
         self, graph: LossGraph, signal: PyTree, nonfinite: Tensor
@@ -303,21 +287,12 @@ class TaskBatch:
         self, loss: Tensor, copies: dict[str, Tensor], *, retain_graph: bool
     ) -> dict[str, Tensor]:
         """Gradient by parameter, that of a detached copy counted for its parameter (FOMAML)."""
-        if self._sharded:
-            found = accumulated_gradient(loss, self._trained, retain_graph=retain_graph)
-            self._used |= found.keys()
-            return {
-                n: found[n] if n in found else torch.zeros_like(p) for n, p in self._trained.items()
-            }
+        if are_sharded(self._trained):
+            return accumulated_gradient(loss, self._trained, self._used, retain_graph=retain_graph)
         graph = LossGraph([loss], self._trained, [copies])
         gradient = graph.gradient(0, retain_graph=retain_graph)
         self._used |= graph.used
         return gradient
-
-
-def _stack(tasks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of all tasks, which are taken out of them: each is held once."""
-    return {name: stack_tasks([task.pop(name) for task in tasks]) for name in [*tasks[0]]}
 
 
 def _call(form: tuple[bool, bool]) -> str:
