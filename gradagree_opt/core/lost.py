@@ -31,7 +31,7 @@ def reduce_over(tensor: Tensor, group: Any, all_of: Any, operation: Any = None, 
         RankLostError: a rank has not answered. On gloo it is named: each rank that notices leaves
             its number in the store and waits for those of the others.
     """
-    distributed = torch.distributed
+    distributed, start = torch.distributed, time.monotonic()
     try:
         operation = distributed.ReduceOp.SUM if operation is None else operation
         waits = distributed.get_backend(group) == "gloo"
@@ -47,8 +47,9 @@ def reduce_over(tensor: Tensor, group: Any, all_of: Any, operation: Any = None, 
         cause = None
     except RuntimeError as error:
         cause = error
+    found = _found(all_of, time.monotonic() - start)
     raise RankLostError(
-        f"expected an answer of every rank, found {_found(all_of)}; nothing was changed on this "
+        f"expected an answer of every rank, found {found}; nothing was changed on this "
         "one: start all of them again from the last checkpoint"
     ) from cause
 
@@ -64,28 +65,38 @@ def _arrived(work: Any) -> bool:
     return True
 
 
-def _found(group: Any) -> str:
-    """Who has not answered, in words."""
+def _found(group: Any, waited: float) -> str:
+    """Who has not answered, in words.
+
+    ``waited``: seconds that this rank has waited for the others.
+    """
     size, own = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
     try:
-        early = _keys("noticed", group)
+        # Who comes to those that have noticed already is perhaps the one that they have waited for.
+        if _keys("noticed", group) and waited < LOOK.total_seconds():
+            _leave("late", own, group)
         _leave("noticed", own, group)
-        if len(early) == size - 1 and size > 1:
-            return "that they had given up on this one, which came after their timeout"
-        noticed = _wait_for(size - 1, "noticed", group, PATIENCE)
+        noticed = _wait_for(size, "noticed", group, PATIENCE)
+        lost = [rank for rank in range(size) if rank not in noticed] or _keys("late", group)
         _leave("told", own, group)
         with suppress(RuntimeError):  # of a store that goes with its process: first all read it
             _wait_for(len(noticed), "told", group, 2.0)
     except (RuntimeError, AttributeError):
         return "that one has died or waited past the timeout, and the store that names it is gone"
-    lost = ", ".join(str(rank) for rank in range(size) if rank not in noticed)
-    return f"none of rank {lost}, which has died, or not come before the timeout"
+    if lost == [own]:
+        return "that they had given up on this one, which came after their timeout"
+    names = ", ".join(map(str, lost)) or "some"
+    return f"none of rank {names}, which has died, or not come before the timeout"
 
 
 def _wait_for(count: int, word: str, group: Any, patience: float) -> list[int]:
-    """The ranks that have left a word, once there are so many or patience is at its end."""
+    """The ranks that have left a word: once it is all but one, the last has a few looks more."""
     end = time.monotonic() + patience
+    nearly = False
     while len(found := _keys(word, group)) < count and time.monotonic() < end:
+        if len(found) >= count - 1 and not nearly:
+            nearly = True
+            end = min(end, time.monotonic() + 3 * LOOK.total_seconds())
         time.sleep(0.05)
     return found
 
