@@ -148,7 +148,7 @@ def _meta_step(
     aggregation = aggregator.aggregate(directions, signal)
     check_some_task(aggregation.diagnostics, aggregator.nonfinite)
     statistics.follow(buffers)
-    add_to_grad(parameters, aggregation.update)
+    add_to_grad(parameters, aggregation.update, over_ranks=aggregator.ranks is not None)
     return MetaStep(*aggregation, losses=losses, engine="stacked")
 
 

@@ -13,7 +13,7 @@ from gradagree_opt.adapters.lightning_trainer import (
     scaler_of,
     trained,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradagree_opt.annotations import Float
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
@@ -23,7 +23,9 @@ from gradagree_opt.frameworks import require
 from gradagree_opt.loops.accumulation import check_no_accumulation_hooks
 from gradagree_opt.loops.adapted import Parameters
 from gradagree_opt.loops.graphs import check_depends
+from gradagree_opt.loops.over_ranks import used_on_any_rank
 from gradagree_opt.loops.task_batch import TaskBatch
+from gradagree_opt.one_process import check_no_static_graph
 
 require("lightning")
 
@@ -38,7 +40,8 @@ class AgreementCallback(pl.Callback):
     The gradient of every training step is set aside; after the last of a window their aggregation
     stands in ``.grad``, before loss scales are undone, gradients clipped and the optimizer stepped.
     A window that the end of the epoch cuts short is aggregated over the tasks that it has. The
-    diagnostics are logged through the module as ``agreement/…``.
+    diagnostics are logged through the module as ``agreement/…``. Under ``strategy="ddp"`` with
+    ``ga.distributed`` the N steps of every rank are the tasks.
 
     Args:
         aggregator: what weights the tasks; signal and direction are both the loss gradient.
@@ -49,8 +52,9 @@ class AgreementCallback(pl.Callback):
     Raises:
         TypeError: ``aggregator`` is no aggregator.
         ValueError: when ``Trainer.fit`` starts, for ``accumulate_grad_batches=1``, manual
-            optimization, more than one device, another such callback, or a GradScaler with an
-            aggregator that stops at its overflows; at a loss of no parameter, or hooks on .grad.
+            optimization, several devices but by ``strategy="ddp"`` and ``ga.distributed``, another
+            such callback, or a GradScaler with an aggregator that stops at its overflows; at a
+            loss of no parameter, or hooks on .grad.
 
     Source: Eshratifar et al. 2018, algorithm 1, without an inner loop.
 
@@ -91,9 +95,20 @@ class AgreementCallback(pl.Callback):
             )
         self._forget()
 
+    def on_train_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,  # noqa: ARG002 - Lightning's signature, here and below
+    ) -> None:
+        model = trainer.strategy.model
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            check_no_static_graph(model)
+            # The Trainer's own wrapper, of this fit alone: no window's last step is averaged.
+            model.require_backward_grad_sync = False
+
     def on_before_zero_grad(
         self,
-        trainer: pl.Trainer,  # noqa: ARG002 - Lightning's signature, here and below
+        trainer: pl.Trainer,  # noqa: ARG002
         pl_module: pl.LightningModule,  # noqa: ARG002
         optimizer: torch.optim.Optimizer,  # noqa: ARG002
     ) -> None:
@@ -138,24 +153,33 @@ class AgreementCallback(pl.Callback):
             self._aggregate(trainer, pl_module)
 
     def _aggregate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        tasks, scale = self._tasks, loss_scale(trainer)
-        # Lightning has divided the loss by N, and a GradScaler has multiplied it.
-        factor = trainer.accumulate_grad_batches / scale
-        used = {
-            name: parameter
-            for name, parameter in named(trainer, pl_module).items()
-            if any(name in task for task in tasks)
-        }
-        stack = {
-            name: torch.stack([_take(task, name, p) for task in tasks]).mul_(factor)
-            for name, p in used.items()
-        }
-        result = self.aggregator.aggregate(stack)
-        check_some_task(result.diagnostics, self.aggregator.nonfinite)
+        scale = loss_scale(trainer)
+        parameters = named(trainer, pl_module)
+        with self.aggregator.step_of_ranks():
+            # Lightning has divided the loss by N, and a GradScaler has multiplied it.
+            names = {name for task in self._tasks for name in task}
+            stack = self._stack(parameters, names, trainer.accumulate_grad_batches / scale)
+            result = self.aggregator.aggregate(stack)
+            check_some_task(result.diagnostics, self.aggregator.nonfinite)
+            used = used_on_any_rank(self.aggregator, parameters, names)
         for name, parameter in used.items():
             parameter.grad = result.update[name] * scale
         self.weights, self._tasks = result.weights, []
         _log(pl_module, "agreement", result.diagnostics)
+        model = trainer.strategy.model
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model.require_forward_param_sync = True  # buffers are sent once a step, as without us
+
+    def _stack(
+        self, parameters: dict[str, nn.Parameter], used: set[str], factor: float
+    ) -> dict[str, Tensor]:
+        """The gradients of the window; of all parameters where another rank may use them."""
+        over_ranks = self.aggregator.ranks is not None
+        return {
+            name: torch.stack([_take(task, name, p) for task in self._tasks]).mul_(factor)
+            for name, p in parameters.items()
+            if over_ranks or name in used
+        }
 
     def _forget(self) -> None:
         self._tasks = []
@@ -180,8 +204,8 @@ class ManualTaskBatch(TaskBatch):
 
     Raises:
         TypeError: it is no LightningModule.
-        ValueError: automatic optimization, more than one device, or a GradScaler with an aggregator
-            that stops at its overflows.
+        ValueError: automatic optimization, several devices but by ``strategy="ddp"`` and
+            ``ga.distributed``, or a GradScaler with an aggregator that stops at its overflows.
     """
 
     def __init__(

@@ -21,11 +21,14 @@ def is_a(name: str, thing: object) -> bool:
 
 def check_trainer(trainer: Any, aggregator: Aggregator) -> None:
     """Raises a ValueError for several devices, or a GradScaler that would see no overflow."""
-    if not is_a("SingleDeviceStrategy", trainer.strategy):
+    # DeepSpeed's strategy is a subclass of that of DDP.
+    over_ranks = type(trainer.strategy).__name__ == "DDPStrategy" and aggregator.ranks is not None
+    if not (over_ranks or is_a("SingleDeviceStrategy", trainer.strategy)):
         raise ValueError(
             f"expected one device, found {type(trainer.strategy).__name__}, which averages the "
-            "tasks of several devices by itself; pass Trainer(devices=1, strategy='auto') and all "
-            "the tasks of a step to that one"
+            "tasks of several devices by itself; pass strategy='ddp' and "
+            "ga.distributed(aggregator), or Trainer(devices=1, strategy='auto') and all the tasks "
+            "of a step to that one"
         )
     if scaler_of(trainer) is not None and aggregator.nonfinite != "propagate":
         raise ValueError(
@@ -36,8 +39,8 @@ def check_trainer(trainer: Any, aggregator: Aggregator) -> None:
 
 
 def accumulates(trainer: Any) -> bool:
-    """Whether a step is more than one training batch, now or in a later epoch."""
-    return trainer.accumulate_grad_batches > 1 or any(
+    """Whether a step is more than one training batch, now or in a later epoch, of all devices."""
+    return max(trainer.accumulate_grad_batches, trainer.world_size) > 1 or any(
         is_a("GradientAccumulationScheduler", callback)
         and callback.going_to_accumulate_grad_batches()
         for callback in trainer.callbacks

@@ -5,9 +5,9 @@ from gradagree_opt.core.agreement import GradientAgreement, agreement_weights
 from gradagree_opt.core.controls import Mean, NormShare, RandomWeights, Sum
 from gradagree_opt.core.diagnostics import Diagnostics
 from gradagree_opt.core.equal import EqualAgreement, GramianPower
-from gradagree_opt.core.ranks import distributed, own_share
 from gradagree_opt.core.results import Aggregation, CollectedTasks
 from gradagree_opt.core.robust import GeometricMedian, NormClipped
+from gradagree_opt.core.spread import distributed, own_share
 from gradagree_opt.core.statistics import Statistics
 from gradagree_opt.core.weightings import Decision, Need, Weighting
 from gradagree_opt.engines import (

@@ -16,7 +16,12 @@ _GATHER = "give one process all the tasks of a step, or take ga.distributed(aggr
 
 
 def check_one_process(
-    tensors: Iterable[Any], /, module: object = None, *, over_ranks: bool = False
+    tensors: Iterable[Any],
+    /,
+    module: object = None,
+    *,
+    over_ranks: bool = False,
+    wrapped: bool = False,
 ) -> None:
     """Raises a ValueError where a module, a tensor or the process group shows several ranks.
 
@@ -24,18 +29,21 @@ def check_one_process(
         tensors: the parameters.
         module: that they are of, if it is known.
         over_ranks: the aggregator is one of several ranks, so that a process group may be there.
+        wrapped: and DistributedDataParallel, where a forward or backward pass sends nothing, and
+            parameters of FSDP2.
 
     >>> check_one_process([torch.zeros(2)], nn.Linear(1, 1))
     """
-    parts, wrappers = module.modules() if isinstance(module, nn.Module) else (), _wrappers()
-    for part in parts:
-        if isinstance(part, wrappers):
+    for part in module.modules() if isinstance(module, nn.Module) else ():
+        if wrapped and over_ranks and isinstance(part, nn.parallel.DistributedDataParallel):
+            _check_sends_nothing(part)
+        elif isinstance(part, _wrappers(sharded=not (wrapped and over_ranks))):
             raise ValueError(
                 f"expected a module that one process trains, found {type(part).__name__}, whose "
                 "averages over the ranks the gradients of single tasks would not pass; give the "
                 f"module that it wraps, and {_GATHER}"
             )
-    check_whole(tensors)
+    check_whole(tensors, sharded=wrapped and over_ranks)
     distributed = torch.distributed
     if over_ranks:
         return
@@ -49,15 +57,18 @@ def check_one_process(
             )
 
 
-def check_whole(tensors: Iterable[Any], /) -> None:
+def check_whole(tensors: Iterable[Any], /, *, sharded: bool = False) -> None:
     """Raises a ValueError where a parameter lies in parts on several ranks.
+
+    ``sharded``: DTensors may.
 
     >>> check_whole([torch.zeros(2)])
     """
     dtensor = getattr(_imported("torch.distributed.tensor"), "DTensor", ())
     for tensor in tensors:
         # DTensors are FSDP2's and tensor parallelism's; DeepSpeed's of ZeRO 3 have an id.
-        if isinstance(tensor, dtensor) or (isinstance(tensor, Tensor) and hasattr(tensor, "ds_id")):
+        dtensors = isinstance(tensor, dtensor) and not sharded
+        if dtensors or (isinstance(tensor, Tensor) and hasattr(tensor, "ds_id")):
             raise ValueError(
                 f"expected parameters that one process holds, found {type(tensor).__name__}, a "
                 "part of which lies on every rank and has a gradient of zero in a functional call; "
@@ -65,10 +76,54 @@ def check_whole(tensors: Iterable[Any], /) -> None:
             )
 
 
-def _wrappers() -> tuple[type, ...]:
-    """The modules that average over ranks; what has not been imported wraps nothing."""
+def inside(module: Any, /) -> Any:
+    """The module that DistributedDataParallel wraps, else what was given.
+
+    >>> inside([1])
+    [1]
+    """
+    return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
+
+
+def reshard(module: object, /) -> None:
+    """Puts the parameters of FSDP2 back into their parts: the root shows whole ones after a call.
+
+    >>> reshard(nn.Linear(1, 1))
+    """
+    parts = getattr(_imported("torch.distributed.fsdp"), "FSDPModule", ())
+    for part in module.modules() if isinstance(module, nn.Module) else ():
+        if isinstance(part, parts):
+            part.reshard()
+
+
+def _check_sends_nothing(wrapper: nn.parallel.DistributedDataParallel) -> None:
+    """Raises a ValueError where a pass of one task would wait for the other ranks."""
+    sends = getattr(wrapper, "forward_sync_buffers", wrapper.broadcast_buffers)  # by its newer name
+    if sends and any(True for _ in wrapper.module.buffers()):
+        raise ValueError(
+            "expected DistributedDataParallel whose forward pass sends nothing, found one of a "
+            "module with buffers: ranks with other numbers of tasks would wait for them in vain; "
+            "give it broadcast_buffers=False, or call the module that it wraps"
+        )
+    check_no_static_graph(wrapper)
+
+
+def check_no_static_graph(wrapper: nn.parallel.DistributedDataParallel, /) -> None:
+    """Raises a ValueError where the first backward pass would average, whatever it is told."""
+    if wrapper.static_graph:
+        raise ValueError(
+            "expected DistributedDataParallel whose backward pass sends nothing, found "
+            "static_graph=True, which averages in the first one of any task; leave it out"
+        )
+
+
+def _wrappers(*, sharded: bool) -> tuple[type, ...]:
+    """The modules that average over ranks; what has not been imported wraps nothing.
+
+    ``sharded``: those of FSDP2 among them.
+    """
     fsdp = _imported("torch.distributed.fsdp")
-    names = ("FullyShardedDataParallel", "FSDPModule")
+    names = ("FullyShardedDataParallel", "FSDPModule")[: 1 + sharded]
     classes = [getattr(fsdp, name) for name in names if hasattr(fsdp, name)]
     return (nn.parallel.DistributedDataParallel, *classes)
 

@@ -118,9 +118,26 @@ class Aggregator(Pipeline):
         nonfinite: Bool[Tensor, " n"] | None = None,
         scaled: bool = True,
     ) -> Aggregation:
+        def aggregate(directions: PyTree, signal: PyTree | None) -> Aggregation:
+            return self._of_parts(directions, signal, nonfinite=nonfinite, scaled=scaled)
+
+        if self.ranks is None:
+            return aggregate(directions, signal)
+        return self.ranks.by_parts(directions, signal, aggregate)
+
+    def _of_parts(
+        self,
+        directions: PyTree,
+        signal: PyTree | None,
+        *,
+        nonfinite: Bool[Tensor, " n"] | None,
+        scaled: bool,
+    ) -> Aggregation:
         if signal is not None or self.nonfinite == "drop":
             found = nonfinite_tasks(directions, signal)
             nonfinite = found if nonfinite is None else nonfinite | found
+        if nonfinite is not None and self.ranks is not None:
+            nonfinite = self.ranks.on_any_shard(nonfinite)
         if nonfinite is not None and self.nonfinite == "drop":
             directions = mask_rows(directions, ~nonfinite)
             signal = None if signal is None else mask_rows(signal, ~nonfinite)

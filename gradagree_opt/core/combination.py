@@ -10,15 +10,23 @@ from gradagree_opt.annotations import Float
 from gradagree_opt.core.blocks import column_blocks, rows
 from gradagree_opt.core.devices import fused_kernels
 from gradagree_opt.core.results import Combine, Measured
-from gradagree_opt.core.stacks import PyTree, full_precision, leaves_of, like, tree_norm
+from gradagree_opt.core.stacks import (
+    PyTree,
+    full_precision,
+    is_coarse,
+    leaves_of,
+    like,
+    tree_norm,
+)
 
 
 def with_norm(
     combine_directions: Combine, weights: Float[Tensor, "*groups n"], measured: Measured, /
 ) -> tuple[PyTree, Float[Tensor, ""]]:
     """The update of these weights and its norm, which a combination may tell along with it."""
-    if isinstance(combine_directions, Combination | Waiting):
-        return combine_directions.and_norm(weights, measured)
+    if hasattr(combine_directions, "and_norm"):
+        together: tuple[PyTree, Tensor] = combine_directions.and_norm(weights, measured)
+        return together
     update = combine_directions(weights, measured.groups)
     return update, tree_norm(update, scaled=measured.scaled)
 
@@ -37,6 +45,12 @@ class Combination:
         if kernels := fused_kernels(leaves):
             return like(self.stack, kernels.combine(leaves, weights, groups)[0])
         return combine(self.stack, weights, groups)
+
+    def wide(self, weights: Float[Tensor, "*groups n"], groups: Sequence[int] | None, /) -> PyTree:
+        """:func:`combine` of the stack, in what it is accumulated in: as a part of a larger sum."""
+        if not is_coarse(leaves_of(self.stack)):
+            return self(weights, groups)
+        return combine(self.stack, weights, groups, wide=True)
 
     def and_norm(
         self, weights: Float[Tensor, "*groups n"], measured: Measured, /
@@ -71,7 +85,12 @@ class Waiting:
 
 
 def combine(
-    stack: PyTree, weights: Float[Tensor, "*groups n"], groups: Sequence[int] | None = None, /
+    stack: PyTree,
+    weights: Float[Tensor, "*groups n"],
+    groups: Sequence[int] | None = None,
+    /,
+    *,
+    wide: bool = False,
 ) -> PyTree:
     """Σ_i w_i · row i for every leaf, accumulated in float32 or better, in the leaf's own dtype.
 
@@ -79,6 +98,7 @@ def combine(
         stack: task-stacked pytree.
         weights: ``[n]``, or ``[groups, n]`` with the group of every leaf in ``groups``.
         groups: index of the group of every leaf, or None where there is one for all.
+        wide: leaves the sums in float32 or better.
     """
     leaves = leaves_of(stack)
     with full_precision(leaves[0].device):
@@ -86,6 +106,8 @@ def combine(
             _weighted_sum(leaf, weights if groups is None else weights[groups[index]])
             for index, leaf in enumerate(leaves)
         ]
+    if not wide:
+        sums = [total.to(leaf.dtype) for total, leaf in zip(sums, leaves, strict=True)]
     return like(stack, sums)
 
 
@@ -96,4 +118,4 @@ def _weighted_sum(leaf: Tensor, weights: Tensor) -> Tensor:
         total = torch.mv(rows(leaf).to(dtype).T, weights)
     else:  # by blocks: no copy of the whole leaf in the larger dtype
         total = torch.cat([torch.mv(block.T, weights) for block in column_blocks(leaf, dtype)])
-    return total.reshape(leaf.shape[1:]).to(leaf.dtype)
+    return total.reshape(leaf.shape[1:])

@@ -1,58 +1,100 @@
-"""What the ranks of a process group tell each other, and what is said where one does not answer."""
+"""What the ranks of a process group tell each other, and what is said where they are not alike."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Float
-
-
-class RankLostError(RuntimeError):
-    """A rank has died, or waited past the timeout: no second try of this one helps."""
+from gradagree_opt.core.lost import reduce_over
 
 
 class Messages:
-    """What the ranks of a process group tell each other, by all-reduces alone."""
+    """What the ranks of a process group tell each other, by all-reduces alone.
+
+    Attributes:
+        counts: tasks of each rank in the step at hand.
+        joined: whether the ranks have met in it.
+        groups: process groups of ranks with the same part of sharded parameters.
+        left: the batch in which a task has failed before any step, which the others wait for.
+    """
 
     def __init__(self, group: Any = None) -> None:
+        self.group = group
+        self.counts: list[int] = []
+        self.joined = False
+        self.left: object = None
+        self.groups: dict[tuple[int, ...], Any] = {}
+        if group is not None:
+            self.check_group()
+
+    def __deepcopy__(self, memo: Any) -> "Messages":
+        return self  # a process group is no value
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.group is not None:
+            raise TypeError(
+                "expected ga.distributed(aggregator) of all ranks where it is pickled, found one "
+                "of a process group, which no file and no other process holds; leave the "
+                "aggregator out, and make it anew where it is loaded"
+            )
+        return {**vars(self), "counts": [], "left": None, "groups": {}}
+
+    def check_group(self) -> None:
+        """Raises a ValueError without a process group, or on a rank outside of it."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise ValueError(
                 "expected a process group, found none; call "
                 "torch.distributed.init_process_group(…) first, and start by torchrun"
             )
-        self.group = group
-        self.rank = torch.distributed.get_rank(group)
-        if self.rank < 0:
+        if torch.distributed.get_rank(self.group) < 0:
             raise ValueError(
                 "expected a rank of the process group, found one outside of it; leave the step to "
                 "the ranks of the group"
             )
-        self.size = torch.distributed.get_world_size(group)
-        self.counts: list[int] = []
-        self.joined = False
 
-    def __deepcopy__(self, memo: Any) -> "Messages":
-        return self  # a process group is no value
+    @property
+    def rank(self) -> int:
+        """The number of this one in the group."""
+        return torch.distributed.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return torch.distributed.get_world_size(self.group)
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Around what leads to an aggregation: tells the others where this rank fails before."""
+    def step(self, batch: object = None) -> Iterator[None]:
+        """Around what leads to an aggregation: tells the others where this rank fails before.
+
+        ``batch``: whose step it is, that a task may have failed in.
+        """
+        self.check_group()
         self.joined = False
         try:
+            if self.left not in (None, batch):
+                raise ValueError(
+                    "expected backward() of the batch whose add() failed, found a step of others; "
+                    "call it, without that task or any, or let the failure end the process"
+                )
+            self.left = None
             yield
         except Exception:
+            self.left = None
             if not self.joined:
                 self.tell(0, 0, 0, failed=True)
             raise
 
-    def tell(self, n: int, d: int, digest: int, *, failed: bool) -> list[list[int]]:
+    def tell(
+        self, n: int, d: int, digest: int, block: int = -1, index: int = 0, *, failed: bool
+    ) -> list[list[int]]:
         """What every rank has to say first."""
         self.joined = True
-        header = torch.zeros(self.size, 4, dtype=torch.int64, device=self._device())
-        header[self.rank] = torch.tensor([n, d, digest, int(failed)])
+        header = torch.zeros(self.size, 6, dtype=torch.int64, device=self._device())
+        header[self.rank] = torch.tensor([n, d, digest, int(failed), block, index])
         self.reduce(header)
         table: list[list[int]] = header.tolist()
         return table
@@ -67,6 +109,28 @@ class Messages:
         failed, values = table.T.tolist()
         self.check_none([rank for rank, flag in enumerate(failed) if flag])
         return list(values)
+
+    def differences(self, words: Sequence[str]) -> str:
+        """What is not alike on all ranks, once it is known that something is: two extra messages.
+
+        Args:
+            words: of this rank, one for each thing that has to be alike.
+        """
+        own = "\n".join(words).encode()
+        lengths = torch.zeros(self.size, dtype=torch.int64, device=self._device())
+        lengths[self.rank] = len(own)
+        self.reduce(lengths)
+        table = torch.zeros(self.size, int(lengths.amax()), dtype=torch.uint8)
+        table[self.rank, : len(own)] = torch.tensor([*own], dtype=torch.uint8)
+        table = table.to(self._device())
+        self.reduce(table)
+        rows = zip(table.tolist(), lengths.tolist(), strict=True)
+        said = [bytes(row[:length]).decode().split("\n") for row, length in rows]
+        for rank, other in enumerate(said):
+            for one, another in zip_longest(said[0], other, fillvalue="nothing"):
+                if one != another:
+                    return f"{one} on rank 0 and {another} on rank {rank}"
+        return "others in a way that their words do not show"
 
     def used_by_any(self, used: Sequence[bool], device: torch.device, /) -> list[bool]:
         """Which of the parameters a loss of any rank depends on."""
@@ -94,14 +158,7 @@ class Messages:
         return table
 
     def reduce(self, tensor: Tensor) -> None:
-        try:
-            torch.distributed.all_reduce(tensor, group=self.group)
-        except RuntimeError as error:
-            raise RankLostError(
-                "expected an answer of every rank, found that one has died or waited past the "
-                "timeout of the process group; nothing was changed on this one: start all of them "
-                "again from the last checkpoint"
-            ) from error
+        reduce_over(tensor, self.group, self.group)
 
     def _device(self) -> torch.device:
         if torch.distributed.get_backend(self.group) == "nccl":

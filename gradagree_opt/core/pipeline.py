@@ -91,7 +91,7 @@ class Pipeline:
                 nonfinite=nonfinite,
                 drop=self.nonfinite == "drop",
                 draw=self.draw,
-                options=f"{self!r} {groups} {leaf_paths(signal)}",
+                options=[repr(self), f"groups {groups}", *leaf_paths(signal)],
             )
         n = leaves[0].shape[0]
         if nonfinite is not None and self.nonfinite == "drop":
@@ -206,9 +206,9 @@ class Pipeline:
         """Fewest tasks of an aggregation here: one, or none on one of several ranks."""
         return 1 if self.ranks is None else 0
 
-    def step_of_ranks(self) -> AbstractContextManager[None]:
+    def step_of_ranks(self, batch: object = None) -> AbstractContextManager[None]:
         """Around a step of several ranks: what fails in it before they meet fails on all."""
-        return nullcontext() if self.ranks is None else self.ranks.step()
+        return nullcontext() if self.ranks is None else self.ranks.step(batch)
 
     def of_one_process(self: Steps) -> Steps:
         """The same, of the tasks of this rank alone."""

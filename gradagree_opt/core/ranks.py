@@ -14,109 +14,66 @@ Conjugate gradients on J Jᵀ would take d numbers a step, about 70 steps to 1e-
 0.01: they would save nothing below as many tasks.
 """
 
-import copy
 import re
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.core.blocks import or_one, power_of_two
 from gradagree_opt.core.messages import Messages
 from gradagree_opt.core.own_part import Part, by_group, statistics_of
-from gradagree_opt.core.results import Combine, Measured
+from gradagree_opt.core.results import Aggregation, Combine, Measured
+from gradagree_opt.core.shards import Shards, own_part
 from gradagree_opt.core.stacks import (
     PyTree,
     accumulation_dtype,
     full_precision,
+    leaves_of,
     like,
-    task_count,
 )
 from gradagree_opt.core.statistics import OF_GRAMIAN, of_products, side_by_side
+from gradagree_opt.core.summed import Summed
 
 GATHERED_ENTRIES = 2**22
 """Entries of all tasks that are held at once for a Gram matrix: 16 MiB of float32."""
 
-AnAggregator = TypeVar("AnAggregator")
-
-
-def distributed(aggregator: AnAggregator, /, group: Any = None) -> AnAggregator:
-    """The aggregator, over the tasks of all ranks of a process group.
-
-    Every rank gives its own tasks, as many as it has, none too. The update and the diagnostics are
-    those of the tasks of all, the same bits on every rank; weights, scores and losses are those of
-    the rank's own tasks. It goes wherever the aggregator goes, but for ``compile=True``, TorchOpt's
-    loss optimizers and those of TorchJD that need the gradients themselves. Replicas stay equal if
-    they begin equal: give the module itself and not DistributedDataParallel, and the same seed or a
-    broadcast first.
-
-    Each call of an aggregation is one that all ranks make. Where one fails beforehand, all raise.
-
-    Args:
-        aggregator: any but those that need the gradients themselves.
-        group: process group; None for all ranks.
-
-    Raises:
-        TypeError: it is no aggregator.
-        ValueError: torch.distributed has no process group, this rank is not of it, or the
-            aggregator needs the gradients of all tasks on one rank.
-
-    >>> import tempfile
-    >>> import torch.distributed as dist
-    >>> import gradagree_opt as ga
-    >>> store = dist.FileStore(tempfile.mkstemp()[1], 1)
-    >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    >>> aggregator = ga.distributed(ga.GradientAgreement())
-    >>> aggregator(torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, -1.0]]))
-    tensor([1.6667, 0.3333])
-    >>> dist.destroy_process_group()
-    """
-    needs = getattr(aggregator, "needs", None)
-    if needs is None or not hasattr(aggregator, "ranks"):
-        raise TypeError(
-            "expected an aggregator as gradagree_opt.GradientAgreement(), found "
-            f"{type(aggregator).__name__}; give ga.distributed(ga.GradientAgreement())"
-        )
-    if "directions" in needs:
-        raise ValueError(
-            f"expected an aggregator that weights the tasks, found {aggregator!r}, which needs the "
-            "gradients of all of them on one rank; gather them, and aggregate without distributed"
-        )
-    spread = copy.copy(aggregator)
-    spread.ranks = Ranks(group)
-    return spread
-
-
-def own_share(tasks: PyTree, /, group: Any = None) -> PyTree:
-    """The tasks of this rank out of a task-stacked batch: as ``tensor_split`` deals them out.
-
-    Sizes differ by one at most; ranks get none where there are fewer tasks than ranks. Tasks are
-    dealt by their number, so that any number of ranks sees the same ones.
-
-    Args:
-        tasks: pytree with leaves ``[n, *shape]``, the same on all ranks.
-        group: process group; None for all ranks.
-
-    Raises:
-        ValueError: as :func:`distributed`; or the task axes differ.
-
-    >>> from torch.distributed import HashStore, destroy_process_group, init_process_group
-    >>> init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    >>> own_share(torch.tensor([1.0, 2.0]))  # a single rank has all tasks
-    tensor([1., 2.])
-    >>> destroy_process_group()
-    """
-    ranks = Ranks(group)
-    task_count(tasks, "tasks")
-    return tree_map(lambda leaf: leaf.tensor_split(ranks.size)[ranks.rank], tasks)
-
 
 class Ranks(Messages):
     """The ranks of a process group as one: measured, decided and combined together."""
+
+    def __init__(self, group: Any = None) -> None:
+        super().__init__(group)
+        self.shards = Shards((), group)
+
+    def by_parts(
+        self,
+        directions: PyTree,
+        signal: PyTree | None,
+        aggregate: Callable[[PyTree, PyTree | None], Aggregation],
+        /,
+    ) -> Aggregation:
+        """An aggregation of what this rank holds of each leaf; its update is sharded as they are.
+
+        Raises:
+            ValueError: DTensors lie on several meshes, or their parts are to be added.
+        """
+        shards = self.shards = Shards(leaves_of(directions), self.group)
+        try:
+            own = tree_map(own_part, directions)
+            result = aggregate(own, None if signal is None else tree_map(own_part, signal))
+        finally:
+            self.shards = Shards((), self.group)
+        whole = shards.whole(leaves_of(result.update))
+        return result._replace(update=like(result.update, whole))
+
+    def on_any_shard(self, flags: Bool[Tensor, " n"], /) -> Bool[Tensor, " n"]:
+        """Flags of tasks, of which another rank may hold the part that they come from."""
+        return self.shards.sum(flags.int()) > 0
 
     def name(self, tasks: Sequence[int], /) -> str:
         """Tasks that are counted over all ranks, by their numbers on their own: "1 of rank 2"."""
@@ -137,7 +94,7 @@ class Ranks(Messages):
         nonfinite: Bool[Tensor, " n"] | None,
         drop: bool,
         draw: Callable[[int], Tensor | None],
-        options: str,
+        options: Sequence[str],
     ) -> Measured:
         """Statistics of the tasks of all ranks, from the signals of this one's.
 
@@ -148,7 +105,7 @@ class Ranks(Messages):
             nonfinite: this rank's tasks that are known to be so.
             drop: whether these get weight 0.
             draw: gives as many random numbers as there are tasks; those of the first rank count.
-            options: what has to be the same on all ranks, in words.
+            options: what has to be the same on all ranks, in words; last the names of the leaves.
 
         Raises:
             ValueError: another rank has failed, or has other shapes or options.
@@ -161,10 +118,12 @@ class Ranks(Messages):
                     "expected at least one task, found none on any rank; skip the step when the "
                     "batch has no tasks"
                 )
-            members = by_group(leaves, groups)
+            members = by_group(self.shards.counted(leaves), groups)
             parts = [Part.of(member) for member in members]
+            self.shards.unify(parts)
             gathers = bool(needs & OF_GRAMIAN)
-            columns = [[part.units, part.lengths] for part in parts]
+            counts = float(not self.shards.index)  # products are added up over the parts
+            columns = [[part.units * counts, part.lengths * counts] for part in parts]
             if not gathers:
                 for column, told in zip(columns, self._products(parts, needs), strict=True):
                     column += told
@@ -191,34 +150,9 @@ class Ranks(Messages):
                 statistics = statistics._replace(draws=draws_of_first)
             return Measured(statistics, known_bad | ~statistics.finite, groups, True, own)
 
-    def summed(self, combine_directions: Combine, own: slice, /) -> Combine:
+    def summed(self, combine_directions: Combine, own: slice, /) -> Summed:
         """Σ_i w_i · direction_i over the tasks of all ranks, from this one's."""
-
-        def over_ranks(weights: Tensor, groups: list[int] | None) -> PyTree:
-            update: PyTree = ()
-            error = None
-            try:
-                update = combine_directions(weights[..., own], groups)
-            except Exception as raised:
-                error = raised
-            leaves = tree_leaves(update)
-            shapes = [(tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves]
-            digests = self.agree(error, zlib.crc32(str(shapes).encode()))
-            others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-            if others:
-                raise ValueError(
-                    "expected directions alike on all ranks, found other shapes on rank "
-                    f"{others[0]} than on rank 0; build model and tasks alike on every rank"
-                )
-            flat = torch.cat([leaf.flatten().to(accumulation_dtype(leaves)) for leaf in leaves])
-            self.reduce(flat)
-            summed = torch.split(flat, [leaf.numel() for leaf in leaves])
-            shaped = [
-                s.reshape(leaf.shape).to(leaf) for s, leaf in zip(summed, leaves, strict=True)
-            ]
-            return like(update, shaped)
-
-        return over_ranks
+        return Summed(self, combine_directions, own)
 
     def decided(
         self, decide: Callable[[], list[Tensor]], own: slice, apart: bool, /
@@ -253,23 +187,29 @@ class Ranks(Messages):
         pieces = zip(torch.split(told, [part.numel() for part in parts]), parts, strict=True)
         return [piece.reshape(part.shape).to(part.dtype) for piece, part in pieces], 2 in forms
 
-    def _join(self, leaves: Sequence[Tensor], options: str) -> slice:
+    def _join(self, leaves: Sequence[Tensor], options: Sequence[str]) -> slice:
         """The place of this rank's tasks among all, once all have the same to do."""
         n = len(leaves[0])
-        shapes = [(tuple(leaf.shape[1:]), str(leaf.dtype)) for leaf in leaves]
-        words = re.sub(r" at 0x[0-9a-f]+", "", f"{options} {shapes}")  # functions have an address
-        d = sum(leaf.shape[1:].numel() for leaf in leaves)
-        table = self.tell(n, d, zlib.crc32(words.encode()), failed=False)
+        names = options[len(options) - len(leaves) :]
+        words = [re.sub(r" at 0x[0-9a-f]+", "", option) for option in options]  # of functions
+        shapes = self.shards.shapes(leaves)
+        words += [
+            f"{str(leaf.dtype).removeprefix('torch.')} {list(shape)} of {name!r}"
+            for name, leaf, shape in zip(names, leaves, shapes, strict=True)
+        ]
+        d = sum(torch.Size(shape).numel() for shape in shapes)
+        digest = zlib.crc32("\n".join(words).encode())
+        table = self.tell(n, d, digest, self.shards.block, self.shards.index, failed=False)
         self.check_none([rank for rank, row in enumerate(table) if row[3]])
-        for rank, row in enumerate(table):
-            if row[1:3] != table[0][1:3]:
-                raise ValueError(
-                    f"expected the same parameters and options of the aggregator on all ranks, "
-                    f"found others on rank {rank} than on rank 0 ({row[1]} and {table[0][1]} "
-                    "entries); build model and aggregator alike on every rank"
-                )
-        self.counts = [row[0] for row in table]
-        start = sum(self.counts[: self.rank])
+        if any(row[1:3] != table[0][1:3] for row in table):
+            raise ValueError(
+                "expected the same parameters and options of the aggregator on all ranks, found "
+                f"{self.differences(words)}; build model and aggregator alike on every rank"
+            )
+        places = [(row[0], row[4], row[5]) for row in table]
+        self.counts = self.shards.meet(places, self.groups)
+        self.indices = [row[5] for row in table]
+        start = sum(self.counts[: self.shards.first(places, self.rank)])
         return slice(start, start + n)
 
     def _products(
@@ -283,13 +223,14 @@ class Ranks(Messages):
         sums = [part.sum(wide) for part in parts]
         units = [part.unit_sum().to(wide) for part in parts] if cosine else []
         flat = torch.cat([*sums, *units])
-        self.reduce(flat)
+        self.shards.add_up(flat)
         totals = torch.split(flat, [len(each) for each in [*sums, *units]])
         results = []
         for index, part in enumerate(parts):
             total = totals[index]
             largest = torch.cat([total.abs(), total.new_zeros(1)]).amax()
-            part.total_unit = power_of_two(largest.nan_to_num(0.0, 0.0, 0.0))
+            largest = self.shards.largest(largest.nan_to_num(0.0, 0.0, 0.0))
+            part.total_unit = power_of_two(largest)
             total = total / or_one(part.total_unit)
             each = [part.times(total.to(part.dtype))]
             if cosine:
@@ -307,6 +248,6 @@ class Ranks(Messages):
         for block in part.chunks(max(1, GATHERED_ENTRIES // n)):
             matrix = units.new_zeros(n, block.shape[1])
             matrix[own] = block.to(units.dtype)
-            self.reduce(matrix)
+            self.shards.add_up(matrix)
             products = torch.addmm(products, matrix, matrix.T)
-        return products
+        return self.shards.sum(products)

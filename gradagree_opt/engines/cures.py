@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unflatten
 
-from gradagree_opt.core.messages import RankLostError
+from gradagree_opt.core.lost import RankLostError
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.errors import (
     SharedDrawsError,

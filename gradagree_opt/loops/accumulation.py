@@ -6,14 +6,19 @@ import torch
 from torch import Tensor
 
 
-def add_to_grad(parameters: Mapping[str, Tensor], update: Mapping[str, Tensor], /) -> None:
-    """Adds an update to ``.grad`` as ``backward`` would, and runs what hangs on that."""
+def add_to_grad(
+    parameters: Mapping[str, Tensor], update: Mapping[str, Tensor], /, *, over_ranks: bool = False
+) -> None:
+    """Adds an update to ``.grad`` as ``backward`` would, and runs what hangs on that.
+
+    ``over_ranks``: but for DistributedDataParallel, which would average what is the same on all.
+    """
     accumulated = {}
     for name, parameter in parameters.items():
         grad = parameter.grad
         plain = grad is None or (grad.layout == torch.strided and not grad.requires_grad)
         # Its own hooks have seen the gradients of the tasks, and are not to see their sum.
-        if plain and not parameter._backward_hooks:
+        if plain and not parameter._backward_hooks and not over_ranks:
             accumulated[name] = parameter
         else:
             if grad is None:

@@ -10,14 +10,20 @@ from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.diagnostics import check_some_task
 from gradagree_opt.core.few_passes import weighted_loss_refusal
 from gradagree_opt.core.results import Aggregation, CollectedTasks
+from gradagree_opt.core.shards import are_sharded, of_no_task, stack_tasks
 from gradagree_opt.core.stacks import PyTree, is_coarse
-from gradagree_opt.engines.choice import of_no_task
 from gradagree_opt.loops.accumulation import add_to_grad
 from gradagree_opt.loops.adapted import Parameters, displacement, match, named, trained
 from gradagree_opt.loops.graphs import check_depends, check_loss, depends
 from gradagree_opt.loops.loss_graph import LossGraph
 from gradagree_opt.loops.multi_task import aggregate_losses
-from gradagree_opt.one_process import check_one_process
+from gradagree_opt.loops.over_ranks import (
+    accumulated_gradient,
+    check_ranks,
+    task_of,
+    unwrapped,
+    used_on_any_rank,
+)
 from gradagree_opt.options import check_choice
 
 _FROM_COPY = (
@@ -59,8 +65,8 @@ class TaskBatch:
     Raises:
         TypeError: these are no parameters, or no aggregator.
         ValueError: no parameter requires a gradient, one is no leaf or occurs twice, or memory is
-            neither "graph" nor "stream"; or several ranks train: a module in
-            DistributedDataParallel, parameters of FSDP, a process group of more than one rank.
+            neither "graph" nor "stream"; or several ranks train without ``ga.distributed``, or by
+            a DistributedDataParallel that sends more than gradients.
 
     Source: Eshratifar et al. 2018, algorithm 1, both forms.
 
@@ -83,12 +89,14 @@ class TaskBatch:
     ) -> None:
         check_aggregator(aggregator)
         check_choice("memory", memory, ("graph", "stream"))
+        parameters = unwrapped(parameters, aggregator)
         # A module may be given new parts between batches; an iterator can be read once.
         self._source = parameters if isinstance(parameters, nn.Module | Mapping | list) else None
         self._all = named(parameters)
         self._trained = trained(self._all)
-        over_ranks = aggregator.ranks is not None
-        check_one_process(self._trained.values(), parameters, over_ranks=over_ranks)
+        if are_sharded(self._trained):  # in the middle of a step FSDP shows others
+            self._source = None
+        check_ranks(self._trained, aggregator)
         self.aggregator = aggregator
         self.memory = memory
         self._losses: list[Tensor] = []
@@ -123,8 +131,12 @@ class TaskBatch:
             TypeError: ``adapted`` is neither a module nor tensors.
             ValueError: the loss is not a scalar, or does not depend on the parameters or on those
                 adapted from them; ``adapted`` is no learner of the same model; or the form differs
-                from that of earlier tasks.
+                from that of earlier tasks, or is not add(loss) where parameters are sharded.
         """
+        with task_of(self, self.aggregator):
+            self._add(loss, adapted)
+
+    def _add(self, loss: Tensor | None, adapted: Parameters | None) -> None:
         if loss is None and adapted is None:
             raise ValueError(
                 "expected a loss, adapted parameters or both, found neither; call "
@@ -136,12 +148,9 @@ class TaskBatch:
                 f"expected every task of a batch in one form, found add{_call(form)} after "
                 f"add{_call(self._form)}; call backward() first"
             )
-        if not len(self):  # parameters may be replaced, frozen and unfrozen between batches
-            self._all = self._found()
-            self._trained = trained(self._all)
-            self._used = set()
-            over_ranks = self.aggregator.ranks is not None
-            check_one_process(self._trained.values(), over_ranks=over_ranks)
+        if not len(self):
+            self._look_anew()
+            check_ranks(self._trained, self.aggregator, adapts=adapted is not None)
         after = match(self._all, adapted) if adapted is not None else {}
         displacements = [displacement(self._trained, after)] if adapted is not None else []
         if loss is not None:
@@ -155,8 +164,7 @@ class TaskBatch:
         The update is dense, that of a sparse embedding too, with which SparseAdam cannot step.
 
         Returns:
-            The aggregation and the losses ``[n]``; its update is a dict from parameter name (or
-            position) to gradient.
+            The aggregation and the losses ``[n]``; its update is a dict by parameter name or place.
 
         Raises:
             ValueError: no task was added, the graph of a loss is stale, a parameter was replaced
@@ -166,31 +174,33 @@ class TaskBatch:
         if len(self) < self.aggregator.fewest:
             raise ValueError("expected at least one task, found an empty batch; call add() first")
         try:
-            with self.aggregator.step_of_ranks():
+            with self.aggregator.step_of_ranks(self):
                 if not len(self):
-                    self._all = self._found()
-                    self._trained = trained(self._all)
-                    self._used = set()
+                    self._look_anew()
                 self._check_same_parameters()
                 result = self._aggregate()
                 self.aggregator.verify(result)
                 check_some_task(result.diagnostics, self.aggregator.nonfinite)
-                used = self._used_parameters()
-                losses = torch.stack(self._values) if self._values else None
-                if not len(self):
-                    losses = result.weights.new_zeros(0)
+                all_used = self._used if self._form[0] or not len(self) else {*self._trained}
+                used = used_on_any_rank(self.aggregator, self._trained, all_used)
+                losses = None if len(self) else result.weights.new_zeros(0)
+                losses = torch.stack(self._values) if self._values else losses
         finally:
             self.clear()
-        add_to_grad({n: p for n, p in self._trained.items() if n in used}, result.update)
+        add_to_grad(used, result.update, over_ranks=self.aggregator.ranks is not None)
         return CollectedTasks(*result, losses)
 
     def clear(self) -> None:
         """Forgets the tasks added so far, and their graphs."""
-        self._losses.clear()
-        self._values.clear()
-        self._copies.clear()
-        self._directions.clear()
-        self._displacements.clear()
+        lists = (self._losses, self._values, self._copies, self._directions, self._displacements)
+        for each in lists:
+            each.clear()
+
+    def _look_anew(self) -> None:
+        """Parameters may be replaced, frozen and unfrozen between batches."""
+        self._all = self._found()
+        self._trained = trained(self._all)
+        self._used = set()
 
     def _found(self) -> dict[str, Tensor]:
         """The parameters as they are now."""
@@ -230,7 +240,8 @@ class TaskBatch:
                 "last inner step"
             )
         start = [*self._trained.values(), *copies.values()]
-        check_depends(loss, start, len(self), advice=_FROM_COPY if after else _FROM_OTHERS)
+        if not are_sharded(self._trained):  # FSDP computes with others
+            check_depends(loss, start, len(self), advice=_FROM_COPY if after else _FROM_OTHERS)
         if self.memory == "stream":
             self._directions.append(self._gradient(loss, copies, retain_graph=False))
         else:
@@ -242,7 +253,7 @@ class TaskBatch:
     def _aggregate(self) -> Aggregation:
         if not len(self):  # on one of several ranks
             return self.aggregator.aggregate_unchecked(of_no_task(self._trained))
-        signal = _stack(self._displacements) if self._displacements else None
+        signal = stack_tasks(self._displacements) if self._displacements else None
         if not self._form[0]:
             return self.aggregator.aggregate_unchecked(signal)
         nonfinite, directions = ~torch.isfinite(torch.stack(self._values)), self._directions
@@ -257,7 +268,8 @@ class TaskBatch:
                 self._gradient(loss, copies, retain_graph=shared and loss is not self._losses[-1])
                 for loss, copies in zip(self._losses, self._copies, strict=True)
             ]
-        return self.aggregator.aggregate_unchecked(_stack(directions), signal, nonfinite=nonfinite)
+        stacked = stack_tasks(directions)
+        return self.aggregator.aggregate_unchecked(stacked, signal, nonfinite=nonfinite)
 
     def _from_few_passes(
         self, graph: LossGraph, signal: PyTree, nonfinite: Tensor
@@ -271,28 +283,16 @@ class TaskBatch:
         combined = graph.combined_for(self.aggregator)
         return self.aggregator.apply(measured, combined, signal_is_direction=False)
 
-    def _used_parameters(self) -> set[str]:
-        """Those that a loss depends on, of any rank's tasks."""
-        used = self._used if self._form[0] or not len(self) else set(self._trained)
-        if self.aggregator.ranks is None:
-            return used
-        device = next(iter(self._trained.values())).device
-        flags = self.aggregator.ranks.used_by_any([n in used for n in self._trained], device)
-        return {name for name, flag in zip(self._trained, flags, strict=True) if flag}
-
     def _gradient(
         self, loss: Tensor, copies: dict[str, Tensor], *, retain_graph: bool
     ) -> dict[str, Tensor]:
         """Gradient by parameter, that of a detached copy counted for its parameter (FOMAML)."""
+        if are_sharded(self._trained):
+            return accumulated_gradient(loss, self._trained, self._used, retain_graph=retain_graph)
         graph = LossGraph([loss], self._trained, [copies])
         gradient = graph.gradient(0, retain_graph=retain_graph)
         self._used |= graph.used
         return gradient
-
-
-def _stack(tasks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of all tasks, which are taken out of them: each is held once."""
-    return {name: torch.stack([task.pop(name) for task in tasks]) for name in [*tasks[0]]}
 
 
 def _call(form: tuple[bool, bool]) -> str:

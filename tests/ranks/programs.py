@@ -43,14 +43,14 @@ AGGREGATORS = (
 )
 
 
-def join() -> None:
+def join(timeout: float = 60) -> None:
     """The process group of this test."""
     dist.init_process_group(
         "gloo",
         init_method=f"file://{STORE}",
         rank=RANK,
         world_size=WORLD,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=timeout),
     )
 
 
@@ -134,6 +134,27 @@ def messages() -> None:
             ga.distributed(one)(tasks)
             assert sum(sent) <= 1.05 * vectors * 4 * d, (one, sum(sent) / 4 / d)
             assert len(sent) <= 9 + 2 * (one.reference is not None), (one, len(sent))
+
+
+def bytes_on_loopback() -> None:
+    """What passes the network of this namespace in one step: two vectors, and little else."""
+    join()
+    d = 1_000_000
+    stack = torch.randn(2, d)
+    agree = ga.distributed(ga.GradientAgreement())
+    agree(stack)
+
+    def passed() -> int:
+        dist.barrier()
+        lines = Path("/proc/net/dev").read_text(encoding="ascii").splitlines()
+        (loopback,) = [line.split(":")[1] for line in lines if line.strip().startswith("lo:")]
+        dist.barrier()
+        return int(loopback.split()[0])
+
+    before = passed()
+    agree(stack)
+    vectors = 2 * 2 * (WORLD - 1) * 4 * d
+    assert vectors <= passed() - before <= 1.05 * vectors
 
 
 def draws() -> None:
@@ -332,27 +353,6 @@ def loops() -> None:
             check_same_bits([found.update, list(found.diagnostics)])
 
 
-def wrapped() -> None:
-    """The module that DistributedDataParallel wraps, whose own averages stay out of it."""
-    torch.manual_seed(3)
-    x, model = torch.randn(3, 4, 3), nn.Linear(3, 1)
-    batch = ga.TaskBatch(model, ga.EqualAgreement())
-    for task in x:
-        batch.add(model(task).square().mean())
-    batch.backward()
-    wanted = [p.grad for p in model.parameters()]
-    model.zero_grad()
-    join()
-    module = nn.parallel.DistributedDataParallel(model).module
-    for _ in range(2):
-        batch = ga.TaskBatch(module, ga.distributed(ga.EqualAgreement()))
-        for task in ga.own_share(x):
-            batch.add(module(task).square().mean())
-        batch.backward()
-        check_close([p.grad for p in module.parameters()], wanted)
-        module.zero_grad()
-
-
 def replicas() -> None:
     """Fifty steps of an optimizer, a head of one rank among its parameters: the same bits."""
     join()
@@ -406,8 +406,11 @@ def failures() -> None:
     with refused("rank", "expected the same"):
         agree(stack[:, :1] if last == RANK else stack)
     cosine = ga.distributed(ga.GradientAgreement(similarity="cosine"))
-    with refused("rank", "options"):
+    with refused(f"{agree} on rank 0 and {cosine} on rank {last}"):
         (cosine if last == RANK else agree)(stack)
+    leaf = ga.distributed(ga.GradientAgreement(scope="leaf"))
+    with refused(f"float32 [2] of 'a' on rank 0 and float32 [3] of 'a' on rank {last}"):
+        leaf({"a": torch.ones(2, 3) if last == RANK else stack, "b": stack})
     with refused("at least one task"):
         agree(stack[:0])
 
@@ -423,6 +426,52 @@ def failures() -> None:
         ga.Reptile(broken, ga.InnerSGD(0.1, 1)).step(PARAMS, {"support": x}, agree)
     late_failure(agree, last, x)
     check_close(agree(stack), ga.GradientAgreement()(torch.cat([stack] * WORLD)))
+
+
+def left_alone() -> None:
+    """A failed add() that is caught: its batch may go on without the task, but none is skipped."""
+    join()
+    agree, model, last = ga.distributed(ga.GradientAgreement()), Model(), WORLD - 1
+    x = torch.ones(4, 3)
+
+    def filled() -> Any:
+        batch = ga.TaskBatch(model, agree)
+        batch.add(model(x).square().mean())
+        if last == RANK:
+            with pytest.raises(ValueError, match="expected a scalar loss"):
+                batch.add(model(x))
+        return batch
+
+    assert len(filled().backward().diagnostics.nonfinite) == WORLD
+    dist.barrier()
+    batch = filled()
+    if last == RANK:  # as if the whole step were in a try
+        batch = ga.TaskBatch(model, agree)
+        batch.add(model(x).square().mean())
+    with refused("add() failed" if last == RANK else f"rank {last} failed"):
+        batch.backward()
+    batch = ga.TaskBatch(model, agree)
+    batch.add(model(x).square().mean())
+    assert len(batch.backward().diagnostics.nonfinite) == WORLD
+    optimizer = ga.TaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), agree)
+    losses = [model(x).square().mean()]
+    with refused("expected a scalar loss" if last == RANK else f"rank {last} failed"):
+        optimizer.step([model(x)] if last == RANK else losses)
+    optimizer.step([model(x).square().mean()])
+
+
+def half_precision() -> None:
+    """Sums of one rank that float16 cannot hold, though it can hold that of all."""
+    join()
+    for dtype in (torch.float16, torch.bfloat16):
+        stack = torch.tensor([[6e4, 1.0], [5e4, 2.0], [-6e4, 3.0], [-4e4, 5.0]]).to(dtype)
+        for one in (ga.Sum(), ga.Mean(match_norm=ga.Sum()), ga.GradientAgreement()):
+            wanted = one.aggregate(stack)
+            found = ga.distributed(one).aggregate(ga.own_share(stack))
+            assert wanted.update.isfinite().all()
+            check_close(found.update, wanted.update, torch.finfo(dtype).eps)
+    with refused("rank"):
+        ga.distributed(ga.Sum())(stack.half() if RANK else stack)
 
 
 def late_failure(agree: Any, last: int, x: Tensor) -> None:
@@ -455,7 +504,7 @@ class Fails(torch.autograd.Function):
 def refusals() -> None:
     """What no several ranks can do is refused on each, before anything is sent."""
     agree = ga.GradientAgreement()
-    with_message(lambda: ga.distributed(agree), "init_process_group")
+    with_message(lambda: ga.own_share(torch.ones(2)), "init_process_group")
     join()
     outside = dist.new_group([0])
     if RANK:
@@ -465,7 +514,7 @@ def refusals() -> None:
     spread = ga.distributed(agree)
     assert repr(spread) == repr(agree) and type(spread) is type(agree)
     ddp = nn.parallel.DistributedDataParallel(Model())
-    with_message(lambda: ga.TaskBatch(ddp, spread), "the module that it wraps")
+    with_message(lambda: ga.TaskBatch(ddp, agree), "the module that it wraps")
     maml = ga.MAML(loss_of, ga.InnerSGD(0.1, 1), compile=True)
     x = {"support": torch.randn(1, 2, 3), "query": torch.randn(1, 2, 3)}
     with_message(lambda: maml.step(PARAMS, x, spread), "compile=False")
@@ -483,17 +532,37 @@ def with_message(call: Callable[[], Any], part: str) -> None:
         call()
 
 
-def killed() -> None:
-    """The last rank ends without a word in its second step: the others get one sentence."""
-    join()
-    agree = ga.distributed(ga.GradientAgreement())
-    stack = torch.ones(2, 3)
-    agree(stack)
-    if RANK == WORLD - 1:
-        os._exit(9)
-    with pytest.raises(RuntimeError, match=r"rank.*checkpoint"):
-        agree(stack)
+def lost(before: Callable[[], None], timeout: float) -> None:
+    """The last rank does something before its second step: the others name it, nothing changed."""
+    join(timeout)
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(2, 4, 3)
+    adam = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = ga.TaskOptimizer(adam, ga.distributed(ga.GradientAgreement()))
+    optimizer.step([model(task).square().mean() for task in x])
+    optimizer.zero_grad()
+    kept = [p.detach().clone() for p in model.parameters()]
+    last = WORLD - 1
+    if last == RANK:
+        before()
+    start = time.monotonic()
+    words = "given up on this one" if last == RANK else f"none of rank {last}, which"
+    with pytest.raises(RuntimeError, match=f"{words}.*checkpoint"):
+        optimizer.step([model(task).square().mean() for task in x])
+    assert all(map(torch.equal, kept, model.parameters()))
+    assert all(p.grad is None for p in model.parameters())
+    assert time.monotonic() - start < timeout + 20
     os._exit(0)  # the group cannot be taken down without the rank that is gone
+
+
+def killed() -> None:
+    """One that ends without a word."""
+    lost(lambda: os._exit(9), 60)
+
+
+def hanging() -> None:
+    """One that comes after the timeout."""
+    lost(lambda: time.sleep(10), 5)
 
 
 def leave() -> None:

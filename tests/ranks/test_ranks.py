@@ -1,6 +1,8 @@
 """Several ranks beside one process, in processes and over a process group that are real."""
 
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +12,15 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-def run(name: str, world: int, folder: Path) -> list[subprocess.CompletedProcess[str]]:
+def run(
+    name: str, world: int, folder: Path, file: str = "programs.py", store: str = "store"
+) -> list[subprocess.CompletedProcess[str]]:
     """One program on so many ranks; what each of them answered."""
-    program = Path(__file__).with_name("programs.py")
+    program = Path(__file__).with_name(file)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     started = [
         subprocess.Popen(
-            [sys.executable, str(program), name, str(rank), str(world), str(folder / "store")],
+            [sys.executable, str(program), name, str(rank), str(world), str(folder / store)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -31,6 +35,11 @@ def run(name: str, world: int, folder: Path) -> list[subprocess.CompletedProcess
     return answers
 
 
+def check(answers: list[subprocess.CompletedProcess[str]]) -> None:
+    failed = [answer.stderr[-3000:] for answer in answers if answer.returncode]
+    assert not failed, "\n".join(failed)
+
+
 @pytest.mark.parametrize(
     ("name", "world"),
     [
@@ -40,7 +49,6 @@ def run(name: str, world: int, folder: Path) -> list[subprocess.CompletedProcess
         ("messages", 2),
         ("draws", 2),
         ("loops", 2),
-        ("wrapped", 2),
         ("replicas", 3),
         ("failures", 2),
         ("cancelling", 2),
@@ -48,15 +56,58 @@ def run(name: str, world: int, folder: Path) -> list[subprocess.CompletedProcess
         ("own_draws", 2),
         ("a_rank_that_runs_out_of_tasks", 2),
         ("refusals", 2),
+        ("left_alone", 2),
+        ("half_precision", 2),
     ],
 )
 def test_ranks_do_what_one_process_does(name: str, world: int, tmp_path: Path) -> None:
-    answers = run(name, world, tmp_path)
-    failed = [answer.stderr[-3000:] for answer in answers if answer.returncode]
-    assert not failed, "\n".join(failed)
+    check(run(name, world, tmp_path))
 
 
-def test_a_rank_that_dies_is_told_to_the_others(tmp_path: Path) -> None:
-    first, last = run("killed", 2, tmp_path)
-    assert last.returncode == 9
-    assert first.returncode == 0, first.stderr[-3000:]
+@pytest.mark.parametrize("name", ["wrapped", "functional_through_the_wrapper", "copies"])
+def test_wrapped_modules_and_copies_do_what_one_process_does(name: str, tmp_path: Path) -> None:
+    check(run(name, 2, tmp_path, "wrapped_programs.py"))
+
+
+@pytest.mark.parametrize(
+    ("name", "world"), [("fsdp", 2), ("fsdp", 3), ("data_by_shards", 2), ("tasks_by_shards", 4)]
+)
+def test_sharded_parameters_do_what_one_process_does(name: str, world: int, tmp_path: Path) -> None:
+    check(run(name, world, tmp_path, "sharded_programs.py"))
+
+
+@pytest.mark.parametrize(
+    "name", ["lightning", "a_task_for_each_device", "lightning_manual", "fabric"]
+)
+def test_lightning_on_two_devices_does_what_one_does(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    check(run(name, 2, tmp_path, "lightning_programs.py", f"store-{port}"))
+
+
+@pytest.mark.parametrize("name", ["killed", "hanging"])
+def test_a_rank_that_is_lost_is_named_by_all_others(name: str, tmp_path: Path) -> None:
+    *others, last = run(name, 3, tmp_path)
+    assert last.returncode == (9 if name == "killed" else 0), last.stderr[-3000:]
+    check(others)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_step_sends_two_vectors_over_the_network(world: int, tmp_path: Path) -> None:
+    namespace = ["unshare", "--net", "--map-root-user", "sh", "-c"]
+    up = "ip link set lo up"
+    if shutil.which("unshare") is None or subprocess.run([*namespace, up], check=False).returncode:
+        pytest.skip("no network namespace of one's own here")
+    program = Path(__file__).with_name("programs.py")
+    ranks = " ".join(map(str, range(world)))
+    script = (
+        f"{up}; started=; for rank in {ranks}; do "
+        f"'{sys.executable}' '{program}' bytes_on_loopback $rank {world} '{tmp_path}/store' & "
+        'started="$started $!"; done; for one in $started; do wait $one || exit 1; done'
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    answer = subprocess.run(
+        [*namespace, script], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert answer.returncode == 0, answer.stderr[-3000:]

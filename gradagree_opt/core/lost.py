@@ -1,0 +1,105 @@
+"""A rank that does not answer: the others find out through the store which one it is."""
+
+import time
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOOK = timedelta(seconds=1)
+"""From one look at the store to the next, while a message waits."""
+PATIENCE = 10.0
+"""Seconds that those who have noticed wait for others to notice."""
+
+
+class RankLostError(RuntimeError):
+    """A rank has died, or waited past the timeout: no second try of this one helps."""
+
+
+def reduce_over(tensor: Tensor, group: Any, all_of: Any, operation: Any = None, /) -> None:
+    """Sums a tensor over the ranks, in place.
+
+    Args:
+        tensor: of the same shape on all.
+        group: process group of these ranks.
+        all_of: that of all who take part in the step, and would wait too.
+        operation: another one than the sum.
+
+    Raises:
+        RankLostError: a rank has not answered. On gloo it is named: each rank that notices leaves
+            its number in the store and waits for those of the others.
+    """
+    distributed = torch.distributed
+    try:
+        operation = distributed.ReduceOp.SUM if operation is None else operation
+        waits = distributed.get_backend(group) == "gloo"
+        work = distributed.all_reduce(tensor, operation, group, async_op=waits)
+        if not waits:
+            return
+        while not _arrived(work):
+            # Those whose own connections hold would wait for the timeout.
+            if _keys("noticed", all_of):
+                break
+        else:
+            return
+        cause = None
+    except RuntimeError as error:
+        cause = error
+    raise RankLostError(
+        f"expected an answer of every rank, found {_found(all_of)}; nothing was changed on this "
+        "one: start all of them again from the last checkpoint"
+    ) from cause
+
+
+def _arrived(work: Any) -> bool:
+    """Waits for a message, but not for long; raises where it failed."""
+    try:
+        work.wait(LOOK)
+    except RuntimeError:
+        if not work.is_completed():
+            return False
+        work.wait()
+    return True
+
+
+def _found(group: Any) -> str:
+    """Who has not answered, in words."""
+    size, own = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+    try:
+        early = _keys("noticed", group)
+        _leave("noticed", own, group)
+        if len(early) == size - 1 and size > 1:
+            return "that they had given up on this one, which came after their timeout"
+        noticed = _wait_for(size - 1, "noticed", group, PATIENCE)
+        _leave("told", own, group)
+        with suppress(RuntimeError):  # of a store that goes with its process: first all read it
+            _wait_for(len(noticed), "told", group, 2.0)
+    except (RuntimeError, AttributeError):
+        return "that one has died or waited past the timeout, and the store that names it is gone"
+    lost = ", ".join(str(rank) for rank in range(size) if rank not in noticed)
+    return f"none of rank {lost}, which has died, or not come before the timeout"
+
+
+def _wait_for(count: int, word: str, group: Any, patience: float) -> list[int]:
+    """The ranks that have left a word, once there are so many or patience is at its end."""
+    end = time.monotonic() + patience
+    while len(found := _keys(word, group)) < count and time.monotonic() < end:
+        time.sleep(0.05)
+    return found
+
+
+def _leave(word: str, rank: int, group: Any) -> None:
+    _store(group).set(f"gradagree/{word}/{rank}", "")
+
+
+def _keys(word: str, group: Any) -> list[int]:
+    """The ranks that have left a word."""
+    store, size = _store(group), torch.distributed.get_world_size(group)
+    return [rank for rank in range(size) if store.check([f"gradagree/{word}/{rank}"])]
+
+
+def _store(group: Any) -> Any:
+    group = torch.distributed.group.WORLD if group is None else group
+    return group.get_group_store()

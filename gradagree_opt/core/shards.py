@@ -1,0 +1,223 @@
+"""Parameters of which each rank holds a part, as FSDP2 and tensor parallelism lay them out.
+
+All ranks of a mesh have the same tasks, and each a part of their gradients: what is summed over the
+columns on one process is summed over these ranks too. A leaf that several of them hold whole is
+counted by the first. Other ranks with the same part, of other meshes, have other tasks.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradagree_opt.core.blocks import or_one
+from gradagree_opt.core.lost import reduce_over
+from gradagree_opt.core.own_part import Part
+from gradagree_opt.core.stacks import tree_norm
+
+ALONE = object()
+"""In place of a process group: no other rank has the same part."""
+
+
+class Shards:
+    """The ranks that share the tasks of this one, and which of the leaves this one counts.
+
+    Args:
+        leaves: plain or DTensors ``[n, *shape]``.
+        group: of all ranks that take part, for the messages.
+
+    Attributes:
+        index: the place of this rank among those that share its tasks.
+        block: what these have in common, and no others have.
+        peers: process group of those with the same part, this one among them.
+    """
+
+    def __init__(self, leaves: Sequence[Tensor], group: Any) -> None:
+        self.group = group
+        self.peers: Any = group
+        self._leaves = leaves
+        self._mesh: Any = None
+        self.index, self.block = 0, -1
+        for leaf in leaves:
+            if is_sharded(leaf):
+                mesh = leaf.device_mesh  # type: ignore[attr-defined]
+                if self._mesh is not None and mesh != self._mesh:
+                    raise ValueError(
+                        "expected parameters on one device mesh, found two; give each its own "
+                        "optimizer and TaskBatch"
+                    )
+                self._mesh = mesh
+                _placements(leaf, -1)
+        if self._mesh is not None:
+            ranks = self._mesh.mesh.flatten().tolist()
+            self.block = min(ranks)
+            self.index = ranks.index(torch.distributed.get_rank())
+
+    def shapes(self, leaves: Sequence[Tensor]) -> list[tuple[int, ...]]:
+        """Of one task, in whole."""
+        return [tuple(leaf.shape[1:]) for leaf in (self._leaves if self._mesh else leaves)]
+
+    def meet(self, table: Sequence[Sequence[int]], groups: dict[tuple[int, ...], Any]) -> list[int]:
+        """Tasks that each rank counts, from what all have said; finds those with the same part.
+
+        Args:
+            table: number of tasks, block and index of every rank.
+            groups: process groups made so far, by their ranks.
+
+        Raises:
+            ValueError: ranks that share their tasks have different numbers of them.
+        """
+        if self._mesh is None:
+            return [n for n, _, _ in table]
+        numbers: dict[int, int] = {}
+        for rank, (n, block, _) in enumerate(table):
+            if numbers.setdefault(block, n) != n:
+                raise ValueError(
+                    "expected the same tasks on all ranks that share parameters, found "
+                    f"{numbers[block]} and, on rank {rank}, {n}; deal tasks out over meshes"
+                )
+        ranks = [rank for rank, (_, _, index) in enumerate(table) if index == self.index]
+        key = tuple(_global_rank(self.group, rank) for rank in ranks)
+        if len(key) > 1 and key not in groups:
+            groups[key] = torch.distributed.new_group(list(key), use_local_synchronization=True)
+        self.peers = groups[key] if len(key) > 1 else ALONE
+        return [0 if index else n for n, _, index in table]
+
+    def first(self, table: Sequence[Sequence[int]], rank: int) -> int:
+        """The rank that counts the tasks of this one."""
+        if self._mesh is None:
+            return rank
+        pairs = [(block, index) for _, block, index in table]
+        return pairs.index((self.block, 0))
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Sums over the ranks with the same part and other tasks, in place."""
+        if self.peers is not ALONE:
+            reduce_over(tensor, self.peers, self.group)
+
+    def counted(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """The own parts, without the columns of those that another rank counts."""
+        if self._mesh is None:
+            return list(leaves)
+        coordinates = self._mesh.get_coordinate()
+        result = []
+        for leaf, whole in zip(leaves, self._leaves, strict=True):
+            sharded = [False] * len(coordinates)
+            if is_sharded(whole):
+                sharded = [each.is_shard() for each in whole.placements]  # type: ignore[attr-defined]
+            first = all(there or not at for there, at in zip(sharded, coordinates, strict=True))
+            result.append(leaf if first else leaf.reshape(len(leaf), leaf[:1].numel())[:, :0])
+        return result
+
+    def unify(self, parts: Sequence[Part]) -> None:
+        """Gives tasks the units and the lengths that they have over all their parts."""
+        if self._mesh is None:
+            return
+        for part in parts:
+            own = part.units
+            part.units = self.largest(own)
+            squares = (part.lengths * (own / or_one(part.units))).square()
+            part.lengths = self.sum(squares).sqrt()
+
+    def norm(self, update: Sequence[Tensor]) -> Tensor:
+        """Norm of an update ``[1, *part]`` over all its parts."""
+        own = tree_norm([leaf[0] for leaf in self.counted(update)])
+        if self._mesh is None:
+            return own
+        unit = or_one(self.largest(own.nan_to_num(0.0, 0.0, 0.0)))
+        return unit * self.sum((own / unit).square()).sqrt()
+
+    def largest(self, tensor: Tensor) -> Tensor:
+        """Entry by entry over the ranks that share the tasks."""
+        return self._reduced(tensor, torch.distributed.ReduceOp.MAX)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Entry by entry over the ranks that share the tasks."""
+        return self._reduced(tensor, torch.distributed.ReduceOp.SUM)
+
+    def _reduced(self, tensor: Tensor, operation: Any) -> Tensor:
+        if self._mesh is None:
+            return tensor
+        tensor = tensor.clone()
+        for group in self._mesh.get_all_groups():
+            reduce_over(tensor, group, self.group, operation)
+        return tensor
+
+    def whole(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """The own parts of an update as DTensors, where the stack had these."""
+        pairs = zip(leaves, self._leaves, strict=True)
+        return [_whole(leaf, stack, -1, stack.shape[1:]) for leaf, stack in pairs]
+
+
+def _global_rank(group: Any, rank: int) -> int:
+    return rank if group is None else torch.distributed.get_global_rank(group, rank)
+
+
+def is_sharded(tensor: Tensor, /) -> bool:
+    """Whether it is a DTensor; there is none where nobody has imported them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def own_part(tensor: Tensor, /) -> Tensor:
+    """What this rank holds of it."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def are_sharded(parameters: Mapping[str, Tensor], /) -> bool:
+    """Whether some are DTensors."""
+    return any(map(is_sharded, parameters.values()))
+
+
+def stack_tasks(tasks: Sequence[dict[str, Tensor]], /) -> dict[str, Tensor]:
+    """The tensors of all tasks, which are taken out of them: each is held once."""
+    return {name: _stack([task.pop(name) for task in tasks]) for name in [*tasks[0]]}
+
+
+def of_no_task(parameters: Mapping[str, Tensor], /) -> dict[str, Tensor]:
+    """The stack of no task."""
+    empty = {}
+    for name, parameter in parameters.items():
+        own = own_part(parameter.detach()).unsqueeze(0)[:0]
+        empty[name] = _whole(own, parameter, 1, (0, *parameter.shape))
+    return empty
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """``torch.stack``, of DTensors without a message."""
+    stack = torch.stack([own_part(tensor) for tensor in tensors])
+    return _whole(stack, tensors[0], 1, (len(tensors), *tensors[0].shape))
+
+
+def _whole(own: Tensor, like: Tensor, by: int, shape: Sequence[int]) -> Tensor:
+    if not is_sharded(like):
+        return own
+    result: Tensor = type(like).from_local(  # type: ignore[attr-defined]
+        own,
+        like.device_mesh,  # type: ignore[attr-defined]
+        _placements(like, by),
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+    return result
+
+
+def _placements(tensor: Any, by: int) -> list[Any]:
+    """Those of a tensor whose axes have moved: a task axis more or less."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    result: list[Any] = []
+    for each in tensor.placements:
+        if type(each) is Shard:
+            result.append(Shard(each.dim + by))
+        elif isinstance(each, Replicate):
+            result.append(each)
+        else:
+            raise ValueError(
+                f"expected parameters that are sharded or replicated, found {each} on a mesh "
+                "dimension; redistribute them, or leave tensor parallelism out of fully_shard"
+            )
+    return result

@@ -1,0 +1,97 @@
+"""What a loop over tasks tells the other ranks: what its tasks use, and a task that has failed."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradagree_opt.core.aggregation import Aggregator
+from gradagree_opt.core.shards import are_sharded
+from gradagree_opt.loops.accumulation import check_no_accumulation_hooks
+from gradagree_opt.loops.graphs import stale_graphs
+from gradagree_opt.one_process import check_one_process, inside, reshard
+
+
+def unwrapped(parameters: Any, aggregator: Aggregator, /) -> Any:
+    """What a TaskBatch was given, without the wrapper of DistributedDataParallel.
+
+    Raises:
+        ValueError: several ranks train, or a wrapper sends more than gradients.
+    """
+    over_ranks = aggregator.ranks is not None
+    check_one_process((), parameters, over_ranks=over_ranks, wrapped=True)
+    reshard(parameters)
+    return inside(parameters)
+
+
+def check_ranks(
+    parameters: Mapping[str, Tensor], aggregator: Aggregator, /, *, adapts: bool = False
+) -> None:
+    """Raises a ValueError where several ranks train what the aggregator or the form cannot."""
+    over_ranks = aggregator.ranks is not None
+    check_one_process(parameters.values(), over_ranks=over_ranks, wrapped=True)
+    if adapts and are_sharded(parameters):
+        raise ValueError(
+            "expected losses alone of sharded parameters, found adapted ones, through whose "
+            "inner steps FSDP gives no gradient; call add(loss), or leave out fully_shard"
+        )
+
+
+def accumulated_gradient(
+    loss: Tensor, parameters: Mapping[str, Tensor], used: set[str], /, *, retain_graph: bool
+) -> dict[str, Tensor]:
+    """∇L by name of sharded parameters, which no function returns: a backward pass fills ``.grad``.
+
+    That of a parameter is as before afterwards. Names of those that the loss depends on are added
+    to ``used``.
+
+    Raises:
+        ValueError: the graph of the loss is stale, or a hook hangs on the accumulation.
+    """
+    before = {name: parameter.grad for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        check_no_accumulation_hooks(parameter, advice="step the optimizer after the batch")
+    gradient = {}
+    try:
+        for parameter in parameters.values():
+            parameter.grad = None
+        with stale_graphs():
+            torch.autograd.backward(loss, retain_graph=retain_graph)
+        for name, parameter in parameters.items():
+            grad = parameter.grad
+            gradient[name] = torch.zeros_like(parameter) if grad is None else grad
+            used |= set() if grad is None else {name}
+    finally:
+        for name, parameter in parameters.items():
+            parameter.grad = before[name]
+    return gradient
+
+
+@contextmanager
+def task_of(batch: object, aggregator: Aggregator, /) -> Iterator[None]:
+    """Around one task, outside of any step: where it fails, no other step may take its place."""
+    try:
+        yield
+    except Exception:
+        if aggregator.ranks is not None:
+            aggregator.ranks.left = batch
+        raise
+
+
+def used_on_any_rank(
+    aggregator: Aggregator, parameters: Mapping[str, Tensor], used: set[str], /
+) -> dict[str, Tensor]:
+    """Those of the parameters that a task uses, of any rank's.
+
+    Args:
+        aggregator: of one process or of several ranks.
+        parameters: all that are trained, in the same order on every rank.
+        used: names of those that this rank's tasks use.
+    """
+    flags = [name in used for name in parameters]
+    if aggregator.ranks is not None:
+        device = next(iter(parameters.values())).device
+        flags = aggregator.ranks.used_by_any(flags, device)
+    return {name: p for (name, p), flag in zip(parameters.items(), flags, strict=True) if flag}
