@@ -5,7 +5,7 @@ import pickle
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
 from typing import Any
@@ -121,9 +121,10 @@ class Cluster:
             run: One of the job's.
 
         Raises:
-            StudyError: A node has other versions, data or modules, or lacks a compiler; the
-                sentence names it.
+            StudyError: There is none; or one has other versions, data or modules, or lacks a
+                compiler, and the sentence names it.
         """
+        self.slots(job.device)
         resource = resource_of(job.device)
         nodes = [each for each in ray.nodes() if each["Alive"] and each["Resources"].get(resource)]
         home = Home.of(job.study)
@@ -191,10 +192,11 @@ class Nodes:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for future, reference in self.pending.items():
-            if not future.done():
-                ray.cancel(reference, force=True)
-        self.told.shutdown(force=True)
+        with suppress(RayError):  # of a cluster that is gone
+            for future, reference in self.pending.items():
+                if not future.done():
+                    ray.cancel(reference, force=True)
+            self.told.shutdown(force=True)
         if isinstance(error, RayError):
             with errors_of_ray():
                 raise error
