@@ -75,7 +75,8 @@ class Cluster:
         except (OSError, ValueError, RuntimeError, RayError, SystemExit) as failure:
             raise StudyError(
                 f"expected a Ray cluster at {self.address or 'this machine'}, found none: "
-                f"{first_line(failure)}; start one with `ray start --head`"
+                f"{first_line(failure)}; start one with `ray start --head`, or set "
+                "RAY_AUTH_MODE=token for one that has a token"
             ) from None
         self.connected_here = True
         return self
