@@ -87,13 +87,14 @@ def processes_around(folder: Path) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux")
+@pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL], ids=["stopped", "killed"])
 def test_a_study_that_ends_early_leaves_no_cluster_and_goes_on_without_one(
     tmp_path: Path, ray_folder: Path, by: signal.Signals
 ) -> None:
     pytest.importorskip("ray")
     study, out = tmp_path / "tiny.yaml", tmp_path / "out"
-    study.write_text(TINY.replace("iterations: 12", "iterations: 300\ncompile: false"))
+    study.write_text(TINY.replace("iterations: 12", "iterations: 100\ncompile: false"))
     command = [sys.executable, "-m", "gradagree_opt", "ablate", str(study), "--out", str(out)]
     process = subprocess.Popen(
         [*command, "--engine", "ray"],
