@@ -209,6 +209,18 @@ def test_of_a_process_that_is_killed_its_group_alone_is_done_again(tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that kills")
+def test_a_process_that_is_killed_while_it_waits_is_replaced(tmp_path: Path) -> None:
+    with Processes(Marking(tmp_path), 1, ignore) as workers:
+        assert list(execute(workers, ["first"], submit(workers), str)) == ["first"]
+        [process] = multiprocessing.active_children()
+        process.kill()
+        process.join()
+        assert list(execute(workers, ["last"], submit(workers), str)) == ["last"]
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that kills")
 def test_a_group_that_kills_every_process_is_named_after_four_and_the_others_are_kept(
     tmp_path: Path,
 ) -> None:

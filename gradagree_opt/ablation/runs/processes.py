@@ -69,14 +69,18 @@ class Processes:
         self.busy: dict[Future[Found], Process] = {}
 
     def submit(self, task: Task, /) -> "Future[Found]":
-        for future in [future for future in self.busy if future.done()]:
-            process = self.busy.pop(future)
-            if isinstance(future.exception(), BrokenProcessPool):
+        for done in [future for future in self.busy if future.done()]:
+            self.idle.append(self.busy.pop(done))
+        while self.idle:
+            process = self.idle.pop()
+            try:
+                future = process.submit(self.job, task)
+                break
+            except BrokenProcessPool:  # it has died, at work or since
                 process.end()
-            else:
-                self.idle.append(process)
-        process = self.idle.pop() if self.idle else Process()
-        future = process.submit(self.job, task)
+        else:
+            process = Process()
+            future = process.submit(self.job, task)
         self.busy[future] = process
         return future
 
