@@ -1,10 +1,10 @@
 """Studies over a real Ray cluster of this machine: the same bits, killed workers, unlike nodes."""
 
-import os
 import shutil
 import signal
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from gradagree_opt.ablation import ablate
 from gradagree_opt.ablation.runs.job import Task
 from gradagree_opt.ablation.runs.sweep import Sweep, tuning_runs
 from gradagree_opt.ablation.section import StudyError
+from gradagree_opt.ablation.study.loading import load
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.devices import CPU
 from gradagree_testing.command import gradagree
@@ -26,17 +27,33 @@ if TYPE_CHECKING:
     from gradagree_opt.ablation.runs.cluster import Cluster
 
 slow = pytest.mark.slow
-needs_linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
-LONG = {"iterations": 160, "compile": False}
 OWN = """\
+import os
+import signal
+from pathlib import Path
+
+FIRST = Path("killed")
+
 class Own:
     needs = frozenset({"squared_norms"})
 
+    def __init__(self, killed_at: int = 0):
+        self.killed_at, self.calls = killed_at, 0
+
     def __call__(self, statistics, /):
+        self.calls += 1
+        if self.calls == self.killed_at and not FIRST.exists():
+            FIRST.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
         lengths = statistics.squared_norms.sqrt()
         return lengths / lengths.sum(-1, keepdim=True)
 """
-SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+"""A weighting that kills the process in which it is called so many times, once."""
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_worker_niceness": "0",
+}
 
 
 @pytest.fixture(scope="module")
@@ -82,24 +99,30 @@ def submitted(cluster: "Cluster", monkeypatch: pytest.MonkeyPatch) -> list[Task]
     return tasks
 
 
+@pytest.fixture
+def study_of_ones_own(
+    write_study: WriteStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Path]]:
+    """Writes a study of the mean and a weighting of one's own, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_here.py").write_text(OWN)
+
+    def write(killed_at: int = 0, **changes: object) -> Path:
+        own = {"name": "own", "aggregator": "own_here:Own", "options": {"killed_at": killed_at}}
+        methods = [{"name": "mean", "aggregator": "mean"}, own]
+        return write_study(methods=methods, compile=False, **changes)
+
+    yield write
+    sys.modules.pop("own_here", None)
+    sys.path[:] = [folder for folder in sys.path if folder != str(tmp_path)]
+
+
 def ignore(_: object) -> None:
     pass
 
 
 def on(cluster: "Cluster | None", study: Study, out: Path, seconds: float = 300.0) -> Sweep:
     return Sweep(study, out, None, pytest.fail, CPU, seconds, cluster)
-
-
-def workers_of_ray() -> list[int]:
-    """The processes that train a group just now."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if path.read_bytes().startswith(b"ray::perform_there"):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
 
 
 def labels(task: Task) -> tuple[object, ...]:
@@ -123,62 +146,31 @@ def assert_same_runs(out: Path, expected: Path) -> None:
 
 
 @slow
-@needs_linux
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that kills")
+@pytest.mark.parametrize("seconds", [300.0, 0.0], ids=["from its start", "from what was saved"])
 def test_of_a_worker_that_is_killed_its_group_alone_is_trained_again_to_the_same_bits(
-    cluster: "Cluster", submitted: list[Task], study: Study, tmp_path: Path
-) -> None:
-    study = study.model_copy(update=LONG)
-    killed: list[int] = []
-    steps: list[int] = []
-
-    def report(count: int) -> None:
-        steps.append(count)
-        if not killed:
-            killed.append(workers_of_ray()[0])
-            os.kill(killed[0], signal.SIGKILL)
-
-    sweep = on(cluster, study, tmp_path / "cluster")
-    sweep.run(2, report)
-    assert len(killed) == 1
-    groups = list(map(labels, submitted))
-    assert len(groups) == len(set(groups)) + 1 == 3 + 3 + 1
-    assert sweep.iterations <= sum(steps) < sweep.iterations + 2 * study.iterations
-    on(None, study, tmp_path / "here").run(1, ignore)
-    assert_same_runs(tmp_path / "cluster", tmp_path / "here")
-
-
-@slow
-@needs_linux
-def test_a_group_whose_worker_is_killed_goes_on_from_what_it_has_sent(
-    cluster: "Cluster", submitted: list[Task], study: Study, tmp_path: Path
-) -> None:
-    study = study.model_copy(update=LONG)
-    runs = [run for run in tuning_runs(study) if run.method.name == "random_weights & co"]
-    out = tmp_path / "cluster"
-    killed: list[int] = []
-    steps: list[int] = []
-
-    def report(count: int) -> None:
-        steps.append(count)
-        if not killed and sum(steps) > 120 * len(runs):  # saved after 100
-            killed.extend(workers_of_ray())
-            os.kill(killed[0], signal.SIGKILL)
-
-    on(cluster, study, out, seconds=0.0).complete(runs, 1, report)
-    assert len(killed) == 1
-    assert [task.saved is not None for task in submitted] == [False, True]
+    cluster: "Cluster", submitted: list[Task], study_of_ones_own: Callable[..., Path],
+    tmp_path: Path, seconds: float,
+) -> None:  # fmt: skip
+    study = load(str(study_of_ones_own(killed_at=130, iterations=160))).with_code()
+    runs, steps = tuning_runs(study), list[int]()
+    on(cluster, study, tmp_path / "cluster", seconds).complete(runs, 2, steps.append)
+    assert (tmp_path / "killed").exists()
+    names = [task.runs[0].method.name for task in submitted]
+    assert names == ["mean", "own", "own"]
+    assert [task.saved is not None for task in submitted] == [False, False, seconds == 0]
+    assert labels(submitted[1]) == labels(submitted[2])
     on(None, study, tmp_path / "here").complete(runs, 1, ignore)
-    assert_same_runs(out, tmp_path / "here")
+    assert_same_runs(tmp_path / "cluster", tmp_path / "here")
+    lost = sum(steps) - study.iterations * len(runs)
+    assert 0 < lost <= 2 * 130
 
 
 @slow
 def test_from_python_with_modules_of_ones_own_in_the_current_folder(
-    cluster: "Cluster", write_study: WriteStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: "Cluster", study_of_ones_own: Callable[..., Path], tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "own_here.py").write_text(OWN)
-    methods = [{"name": n, "aggregator": a} for n, a in (("mean", "mean"), ("own", "own_here:Own"))]
-    path = write_study(methods=methods)
+    path = study_of_ones_own()
     found = ablate(path, out="out", engine="ray")
     expected = ablate(path, out="here", jobs=1)
     assert_same_runs(tmp_path / "out", tmp_path / "here")
