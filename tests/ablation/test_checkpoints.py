@@ -24,7 +24,7 @@ from gradagree_testing.devices import each_device, train_group
 from .conftest import TINY
 
 BLOCK, ITERATIONS = 25, 57  # a look after every second step
-AT_25, AT_50 = 30, 54  # turns after which the last state is that of so many steps
+AT_0, AT_25, AT_50 = 3, 30, 54  # turns after which the last state is that of so many steps
 CASES = {
     "equal agreement with momentum": ("equal_agreement", "momentum"),
     "random weights with Adam": ("random_weights", "adam"),
@@ -72,7 +72,7 @@ def test_a_group_that_was_stopped_goes_on_to_the_bit(
     problem = build_problem(study, None, torch.device(device))
     expected = train_group(study, problem, runs)
     assert expected[2][0].curve[-1].iteration < ITERATIONS
-    for turns, done in ((AT_25, 25), (AT_50, 50)):
+    for turns, done in ((AT_0, 0), (AT_25, 25), (AT_50, 50)):
         checkpoint = checkpoint_of(tmp_path, runs)
         train_group(study, problem, runs, checkpoint, turns)
         state = checkpoint.read()

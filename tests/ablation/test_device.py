@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gradagree_opt.ablation.report.citations import methods_text
-from gradagree_opt.ablation.runs.job import Job
+from gradagree_opt.ablation.runs.job import Job, Task
 from gradagree_opt.ablation.runs.store import read_config, read_results
 from gradagree_opt.ablation.runs.sweep import Sweep, tuning_runs
 from gradagree_opt.ablation.section import StudyError
@@ -28,7 +28,7 @@ from gradagree_opt.ablation.training.problem import (
     evaluation_tasks,
     scores_after,
 )
-from gradagree_opt.ablation.training.run import Run, Store
+from gradagree_opt.ablation.training.run import Run, archive
 from gradagree_opt.ablation.training.side_by_side import train_side_by_side
 from gradagree_opt.ablation.training.training import Trained, train_runs
 from gradagree_testing.command import gradagree
@@ -155,10 +155,11 @@ def test_groups_side_by_side_find_what_they_find_alone(study: Study, at_once: in
         assert all(record.seconds > 0 for record, _ in trained)
 
 
-def test_a_job_does_all_runs_in_one_process_and_records_them(study: Study, tmp_path: Path) -> None:
-    job = Job(study, Store(tmp_path), None, None, compiled=False)
+def test_a_job_does_all_runs_in_one_process(study: Study, tmp_path: Path) -> None:
+    job = Job(study, None, None, compiled=False)
     runs = tuning_runs(study)
-    groups = list(job.perform_all([], runs, ignore, pytest.fail))
+    found = list(job.perform_all([], runs, ignore))
+    groups = [[record for record, _ in group] for group in found]
     assert sorted(r.run.label for group in groups for r in group) == sorted(r.label for r in runs)
     assert all(len({record.run.method.name for record in group}) == 1 for group in groups)
     expected = Sweep(study, tmp_path / "processes", None, pytest.fail)
@@ -167,6 +168,19 @@ def test_a_job_does_all_runs_in_one_process_and_records_them(study: Study, tmp_p
         for record in group:
             other = expected.records[record.run.label]
             assert record.validation == pytest.approx(other.validation, rel=1e-4)
+
+
+@each_device
+def test_a_worker_finds_what_its_group_finds_elsewhere(study: Study, device: str) -> None:
+    job = Job(study, None, None, compiled=False, device=torch.device(device))
+    runs = runs_of(METHODS["random"], (0.5, 3), (0.25, 5))
+    told: list[object] = []
+    found = job.perform(job.prepare(), Task(runs), told.append)
+    expected = train_group(study, job.prepare(), runs)
+    for (record, params), (other, others) in zip(found, expected, strict=True):
+        assert record.model_dump(exclude={"seconds"}) == other.model_dump(exclude={"seconds"})
+        assert params == archive(others)
+    assert sum(map(int, told)) == study.iterations * len(runs)
 
 
 @pytest.mark.parametrize("numbers", [1, 10**9])

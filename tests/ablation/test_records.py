@@ -20,6 +20,7 @@ from gradagree_opt.ablation.training.run import (
     Run,
     RunRecord,
     Store,
+    archive,
     write_atomically,
 )
 from gradagree_opt.replacing import replacing
@@ -42,7 +43,7 @@ PARAMS = {"weight": torch.tensor([[1 / 3, -2.0]]), "bias": torch.tensor(0.25)}
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     store = Store(tmp_path)
-    store.write("key", RECORD, PARAMS)
+    store.write("key", RECORD, archive(PARAMS))
     return store
 
 

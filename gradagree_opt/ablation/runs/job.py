@@ -1,34 +1,89 @@
-"""The work of a process: groups of runs, trained, recorded, and saved on the way."""
+"""The work of a process: groups of runs, trained, and what they find sent to who records it."""
 
-from collections.abc import Callable, Iterator
+import json
+import pickle
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
-from gradagree_opt.ablation.runs.processes import Report
 from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.study import Study
-from gradagree_opt.ablation.training.checkpoint import Checkpoint, Checkpoints
-from gradagree_opt.ablation.training.devices import CPU
+from gradagree_opt.ablation.training.checkpoint import Sent
+from gradagree_opt.ablation.training.devices import CPU, Hardware, describe
 from gradagree_opt.ablation.training.grouping import groups
 from gradagree_opt.ablation.training.problem import Problem, build_problem, data_digest
-from gradagree_opt.ablation.training.run import Run, RunRecord, Store
+from gradagree_opt.ablation.training.run import FORMAT, Run, RunRecord, archive
 from gradagree_opt.ablation.training.side_by_side import runs_at_once, train_side_by_side
 from gradagree_opt.ablation.training.training import Trained, train_runs
+
+Found: TypeAlias = list[tuple[RunRecord, bytes]]
+"""The record of each run of a group, and the file of its parameters."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A group of runs of one method.
+
+    Attributes:
+        saved: What was saved of it last, to go on from.
+    """
+
+    runs: list[Run]
+    saved: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a group goes on from when its process has been killed.
+
+    Attributes:
+        keys: Of its runs.
+    """
+
+    keys: list[str]
+    content: bytes
+
+
+Message: TypeAlias = int | str | Saved
+"""Of a process on its way: outer steps that were done, a sentence to know, or a state to keep."""
+Tell: TypeAlias = Callable[[Message], None]
+
+
+def circumstances(compiled: bool, hardware: Hardware) -> str:
+    """What the bits of a run depend on besides the study: hardware and versions."""
+    return json.dumps(
+        {
+            "format": FORMAT,
+            "torch": torch.__version__,
+            "gradagree-opt": version("gradagree-opt"),
+            "compiled": compiled,
+            **hardware.model_dump(),
+        }
+    )
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker process needs to do a group of runs and record them."""
+    """What a process needs to do groups of runs.
+
+    Attributes:
+        data: A path that is the same in every folder.
+        digest: Of the data that the records are filed under.
+        compiled: What the process that records them has decided.
+        seconds: After so many, what a group goes on from is saved; None for never.
+    """
 
     study: Study
-    store: Store
     data: Path | None
     digest: str | None
     compiled: bool
     device: torch.device = CPU
-    checkpoints: Checkpoints | None = None
+    seconds: float | None = None
 
     def prepare(self) -> Problem:
         """The problem, built anew.
@@ -46,48 +101,76 @@ class Job:
             )
         return problem
 
-    def perform(self, problem: Problem, runs: list[Run], report: Report) -> list[RunRecord]:
-        trained = train_runs(self.study, problem, runs, report, self.checkpoint(runs))
-        return self.recorded(trained)
+    def perform(self, problem: Problem, task: Task, tell: Tell) -> Found:
+        """What a group finds; on a GPU, as one program."""
+        if self.device.type == "cpu":
+            states = self.states(task, tell)
+            return archived(train_runs(self.study, problem, task.runs, tell, states))
+        [trained] = self.side_by_side(problem, [task], None, tell)
+        return archived(trained)
 
-    def perform_all(
-        self,
-        begun: list[list[Run]],
-        others: list[Run],
-        report: Report,
-        warn: Callable[[str], None],
-    ) -> Iterator[list[RunRecord]]:
+    def perform_all(self, begun: Sequence[Task], others: list[Run], tell: Tell) -> Iterator[Found]:
         """All runs in this process, those of one method as one program, the methods side by side.
 
         Args:
-            begun: Groups that go on from a checkpoint.
+            begun: Groups that go on from what was saved.
             others: The other runs.
-            warn: Called with one sentence for each method whose steps cannot be captured.
 
         Yields:
-            The records of a group, as it ends.
+            What a group finds, as it ends.
         """
-        runs = [run for group in begun for run in group] + others
+        runs = [run for task in begun for run in task.runs] + others
         if not runs:
             return
         problem = self.prepare()
         at_once = runs_at_once(self.study, problem, runs[0])
         largest = len(runs) if at_once is None else max(1, at_once // 2)
-        together = begun + groups(others, largest)
-        for trained in train_side_by_side(
-            self.study, problem, together, at_once, report, warn, self.checkpoint
-        ):
-            yield self.recorded(trained)
+        tasks = [*begun, *map(Task, groups(others, largest))]
+        yield from map(archived, self.side_by_side(problem, tasks, at_once, tell))
 
-    def checkpoint(self, runs: list[Run]) -> Checkpoint | None:
-        if self.checkpoints is None:
+    def side_by_side(
+        self, problem: Problem, tasks: Sequence[Task], at_once: int | None, tell: Tell
+    ) -> Iterator[Trained]:
+        by_first = {task.runs[0].label: task for task in tasks}
+        return train_side_by_side(
+            self.study,
+            problem,
+            [task.runs for task in tasks],
+            at_once,
+            tell,
+            tell,
+            lambda runs: self.states(by_first[runs[0].label], tell),
+        )
+
+    def states(self, task: Task, tell: Tell) -> Sent | None:
+        """What the group goes on from, and sends to be kept."""
+        if self.seconds is None:
             return None
-        return self.checkpoints.of([run.key(self.study, self.digest) for run in runs])
+        keys = self.keys(task.runs)
+        here = circumstances(self.compiled, describe(self.device, self.study.tf32))
 
-    def recorded(self, trained: Trained) -> list[RunRecord]:
-        for record, params in trained:
-            self.store.write(record.run.key(self.study, self.digest), record, params)
-        records = [record for record, _ in trained]
-        if checkpoint := self.checkpoint([record.run for record in records]):
-            checkpoint.remove()
-        return records
+        def send(content: bytes) -> None:
+            tell(Saved(keys, content))
+
+        return Sent(keys, here, self.seconds, task.saved, send)
+
+    def keys(self, runs: Sequence[Run]) -> list[str]:
+        return [run.key(self.study, self.digest) for run in runs]
+
+
+def archived(trained: Trained) -> Found:
+    """Without tensors, which processes would share by way of files of the system."""
+    return [(record, archive(params)) for record, params in trained]
+
+
+@lru_cache(maxsize=1)
+def prepared(job: bytes) -> tuple[Job, Problem]:
+    """A pickled job and its problem, for all groups of it that this process does."""
+    found: Job = pickle.loads(job)
+    return found, found.prepare()
+
+
+def perform(job: bytes, task: Task, tell: Tell) -> Found:
+    """A group of runs of a pickled job, in the process that is to do it."""
+    found, problem = prepared(job)
+    return found.perform(problem, task, tell)

@@ -1,76 +1,145 @@
-"""Runs spread over processes that report how far they are and leave when not wanted any more."""
+"""Workers of this machine: this process, or new ones, that leave when not wanted any more."""
 
 import multiprocessing
 import os
-import queue
+import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from multiprocessing.connection import Connection
+from typing import Any, ClassVar
 
-Report = Callable[[int], None]
-Task = TypeVar("Task", contravariant=True)
-Result = TypeVar("Result", covariant=True)
-Context = TypeVar("Context")
-POLL_SECONDS = 0.2
-
-
-@runtime_checkable
-class Job(Protocol[Context, Task, Result]):
-    """What each process prepares once, and then performs for one task after another."""
-
-    def prepare(self) -> Context:
-        """What all tasks of a process share."""
-
-    def perform(self, context: Context, task: Task, report: Report, /) -> Result:
-        """One task, its progress reported on the way."""
+from gradagree_opt.ablation.runs.job import Found, Job, Message, Task, Tell, perform
+from gradagree_opt.ablation.section import StudyError
+from gradagree_opt.ablation.training.problem import Problem
 
 
-def execute(
-    job: Job[Context, Task, Result], tasks: Sequence[Task], jobs: int, report: Report, /
-) -> Iterator[Result]:
-    """Performs the tasks and yields their results as they come.
+class ThisProcess:
+    """Does each task as it is submitted.
 
-    With one job they are done in this process, otherwise in that many new ones. However the loop
-    over the results ends, no process is left behind.
+    Args:
+        hear: Called with what is told on the way.
     """
-    if not tasks:
-        return
-    if jobs == 1:
-        context = job.prepare()
-        for task in tasks:
-            yield job.perform(context, task, report)
-        return
-    others = multiprocessing.active_children()
-    spawn = multiprocessing.get_context("spawn")
-    progress: multiprocessing.Queue[int] = spawn.Queue()
-    executor = ProcessPoolExecutor(min(jobs, len(tasks)), spawn, Worker.start, (job, progress))
-    finished = False
-    try:
+
+    at_once: int | None = 1
+    deaths: tuple[type[Exception], ...] = ()
+
+    def __init__(self, job: Job, hear: Tell) -> None:
+        self.job, self.hear = job, hear
+
+    @cached_property
+    def problem(self) -> Problem:
+        return self.job.prepare()
+
+    def submit(self, task: Task, /) -> "Future[Found]":
+        future: Future[Found] = Future()
+        future.set_result(self.job.perform(self.problem, task, self.hear))
+        return future
+
+    def listen(self) -> None:
+        """Nothing is left to pass on."""
+
+    def __enter__(self) -> "ThisProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is left to end."""
+
+
+class Processes:
+    """That many new processes, each of them replaced when it has died.
+
+    Left by an error, it leaves no process behind either.
+
+    Args:
+        hear: As for :class:`ThisProcess`.
+    """
+
+    deaths: tuple[type[Exception], ...] = (BrokenProcessPool,)
+
+    def __init__(self, job: Job, jobs: int, hear: Tell) -> None:
+        self.job, self.hear = pickle.dumps(job), hear
+        self.at_once: int | None = jobs
+        self.heard = False
+        self.idle: list[Process] = []
+        self.busy: dict[Future[Found], Process] = {}
+
+    def submit(self, task: Task, /) -> "Future[Found]":
+        for done in [future for future in self.busy if future.done()]:
+            self.idle.append(self.busy.pop(done))
+        while self.idle:
+            process = self.idle.pop()
+            try:
+                future = process.submit(self.job, task)
+                break
+            except BrokenProcessPool:  # it has died, at work or since
+                process.end()
+        else:
+            process = Process()
+            future = process.submit(self.job, task)
+        self.busy[future] = process
+        return future
+
+    def listen(self) -> None:
+        """Passes on what processes have told until now.
+
+        Raises:
+            StudyError: The first of them has ended without a word.
+        """
+        for process in self.busy.values():
+            for message in process.told():
+                self.heard = True
+                self.hear(message)
+        if not self.heard and any(process.gone for process in self.busy.values()):
+            raise StudyError(
+                "expected new processes to begin their work, found that one ended before; a script "
+                'calls ablate below `if __name__ == "__main__":`, or give jobs=1'
+            )
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for process in [*self.idle, *self.busy.values()]:
+            process.end(at_once=kind is not None)
+
+
+class Process:
+    """A process of its own, and the line to it, by which each end notices when the other is gone.
+
+    It is a pool of one: where a process of a larger pool dies, the tasks of all of them are lost.
+    """
+
+    def __init__(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.line, self.other_end = spawn.Pipe()
+        self.executor = ProcessPoolExecutor(1, spawn, Worker.start, (self.other_end,))
+        self.gone = False
+
+    def submit(self, job: bytes, task: Task) -> "Future[Found]":
         with interrupts_for_parent_only():
-            pending: set[Future[Any]] = {executor.submit(Worker.perform, task) for task in tasks}
-        while pending:
-            done, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
-            results = [future.result() for future in done]
-            for steps in waiting(progress):
-                report(steps)
-            yield from results
-        finished = True
-    finally:
-        if not finished:
-            for process in set(multiprocessing.active_children()).difference(others):
-                process.terminate()
-        executor.shutdown(wait=finished, cancel_futures=True)
+            future = self.executor.submit(Worker.perform, job, task)
+        self.other_end.close()  # the process has its own by now
+        return future
 
-
-def waiting(progress: "multiprocessing.Queue[int]") -> Iterator[int]:
-    while True:
+    def told(self) -> Iterator[Message]:
+        """What it has told until now."""
         try:
-            yield progress.get_nowait()
-        except queue.Empty:
-            return
+            while self.line.poll():
+                yield self.line.recv()
+        except (EOFError, OSError):
+            self.gone = True
+
+    def end(self, *, at_once: bool = True) -> None:
+        """Waits until it is gone, with the task that it is at or, at once, without."""
+        if at_once:
+            self.line.close()
+        self.executor.shutdown()
+        self.line.close()
 
 
 @contextmanager
@@ -87,27 +156,23 @@ def interrupts_for_parent_only() -> Iterator[None]:
 
 
 class Worker:
-    """The job of this process, and what it prepared."""
+    """What a new process has of the one that wants it."""
 
-    job: ClassVar[Job[Any, Any, Any]]
-    context: ClassVar[Any]
-    report: ClassVar[Report]
+    line: ClassVar["Connection[Message, Any]"]
 
     @classmethod
-    def start(cls, job: Job[Any, Any, Any], progress: "multiprocessing.Queue[int]") -> None:
-        threading.Thread(target=leave_with_parent, daemon=True).start()
-        cls.job, cls.report = job, progress.put
+    def start(cls, line: "Connection[Message, Any]") -> None:
+        cls.line = line
+        threading.Thread(target=cls.leave_with_parent, daemon=True).start()
 
     @classmethod
-    def perform(cls, task: Any) -> Any:
-        if not hasattr(cls, "context"):  # not in start, whose errors do not reach the parent
-            cls.context = cls.job.prepare()
-        return cls.job.perform(cls.context, task, cls.report)
+    def leave_with_parent(cls) -> None:
+        """Ends this process when its parent is gone, even killed, or has closed the line."""
+        with suppress(EOFError, OSError):
+            cls.line.recv()  # nothing is ever sent
+        os._exit(1)
 
-
-def leave_with_parent() -> None:
-    """Ends this process when its parent is gone, even killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    @classmethod
+    def perform(cls, job: bytes, task: Task) -> Found:
+        cls.line.send(0)  # outer steps: a sign of life
+        return perform(job, task, cls.line.send)

@@ -1,34 +1,33 @@
 """The runs of a study: every method tuned on as many outer rates, then run on every seed."""
 
-import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from itertools import product, zip_longest
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Generator
 
-from gradagree_opt.ablation.runs.job import Job
-from gradagree_opt.ablation.runs.processes import Report, execute
+from gradagree_opt.ablation.runs.engines import Settings, train
+from gradagree_opt.ablation.runs.job import Job, Message, Saved, Task, circumstances
+from gradagree_opt.ablation.runs.nodes import Node
 from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.methods import Method
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.checkpoint import Checkpoints
 from gradagree_opt.ablation.training.devices import CPU, describe
-from gradagree_opt.ablation.training.grouping import (
-    compiler_failure,
-    group_size,
-    groups,
-    is_compiled,
-)
+from gradagree_opt.ablation.training.grouping import compiles, group_size
 from gradagree_opt.ablation.training.problem import build_problem, data_digest
-from gradagree_opt.ablation.training.run import FORMAT, DamagedRecordError, Run, RunRecord, Store
+from gradagree_opt.ablation.training.run import DamagedRecordError, Run, RunRecord, Store
+from gradagree_opt.ablation.training.training import Report
+
+if TYPE_CHECKING:
+    from gradagree_opt.ablation.runs.cluster import Cluster
 
 CHECKPOINT_SECONDS = 300.0
 
@@ -147,35 +146,6 @@ def check_methods(study: Study) -> None:
             raise StudyError(f"the method {method.name!r}: {error}") from None
 
 
-def compiles(study: Study, warn: Callable[[str], None], device: torch.device = CPU) -> bool:
-    """Whether the study is compiled; where it would be, the compiler is tried, in some seconds.
-
-    On a GPU it is not: there its steps are captured, which takes no time and saves more.
-
-    Args:
-        warn: Called with one sentence where it goes on without a compiler.
-
-    Raises:
-        StudyError: It cannot be compiled and says ``compile: true``.
-    """
-    if device.type != "cpu" or not is_compiled(study):
-        return False
-    failure = compiler_failure()
-    if failure is None:
-        return True
-    mend = "install one, as g++, with Python's headers"
-    if study.compile is True:
-        raise StudyError(
-            f"compile: true needs a C++ compiler, found {failure}; {mend}, or give the study "
-            "compile: false, which takes several times as long"
-        )
-    warn(
-        f"compile: auto needs a C++ compiler, found {failure}; the study goes on without, which "
-        f"takes several times as long, or {mend}"
-    )
-    return False
-
-
 class Sweep:
     """The runs of a study in its output folder, those that are finished left as they are.
 
@@ -183,8 +153,9 @@ class Sweep:
         warn: Called with one sentence for each record that is damaged, and for each method whose
             steps on a GPU take longer than they could.
         device: What its runs are trained on.
-        checkpoint_seconds: After so many a group of runs writes what it goes on from when its
+        checkpoint_seconds: After so many a group of runs saves what it goes on from when its
             process has been killed.
+        cluster: Where they are trained; None for this machine.
     """
 
     def __init__(
@@ -195,9 +166,10 @@ class Sweep:
         warn: Callable[[str], None],
         device: torch.device = CPU,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
+        cluster: "Cluster | None" = None,
     ) -> None:
         self.study, self.data, self.warn, self.device = study, data, warn, device
-        self.checkpoint_seconds = checkpoint_seconds
+        self.checkpoint_seconds, self.cluster = checkpoint_seconds, cluster
         self.store = Store(folder)
         check_methods(study)
         problem = build_problem(study, data)
@@ -210,13 +182,20 @@ class Sweep:
         """As :func:`compiles` says, which is asked once: the parts of a study share its answer."""
         return compiles(self.study, self.warn, self.device)
 
+    @cached_property
+    def nodes(self) -> list[Node]:
+        """What its runs are trained on, compared with this machine where they are others."""
+        if self.cluster is None:
+            return [Node(describe(self.device, self.study.tf32), None)]
+        return self.cluster.look(self.job(), tuning_runs(self.study)[0])
+
     @property
     def iterations(self) -> int:
         """The outer steps of the whole study, finished runs included, as far as is known."""
         return self.study.iterations * number_of_runs(self.study, self.records)
 
     def run(self, jobs: int, report: Report, ended: Ended = lambda *_: None) -> Part:
-        """Does what is missing, with that many processes; on a GPU with one.
+        """Does what is missing, with that many processes; on a GPU of this machine with one.
 
         Args:
             report: Called with numbers of outer steps, as they are done.
@@ -231,6 +210,39 @@ class Sweep:
     def complete(
         self, runs: list[Run], jobs: int, report: Report, ended: Ended = lambda *_: None
     ) -> None:
+        missing = self.find(runs, ended)
+        if not missing:
+            return
+        job, checkpoints = self.job(), self.checkpoints()
+        begun = checkpoints.begun(dict(zip(job.keys(missing), missing, strict=True)))
+        labels = {run.label for group in begun for run in group}
+        others = [run for run in missing if run.label not in labels]
+
+        def build_task(group: list[Run]) -> Task:
+            return Task(group, checkpoints.of(job.keys(group)).load())
+
+        def hear(message: Message) -> None:
+            if isinstance(message, Saved):
+                checkpoints.of(message.keys).keep(message.content)
+            elif isinstance(message, str):
+                self.warn(message)
+            else:
+                report(message)
+
+        largest = self.largest(math.ceil(len(missing) / jobs))
+        settings = Settings(jobs, largest, self.cluster)
+        with closing(train(job, begun, others, build_task, hear, settings)) as results:
+            for found in results:
+                keys = job.keys([record.run for record, _ in found])
+                for key, (record, params) in zip(keys, found, strict=True):
+                    self.store.write(key, record, params)
+                checkpoints.of(keys).remove()
+                for record, _ in found:
+                    self.records[record.run.label] = record
+                    ended(self.study, record, False)
+
+    def find(self, runs: list[Run], ended: Ended) -> list[Run]:
+        """Reads the records of the runs that are finished, and gives the others."""
         missing = []
         for run in runs:
             if run.label in self.records:
@@ -241,42 +253,23 @@ class Sweep:
             else:
                 self.records[run.label] = record
                 ended(self.study, record, True)
-        checkpoints = self.checkpoints()
-        job = Job(
-            self.study,
-            self.store,
-            self.data,
-            self.digest,
-            self.compiled,
-            self.device,
-            checkpoints,
-        )
-        begun = checkpoints.begun({run.key(self.study, self.digest): run for run in missing})
-        labels = {run.label for group in begun for run in group}
-        others = [run for run in missing if run.label not in labels]
-        if self.device.type == "cpu":
-            largest = min(self.group_size, math.ceil(len(missing) / jobs))
-            found = execute(job, begun + groups(others, largest), jobs, report)
-        else:
-            found = job.perform_all(begun, others, report, self.warn)
-        for records in found:
-            for record in records:
-                self.records[record.run.label] = record
-                ended(self.study, record, False)
+        return missing
+
+    def largest(self, even: int) -> int:
+        """The most runs in a group, where the runs dealt out evenly make groups of ``even``."""
+        of_gpus = [node.at_once for node in self.nodes if node.at_once is not None]
+        return min(even, *(of_gpus or [self.group_size]))
+
+    def job(self) -> Job:
+        """What is done wherever its runs are trained."""
+        data = None if self.data is None else self.data.resolve()
+        seconds, compiled = self.checkpoint_seconds, self.compiled
+        return Job(self.study, data, self.digest, compiled, self.device, seconds)
 
     def checkpoints(self) -> Checkpoints:
-        """Those of the folder that are of this device and these versions: bits depend on both."""
-        hardware = describe(self.device, self.study.tf32)
-        circumstances = json.dumps(
-            {
-                "format": FORMAT,
-                "torch": torch.__version__,
-                "gradagree-opt": version("gradagree-opt"),
-                "compiled": self.compiled,
-                **hardware.model_dump(),
-            }
-        )
-        return Checkpoints(self.store.folder, circumstances, self.checkpoint_seconds)
+        """Those of the folder that are of this hardware and these versions."""
+        here = circumstances(self.compiled, self.nodes[0].hardware)
+        return Checkpoints(self.store.folder, here, self.checkpoint_seconds)
 
     def finished(self, run: Run) -> RunRecord | None:
         try:

@@ -1,9 +1,10 @@
-"""What a group of runs goes on from after its process was killed: a file beside the records."""
+"""What a group of runs goes on from after its process was killed."""
 
 import hashlib
+import io
 import pickle
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -15,11 +16,11 @@ from gradagree_opt.replacing import replacing
 State: TypeAlias = dict[str, Any]
 Run = TypeVar("Run")
 DAMAGES = (EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError, pickle.PickleError)
-"""What reading a file that is cut off, or none of ours, may raise."""
+"""What reading a state that is cut off, or none of ours, may raise."""
 
 
-class Checkpoint:
-    """The file of one group of runs.
+class States:
+    """What a group of runs saves now and then, and what it goes on from.
 
     Args:
         keys: Of the runs, in their order.
@@ -27,40 +28,89 @@ class Checkpoint:
         seconds: That pass before a state is due, from one to the next.
     """
 
-    def __init__(
-        self, folder: Path, keys: Sequence[str], circumstances: str, seconds: float
-    ) -> None:
-        name = hashlib.sha256(" ".join(keys).encode()).hexdigest()[:20]
-        self.path = folder / f"{name}.pt"
+    def __init__(self, keys: Sequence[str], circumstances: str, seconds: float) -> None:
         self.keys, self.circumstances = list(keys), circumstances
         self.seconds = seconds
         self.before = time.monotonic()
+
+    def load(self) -> bytes | None:
+        """What was kept last."""
+        raise NotImplementedError
+
+    def keep(self, content: bytes) -> None:
+        """Takes the place of what was kept before."""
+        raise NotImplementedError
 
     @property
     def due(self) -> bool:
         return time.monotonic() - self.before >= self.seconds
 
     def write(self, state: State) -> None:
-        """Replaces the file in one step.
+        """Keeps a state.
 
         Args:
             state: Tensors, numbers, texts and None, in lists and dicts.
         """
+        buffer = io.BytesIO()
         content = {"keys": self.keys, "circumstances": self.circumstances, "state": state}
-        with replacing(self.path) as temporary:
-            torch.save(content, temporary)
+        torch.save(content, buffer)
+        self.keep(buffer.getvalue())
         self.before = time.monotonic()
 
     def read(self) -> State | None:
         """What was written last, by a process under the same circumstances; else None."""
-        content = read(self.path)
+        content = decoded(self.load())
         if (content.get("keys"), content.get("circumstances")) != (self.keys, self.circumstances):
             return None
         state: State = content["state"]
         return state
 
+
+class Checkpoint(States):
+    """The states of a group in a file, which is replaced in one step."""
+
+    def __init__(
+        self, folder: Path, keys: Sequence[str], circumstances: str, seconds: float
+    ) -> None:
+        super().__init__(keys, circumstances, seconds)
+        name = hashlib.sha256(" ".join(keys).encode()).hexdigest()[:20]
+        self.path = folder / f"{name}.pt"
+
+    def load(self) -> bytes | None:
+        return content_of(self.path)
+
+    def keep(self, content: bytes) -> None:
+        with replacing(self.path) as temporary:
+            temporary.write_bytes(content)
+
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+class Sent(States):
+    """The states of a group that is trained where the output folder may not be.
+
+    Args:
+        content: What it goes on from.
+        send: Called with what is to be kept.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[str],
+        circumstances: str,
+        seconds: float,
+        content: bytes | None,
+        send: Callable[[bytes], None],
+    ) -> None:
+        super().__init__(keys, circumstances, seconds)
+        self.content, self.send = content, send
+
+    def load(self) -> bytes | None:
+        return self.content
+
+    def keep(self, content: bytes) -> None:
+        self.send(content)
 
 
 @dataclass(frozen=True)
@@ -68,7 +118,7 @@ class Checkpoints:
     """Those of an output folder.
 
     Args:
-        circumstances, seconds: As for :class:`Checkpoint`.
+        circumstances, seconds: As for :class:`States`.
     """
 
     folder: Path
@@ -85,7 +135,7 @@ class Checkpoints:
         """
         groups: list[list[Run]] = []
         for path in sorted(self.folder.glob("*.pt")):
-            content = read(path)
+            content = decoded(content_of(path))
             keys = content.get("keys", [])
             if any((self.folder / f"{key}.json").exists() for key in keys):
                 path.unlink(missing_ok=True)
@@ -96,10 +146,17 @@ class Checkpoints:
         return groups
 
 
-def read(path: Path) -> State:
-    """The content of a checkpoint, empty where it is absent or damaged."""
+def content_of(path: Path) -> bytes | None:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def decoded(content: bytes | None) -> State:
+    """What was kept, as a dict; empty where it is absent or damaged."""
+    try:
+        found = torch.load(io.BytesIO(content or b""), map_location="cpu", weights_only=True)
     except DAMAGES:
         return {}
-    return content if isinstance(content, dict) else {}
+    return found if isinstance(found, dict) else {}

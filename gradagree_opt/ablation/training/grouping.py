@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise, zip_longest
 from typing import NamedTuple, TypeAlias
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import gradagree_opt as ga
-from gradagree_opt.ablation.section import Optimizer
+from gradagree_opt.ablation.section import Optimizer, StudyError
 from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.devices import CPU
 from gradagree_opt.ablation.training.forms import Learner
 from gradagree_opt.ablation.training.networks import Params
 from gradagree_opt.ablation.training.optimizers import OPTIMIZERS, State
@@ -87,6 +89,35 @@ def compiler_failure() -> str | None:
         reason = next((line for line in reversed(lines) if "error:" in line), lines[0])
         return f"one that fails ({reason.strip() or type(error).__name__})"
     return None
+
+
+def compiles(study: Study, warn: Callable[[str], None], device: torch.device = CPU) -> bool:
+    """Whether the study is compiled; where it would be, the compiler is tried, in some seconds.
+
+    On a GPU it is not: there its steps are captured, which takes no time and saves more.
+
+    Args:
+        warn: Called with one sentence where it goes on without a compiler.
+
+    Raises:
+        StudyError: It cannot be compiled and says ``compile: true``.
+    """
+    if device.type != "cpu" or not is_compiled(study):
+        return False
+    failure = compiler_failure()
+    if failure is None:
+        return True
+    mend = "install one, as g++, with Python's headers"
+    if study.compile is True:
+        raise StudyError(
+            f"compile: true needs a C++ compiler, found {failure}; {mend}, or give the study "
+            "compile: false, which takes several times as long"
+        )
+    warn(
+        f"compile: auto needs a C++ compiler, found {failure}; the study goes on without, which "
+        f"takes several times as long, or {mend}"
+    )
+    return False
 
 
 def stack(rows: list[PyTree]) -> PyTree:

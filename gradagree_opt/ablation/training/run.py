@@ -131,12 +131,9 @@ class Store:
         except ValidationError:
             raise DamagedRecordError(f"{path} is cut off or no record; redoing its run") from None
 
-    def write(self, key: str, record: RunRecord, params: Params) -> None:
-        """Parameters first: what has a record is finished."""
-        buffer = io.BytesIO()
-        arrays: Any = {name: leaf.detach().numpy() for name, leaf in flat(params).items()}
-        np.savez(buffer, **arrays)
-        write_atomically(self.folder / f"{key}.npz", buffer.getvalue())
+    def write(self, key: str, record: RunRecord, params: bytes) -> None:
+        """Parameters, as :func:`archive` gives them, first: what has a record is finished."""
+        write_atomically(self.folder / f"{key}.npz", params)
         write_atomically(self.folder / f"{key}.json", record.model_dump_json().encode())
 
     def params(self, key: str) -> Params | None:
@@ -153,6 +150,14 @@ class Store:
 
 class DamagedRecordError(Exception):
     """A record that cannot be read."""
+
+
+def archive(params: Params) -> bytes:
+    """The ``.npz`` file of a run's parameters."""
+    buffer = io.BytesIO()
+    arrays: Any = {name: leaf.detach().numpy() for name, leaf in flat(params).items()}
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
 
 
 def flat(params: Params) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.captured import peak_bytes
-from gradagree_opt.ablation.training.checkpoint import Checkpoint
+from gradagree_opt.ablation.training.checkpoint import States
 from gradagree_opt.ablation.training.networks import initial_params
 from gradagree_opt.ablation.training.problem import Problem
 from gradagree_opt.ablation.training.program import Program, Tell
@@ -34,7 +34,7 @@ def train_side_by_side(
     at_once: int | None,
     report: Report,
     tell: Tell,
-    checkpoint_of: Callable[[list[Run]], Checkpoint | None] = lambda _: None,
+    checkpoint_of: Callable[[list[Run]], States | None] = lambda _: None,
 ) -> Iterator[Trained]:
     """Trains groups of runs and yields what each finds, as they end.
 
@@ -74,7 +74,7 @@ def take_turns(
     at_once: int | None,
     report: Report,
     tell: Tell,
-    checkpoint_of: Callable[[list[Run]], Checkpoint | None] = lambda _: None,
+    checkpoint_of: Callable[[list[Run]], States | None] = lambda _: None,
 ) -> Iterator[Trained]:
     waiting, active = list(groups), list[Turn]()
     before = time.perf_counter()

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from gradagree_opt.ablation.study.methods import without_advice
 from gradagree_opt.ablation.study.study import Study
-from gradagree_opt.ablation.training.checkpoint import Checkpoint, State
+from gradagree_opt.ablation.training.checkpoint import State, States
 from gradagree_opt.ablation.training.devices import CPU, arithmetic, describe
 from gradagree_opt.ablation.training.grouping import select
 from gradagree_opt.ablation.training.networks import Params, derived_seed, initial_params
@@ -43,7 +43,7 @@ def train_runs(
     problem: Problem,
     runs: list[Run],
     report: Report,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: States | None = None,
 ) -> Trained:
     """Trains runs of one method together; what each finds is what it finds alone, up to rounding.
 
@@ -74,7 +74,7 @@ def training(
     problem: Problem,
     runs: list[Run],
     report: Report,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: States | None = None,
     *,
     tell: Tell = lambda _: None,
     clock: Callable[[], float] = time.perf_counter,
@@ -173,7 +173,7 @@ class Group:
         study, program = self.study, self.program
         every = max(1, study.iterations // CURVE_POINTS)
         reported = 0
-        if program.done == 0:
+        if not self.rows[0].curve:  # which a state that was saved before the first step has
             yield from self.look()
         while True:
             steps = self.counted() - reported
