@@ -6,7 +6,7 @@ runs the same steps as :meth:`gradagree_opt.Aggregator.aggregate`.
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Pipeline:
         weighting: Weigh,
         *,
         scope: Scope = "global",
-        match_norm: Any = None,
+        match_norm: "Literal['mean'] | Pipeline | None" = None,
         nonfinite: Nonfinite = "raise",
         generator: torch.Generator | None = None,
     ) -> None:
@@ -56,7 +56,7 @@ class Pipeline:
         self.describes = True
         self.drawn: Tensor | None = None
         self.ranks: Ranks | None = None
-        if generator is None and match_norm is not None and match_norm != "mean":
+        if generator is None and isinstance(match_norm, Pipeline):
             self.generator = match_norm.generator
 
     @property

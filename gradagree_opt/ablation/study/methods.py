@@ -15,6 +15,7 @@ from torch import Generator
 import gradagree_opt as ga
 from gradagree_opt.ablation import own
 from gradagree_opt.ablation.section import REFERENCE, LocatedError, Optimizer, Rates
+from gradagree_opt.core.pipeline import Pipeline
 from gradagree_opt.frameworks import require
 
 AGGREGATORS: dict[str, type[Any]] = {
@@ -273,7 +274,7 @@ def plain_types(hint: Any) -> tuple[type, ...]:
         return tuple({type(word) for word in get_args(hint)})
     if hint in (bool, int, float, str, NoneType):
         return (float if hint is int else hint,)
-    if inspect.isclass(hint) and issubclass(hint, ga.Aggregator):
+    if inspect.isclass(hint) and issubclass(hint, Pipeline):
         return (ga.Aggregator,)
     return tuple({kind for member in get_args(hint) for kind in plain_types(member)})
 
