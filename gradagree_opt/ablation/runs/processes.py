@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any, ClassVar
 
 from gradagree_opt.ablation.runs.job import Found, Job, Message, Task, Tell, perform
@@ -118,11 +119,14 @@ class Process:
         spawn = multiprocessing.get_context("spawn")
         self.line, self.other_end = spawn.Pipe()
         self.executor = ProcessPoolExecutor(1, spawn, Worker.start, (self.other_end,))
+        self.started: list[BaseProcess] = []
         self.gone = False
 
     def submit(self, job: bytes, task: Task) -> "Future[Found]":
+        others = multiprocessing.active_children()
         with interrupts_for_parent_only():
             future = self.executor.submit(Worker.perform, job, task)
+        self.started += [each for each in multiprocessing.active_children() if each not in others]
         self.other_end.close()  # the process has its own by now
         return future
 
@@ -137,7 +141,8 @@ class Process:
     def end(self, *, at_once: bool = True) -> None:
         """Waits until it is gone, with the task that it is at or, at once, without."""
         if at_once:
-            self.line.close()
+            for process in self.started:
+                process.terminate()
         self.executor.shutdown()
         self.line.close()
 
@@ -167,7 +172,7 @@ class Worker:
 
     @classmethod
     def leave_with_parent(cls) -> None:
-        """Ends this process when its parent is gone, even killed, or has closed the line."""
+        """Ends this process when its parent is gone, even killed."""
         with suppress(EOFError, OSError):
             cls.line.recv()  # nothing is ever sent
         os._exit(1)
