@@ -83,8 +83,9 @@ class AgreementCallback(pl.Callback):
             )
         if not accumulates(trainer):
             raise ValueError(
-                "expected accumulate_grad_batches=N with N tasks a step, found 1; "
-                "pass Trainer(accumulate_grad_batches=N)"
+                "expected accumulate_grad_batches=N with N tasks a step, found 1; pass "
+                "Trainer(accumulate_grad_batches=N), or take ManualTaskBatch for several losses of "
+                "one training step"
             )
         check_trainer(trainer, self.aggregator)
         n = sum(isinstance(each, AgreementCallback) for each in trainer.callbacks)  # type: ignore[attr-defined]

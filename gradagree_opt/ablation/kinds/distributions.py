@@ -104,7 +104,10 @@ def check_examples(study: Study, x: Tensor, y: Tensor, shots: int) -> None:
     """Raises a ValueError unless these are the examples of one task as the study describes it."""
     numbers, shape = study.tasks.input_size, list(x.shape[2:])
     if math.prod(shape) != numbers:
-        raise ValueError(f"expected {numbers} numbers in each, found {math.prod(shape)}")
+        inputs = math.prod(shape)
+        raise ValueError(
+            f"expected {numbers} numbers in each, found {inputs}; give inputs: {inputs}"
+        )
     channels = study.tasks.channels
     side = math.isqrt(numbers // channels)
     if study.model.kind == "conv4" and shape != [channels, side, side]:
@@ -113,8 +116,8 @@ def check_examples(study: Study, x: Tensor, y: Tensor, shots: int) -> None:
         if y.shape[1] != shots:
             raise ValueError(f"expected {shots}, found {y.shape[1]}")
         if study.classes is None and list(y.shape[2:]) != [study.outputs]:
-            found = list(y.shape[2:])
-            raise ValueError(f"expected targets of shape {[study.outputs]} each, found {found}")
+            shape = list(y.shape[2:])
+            raise ValueError(f"expected targets of shape {[study.outputs]} each, found {shape}")
         return
     if y.dtype != torch.int64:
         raise ValueError(f"expected classes as torch.int64, found {y.dtype}")
