@@ -1,6 +1,6 @@
-"""Reptile on sine curves over any number of ranks, which goes on after it was killed.
+"""Reptile over any number of ranks, which goes on after it was killed: sine curves or Omniglot.
 
-    torchrun --nproc-per-node 2 docs/train_on_ranks.py FOLDER [STEPS]
+    torchrun --nproc-per-node 2 docs/train_on_ranks.py FOLDER [STEPS] [OMNIGLOT.npz]
 
 Every rank draws the batch of a step from the step's own seed and takes its share of it, so that
 another number of ranks trains on the same tasks. A checkpoint holds tensors only; reading one
@@ -16,21 +16,26 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import mse_loss
+from torch.nn.functional import cross_entropy, mse_loss
 
 import gradagree_opt as ga
-from gradagree_opt.tasks import Sine
+from gradagree_opt.tasks import Omniglot, Sine
 
 TASKS = 10
 EVERY = 20
 """Steps from one checkpoint to the next."""
 
-model = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1))
+
+def regression() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1)
+    )
 
 
-def loss_fn(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
-    x, y = batch
-    return mse_loss(functional_call(model, params, (x,)), y)
+def classification(ways: int) -> nn.Module:
+    layers = [nn.Conv2d(1 if not depth else 16, 16, 3, stride=2, padding=1) for depth in range(3)]
+    blocks = [nn.Sequential(layer, nn.GroupNorm(4, 16), nn.ReLU()) for layer in layers]
+    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(16 * 4 * 4, ways))
 
 
 def complete(folder: Path) -> list[Path]:
@@ -47,26 +52,33 @@ def save(folder: Path, state: dict[str, Tensor], step: int) -> None:
     dist.barrier()
 
 
-def main(folder: Path, steps: int) -> None:
+def main(folder: Path, steps: int, drawings: Path | None) -> None:
     dist.init_process_group("gloo")
-    torch.manual_seed(0)
-    for layer in model:
-        if isinstance(layer, nn.Linear):
-            layer.reset_parameters()  # the same on every rank
+    torch.manual_seed(0)  # the same parameters on every rank
     # In float64 another number of ranks changes the last digits alone.
+    tasks: Sine | Omniglot
+    if drawings is None:
+        model, criterion = regression(), mse_loss
+        tasks = Sine(support_shots=10, query_shots=1, dtype=torch.float64)
+    else:
+        model, criterion = classification(ways=5), cross_entropy
+        tasks = Omniglot.from_npz(drawings, way=5, shot=5, dtype=torch.float64)
+
+    def loss_fn(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        return criterion(functional_call(model, params, (x,)), y)
+
     params = {name: p.detach().double() for name, p in model.named_parameters()}
     velocity = {f"velocity.{name}": torch.zeros_like(p) for name, p in params.items()}
     step, rate = torch.zeros((), dtype=torch.int64), 0.1
     state = {**params, **velocity, "step": step}
     if found := complete(folder):
         dcp.load(state, checkpoint_id=found[-1])  # in place
-    sine = Sine(support_shots=10, query_shots=1, dtype=torch.float64)
     reptile = ga.Reptile(loss_fn, ga.InnerSGD(lr=0.02, steps=5))
     aggregator = ga.distributed(ga.EqualAgreement())
     for index in range(int(step), steps):
-        tasks = sine.sample(TASKS, generator=torch.Generator().manual_seed(index))
-        share = ga.own_share({"support": tasks["support"]})
-        result = reptile.step(params, share, aggregator)
+        batch = tasks.sample(TASKS, generator=torch.Generator().manual_seed(index))
+        result = reptile.step(params, ga.own_share({"support": batch["support"]}), aggregator)
         for name, p in params.items():
             velocity[f"velocity.{name}"].mul_(0.5).add_(result.update[name])
             p.sub_(rate * velocity[f"velocity.{name}"])
@@ -77,4 +89,8 @@ def main(folder: Path, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 200)
+    main(
+        Path(sys.argv[1]),
+        int(sys.argv[2]) if len(sys.argv) > 2 else 200,
+        Path(sys.argv[3]) if len(sys.argv) > 3 else None,
+    )

@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -24,10 +25,10 @@ pytestmark = [
 ]
 
 
-def start(world: int, folder: Path, steps: int = STEPS) -> subprocess.Popen[str]:
+def start(world: int, folder: Path, steps: int = STEPS, *drawings: Path) -> subprocess.Popen[str]:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     return subprocess.Popen(
-        [sys.executable, *command, str(SCRIPT), str(folder), str(steps)],
+        [sys.executable, *command, str(SCRIPT), str(folder), str(steps), *map(str, drawings)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -102,6 +103,19 @@ def test_it_goes_on_after_a_kill_with_as_many_ranks_and_with_more(
 def test_two_checkpoints_are_kept_and_they_hold_tensors_only(whole: Path) -> None:
     assert [path.name for path in sorted(whole.iterdir())] == ["step-000040", "step-000060"]
     assert all(isinstance(leaf, Tensor) for leaf in parameters(whole).values())
+
+
+def test_drawings_too_are_trained_on_any_number_of_ranks(tmp_path: Path) -> None:
+    drawings = tmp_path / "omniglot.npz"
+    images = np.random.default_rng(0).integers(0, 256, (18, 20, 28, 28), dtype=np.uint8)
+    np.savez(drawings, images=images, vinyals_split=np.repeat([0, 1, 2], 6))
+    for world, steps in ((1, 4), (2, 2), (3, 4)):  # three go on from two steps of two
+        finish(start(world, tmp_path / ("alone" if world == 1 else "ranks"), steps, drawings))
+    expected, found = (parameters(tmp_path / name, 4) for name in ("alone", "ranks"))
+    assert expected["step"] == found["step"] == 4
+    for name, tensor in expected.items():
+        assert tensor.any(), name
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6)
 
 
 def test_the_page_names_the_script() -> None:
