@@ -46,9 +46,14 @@ class Combination:
             return like(self.stack, kernels.combine(leaves, weights, groups)[0])
         return combine(self.stack, weights, groups)
 
+    @property
+    def is_coarse(self) -> bool:
+        """Whether the stack has less than the precision of float32."""
+        return is_coarse(leaves_of(self.stack))
+
     def wide(self, weights: Float[Tensor, "*groups n"], groups: Sequence[int] | None, /) -> PyTree:
         """:func:`combine` of the stack, in what it is accumulated in: as a part of a larger sum."""
-        if not is_coarse(leaves_of(self.stack)):
+        if not self.is_coarse:
             return self(weights, groups)
         return combine(self.stack, weights, groups, wide=True)
 

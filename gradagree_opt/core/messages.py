@@ -88,6 +88,11 @@ class Messages:
                 self.tell(0, 0, 0, failed=True)
             raise
 
+    def forget(self, batch: object, /) -> None:
+        """A batch begins anew: had a task failed in it, the step that others wait for is lost."""
+        if self.left is batch:
+            self.left = self  # no step's batch, so that the next step fails on all
+
     def tell(
         self, n: int, d: int, digest: int, block: int = -1, index: int = 0, *, failed: bool
     ) -> list[list[int]]:

@@ -10,9 +10,10 @@ from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from gradagree_opt.annotations import Bool, Float
-from gradagree_opt.core.combination import with_norm
+from gradagree_opt.core.combination import Combination, with_norm
 from gradagree_opt.core.deferred import describe
 from gradagree_opt.core.diagnostics import undescribed
 from gradagree_opt.core.matching import at_length, reference_of
@@ -145,11 +146,19 @@ class Pipeline:
             combine_directions = self.ranks.summed(combine_directions, measured.own)
         if decided.reference is None and not self.describes:
             return combine_directions(decided.decision.weights, measured.groups), None, decided
-        update, norm = with_norm(combine_directions, decided.decision.weights, measured)
         if decided.reference is None:
+            update, norm = with_norm(combine_directions, decided.decision.weights, measured)
             return update, norm, decided
+        stack = None
+        if isinstance(combine_directions, Combination) and combine_directions.is_coarse:
+            # Its dtype may not hold the update before that has its length.
+            stack, combine_directions = combine_directions.stack, combine_directions.wide
+        update, norm = with_norm(combine_directions, decided.decision.weights, measured)
         _, length = with_norm(combine_directions, decided.reference.weights, measured)
-        return at_length(length, update, norm, decided, measured.statistics)
+        update, norm, decided = at_length(length, update, norm, decided, measured.statistics)
+        if stack is not None:
+            update = tree_map(lambda leaf, row: leaf.to(row.dtype), update, stack)
+        return update, norm, decided
 
     def answer(
         self, measured: Measured, decided: Decided, update: PyTree, norm: Tensor | None, /

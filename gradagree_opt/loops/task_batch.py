@@ -192,9 +192,16 @@ class TaskBatch:
 
     def clear(self) -> None:
         """Forgets the tasks added so far, and their graphs."""
-        lists = (self._losses, self._values, self._copies, self._directions, self._displacements)
-        for each in lists:
+        for each in (
+            self._losses,
+            self._values,
+            self._copies,
+            self._directions,
+            self._displacements,
+        ):
             each.clear()
+        if self.aggregator.ranks is not None:
+            self.aggregator.ranks.forget(self)
 
     def _look_anew(self) -> None:
         """Parameters may be replaced, frozen and unfrozen between batches."""

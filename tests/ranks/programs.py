@@ -444,12 +444,14 @@ def left_alone() -> None:
 
     assert len(filled().backward().diagnostics.nonfinite) == WORLD
     dist.barrier()
-    batch = filled()
-    if last == RANK:  # as if the whole step were in a try
-        batch = ga.TaskBatch(model, agree)
-        batch.add(model(x).square().mean())
-    with refused("add() failed" if last == RANK else f"rank {last} failed"):
-        batch.backward()
+    for anew in (True, False):
+        batch = filled()
+        if last == RANK:  # as if the whole step were in a try
+            batch.clear()
+            batch = ga.TaskBatch(model, agree) if anew else batch
+            batch.add(model(x).square().mean())
+        with refused("add() failed" if last == RANK else f"rank {last} failed"):
+            batch.backward()
     batch = ga.TaskBatch(model, agree)
     batch.add(model(x).square().mean())
     assert len(batch.backward().diagnostics.nonfinite) == WORLD
