@@ -192,13 +192,8 @@ class TaskBatch:
 
     def clear(self) -> None:
         """Forgets the tasks added so far, and their graphs."""
-        for each in (
-            self._losses,
-            self._values,
-            self._copies,
-            self._directions,
-            self._displacements,
-        ):
+        lists = (self._losses, self._values, self._copies, self._directions, self._displacements)
+        for each in lists:
             each.clear()
         if self.aggregator.ranks is not None:
             self.aggregator.ranks.forget(self)
