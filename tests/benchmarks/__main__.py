@@ -42,6 +42,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cuda writes benchmarks-cuda.md and .json")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # "case" or a contestant, in a child
     options = parser.parse_args()
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)  # before hours of measuring
     known = CASES if options.device == "cpu" else ON_DEVICES
     names = options.cases or known
     for name in names:
