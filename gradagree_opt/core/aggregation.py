@@ -10,7 +10,7 @@ from gradagree_opt.core.diagnostics import complaint
 from gradagree_opt.core.pipeline import Pipeline
 from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.scopes import check_signal
-from gradagree_opt.core.stacks import PyTree, check_stack, leaves_of, mask_rows, nonfinite_tasks
+from gradagree_opt.core.stacks import PyTree, check_stack, mask_rows, nonfinite_tasks
 
 
 class Aggregator(Pipeline):
@@ -74,8 +74,7 @@ class Aggregator(Pipeline):
         {'w': tensor([1., 0.])}
         """
         with self.step_of_ranks():
-            self._check(directions, signal)
-            aggregator = self.for_batch(leaves_of(directions)[0].shape[0])
+            aggregator = self.for_batch(self._check(directions, signal))
             # The look that is due finds this sound but at extreme scales. What reads more than row
             # sums may depend on the scale, or remember what it has seen.
             once = self.needs & {"gramian", "directions"} or self.ranks is not None
@@ -104,11 +103,13 @@ class Aggregator(Pipeline):
         self._check(directions, signal)
         return self._aggregate(directions, signal, nonfinite=nonfinite)
 
-    def _check(self, directions: PyTree, signal: PyTree | None) -> None:
+    def _check(self, directions: PyTree, signal: PyTree | None) -> int:
+        """The number of tasks."""
         name = "directions" if signal is not None else "gradients"
         n = check_stack(directions, name, least=self.fewest)
         if signal is not None:
             check_signal(signal, directions, n, self.scope)
+        return n
 
     def _aggregate(
         self,
