@@ -63,4 +63,4 @@ def main(iterations: int = 200, data: str | None = None) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(*main(), sep="\n")  # noqa: T201
+    print(*main(), sep="\n")

@@ -67,4 +67,4 @@ def main(iterations: int = 200) -> list[float]:
 if __name__ == "__main__":
     losses = main(int(sys.argv[1]) if len(sys.argv) > 1 else 200)
     if torch.distributed.get_rank() == 0:
-        print(*losses, sep="\n")  # noqa: T201
+        print(*losses, sep="\n")

@@ -31,4 +31,4 @@ def main(iterations: int = 200) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(*main(), sep="\n")  # noqa: T201
+    print(*main(), sep="\n")
