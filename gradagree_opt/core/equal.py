@@ -107,10 +107,10 @@ class _Tasks(NamedTuple):
 def _tasks(statistics: Statistics) -> _Tasks:
     cosines, norms, counted = statistics.cosines, statistics.relative_norms, statistics.nonzero
     assert cosines is not None and norms is not None and counted is not None
-    count = counted.sum(-1, keepdim=True)
-    n = count.clamp(min=1).to(norms)
+    count = counted.sum(-1, keepdim=True, dtype=norms.dtype)
+    none = (count == 0).squeeze(-1)
     # A norm that vanishes beside the median stays 0, and makes a weight infinite that would be so.
-    return _Tasks(n, counted, (count == 0).squeeze(-1), cosines, norms.masked_fill(~counted, 1))
+    return _Tasks(count.clamp(min=1), counted, none, cosines, norms.masked_fill(~counted, 1))
 
 
 def _identity(like: Float[Tensor, "*groups n"]) -> Float[Tensor, "n n"]:

@@ -105,7 +105,7 @@ def _measure_gramian(
     if scaled:
         return statistics
     sound = in_range(diagonal(products)).all()  # a zero may be a square that vanished
-    return statistics._replace(finite=statistics.finite & sound)
+    return statistics._replace(finite=sound.expand_as(active))
 
 
 def _inner_products(leaves: Sequence[Tensor], *, scaled: bool) -> tuple[Tensor | None, Tensor]:
@@ -117,7 +117,7 @@ def _inner_products(leaves: Sequence[Tensor], *, scaled: bool) -> tuple[Tensor |
     if not scaled:
         total = None
         for block in blocks_of_all(leaves, dtype):
-            total = block @ block.T if total is None else torch.addmm(total, block, block.T)
+            total = block @ block.T if total is None else total.addmm_(block, block.T)
         return None, leaves[0].new_zeros(n, n, dtype=dtype) if total is None else total
     units = leaves[0].new_zeros(n, dtype=dtype)
     products = torch.outer(units, units)

@@ -48,12 +48,9 @@ def power(
 
 def _solve(matrix: Tensor, vector: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix)
-    column = vector.unsqueeze(-1)
-    if matrix.is_cuda:  # MAGMA's solver of batches keeps pointers on the host: no CUDA graph of it
-        half = torch.linalg.solve_triangular(factor, column, upper=False)
-        solution = torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
-    else:
-        solution = torch.cholesky_solve(column, factor).squeeze(-1)
+    # Not cholesky_solve: of batches, MAGMA's keeps pointers on the host, and is in no CUDA graph.
+    half = torch.linalg.solve_triangular(factor, vector.unsqueeze(-1), upper=False)
+    solution = torch.linalg.solve_triangular(factor.mT, half, upper=True).squeeze(-1)
     known: Tensor = solution.masked_fill((info > 0).unsqueeze(-1), torch.nan)
     return known
 

@@ -97,16 +97,17 @@ def of_products(
 
     Row sums that may be made of products rounded to eps are zero.
     """
-    lengths = diagonal(products).clamp(min=0).sqrt()
+    squared_norms = diagonal(products).clamp(min=0)
+    lengths = squared_norms.sqrt()
     scale, gramian = products.new_ones(()), products
     if units is not None:
         scale = or_one(units.nan_to_num(0.0, 0.0, 0.0).amax())
         shares = units / scale
         gramian = products * torch.outer(shares, shares)
+        squared_norms = diagonal(gramian)
     divisors = or_one(lengths)
     cosines = products / torch.outer(divisors, divisors)
     of_cosines, of_others = "cosine_row_sums" in needs, "other_row_sums" in needs
-    squared_norms = diagonal(gramian)
     others = gramian - squared_norms.diag() if of_others else None
     return Statistics(
         row_sums=_row_sums(gramian, eps),
@@ -131,7 +132,8 @@ def relative_norms_of(
     By ratios alone: the norms themselves may overflow, or vanish beside a larger one.
     """
     counted = active & (lengths != 0)
-    places = (counted.sum() + torch.arange(-1, 1, device=lengths.device)).clamp(min=0) // 2
+    # Of none the last, and the first: both of the infinite ones.
+    places = (counted.sum() + torch.arange(-1, 1, device=lengths.device)) // 2
     if units is None:  # of lengths in range
         ordered = lengths.masked_fill(~counted, torch.inf).sort().values
         return lengths / or_one(ordered[places].mean())
@@ -147,7 +149,7 @@ def _row_sums(matrix: Tensor, eps: float) -> Tensor:
     """The sums of the rows, all zero where they may come of entries rounded to eps."""
     sums = matrix.sum(1)
     rounding = 8 * eps * torch.linalg.vector_norm(matrix, dim=1).sum()
-    return torch.where(sums.abs().sum() <= rounding, 0.0, sums)
+    return sums.masked_fill(sums.abs().sum() <= rounding, 0)
 
 
 def _stack(values: Sequence[Tensor | None]) -> Tensor | None:
