@@ -83,6 +83,18 @@ def test_the_mean_has_n_effective_tasks_and_one_task_alone_has_one():
     assert_close(diagnostics.effective_tasks.item(), 1.0)
 
 
+@every(scope=["global", "leaf"])
+def test_weights_that_are_all_zero_are_those_of_no_task_and_have_no_ratio(scope: str):
+    zeros = {"w": torch.zeros(3, 2), "b": torch.zeros(3)}
+    aggregator = ga.GradientAgreement(degenerate="zero", scope=scope)
+    diagnostics = aggregator.aggregate(zeros).diagnostics
+    for name in ("weight_sum", "smallest_weight", "negative_share", "effective_tasks"):
+        assert not getattr(diagnostics, name).any(), name
+    assert not diagnostics.cancellation.any() and diagnostics.update_norm == 0
+    assert diagnostics.update_to_mean.isnan() and diagnostics.norm_correlation.isnan().all()
+    assert diagnostics.degenerate.all()
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 7, 10, 11, 13, 100])
 def test_constant_weights_correlate_with_nothing(n: int):
     for aggregator in (ga.Mean(), ga.Sum()):
