@@ -1,7 +1,7 @@
-"""TorchOpt: any functional optimizer as an inner loop, agreement as a gradient transformation.
+"""TorchOpt: any functional optimizer as an inner loop, agreement in a chain and in a loss.
 
-Its optimizers as the outer one, and loops over a Meta-optimizer, need nothing from here:
-:class:`gradagree_opt.TaskOptimizer` and :class:`gradagree_opt.TaskBatch` take them.
+Loops over a Meta-optimizer, and optimizers that step on ``.grad``, need nothing from here:
+:class:`gradagree_opt.TaskBatch` and :class:`gradagree_opt.TaskOptimizer` take them.
 """
 
 import inspect
@@ -24,10 +24,11 @@ from gradagree_opt.options import check_count
 require("torchopt")
 
 import torchopt  # noqa: E402 - after require, whose error names the install command
+from gradagree_opt.adapters.torchopt_loss import weighted_loss  # noqa: E402
 from torchopt import pytree  # noqa: E402
 from torchopt.base import GradientTransformation  # noqa: E402
 
-__all__ = ["AggregateState", "Inner", "aggregate", "inner"]
+__all__ = ["AggregateState", "Inner", "aggregate", "inner", "weighted_loss"]
 
 
 class AggregateState(NamedTuple):

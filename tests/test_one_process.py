@@ -37,9 +37,8 @@ def optimized(network):
     optimizer.step([network(task).square().mean() for task in x])
 
 def torchopt_step():
-    import torchopt
-    optimizer = torchopt.MetaSGD(module, lr=0.1)
-    ga.TaskOptimizer(optimizer, agree).step([module(task).square().mean() for task in x])
+    from gradagree_opt.adapters.torchopt import weighted_loss
+    weighted_loss([module(task).square().mean() for task in x], module, agree)
 
 def learn2learn_step():
     import learn2learn as l2l

@@ -1,18 +1,11 @@
-"""A vector of task losses: looked at, and as the one loss whose gradient is the aggregation."""
+"""A vector of task losses, looked at."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Float
-from gradagree_opt.core.aggregation import Aggregator
-from gradagree_opt.core.diagnostics import check_some_task
-from gradagree_opt.core.results import CollectedTasks
-from gradagree_opt.loops.graphs import check_depends, check_loss
-from gradagree_opt.loops.loss_graph import LossGraph
-from gradagree_opt.loops.multi_task import aggregate_losses
-from gradagree_opt.one_process import check_one_process
+from gradagree_opt.loops.graphs import check_loss
 
 Losses = Float[Tensor, " n"] | Sequence[Tensor]
 
@@ -50,52 +43,3 @@ def loss_vector(losses: Losses, /, *, least: int = 1) -> list[Tensor]:
     for task, loss in enumerate(each):
         check_loss(loss, task)
     return each
-
-
-def weighted_loss(
-    losses: Losses, parameters: Sequence[Tensor], aggregator: Aggregator, /
-) -> tuple[Float[Tensor, ""], CollectedTasks]:
-    """Σ_i w_i L_i, whose gradient is the aggregation of the task gradients, and that aggregation.
-
-    The weights are constants, the losses keep their graphs. Tasks that the aggregator drops are
-    left out.
-
-    Raises:
-        ValueError: a parameter is frozen, a loss does not depend on the parameters, no task is
-            left, or the aggregator refuses the gradients.
-    """
-    losses = loss_vector(losses)
-    if aggregator.ranks is not None:
-        raise ValueError(
-            "expected an aggregator of one process, found one of several ranks, whose weighted "
-            "loss no rank has; take an optimizer of torch.optim, or torchopt's that holds its "
-            "parameters, with TaskBatch for the losses"
-        )
-    check_one_process(parameters)
-    for position, parameter in enumerate(parameters):
-        if not parameter.requires_grad:
-            raise ValueError(
-                f"expected parameters that require a gradient, found number {position}, of shape "
-                f"{list(parameter.shape)}, frozen, by which TorchOpt would differentiate; leave it "
-                "out of what the optimizer is given"
-            )
-    for task, loss in enumerate(losses):
-        check_depends(loss, parameters, task, advice="compute it from those of the optimizer")
-    values = torch.stack([loss.detach() for loss in losses])
-    by_position = {str(position): parameter for position, parameter in enumerate(parameters)}
-    graph = LossGraph(losses, by_position, kept=True)
-    nonfinite = ~torch.isfinite(values)
-    result = aggregate_losses(graph, nonfinite, aggregator)
-    if result is None:
-        each = [graph.gradient(task, retain_graph=True) for task in range(len(losses))]
-        stack = {name: torch.stack([task[name] for task in each]) for name in by_position}
-        result = aggregator.aggregate_unchecked(stack, nonfinite=nonfinite)
-    aggregator.verify(result)
-    check_some_task(result.diagnostics, aggregator.nonfinite)
-    result = result._replace(update=[*result.update.values()])
-    terms = [weight * loss for weight, loss in zip(result.weights, losses, strict=True)]
-    if aggregator.nonfinite == "drop":
-        # A dropped task must not reach the shared backward pass: 0 · NaN is NaN there.
-        dropped = result.diagnostics.nonfinite.tolist()
-        terms = [term for term, out in zip(terms, dropped, strict=True) if not out]
-    return torch.stack(terms).sum(), CollectedTasks(*result, values)

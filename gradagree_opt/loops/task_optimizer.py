@@ -1,7 +1,7 @@
 """TaskOptimizer: an optimizer that steps on a vector of task losses."""
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,15 +9,8 @@ from torch.utils._pytree import tree_leaves
 
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.results import CollectedTasks
-from gradagree_opt.loops.loss_vector import Losses, loss_vector, weighted_loss
+from gradagree_opt.loops.loss_vector import Losses, loss_vector
 from gradagree_opt.loops.task_batch import TaskBatch
-
-
-class FunctionalStep(NamedTuple):
-    """The parameters after a step that left the ones before as they were, and its aggregation."""
-
-    params: tuple[Tensor, ...]
-    aggregation: CollectedTasks
 
 
 class TaskOptimizer:
@@ -25,25 +18,19 @@ class TaskOptimizer:
 
     Everything else (``zero_grad``, ``state_dict``, ``param_groups``) is the wrapped optimizer's;
     a learning-rate scheduler is given that one. A GradScaler could not undo its scale before the
-    step: take a :class:`gradagree_opt.TaskBatch` there. What it steps on is what it always does:
-
-    - ``torch.optim.Optimizer`` and ``torchopt.Optimizer`` on ``.grad``; as with ``backward``, the
-      update is added to a ``.grad`` that is already there.
-    - ``torchopt.MetaOptimizer`` on the loss Σ_i w_i L_i, the weights constants, so that the step
-      is differentiable as its steps are; one more backward pass.
-    - ``torchopt.FuncOptimizer``, which holds no parameters, on the same loss in
-      ``functional_step(losses, params)``.
+    step: take a :class:`gradagree_opt.TaskBatch` there. As with ``backward``, the update is added
+    to a ``.grad`` that is already there.
 
     Args:
-        optimizer: the optimizer.
+        optimizer: one that steps on ``.grad``, as those of torch.optim and ``torchopt.Optimizer``.
         aggregator: what weights the tasks; signal and direction are both the loss gradient.
         module: whose names a ``scope`` that is a function sees. Without it, those that the
             optimizer was built with, as by ``Adam(model.named_parameters())``.
 
     Raises:
-        TypeError: the optimizer is none of these, or needs a closure; or the aggregator is none.
-        ValueError: the optimizer steps on a loss, and the aggregator's scope is not "global", or it
-            gives no weights; or a function is its scope, and a parameter has no name.
+        TypeError: the optimizer does not step on ``.grad``, or needs a closure; or the aggregator
+            is none.
+        ValueError: a function is the aggregator's scope, and a parameter has no name.
 
     >>> import gradagree_opt as ga
     >>> w = torch.tensor([0.0], requires_grad=True)
@@ -58,28 +45,11 @@ class TaskOptimizer:
         self, optimizer: Any, /, aggregator: Aggregator, *, module: nn.Module | None = None
     ) -> None:
         check_aggregator(aggregator)
-        # The attributes that tell TorchOpt's three kinds apart, without importing it.
-        self._functional = hasattr(optimizer, "optim_state")
-        self._differentiable = hasattr(optimizer, "param_containers_groups")
-        on_loss = self._functional or self._differentiable
-        if not on_loss:
-            check_optimizer(optimizer)
-        if on_loss and aggregator.scope != "global":
-            raise ValueError(
-                f"expected an aggregator of scope 'global' for {type(optimizer).__name__}, found "
-                f"{aggregator.scope!r}: it steps on one loss, which has one weight a task"
-            )
-        if on_loss and "directions" in aggregator.needs:
-            raise ValueError(
-                f"expected an aggregator that gives one weight a task for "
-                f"{type(optimizer).__name__}, which steps on one loss, found one whose update is "
-                "no weighted sum; wrap an optimizer that steps on .grad, as torchopt.Optimizer"
-            )
+        check_optimizer(optimizer)
         self.optimizer = optimizer
         self.aggregator = aggregator
         self.module = module
-        if not on_loss:
-            self._named_parameters()
+        self._named_parameters()
 
     def step(self, losses: Losses | None = None, /) -> CollectedTasks:
         """Aggregates the gradients of the task losses and steps the wrapped optimizer.
@@ -94,7 +64,7 @@ class TaskOptimizer:
             without names.
 
         Raises:
-            TypeError: the wrapped optimizer holds no parameters, or ``losses`` is a closure.
+            TypeError: ``losses`` is a closure, or there are none.
             ValueError: ``losses`` is not a vector or is empty, or the aggregator refuses the
                 gradients or drops all of them. No parameter, ``.grad`` or optimizer state is
                 touched then.
@@ -108,15 +78,6 @@ class TaskOptimizer:
                 "expected the task losses, found none; a GradScaler, and what else calls step() by "
                 "itself, is given the wrapped optimizer, with TaskBatch for the losses"
             )
-        if self._functional:
-            raise TypeError(
-                f"expected an optimizer that holds its parameters, found "
-                f"{type(self.optimizer).__name__}; call functional_step(losses, params)"
-            )
-        if self._differentiable:
-            loss, result = weighted_loss(losses, self._parameters(), self.aggregator)
-            self.optimizer.step(loss)
-            return result
         batch = TaskBatch(self._named_parameters(), self.aggregator)
         for loss in loss_vector(losses, least=self.aggregator.fewest):
             batch.add(loss)
@@ -124,34 +85,9 @@ class TaskOptimizer:
         self.optimizer.step()
         return result
 
-    def functional_step(self, losses: Losses, params: tuple[Tensor, ...], /) -> FunctionalStep:
-        """:meth:`step` of a ``torchopt.FuncOptimizer``: returns new parameters.
-
-        Args:
-            losses: ``[n]`` tensor or sequence of n scalars, one loss a task.
-            params: tuple of the parameters that the losses depend on.
-
-        Raises:
-            TypeError: the wrapped optimizer holds its parameters, or ``params`` is no tuple.
-            ValueError: as :meth:`step`.
-        """
-        if not self._functional:
-            raise TypeError(
-                f"expected a torchopt.FuncOptimizer, found {type(self.optimizer).__name__}, which "
-                "holds its parameters; call step(losses)"
-            )
-        if not isinstance(params, tuple):
-            raise TypeError(
-                f"expected a tuple of parameters, which is what torchopt.FuncOptimizer takes, "
-                f"found {type(params).__name__}; give tuple(params)"
-            )
-        loss, result = weighted_loss(losses, params, self.aggregator)
-        return FunctionalStep(self.optimizer.step(loss, params), result)
-
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears ``.grad`` of the wrapped optimizer's parameters, unless it uses none."""
-        if not (self._functional or self._differentiable):
-            self.optimizer.zero_grad(set_to_none)
+        """Clears ``.grad`` of the wrapped optimizer's parameters."""
+        self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> Any:
         """State of the wrapped optimizer: a dict, or what TorchOpt has in its place."""
@@ -175,7 +111,8 @@ class TaskOptimizer:
                 names.update((id(parameter), name) for parameter, name in given)
         if self.module is not None:
             names.update((id(p), name) for name, p in self.module.named_parameters())
-        parameters = self._parameters()
+        groups = [g["params"] if isinstance(g, dict) else g for g in self.param_groups]
+        parameters = [leaf for leaf in tree_leaves(groups) if leaf is not None]
         unnamed = [at for at, parameter in enumerate(parameters) if id(parameter) not in names]
         named = {names.get(id(parameter), ""): parameter for parameter in parameters}
         if not unnamed and len(named) == len(parameters):
@@ -190,20 +127,20 @@ class TaskOptimizer:
             )
         return parameters
 
-    def _parameters(self) -> list[Tensor]:
-        if self._differentiable:
-            groups = self.optimizer.param_containers_groups
-        else:
-            groups = [g["params"] if isinstance(g, dict) else g for g in self.param_groups]
-        return [leaf for leaf in tree_leaves(groups) if leaf is not None]
-
 
 def check_optimizer(optimizer: Any, /) -> None:
     """Raises a TypeError unless it is an optimizer that steps on ``.grad`` without a closure."""
     if not (hasattr(optimizer, "step") and hasattr(optimizer, "param_groups")):
+        found = type(optimizer).__name__
+        # What tells TorchOpt's other kinds, without importing it.
+        if hasattr(optimizer, "optim_state") or hasattr(optimizer, "param_containers_groups"):
+            raise TypeError(
+                f"expected an optimizer that steps on .grad, found {found}, which steps on a loss; "
+                "give its step() that of gradagree_opt.adapters.torchopt.weighted_loss"
+            )
         raise TypeError(
-            f"expected an optimizer with param_groups and step(), found "
-            f"{type(optimizer).__name__}; give one as torch.optim.SGD(model.parameters(), …)"
+            f"expected an optimizer with param_groups and step(), found {found}; give one as "
+            "torch.optim.SGD(model.parameters(), …)"
         )
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise TypeError(

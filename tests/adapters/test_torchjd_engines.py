@@ -180,7 +180,9 @@ def test_collected_tasks_give_what_maml_gives(name, memory):
 
 
 def test_one_loss_cannot_hold_what_is_no_weighted_sum():
-    torchopt = pytest.importorskip("torchopt", reason="torchopt is not installed")
-    optimizer = torchopt.FuncOptimizer(torchopt.sgd(lr=0.1))
-    with pytest.raises(ValueError, match=r"for FuncOptimizer, .* whose update is no weighted sum"):
-        ga.TaskOptimizer(optimizer, from_torchjd(jd.ConFIG()))
+    pytest.importorskip("torchopt", reason="torchopt is not installed")
+    from gradagree_opt.adapters.torchopt import weighted_loss
+
+    w = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match="found one whose update is no weighted sum; take"):
+        weighted_loss([w.sum(), w.prod()], (w,), from_torchjd(jd.ConFIG()))

@@ -1,4 +1,4 @@
-"""TorchOpt's three kinds of optimizers as the outer one, wrapped in TaskOptimizer."""
+"""TorchOpt's three kinds of optimizers as the outer one: on ``.grad``, and on the weighted loss."""
 
 import pytest
 import torch
@@ -9,6 +9,8 @@ import gradagree_opt as ga
 from gradagree_testing.configurations import METHODS
 
 torchopt = pytest.importorskip("torchopt", reason="torchopt is not installed")
+
+from gradagree_opt.adapters.torchopt import weighted_loss  # noqa: E402
 
 from .torchopt_cases import assert_same  # noqa: E402
 
@@ -60,9 +62,10 @@ def test_optimizer_on_task_losses_takes_the_steps_of_the_one_on_their_aggregatio
 def test_functional_optimizer_steps_as_the_one_that_holds_its_parameters(method):
     expected = expected_steps(OPTIMIZERS["Adam"], method)
     w = before = start()
-    optimizer = ga.TaskOptimizer(torchopt.FuncOptimizer(torchopt.adam(lr=0.1)), method.make())
+    optimizer = torchopt.FuncOptimizer(torchopt.adam(lr=0.1))
     for _ in range(4):
-        (w,), _ = optimizer.functional_step(task_losses(w), (w,))
+        loss, _ = weighted_loss(task_losses(w), (w,), method.make())
+        (w,) = optimizer.step(loss, (w,))
     assert_same(w, expected, 1e-12)
     assert torch.equal(before, start())
 
@@ -77,18 +80,19 @@ class Weight(nn.Module):
 def test_meta_optimizer_steps_as_the_one_that_holds_its_parameters(method):
     expected = expected_steps(OPTIMIZERS["Adam"], method)
     net = Weight()
-    optimizer = ga.TaskOptimizer(torchopt.MetaAdam(net, lr=0.1), method.make())
+    optimizer = torchopt.MetaAdam(net, lr=0.1)
     for _ in range(4):
-        optimizer.step(task_losses(net.w))
+        loss, _ = weighted_loss(task_losses(net.w), net, method.make())
+        optimizer.step(loss)
     assert_same(net.w, expected, 1e-12)
 
 
 @each_method
 def test_step_of_a_meta_optimizer_is_differentiable_with_the_weights_constant(method):
     net = Weight()
-    optimizer = ga.TaskOptimizer(torchopt.MetaSGD(net, lr=0.1), method.make())
     w = net.w
-    optimizer.step(task_losses(w))
+    loss, _ = weighted_loss(task_losses(w), net, method.make())
+    torchopt.MetaSGD(net, lr=0.1).step(loss)
     (found,) = torch.autograd.grad(net.w.square().sum(), w)
     weights = method.weigh(gradients(w))
     moved = lambda v: v - 0.1 * torch.func.grad(lambda u: weights @ task_losses(u))(v)  # noqa: E731
@@ -134,20 +138,23 @@ def test_what_reads_row_sums_alone_takes_no_pass_for_each_task(make, by_hand, pa
         return (w.tanh() - targets).square().sum(1)
 
     w = start()
-    optimizer = ga.TaskOptimizer(torchopt.FuncOptimizer(torchopt.sgd(lr=0.1)), make())
     Counted.passes = 0
-    ((found,), result) = optimizer.functional_step(losses(Counted.apply(w)), (w,))
+    loss, result = weighted_loss(losses(Counted.apply(w)), (w,), make())
+    (found,) = functional().step(loss, (w,))
     assert Counted.passes == passes(n)
     update = by_hand(torch.func.jacrev(losses)(w.detach()))
     assert_same(found, w.detach() - 0.1 * update, 1e-12)
-    assert_same(result.update, [update], 1e-12)
+    assert_same(result.update, {"0": update}, 1e-12)
     assert_same(result.losses, losses(w.detach()), 1e-12)
 
 
-def test_zero_grad_leaves_optimizers_alone_that_use_no_grad():
+def test_update_goes_by_the_names_of_a_module_and_its_losses_keep_their_graphs():
     net = Weight()
-    for optimizer in (torchopt.MetaSGD(net, lr=0.1), torchopt.FuncOptimizer(torchopt.sgd(0.1))):
-        ga.TaskOptimizer(optimizer, ga.Mean()).zero_grad()
+    losses = task_losses(net.w)
+    _, result = weighted_loss(losses, net, ga.Mean())
+    (expected,) = torch.autograd.grad(losses.mean(), net.w)
+    assert_same(result.update["w"], expected, 1e-12)
+    assert net.w.grad is None
 
 
 def test_dropped_task_stays_out_of_the_loss_that_is_stepped_on():
@@ -156,9 +163,10 @@ def test_dropped_task_stays_out_of_the_loss_that_is_stepped_on():
 
     aggregator = ga.GradientAgreement(nonfinite="drop")
     w = start()
-    optimizer = ga.TaskOptimizer(torchopt.FuncOptimizer(torchopt.sgd(lr=0.1)), aggregator)
-    ((found,), _) = optimizer.functional_step(losses(w), (w,))
-    ((expected,), _) = optimizer.functional_step(task_losses(w), (w,))
+    found, expected = (
+        functional().step(weighted_loss(each, (w,), aggregator).loss, (w,))
+        for each in (losses(w), task_losses(w))
+    )
     assert_same(found, expected, 1e-12)
 
 
@@ -166,53 +174,57 @@ def functional():
     return torchopt.FuncOptimizer(torchopt.sgd(lr=0.1))
 
 
-def test_functional_optimizer_asks_for_its_parameters():
-    optimizer = ga.TaskOptimizer(functional(), ga.Mean())
-    with pytest.raises(TypeError, match=r"call functional_step\(losses, params\)"):
-        optimizer.step(task_losses(start()))
-
-
-def test_optimizer_that_holds_its_parameters_takes_no_others():
-    w = start()
-    optimizer = ga.TaskOptimizer(torchopt.SGD([w], lr=0.1), ga.Mean())
-    with pytest.raises(TypeError, match=r"holds its parameters; call step\(losses\)"):
-        optimizer.functional_step(task_losses(w), (w,))
-
-
-def test_functional_optimizer_takes_its_parameters_in_a_tuple(without_type_checks):
-    w = start()
-    optimizer = ga.TaskOptimizer(functional(), ga.Mean())
-    with pytest.raises(TypeError, match=r"found list; give tuple\(params\)"):
-        optimizer.functional_step(task_losses(w), [w])
+@pytest.mark.parametrize(
+    "make", [functional, lambda: torchopt.MetaSGD(Weight(), lr=0.1)], ids=["functional", "meta"]
+)
+def test_task_optimizer_sends_what_steps_on_a_loss_to_the_weighted_loss(make):
+    optimizer = make()
+    message = (
+        f"steps on .grad, found {type(optimizer).__name__}, which steps on a loss; .*weighted_loss"
+    )
+    with pytest.raises(TypeError, match=message):
+        ga.TaskOptimizer(optimizer, ga.Mean())
 
 
 def test_one_loss_cannot_hold_weights_by_parameter():
-    with pytest.raises(ValueError, match="scope 'global' for FuncOptimizer, found 'leaf'"):
-        ga.TaskOptimizer(functional(), ga.GradientAgreement(scope="leaf"))
+    w = start()
+    with pytest.raises(ValueError, match=r"scope 'global', found 'leaf'.*take.*torchopt\.Adam"):
+        weighted_loss(task_losses(w), (w,), ga.GradientAgreement(scope="leaf"))
+
+
+def test_one_loss_cannot_hold_the_tasks_of_several_ranks():
+    w = start()
+    with pytest.raises(ValueError, match=r"of one process, found one of several ranks, .*; take"):
+        weighted_loss(task_losses(w), (w,), ga.distributed(ga.Mean()))
+
+
+def test_what_is_no_aggregator_is_refused(without_type_checks):
+    w = start()
+    with pytest.raises(TypeError, match="found the class Mean; call it"):
+        weighted_loss(task_losses(w), (w,), ga.Mean)
 
 
 def test_a_frozen_parameter_that_torchopt_would_differentiate_by_is_named():
-    message = r"found number 1, of shape \[3\], frozen, by which TorchOpt would differentiate"
+    message = r"found '{}', of shape \[3\], frozen, by which TorchOpt would differentiate"
     w, frozen = start(), torch.ones(3)
-    with pytest.raises(ValueError, match=message):
-        ga.TaskOptimizer(functional(), ga.Mean()).functional_step(task_losses(w), (w, frozen))
+    with pytest.raises(ValueError, match=message.format("1")):
+        weighted_loss(task_losses(w), (w, frozen), ga.Mean())
     net = Weight()
     net.register_parameter("frozen", nn.Parameter(frozen, requires_grad=False))
-    before = net.w
-    with pytest.raises(ValueError, match=message):
-        ga.TaskOptimizer(torchopt.MetaSGD(net, lr=0.1), ga.Mean()).step(task_losses(net.w))
-    assert net.w is before
+    with pytest.raises(ValueError, match=message.format("frozen")):
+        weighted_loss(task_losses(net.w), net, ga.Mean())
 
 
 def test_loss_of_other_parameters_is_named_by_its_task():
     w = start()
-    optimizer = ga.TaskOptimizer(functional(), ga.Mean())
     with pytest.raises(ValueError, match="no gradient for task 1; compute it from"):
-        optimizer.functional_step([w.sum(), torch.ones(())], (w,))
+        weighted_loss([w.sum(), torch.ones(())], (w,), ga.Mean())
     with pytest.raises(ValueError, match="found one for task 1 that depends on none of them"):
-        optimizer.functional_step([w.sum(), start().sum()], (w,))
+        weighted_loss([w.sum(), start().sum()], (w,), ga.Mean())
     with pytest.raises(ValueError, match=r"a scalar loss, found shape \[2\] for task 0"):
-        optimizer.functional_step([w], (w,))
+        weighted_loss([w], (w,), ga.Mean())
+    with pytest.raises(ValueError, match="expected at least one task, found no losses"):
+        weighted_loss([], (w,), ga.Mean())
 
 
 def test_state_of_torchopts_optimizer_is_saved_and_loaded():

@@ -41,7 +41,9 @@ def by_task_optimizer(module, factors):
 
 def by_torchopt(module, factors):
     torchopt = pytest.importorskip("torchopt")
-    ga.TaskOptimizer(torchopt.MetaSGD(module, lr=0.1), DROP).step(losses(module, factors))
+    from gradagree_opt.adapters.torchopt import weighted_loss
+
+    torchopt.MetaSGD(module, lr=0.1).step(weighted_loss(losses(module, factors), module, DROP).loss)
 
 
 def by_plain(module, factors):
