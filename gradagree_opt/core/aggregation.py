@@ -32,14 +32,17 @@ class Aggregator(Pipeline):
     """
 
     def __repr__(self) -> str:
-        """What the constructor takes, but for its defaults."""
-        options = []
+        """What the constructor takes, but for its defaults and for what it does not keep."""
+        owners = (self, getattr(self, "weighting", None))
+        options, complete = [], True
         for name, parameter in inspect.signature(type(self)).parameters.items():
-            value = getattr(self, name, getattr(self.weighting, name, parameter.default))
-            if parameter.default is parameter.empty:
-                options.append(repr(value))
-            elif value != parameter.default:
-                options.append(f"{name}={value!r}")
+            value = _kept(name, owners)
+            required = parameter.default is parameter.empty
+            complete = complete and not (required and value is _NOWHERE)
+            if value is _NOWHERE or not (required or _differs(value, parameter.default)):
+                continue
+            by_place = required and complete and parameter.kind is not parameter.KEYWORD_ONLY
+            options.append(repr(value) if by_place else f"{name}={value!r}")
         return f"{type(self).__name__}({', '.join(options)})"
 
     def __call__(self, grads: PyTree, /) -> PyTree:
@@ -165,6 +168,26 @@ class Aggregator(Pipeline):
             agreement=getattr(self.weighting, "degenerate", None) == "raise",
             name=str if self.ranks is None else self.ranks.name,
         )
+
+
+_NOWHERE = object()
+
+
+def _kept(name: str, owners: tuple[object, ...]) -> object:
+    """The option of that name, where the first owner has it that does; a method is no option."""
+    for owner in owners:
+        value = getattr(owner, name, _NOWHERE)
+        if value is not _NOWHERE and getattr(value, "__self__", None) is not owner:
+            return value
+    return _NOWHERE
+
+
+def _differs(value: object, default: object) -> bool:
+    """Whether it is another; arrays that cannot say it in one word are."""
+    try:
+        return value is not default and bool(value != default)
+    except Exception:  # whatever the class of a user's option raises
+        return True
 
 
 def check_aggregator(aggregator: object, /) -> None:

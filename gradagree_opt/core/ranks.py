@@ -191,7 +191,8 @@ class Ranks(Messages):
         """The place of this rank's tasks among all, once all have the same to do."""
         n = len(leaves[0])
         names = options[len(options) - len(leaves) :]
-        words = [re.sub(r" at 0x[0-9a-f]+", "", option) for option in options]  # of functions
+        # Without the addresses of functions, and the lines of tensors.
+        words = [re.sub(r" at 0x[0-9a-f]+|\s*\n", "", option) for option in options]
         shapes = self.shards.shapes(leaves)
         words += [
             f"{str(leaf.dtype).removeprefix('torch.')} {list(shape)} of {name!r}"

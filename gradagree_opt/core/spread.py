@@ -5,10 +5,11 @@ from typing import Any, TypeVar
 
 from torch.utils._pytree import tree_map
 
+from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.ranks import Ranks
 from gradagree_opt.core.stacks import PyTree, task_count
 
-AnAggregator = TypeVar("AnAggregator")
+AnAggregator = TypeVar("AnAggregator", bound=Aggregator)
 
 
 def distributed(aggregator: AnAggregator, /, group: Any = None) -> AnAggregator:
@@ -17,8 +18,8 @@ def distributed(aggregator: AnAggregator, /, group: Any = None) -> AnAggregator:
     Every rank gives its own tasks, as many as it has, none too. The update and the diagnostics are
     those of the tasks of all, the same bits on every rank; weights, scores and losses are those of
     the rank's own tasks. It goes wherever the aggregator goes, but for ``compile=True``, TorchOpt's
-    loss optimizers and those of TorchJD that need the gradients themselves. Replicas stay equal if
-    they begin equal: by the same seed, a broadcast or DistributedDataParallel.
+    ``weighted_loss`` and those of TorchJD that need the gradients themselves. Replicas stay equal
+    if they begin equal: by the same seed, a broadcast or DistributedDataParallel.
 
     Each call of an aggregation is one that all ranks make. Where one fails beforehand, all raise.
     The process group of all ranks may be made later, as by Lightning, but before the first step.
@@ -43,13 +44,8 @@ def distributed(aggregator: AnAggregator, /, group: Any = None) -> AnAggregator:
     tensor([1.6667, 0.3333])
     >>> dist.destroy_process_group()
     """
-    needs = getattr(aggregator, "needs", None)
-    if needs is None or not hasattr(aggregator, "ranks"):
-        raise TypeError(
-            "expected an aggregator as gradagree_opt.GradientAgreement(), found "
-            f"{type(aggregator).__name__}; give ga.distributed(ga.GradientAgreement())"
-        )
-    if "directions" in needs:
+    check_aggregator(aggregator)
+    if "directions" in aggregator.needs:
         raise ValueError(
             f"expected an aggregator that weights the tasks, found {aggregator!r}, which needs the "
             "gradients of all of them on one rank; gather them, and aggregate without distributed"

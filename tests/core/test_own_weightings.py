@@ -96,3 +96,68 @@ def test_an_aggregator_shows_what_makes_it_again(aggregator: ga.Aggregator):
     assert (again.scope, again.nonfinite) == (aggregator.scope, aggregator.nonfinite)
     assert again.reference == aggregator.reference
     assert torch.equal(again(STACK), aggregator(STACK))
+
+
+class Own(ga.Aggregator):
+    """Keeps one of its arguments, in its own way."""
+
+    def __init__(
+        self,
+        gone: int,
+        kept: int,
+        measure: object = None,
+        *,
+        name: str,
+        biases: torch.Tensor = torch.ones(3),  # noqa: B008
+        **others: int,
+    ) -> None:
+        super().__init__(scores, nonfinite="drop")
+        self.kept, self.name, self.biases = kept, name, biases
+
+
+def test_an_aggregator_shows_what_it_has_kept_of_its_arguments_and_nothing_else():
+    assert repr(Own(1, 2, name="a", more=3)) == "Own(kept=2, name='a')"
+    other = Own(1, 2, name="a", biases=torch.zeros(3))
+    assert repr(other) == "Own(kept=2, name='a', biases=tensor([0., 0., 0.]))"
+
+
+class Unmade(ga.Aggregator):
+    def __init__(self, rate: float = 0.5) -> None:
+        self.rate = rate
+
+
+class Remade(ga.Aggregator):
+    def __init__(self) -> None:
+        super().__init__(scores)
+
+    @property
+    def needs(self) -> frozenset[Any]:
+        return self.misspelt
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda own: own(STACK),
+        lambda own: own.aggregate([STACK]),
+        lambda own: ga.TaskBatch([torch.ones(1, requires_grad=True)], own),
+        lambda own: ga.aggregate_gradients(lambda w, x: (w - x).sum(), STACK[0], STACK, own),
+        lambda own: ga.Mean(match_norm=own),
+        lambda own: ga.distributed(own),
+    ],
+    ids=["call", "aggregate", "TaskBatch", "aggregate_gradients", "match_norm", "distributed"],
+)
+def test_an_aggregator_that_was_not_made_is_told_to_call_super(use: Any):
+    assert repr(Unmade(0.1)) == "Unmade(rate=0.1)"
+    message = (
+        r"expected Unmade.__init__ to call super\(\).__init__\(weighting, …\), found no '\w+'; "
+    )
+    with pytest.raises(AttributeError, match=message):
+        use(Unmade())
+
+
+def test_an_attribute_that_is_missing_is_named_as_python_does():
+    with pytest.raises(AttributeError, match="'Mean' object has no attribute 'weights'"):
+        ga.Mean().weights  # noqa: B018
+    with pytest.raises(AttributeError, match="'Remade' object has no attribute 'misspelt'"):
+        Remade()(STACK)
