@@ -10,9 +10,24 @@ def check_choice(option: str, value: object, choices: tuple[object, ...], /, *ot
 
     ``others`` say in words what else the caller takes, and has looked for.
     """
-    if value not in choices:
+    if not _is_one_of(value, choices):
         expected = ", ".join([*(repr(choice) for choice in choices), *others])
         raise ValueError(f"expected {option} to be one of {expected}; found {value!r}")
+
+
+def _is_one_of(value: object, choices: tuple[object, ...]) -> bool:
+    try:
+        return value in choices
+    except Exception:  # an array, which compares entry by entry
+        return False
+
+
+def check_callable(name: str, value: object, advice: str, /) -> None:
+    """TypeError in one sentence, which ends in the advice, unless it can be called."""
+    if not callable(value):
+        raise TypeError(
+            f"expected {name} to be a function, found {type(value).__name__}; give {advice}"
+        )
 
 
 def check_positive(option: str, value: object, /) -> None:

@@ -13,7 +13,7 @@ from gradagree_opt.core.scopes import Scope
 from gradagree_opt.core.stacks import PyTree, check_stack
 from gradagree_opt.core.statistics import Statistics
 from gradagree_opt.core.weightings import Decision, Need, in_squared_units, uniform
-from gradagree_opt.options import check_choice
+from gradagree_opt.options import check_choice, check_positive
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,7 @@ class AgreementWeighting:
         check_choice("negative", self.negative, ("keep", "clip"))
         check_choice("normalization", self.normalization, ("l1", "softmax"))
         check_choice("degenerate", self.degenerate, ("uniform", "zero", "raise"))
-        if not self.temperature > 0:
-            raise ValueError(
-                f"expected a positive temperature, found {self.temperature!r}; "
-                "small values sharpen the weights, large ones flatten them"
-            )
+        check_positive("temperature", self.temperature)
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -8,7 +8,7 @@ import torch
 from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.agreement import GradientAgreement
 from gradagree_opt.core.matching import AN_AGGREGATOR
-from gradagree_opt.core.pipeline import Nonfinite
+from gradagree_opt.core.pipeline import Nonfinite, check_generator
 from gradagree_opt.core.scopes import Scope
 from gradagree_opt.core.statistics import Statistics
 from gradagree_opt.core.weightings import Decision, Need, UniformWeighting, plain_decision, uniform
@@ -22,11 +22,11 @@ class Mean(Aggregator):
         match_norm: an aggregator, whose update's length the mean's direction gets: the control that
             tells a method from the size of its steps. "agreement" is Gradient Agreement, whose step
             is never shorter than the mean's. The norm is that over all parameters.
-        nonfinite: as in :class:`GradientAgreement`.
+        nonfinite: as in :class:`GradientAgreement`; that of match_norm is not asked.
 
     Raises:
-        ValueError: match_norm is of another kind, has a match_norm of its own, or is one of
-            TorchJD's that give no weights.
+        ValueError: match_norm is of another kind, has a match_norm of its own or
+            degenerate="raise", or is one of TorchJD's that give no weights.
 
     >>> import gradagree_opt as ga
     >>> ga.Mean()(torch.tensor([[2.0], [4.0]]))
@@ -41,7 +41,7 @@ class Mean(Aggregator):
         match_norm: Literal["agreement"] | Aggregator | None = None,
         nonfinite: Nonfinite = "raise",
     ) -> None:
-        if match_norm == "agreement":
+        if isinstance(match_norm, str) and match_norm == "agreement":
             match_norm = GradientAgreement()
         scope: Scope = "global"
         if isinstance(match_norm, Aggregator):
@@ -120,9 +120,5 @@ class RandomWeights(Aggregator):
     """
 
     def __init__(self, generator: torch.Generator, /, *, nonfinite: Nonfinite = "raise") -> None:
-        if not isinstance(generator, torch.Generator):
-            raise TypeError(
-                f"expected a torch.Generator, found {type(generator).__name__}; "
-                "pass torch.Generator().manual_seed(seed)"
-            )
+        check_generator(generator)
         super().__init__(RandomWeighting(), nonfinite=nonfinite, generator=generator)

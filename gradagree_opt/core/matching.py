@@ -37,6 +37,11 @@ def reference_of(method: Any, scope: Scope, /) -> Weigh | None:
             "expected match_norm with an aggregator whose weights give its length, found "
             f"{method}; give it without match_norm, and none of TorchJD's that takes the matrix"
         )
+    if getattr(method.weighting, "degenerate", None) == "raise":
+        raise ValueError(
+            "expected match_norm with an aggregator that has a length for every batch, found "
+            f"{method}; give it degenerate='uniform' or 'zero'"
+        )
     if method.ranks is not None:
         raise ValueError(
             "expected match_norm with an aggregator of one process, found one of several ranks; "

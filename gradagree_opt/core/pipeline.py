@@ -49,6 +49,8 @@ class Pipeline:
             check_choice("scope", scope, ("global", "leaf"))
         self.reference = reference_of(match_norm, scope)
         check_choice("nonfinite", nonfinite, ("raise", "drop", "propagate"))
+        if generator is not None:
+            check_generator(generator)
         self.weighting = weighting
         self.scope = scope
         self.match_norm = match_norm
@@ -233,6 +235,15 @@ class Pipeline:
         alone = copy.copy(self)
         alone.ranks = None
         return alone
+
+
+def check_generator(generator: object, /) -> None:
+    """TypeError in one sentence unless it is a generator of torch's."""
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"expected a torch.Generator, found {type(generator).__name__}; "
+            "pass torch.Generator().manual_seed(seed)"
+        )
 
 
 def without_diagnostics(steps: Steps, /) -> Steps:

@@ -6,6 +6,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from gradagree_opt.options import check_choice
+
 PROGRAMS = 2**12
 """As many of one function are kept: an ablation hands a step many aggregators, torch stops at 8."""
 
@@ -24,6 +26,7 @@ LIBRARIES = (
 
 def maybe_compiled(function: Function, compile: bool, /) -> Function:
     """The function, compiled as one graph of static shapes where asked for."""
+    check_choice("compile", compile, (True, False))
     if not compile:
         return function
     # Convolutions with weights of each task are grouped. Channels last, which is inductor's choice

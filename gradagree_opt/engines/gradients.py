@@ -7,6 +7,7 @@ from gradagree_opt.core.stacks import PyTree, check_floating, task_count
 from gradagree_opt.engines.candidates import EngineName
 from gradagree_opt.engines.choice import AggregatedGradients, Runner
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap
+from gradagree_opt.options import check_choice
 
 
 def aggregate_gradients(
@@ -64,6 +65,7 @@ buffers, as BatchNorm's running statistics, end as of one pass |
     check_aggregator(aggregator)
     with aggregator.step_of_ranks():
         check_floating(params, "parameters")
+        check_choice("compile", compile, (True, False))
         make = _compiled_runner if compile else _runner
         n = task_count(tasks, "tasks", least=aggregator.fewest)
         run = make(loss_fn, engine, chunk_size, randomness, compile)

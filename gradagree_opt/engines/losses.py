@@ -14,7 +14,7 @@ from gradagree_opt.engines.kept import no_data_set
 from gradagree_opt.engines.normalization import AffineApart
 from gradagree_opt.engines.random_state import RandomState, draws_of_each_task
 from gradagree_opt.engines.reached import reach
-from gradagree_opt.options import check_choice
+from gradagree_opt.options import check_callable, check_choice, check_count
 
 LossFn = Callable[[PyTree, PyTree], Tensor]
 """``loss_fn(params, batch) -> scalar`` of one task."""
@@ -23,7 +23,12 @@ Randomness = Literal["error", "different", "same"]
 
 
 def scalar_loss(loss_fn: LossFn, /) -> LossFn:
-    """The loss function, which answers anything but a scalar with one sentence."""
+    """The loss function, which answers anything but a scalar with one sentence.
+
+    Raises:
+        TypeError: it is no function.
+    """
+    check_callable("loss_fn", loss_fn, "loss_fn(params, batch), which returns a scalar tensor")
 
     def checked(params: PyTree, batch: PyTree) -> Tensor:
         with no_data_set():
@@ -73,8 +78,8 @@ class TaskMap:
     source: object = None
 
     def __post_init__(self) -> None:
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"expected a chunk_size of at least 1, found {self.chunk_size}")
+        if self.chunk_size is not None:
+            check_count("chunk_size", self.chunk_size, least=1)
         check_choice("randomness", self.randomness, ("error", "different", "same"))
 
     def walked(self) -> "TaskMap":

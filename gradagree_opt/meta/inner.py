@@ -1,5 +1,6 @@
 """Inner loops: how the parameters adapt to the support set of one task."""
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.kept import no_data_set
 from gradagree_opt.engines.losses import LossFn
-from gradagree_opt.options import check_count
+from gradagree_opt.options import check_callable, check_count
 
 
 @runtime_checkable
@@ -34,6 +35,11 @@ class InnerLoop(Protocol):
 def watched(inner: InnerLoop, /) -> AbstractContextManager[Any]:
     """A block that refuses to set the data of a tensor, which a loop of one's own might do."""
     return nullcontext() if isinstance(inner, InnerSGD) else no_data_set()
+
+
+def check_inner(inner: object, /) -> None:
+    """TypeError in one sentence unless it can be an inner loop."""
+    check_callable("inner", inner, "gradagree_opt.InnerSGD(lr, steps), or a function like it")
 
 
 class InnerSGD:
@@ -65,6 +71,11 @@ class InnerSGD:
                 raise TypeError(
                     f"expected lr to be a number, or tensors like the parameters, found "
                     f"{type(rate).__name__}; give float(lr), or torch.as_tensor(…) for each"
+                )
+            if isinstance(rate, Real) and not _is_finite(rate):
+                raise ValueError(
+                    "expected a finite number for lr, found one that is not, or that no float "
+                    "holds; give the rate of one inner step, as 0.01"
                 )
         self.lr = float(lr) if isinstance(lr, Real) else lr
         self.steps = steps
@@ -101,6 +112,14 @@ class InnerSGD:
                 "expected lr to be a float or a pytree like the parameters, found another "
                 "structure, or a dict in another order; build it with tree_map over the parameters"
             )
+        for rate, param in zip(tree_leaves(self.lr), tree_leaves(params), strict=True):
+            shape = torch.Size(getattr(rate, "shape", ()))
+            if not _broadcasts(shape, param.shape):
+                raise ValueError(
+                    f"expected lr to broadcast to the parameters, found {list(shape)} for "
+                    f"a parameter of shape {list(param.shape)}; give one number, or one for each "
+                    "entry"
+                )
         return self.lr
 
     def _sub_batch(self, support: PyTree, step: int) -> PyTree:
@@ -114,3 +133,16 @@ class InnerSGD:
             )
         start = step * self.batch_size % sizes[0]
         return tree_map(lambda leaf: leaf[start : start + self.batch_size], support)
+
+
+def _is_finite(number: Real) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer that no float holds
+        return False
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    """Whether what has the one shape gives one number for every entry of the other."""
+    pairs = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(size in (1, of) for size, of in pairs)

@@ -15,7 +15,7 @@ from gradagree_opt.engines.candidates import EngineName
 from gradagree_opt.engines.choice import Runner
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap, scalar_loss
 from gradagree_opt.meta.adapting import adapt_to
-from gradagree_opt.meta.inner import InnerLoop, InnerSGD, watched
+from gradagree_opt.meta.inner import InnerLoop, InnerSGD, check_inner, watched
 from gradagree_opt.meta.steps import MetaStep, check_tasks
 from gradagree_opt.options import check_choice
 
@@ -62,7 +62,9 @@ class MAML:
         compile: bool = False,
     ) -> None:
         check_choice("signal", signal, ("displacement", "gradient"))
+        check_choice("first_order", first_order, (True, False))
         self.loss_fn = scalar_loss(loss_fn)
+        check_inner(inner)
         self.inner = inner
         self.first_order = first_order
         self.signal = signal

@@ -25,7 +25,7 @@ from gradagree_opt.engines.cures import (
 from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskMap, scalar_loss
 from gradagree_opt.meta.adapting import adapt_to
-from gradagree_opt.meta.inner import InnerLoop, watched
+from gradagree_opt.meta.inner import InnerLoop, check_inner, watched
 from gradagree_opt.meta.steps import MetaStep, check_tasks
 
 
@@ -59,6 +59,7 @@ class Reptile:
         compile: bool = False,
     ) -> None:
         self.loss_fn = scalar_loss(loss_fn)
+        check_inner(inner)
         self.inner = inner
         self._map = TaskMap(chunk_size, randomness, (loss_fn, inner))
         self._compile = compile

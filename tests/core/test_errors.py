@@ -131,9 +131,9 @@ OTHER = "an aggregator as gradagree_opt.Sum()"
             {"nonfinite": "skip"},
             "nonfinite to be one of 'raise', 'drop', 'propagate'; found 'skip'",
         ),
-        ({"temperature": 0.0}, "expected a positive temperature, found 0.0"),
-        ({"temperature": -1.0}, "expected a positive temperature, found -1.0"),
-        ({"temperature": float("nan")}, "expected a positive temperature, found nan"),
+        ({"temperature": 0.0}, "expected a positive number for temperature, found 0.0"),
+        ({"temperature": -1.0}, "expected a positive number for temperature, found -1.0"),
+        ({"temperature": float("nan")}, "expected a positive number for temperature, found nan"),
     ],
 )
 def test_an_unknown_option_is_named_with_the_choices(options: dict[str, Any], sentence: str):

@@ -186,5 +186,5 @@ def test_no_parameters_are_refused():
 
 @pytest.mark.parametrize("chunk_size", [0, -2])
 def test_chunks_of_no_task_are_refused(chunk_size):
-    message = f"expected a chunk_size of at least 1, found {chunk_size}"
+    message = f"expected chunk_size to be an integer of 1 or more, found {chunk_size}"
     refused(ValueError, message, chunk_size=chunk_size)
