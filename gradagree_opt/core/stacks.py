@@ -3,7 +3,7 @@
 Leaves are never concatenated: each function visits them one by one.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import is_dataclass
 from typing import Any
@@ -93,7 +93,7 @@ def task_count(
         if not isinstance(leaf, Tensor):
             raise TypeError(
                 f"expected every leaf of the {name} to be a tensor, found {type(leaf).__name__}"
-                f"{_place(stack, index)}; {_tensor_for(leaf)}"
+                f"{_place(stack, index)}; {_instead_of(leaf, stacked=True)}"
             )
         if leaf.is_nested:
             raise ValueError(
@@ -149,25 +149,34 @@ def check_floating(tree: PyTree, /, name: str) -> None:
     for index, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-            fix = "leave out what has no gradient"
-            if isinstance(leaf, nn.Module):
-                fix = "give dict(module.named_parameters())"
-            elif isinstance(leaf, Tensor) and leaf.is_complex():
+            fix = "leave out what has no gradient" if len(leaves) > 1 else "give it as float()"
+            if not isinstance(leaf, Tensor):
+                fix = _instead_of(leaf, stacked=False)
+            elif leaf.is_complex():
                 fix = "hold it as torch.view_as_real(…), and take view_as_complex(…) in the loss"
             raise TypeError(
                 f"expected floating-point {name}, found {found}{_place(tree, index)}; {fix}"
             )
 
 
-def _tensor_for(leaf: object) -> str:
+def _instead_of(leaf: object, *, stacked: bool) -> str:
     """What to give instead of something that is no tensor."""
+    kind = type(leaf).__name__
+    first = ", with the task axis first" if stacked else ""
     if leaf is None:
-        return "leave the entry out, or give zeros for a parameter that a task does not use"
-    if isinstance(leaf, Mapping):
-        return f"give dict({type(leaf).__name__}), whose values have the task axis first"
+        zeros = ", or give zeros for a parameter that a task does not use" if stacked else ""
+        return f"leave the entry out{zeros}"
+    if isinstance(leaf, nn.Module) and not stacked:
+        return "give dict(module.named_parameters())"
+    if isinstance(leaf, Mapping | ItemsView):
+        return f"give dict({kind}), its values tensors{first}"
     if is_dataclass(leaf):
-        return f"give vars({type(leaf).__name__}), whose values have the task axis first"
-    return "give torch.as_tensor(…), with the task axis first"
+        return f"give vars({kind}), its values tensors{first}"
+    if isinstance(leaf, Iterator | ValuesView):
+        return f"give torch.stack(list({kind})){first}" if stacked else f"give list({kind})"
+    if isinstance(leaf, str | nn.Module):
+        return f"leave it out, or give tensors{first}"
+    return f"give torch.as_tensor(…){first}"
 
 
 def _place(tree: PyTree, index: int) -> str:

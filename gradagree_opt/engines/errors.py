@@ -40,6 +40,11 @@ def is_out_of_memory(error: RuntimeError, /) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
+def is_ours(error: Exception, /) -> bool:
+    """Whether it is a sentence of this library, which says what it expected and what it found."""
+    return str(error).startswith("expected ") and " found" in str(error)
+
+
 def _first_sentence(error: RuntimeError) -> str:
     first = re.split(r"(?<!:)\n|(?<=\.)\s", str(error), maxsplit=1)[0]
     return first.rstrip(".").replace("\n", " ")

@@ -7,6 +7,7 @@ from gradagree_opt.core.stacks import PyTree, check_floating, task_count
 from gradagree_opt.engines.candidates import EngineName
 from gradagree_opt.engines.choice import AggregatedGradients, Runner
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap
+from gradagree_opt.engines.meant import naming_what_was_meant
 from gradagree_opt.options import check_choice
 
 
@@ -69,7 +70,8 @@ buffers, as BatchNorm's running statistics, end as of one pass |
         make = _compiled_runner if compile else _runner
         n = task_count(tasks, "tasks", least=aggregator.fewest)
         run = make(loss_fn, engine, chunk_size, randomness, compile)
-        return run(params, tasks, n, aggregator)
+        with naming_what_was_meant(loss_fn, params, tasks, loss_fn):
+            return run(params, tasks, n, aggregator)
 
 
 def _runner(

@@ -15,6 +15,7 @@ from gradagree_opt.core.stacks import PyTree, check_floating, task_count
 from gradagree_opt.engines.cures import Cure, explaining, few, of_a_loop, of_the_map, one_of
 from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap, scalar_loss
+from gradagree_opt.engines.meant import naming_what_was_meant
 from gradagree_opt.one_process import check_whole
 
 
@@ -50,8 +51,9 @@ def task_gradients(
         requires a gradient, as torch.func.grad is: ``detach()`` the parameters to save that graph.
 
     Raises:
-        ValueError: the task axes differ or are empty, the loss is not a scalar, the model changes
-            its buffers, or a parameter lies in parts on several ranks.
+        ValueError: the task axes differ or are empty, the tasks are a list of them, or of integers
+            where the loss wants floats; the loss is not a scalar, the model changes its buffers, or
+            a parameter lies in parts on several ranks.
         TypeError: a parameter is not a floating-point tensor.
         RuntimeError: vmap(grad) cannot run the model, or memory does not suffice.
 
@@ -76,7 +78,10 @@ def task_gradients(
         yield from of_the_map(each, lambda other: run(other, few(tasks)))
         yield of_a_loop(loss_fn, params, one_of(tasks), without)
 
-    with explaining("vmap(grad)", each.at_once(n), each.source, cures, without=without):
+    with (
+        naming_what_was_meant(loss_fn, params, tasks, loss_fn),
+        explaining("vmap(grad)", each.at_once(n), each.source, cures, without=without),
+    ):
         return run(each, tasks)
 
 

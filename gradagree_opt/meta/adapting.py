@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.core.stacks import PyTree, check_floating
 from gradagree_opt.engines.cures import Cure, first_that_helps, of_a_loop, one_of
-from gradagree_opt.engines.errors import explained, is_out_of_memory
+from gradagree_opt.engines.errors import explained, is_ours, is_out_of_memory
 from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import LossFn
 from gradagree_opt.one_process import check_whole
@@ -46,10 +46,13 @@ def adapt_to(
         with statistics_refused(), left_as_found(source):
             return adapt(support)
     except Exception as error:
-        explains = str(error).startswith("expected ")  # a sentence of ours
-        if explains or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
+        if is_ours(error) or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
             raise
-        part = first_that_helps(_parts(support, adapt), source)
+        # An error that does not come again says nothing of the support set.
+        cures = [Cure("", lambda: adapt(support)), *_parts(support, adapt)]
+        part = first_that_helps(cures, source)
+        if part == "":
+            raise
         if part is not None:
             found = str(error).partition("\n")[0] or type(error).__name__
             raise ValueError(

@@ -14,6 +14,7 @@ from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.candidates import EngineName
 from gradagree_opt.engines.choice import Runner
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap, scalar_loss
+from gradagree_opt.engines.meant import naming_what_was_meant
 from gradagree_opt.meta.adapting import adapt_to
 from gradagree_opt.meta.inner import InnerLoop, InnerSGD, check_inner, watched
 from gradagree_opt.meta.steps import MetaStep, check_tasks
@@ -95,7 +96,9 @@ class MAML:
         check_aggregator(aggregator)
         with aggregator.step_of_ranks(), statistics_refused():
             n = check_tasks(params, tasks, "support", "query", least=aggregator.fewest)
-            return self._run(params, tasks, n, aggregator)
+            source = (self.loss_fn, self.inner)
+            with naming_what_was_meant(self._plain_loss, params, tasks["support"], source):
+                return self._run(params, tasks, n, aggregator)
 
     def aggregate_unchecked(
         self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /

@@ -24,6 +24,7 @@ from gradagree_opt.engines.cures import (
 )
 from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import LossFn, Randomness, TaskMap, scalar_loss
+from gradagree_opt.engines.meant import naming_what_was_meant
 from gradagree_opt.meta.adapting import adapt_to
 from gradagree_opt.meta.inner import InnerLoop, check_inner, watched
 from gradagree_opt.meta.steps import MetaStep, check_tasks
@@ -116,6 +117,7 @@ class Reptile:
             yield of_a_loop(self.loss_fn, params, one_of(tasks["support"]), without)
 
         with (
+            naming_what_was_meant(self.loss_fn, params, tasks["support"], task_map.source),
             explaining("vmap", task_map.at_once(n), task_map.source, cures, without=without),
             statistics_refused(),
             left_as_found(task_map.source),

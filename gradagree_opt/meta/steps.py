@@ -20,7 +20,8 @@ def check_tasks(params: PyTree, tasks: PyTree, /, *sets: str, least: int = 1) ->
     if not isinstance(tasks, dict):
         raise TypeError(
             f"expected tasks as {{'support': batch, 'query': batch}}, found "
-            f"{type(tasks).__name__}; give every leaf the task axis first"
+            f"{type(tasks).__name__}; give every leaf the task axis first, as torch.stack(…) over "
+            "the tasks does"
         )
     for name in sets:
         if name not in tasks:

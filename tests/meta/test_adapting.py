@@ -203,3 +203,20 @@ def test_a_step_whose_model_changes_a_buffer_has_one_sentence(algorithm):
     with pytest.raises((ValueError, RuntimeError)) as caught:
         meta.step(given(algorithm, linear), tasks, ga.GradientAgreement())
     assert str(caught.value).count("expected") == 1
+
+
+@each_algorithm
+def test_an_error_that_does_not_come_again_is_not_laid_on_the_support_set(algorithm):
+    module, calls = seeded(lambda: nn.Linear(3, 2)), []
+    plain = loss_of(module)
+
+    def once(params, batch):
+        if not calls:
+            calls.append(0)
+            raise ValueError("the file is locked")
+        return plain(params, batch)
+
+    meta, params = algorithm.build(once, RATE, STEPS), given(algorithm, module)
+    support = (torch.randn(4, 6, 3), torch.randn(4, 6, 2))  # a linear layer takes them as they are
+    with pytest.raises(ValueError, match="the file is locked"):
+        meta.adapt(params, support)

@@ -1,0 +1,71 @@
+"""Tasks in a form that the loss function does not take, named by the form that it takes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure
+
+from gradagree_opt.core.lost import RankLostError
+from gradagree_opt.core.stacks import PyTree
+from gradagree_opt.engines.cures import first_that_helps, of_a_loop, one_of
+from gradagree_opt.engines.errors import is_ours, is_out_of_memory
+from gradagree_opt.engines.losses import LossFn
+
+
+@contextmanager
+def naming_what_was_meant(
+    loss: LossFn, params: PyTree, tasks: PyTree, source: object, /
+) -> Iterator[None]:
+    """What a loss function raises of tasks that it would take in another form, in one sentence.
+
+    A list of tensors may be one task as well as a list of tasks. So it is for the loss function to
+    say: after an error, where it does not take what one task would be, and takes the other form.
+
+    Args:
+        loss: ``loss(params, batch)`` of one task.
+        params: pytree of floating-point tensors.
+        tasks: task-stacked pytree, or what was given for one.
+        source: what the loss function is made of: left as it is found by the trials.
+
+    Raises:
+        ValueError: as said.
+    """
+    try:
+        yield
+    except Exception as error:
+        memory = isinstance(error, RuntimeError) and is_out_of_memory(error)
+        if memory or isinstance(error, RankLostError) or is_ours(error):
+            raise
+
+        def takes(batch: PyTree) -> bool:
+            return first_that_helps([of_a_loop(loss, params, batch, "")], source) is not None
+
+        if takes(one_of(tasks)):
+            raise
+        found = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        first = _first_of_list(tasks)
+        if first is not None and takes(first):
+            kind = type(tasks).__name__
+            raise ValueError(
+                f"expected a task-stacked pytree, found a {kind} of {len(tasks)} tasks, of which "
+                f"the loss function takes each by itself ({found}); give one pytree whose every "
+                "tensor is torch.stack(…) of those of the tasks, or loop with TaskBatch"
+            ) from error
+        kinds = {leaf.dtype for leaf in tree_leaves(tasks)}
+        whole = not any(kind.is_floating_point or kind.is_complex for kind in kinds)
+        if whole and takes(tree_map(lambda leaf: leaf[0].to(torch.get_default_dtype()), tasks)):
+            names = ", ".join(sorted(map(str, kinds)))
+            raise ValueError(
+                f"expected tasks that the loss function takes, found {names} alone ({found}); give "
+                "floating-point tensors, as tasks.float()"
+            ) from error
+        raise
+
+
+def _first_of_list(tasks: PyTree) -> PyTree | None:
+    """The first of tasks that may be a list of them: all have one form; None where they are not."""
+    if type(tasks) not in (list, tuple):
+        return None
+    forms = [(tree_structure(task), [leaf.shape for leaf in tree_leaves(task)]) for task in tasks]
+    return tasks[0] if all(form == forms[0] for form in forms) else None
