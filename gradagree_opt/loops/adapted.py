@@ -1,11 +1,13 @@
 """Adapted parameters θ_i: which of them is which parameter θ, and how far it has moved."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from gradagree_opt.loops.graphs import depends
 
 Parameters = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
 """A module, or its parameters by name or in order."""
@@ -128,6 +130,40 @@ def displacement(
         name: (before - adapted[name]).detach() if name in adapted else torch.zeros_like(before)
         for name, before in parameters.items()
     }
+
+
+def advice_on_loss(after: Mapping[str, Tensor], parameters: Mapping[str, Tensor], /) -> str:
+    """What to do about a loss that does not depend on the parameters.
+
+    Args:
+        after: the adapted parameters of its task; none where it is added without.
+        parameters: those of the batch.
+    """
+    if not after:
+        return "compute it from the parameters that were given, not from a copy of them"
+    moved = [tensor for name, tensor in after.items() if tensor is not parameters[name]]
+    # Parts of a leaf, as of what one vmap has adapted for all tasks, are no leaves themselves.
+    parts = any(tensor._base is not None and tensor._base.is_leaf for tensor in moved)
+    if parts or not any(tensor.requires_grad for tensor in moved):
+        return (
+            "for first-order MAML, compute it from adapted={name: p.detach().requires_grad_() …}, "
+            "made of the adapted parameters of its task"
+        )
+    return (
+        "adapt from those that the batch was given: by clone() in learn2learn, with "
+        "copy_initial_weights=False in higher"
+    )
+
+
+def check_of_adapted(loss: Tensor, adapted: Sequence[Tensor], task: int, /) -> None:
+    """Raises a ValueError where a task has adapted tensors and its loss depends on none."""
+    # What one vmap has adapted for all tasks is taken apart by views of it.
+    origins = [tensor._base for tensor in adapted if tensor._base is not None]
+    if adapted and not depends(loss, [*adapted, *origins]):
+        raise ValueError(
+            f"expected a loss of the adapted parameters, found one for task {task} that depends on "
+            "none of them; add every loss with its own learner, computed after its last inner step"
+        )
 
 
 def _is_same(tensor: Tensor, parameter: Tensor) -> bool:

@@ -50,8 +50,16 @@ def depends(loss: Tensor, tensors: Iterable[Tensor], /) -> bool:
     return next(dependencies(loss, list(tensors)), None) is not None
 
 
-def check_loss(loss: object, task: int, /) -> None:
-    """Raises a ValueError unless the loss of a task is a real scalar tensor with a graph."""
+def check_loss(
+    loss: object, task: int, /, *, advice: str = "compute it from the parameters"
+) -> None:
+    """Raises a ValueError unless the loss of a task is a real scalar tensor with a graph.
+
+    Args:
+        loss: of one task.
+        task: which one it is.
+        advice: what to do about a loss without a graph.
+    """
     if not isinstance(loss, Tensor):
         raise ValueError(
             f"expected a scalar loss, found {type(loss).__name__} for task {task}; give the tensor "
@@ -70,7 +78,7 @@ def check_loss(loss: object, task: int, /) -> None:
     if not loss.requires_grad:
         raise ValueError(
             f"expected a loss with a graph, found one that requires no gradient for task {task}; "
-            "compute it from the parameters or those adapted from them, outside torch.no_grad()"
+            f"{advice}, outside torch.no_grad()"
         )
 
 

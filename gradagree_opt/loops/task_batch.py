@@ -13,8 +13,16 @@ from gradagree_opt.core.results import Aggregation, CollectedTasks
 from gradagree_opt.core.shards import are_sharded, of_no_task, stack_tasks
 from gradagree_opt.core.stacks import PyTree, is_coarse
 from gradagree_opt.loops.accumulation import add_to_grad
-from gradagree_opt.loops.adapted import Parameters, displacement, match, named, trained
-from gradagree_opt.loops.graphs import check_depends, check_loss, depends
+from gradagree_opt.loops.adapted import (
+    Parameters,
+    advice_on_loss,
+    check_of_adapted,
+    displacement,
+    match,
+    named,
+    trained,
+)
+from gradagree_opt.loops.graphs import check_depends, check_loss
 from gradagree_opt.loops.loss_graph import LossGraph
 from gradagree_opt.loops.multi_task import aggregate_losses
 from gradagree_opt.loops.over_ranks import (
@@ -25,12 +33,6 @@ from gradagree_opt.loops.over_ranks import (
     used_on_any_rank,
 )
 from gradagree_opt.options import check_choice
-
-_FROM_COPY = (
-    "adapt from those that the batch was given: by clone() in learn2learn, with "
-    "copy_initial_weights=False in higher"
-)
-_FROM_OTHERS = "compute it from those that were given, not from a copy of them"
 
 
 class TaskBatch:
@@ -228,22 +230,16 @@ class TaskBatch:
         return bool(self._losses or self._directions), bool(self._displacements)
 
     def _add_loss(self, loss: Tensor, after: Mapping[str, Tensor]) -> None:
-        check_loss(loss, len(self))
+        advice = advice_on_loss(after, self._all)
+        check_loss(loss, len(self), advice=advice)
         own = {n: t for n, t in after.items() if n in self._trained and t is not self._all[n]}
         own = {n: t for n, t in own.items() if t.requires_grad}
         # A module's own parameters are no copies: they may as well be those of another model.
         copies = {n: t for n, t in own.items() if t.is_leaf and not isinstance(t, nn.Parameter)}
-        # What one vmap has adapted for all tasks is taken apart by views of it.
-        origins = [t._base for t in own.values() if t._base is not None]
-        if own and not depends(loss, [*own.values(), *origins]):
-            raise ValueError(
-                f"expected a loss of the adapted parameters, found one for task {len(self)} that "
-                "depends on none of them; add every loss with its own learner, computed after its "
-                "last inner step"
-            )
+        check_of_adapted(loss, list(own.values()), len(self))
         start = [*self._trained.values(), *copies.values()]
         if not are_sharded(self._trained):  # FSDP computes with others
-            check_depends(loss, start, len(self), advice=_FROM_COPY if after else _FROM_OTHERS)
+            check_depends(loss, start, len(self), advice=advice)
         if self.memory == "stream":
             self._directions.append(self._gradient(loss, copies, retain_graph=False))
         else:

@@ -96,6 +96,26 @@ def test_learners_of_detached_tensors_are_first_order_maml(memory):
     assert_filled(module, batch.backward(), expected)
 
 
+@each_memory
+@pytest.mark.parametrize("leaves", [False, True], ids=["constants", "parts of leaves"])
+def test_detached_parts_of_what_one_vmap_has_adapted_are_told_how_to_be_first_order(memory, leaves):
+    module = Network(CASE.params)
+    adapt_each = torch.func.vmap(lambda support: INNER(loss_fn, CASE.params, support))
+    stack = adapt_each(CASE.tasks["support"])
+    stack = {name: p.detach().requires_grad_(leaves) for name, p in stack.items()}
+    batch = ga.TaskBatch(module, ga.GradientAgreement(), memory=memory)
+    parts = [{name: p[i] for name, p in stack.items()} for i in range(len(CASE.each()))]
+    with pytest.raises(ValueError, match=r"; for first-order MAML, .*detach\(\)\.requires_grad_"):
+        batch.add(loss_fn(parts[0], CASE.each()[0]["query"]), adapted=parts[0])
+    assert not len(batch)
+    for part, task in zip(parts, CASE.each(), strict=True):
+        learner = {name: p.detach().requires_grad_() for name, p in part.items()}  # as it advises
+        batch.add(loss_fn(learner, task["query"]), adapted=learner)
+    fomaml = ga.MAML(loss_fn, INNER, first_order=True)
+    expected = fomaml.step(CASE.params, CASE.tasks, ga.GradientAgreement())
+    assert_filled(module, batch.backward(), expected)
+
+
 def adapt_last_layer(loss, params, support, /, *, first_order=False, steps=None):
     """ANIL's inner loop: one step of the last layer."""
     last = {name: p for name, p in params.items() if name.endswith("2")}
