@@ -132,6 +132,8 @@ class EqualAgreement(Aggregator):
     arithmetic of ``torch.set_float32_matmul_precision``, which is to be left at "highest".
 
     In float32 the weights have a relative error of their norm below 4 eps / λ (λ ≥ 1e-4, n ≤ 256).
+    It cannot hold the weight of a task whose norm is some 3e38 times the median or more: that is
+    0, and the update lacks its share. float64 signals hold it.
 
     Args:
         damping: λ > 0, relative to the units' squared norms: large values lead to the mean of the

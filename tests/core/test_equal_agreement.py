@@ -299,6 +299,23 @@ def test_weights_at_every_scale_are_those_at_one(exponent: int):
         assert_close(aggregator.aggregate(scaled).weights, expected, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize(("times", "held"), [(1e36, True), (1e38, True), (1e40, False)])
+def test_a_norm_3e38_times_the_median_has_the_weight_zero_in_float32_and_others_keep_theirs(
+    similarity: str, times: float, held: bool
+):
+    signals = 1e-30 * units(rows(5, 6))
+    signals[2] *= times
+    aggregator = ga.EqualAgreement(similarity=similarity)
+    found, expected = (aggregator.aggregate(each) for each in (signals.float(), signals))
+    assert (found.weights[2] == 0) == (not held)
+    others = [0, 1, 3, 4]
+    assert_close(found.weights[others].double(), expected.weights[others], rtol=1e-5, atol=0)
+    if held:
+        error = (found.update.double() - expected.update).norm()
+        assert error <= 1e-5 * expected.update.norm()
+
+
 def test_weights_that_the_dtype_cannot_hold_are_refused_in_one_sentence():
     signals = rows(4, 6).float() * torch.tensor([1e-30, 1e-30, 1e30, 1e30])[:, None]
     with pytest.raises(ValueError, match=r"expected a finite update, found .* float64 signals"):
