@@ -37,7 +37,8 @@ except ImportError as missing:
 
 ENDS = """\
 Exit status: 0 if all went well; 1 if a run, a file or a package failed; 2 if an argument, a study
-or a folder is not as it should be, and then nothing was done; 130 if you interrupted it.
+or a folder is not as it should be, and then nothing was done; 130 if you interrupted it, 143 if
+SIGTERM ended it.
 """
 
 

@@ -32,6 +32,15 @@ import time
 from gradagree_opt.ablation.report import artefacts
 artefacts.draw = lambda *_: time.sleep(600)
 """
+# As one that reads large data.
+PREPARING = """
+import pathlib, time
+from gradagree_opt.ablation import conduct
+def prepare_folder(*_):
+    pathlib.Path({!r}).touch()
+    time.sleep(600)
+conduct.prepare_folder = prepare_folder
+"""
 RUNS = 9
 TABLES = ["table.md", "table.tex", "methods.md", "references.bib"]
 
@@ -131,6 +140,34 @@ def undisturbed(start: Start, longer: Path) -> Path:
     finish(start(longer, out))
     assert len(records(out)) == RUNS
     return out
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_before_it_trains_it_says_so_and_has_written_nothing(
+    start: Start, longer: Path, tmp_path: Path, by: signal.Signals
+) -> None:
+    out, preparing = tmp_path / "out", tmp_path / "preparing"
+    process = start(longer, out, before=PREPARING.format(str(preparing)))
+    wait_for(process, preparing.exists)
+    process.send_signal(by)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + by
+    assert errors.startswith("stopped") and "nothing was run" in errors
+    assert errors.count("\n") == 1 and not out.exists()
+
+
+def test_sigterm_keeps_finished_runs_as_ctrl_c_does(
+    start: Start, longer: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = start(longer, out)
+    wait_for(process, lambda: len(records(out)) > 0)
+    process.terminate()  # as a scheduler does: to the first process
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "gradagree ablate" in errors and str(out) in errors and "Traceback" not in errors
+    assert left_over(process.pid) == []
+    assert 0 < len(records(out)) < RUNS
 
 
 def test_ctrl_c_keeps_finished_runs_and_the_same_command_goes_on(

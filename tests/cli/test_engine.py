@@ -88,7 +88,11 @@ def processes_around(folder: Path) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux")
 @pytest.mark.usefixtures("without_figures")
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL], ids=["stopped", "killed"])
+@pytest.mark.parametrize(
+    "by",
+    [signal.SIGINT, signal.SIGTERM, signal.SIGKILL],
+    ids=["stopped", "terminated", "killed"],
+)
 def test_a_study_that_ends_early_leaves_no_cluster_and_goes_on_without_one(
     tmp_path: Path, ray_folder: Path, by: signal.Signals
 ) -> None:
@@ -107,14 +111,18 @@ def test_a_study_that_ends_early_leaves_no_cluster_and_goes_on_without_one(
     while not list(out.glob("runs/*.json")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.05)
-    os.killpg(process.pid, by)  # as a terminal does: to all processes
+    if by == signal.SIGTERM:  # as a scheduler does
+        process.terminate()
+    else:  # as a terminal does: to all processes
+        os.killpg(process.pid, by)
     _, errors = process.communicate(timeout=120)
     kept = {path: path.stat().st_mtime_ns for path in out.glob("runs/*.json")}
     assert 0 < len(kept) < 15
-    if by == signal.SIGINT:
-        assert process.returncode == 130 and "picks up where it left off" in errors
-    else:
+    if by == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 128 + by, errors
+        assert "picks up where it left off" in errors and "Traceback" not in errors
     while processes_around(ray_folder) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert processes_around(ray_folder) == []

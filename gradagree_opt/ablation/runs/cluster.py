@@ -2,7 +2,9 @@
 
 import os
 import pickle
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -69,9 +71,13 @@ class Cluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             check_answer(self.address)
-            ray.init(
-                self.address, include_dashboard=False, log_to_driver=False, logging_level="error"
-            )
+            with kept_handler(signal.SIGTERM):
+                ray.init(
+                    self.address,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="error",
+                )
         except (OSError, ValueError, RuntimeError, RayError, SystemExit) as failure:
             raise StudyError(
                 f"expected a Ray cluster at {self.address or 'this machine'}, found none: "
@@ -222,6 +228,17 @@ def answer(asked: Any) -> str | None:
 def resource_of(device: torch.device) -> str:
     """What Ray calls that of which a group of runs takes one."""
     return "CPU" if device.type == "cpu" else "GPU"
+
+
+@contextmanager
+def kept_handler(number: int) -> Iterator[None]:
+    """Gives a signal back the handler that somebody had set: ``ray.init`` sets its own."""
+    own = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        if callable(own) and threading.current_thread() is threading.main_thread():
+            signal.signal(number, own)
 
 
 def check_answer(address: str | None) -> None:
