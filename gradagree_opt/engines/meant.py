@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
 from gradagree_opt.core.lost import RankLostError
@@ -52,15 +53,30 @@ def naming_what_was_meant(
                 f"the loss function takes each by itself ({found}); give one pytree whose every "
                 "tensor is torch.stack(…) of those of the tasks, or loop with TaskBatch"
             ) from error
-        kinds = {leaf.dtype for leaf in tree_leaves(tasks)}
-        whole = not any(kind.is_floating_point or kind.is_complex for kind in kinds)
-        if whole and takes(tree_map(lambda leaf: leaf[0].to(torch.get_default_dtype()), tasks)):
-            names = ", ".join(sorted(map(str, kinds)))
+        if are_whole(tasks) and takes(in_floats(one_of(tasks))):
+            names = ", ".join(sorted({str(leaf.dtype) for leaf in tree_leaves(tasks)}))
             raise ValueError(
                 f"expected tasks that the loss function takes, found {names} alone ({found}); give "
                 "floating-point tensors, as tasks.float()"
             ) from error
         raise
+
+
+def are_whole(batch: PyTree, /) -> bool:
+    """Whether a batch has tensors of integers alone."""
+    return all(
+        isinstance(leaf, Tensor) and not (leaf.is_floating_point() or leaf.is_complex())
+        for leaf in tree_leaves(batch)
+    )
+
+
+def in_floats(batch: PyTree, /) -> PyTree:
+    """The batch in the default floating-point dtype.
+
+    >>> in_floats({"x": torch.tensor([1, 2])})
+    {'x': tensor([1., 2.])}
+    """
+    return tree_map(lambda leaf: leaf.to(torch.get_default_dtype()), batch)
 
 
 def _first_of_list(tasks: PyTree) -> PyTree | None:

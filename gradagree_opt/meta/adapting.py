@@ -11,6 +11,7 @@ from gradagree_opt.engines.cures import Cure, first_that_helps, of_a_loop, one_o
 from gradagree_opt.engines.errors import explained, is_ours, is_out_of_memory
 from gradagree_opt.engines.kept import left_as_found
 from gradagree_opt.engines.losses import LossFn
+from gradagree_opt.engines.meant import are_whole, in_floats
 from gradagree_opt.one_process import check_whole
 
 _LOOP = "an inner loop of your own, by torch.autograd.grad"
@@ -76,3 +77,6 @@ def _parts(support: PyTree, adapt: Callable[[PyTree], PyTree]) -> Iterator[Cure]
     if stacked and len({leaf.shape[0] for leaf in leaves}) == 1:
         advice = "one task, without the task axis, as tree_map(lambda leaf: leaf[0], support)"
         yield Cure(advice, lambda: adapt(one_of(support)))
+    if are_whole(support):
+        advice = "floating-point tensors, as support.float()"
+        yield Cure(advice, lambda: adapt(in_floats(support)))

@@ -220,3 +220,13 @@ def test_an_error_that_does_not_come_again_is_not_laid_on_the_support_set(algori
     support = (torch.randn(4, 6, 3), torch.randn(4, 6, 2))  # a linear layer takes them as they are
     with pytest.raises(ValueError, match="the file is locked"):
         meta.adapt(params, support)
+
+
+@each_algorithm
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8], ids=str)
+def test_integers_that_the_loss_takes_as_floats(algorithm, dtype):
+    module = seeded(lambda: nn.Linear(3, 2))
+    support = tuple(torch.arange(6 * size).reshape(6, size).to(dtype) for size in (3, 2))
+    meta, params = algorithm.build(loss_of(module), RATE / 100, STEPS), given(algorithm, module)
+    refused(meta, params, support, r"found what the loss .*; give floating-point tensors, as supp")
+    meta.adapt(params, tree_map(lambda leaf: leaf.float(), support))  # what the message advises
