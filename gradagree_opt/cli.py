@@ -4,10 +4,15 @@ What a subcommand does is in :mod:`gradagree_opt.ablation.commands`, which is im
 runs: ``--help``, ``--version`` and the completion of a shell wait for PyTorch alone.
 """
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
+
+from gradagree_opt.stopping import ended_as_by_ctrl_c, status
 
 
 def unavailable(error: ImportError) -> SystemExit:
@@ -79,6 +84,19 @@ def main(
     ] = False,
 ) -> None:
     """Compare aggregators of task gradients: run a study, report it, cite it."""
+
+
+@contextmanager
+def stopped_in_one_sentence() -> Iterator[None]:
+    """Ctrl-C and SIGTERM while nothing is trained, as while packages are imported."""
+    try:
+        with ended_as_by_ctrl_c(signal.SIGTERM):
+            yield
+    except KeyboardInterrupt as stop:
+        typer.echo(
+            "stopped while nothing was being trained; the same command goes on from here", err=True
+        )
+        raise typer.Exit(status(stop)) from None
 
 
 def list_studies(wanted: bool) -> bool:
@@ -201,25 +219,26 @@ def ablate(
 
     If it is interrupted, run the same command again: it picks up where it left off.
     """
-    try:
-        from gradagree_opt.ablation import commands
-    except ImportError as missing:
-        raise unavailable(missing) from None
-    commands.run_study(
-        study,
-        quick=quick,
-        out=out,
-        data=data,
-        jobs=jobs,
-        device=device,
-        checkpoint_seconds=checkpoint_seconds,
-        tensorboard=tensorboard,
-        seeds=seeds,
-        iterations=iterations,
-        dry_run=dry_run,
-        engine=engine.value,
-        ray_address=ray_address,
-    )
+    with stopped_in_one_sentence():
+        try:
+            from gradagree_opt.ablation import commands
+        except ImportError as missing:
+            raise unavailable(missing) from None
+        commands.run_study(
+            study,
+            quick=quick,
+            out=out,
+            data=data,
+            jobs=jobs,
+            device=device,
+            checkpoint_seconds=checkpoint_seconds,
+            tensorboard=tensorboard,
+            seeds=seeds,
+            iterations=iterations,
+            dry_run=dry_run,
+            engine=engine.value,
+            ray_address=ray_address,
+        )
 
 
 @app.command(

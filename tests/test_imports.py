@@ -19,7 +19,7 @@ ALLOWED = {
     "cli": "ablation doctor",
 }
 """The rooms that each may import; those that import none are open to all."""
-OPEN = {"annotations", "options", "replacing"}
+OPEN = {"annotations", "options", "replacing", "stopping"}
 
 
 def imports(file: Path) -> Iterator[str]:

@@ -1,11 +1,9 @@
 """What each subcommand of ``gradagree`` does, apart from reading its command line."""
 
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeAlias
 
@@ -32,6 +30,7 @@ from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.loading import load, read, shipped
 from gradagree_opt.ablation.study.study import Study, named_device
 from gradagree_opt.ablation.training.run import RunRecord, write_atomically
+from gradagree_opt.stopping import status
 
 EventWriter: TypeAlias = Callable[[Path, Study, RunRecord], None]
 
@@ -82,7 +81,7 @@ def run_study(
     """Runs a study and shows its table; under ``dry_run``, only says how long that would take."""
     every = CHECKPOINT_SECONDS if checkpoint_seconds is None else checkpoint_seconds
     command = ["gradagree", *sys.argv[1:]]
-    with ExitStack() as opened, ended_as_by_ctrl_c(signal.SIGTERM):
+    with ExitStack() as opened:
         try:
             write_events = event_writer() if tensorboard else None
             loaded = load(study, quick=quick, seeds=parse_seeds(seeds), iterations=iterations)
@@ -100,9 +99,6 @@ def run_study(
         except OSError as failure:
             errors.print(f"gradagree: {failure}; nothing was run", markup=False)
             raise typer.Exit(1) from None
-        except KeyboardInterrupt as stop:
-            errors.print("stopped while it was being prepared; nothing was run", markup=False)
-            raise typer.Exit(status(stop)) from None
         show(run_prepared(prepared, jobs, write_events, command).report, folder)
 
 
@@ -132,28 +128,6 @@ def run_prepared(
             markup=False,
         )
         raise typer.Exit(status(stop)) from None
-
-
-@contextmanager
-def ended_as_by_ctrl_c(number: int) -> Iterator[None]:
-    """A signal that would end the process at once ends the block as Ctrl-C does."""
-
-    def stop(number: int, _: object) -> None:
-        raise KeyboardInterrupt(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        signal.signal(number, previous)
-
-
-def status(stop: KeyboardInterrupt) -> int:
-    """The exit status of a process that a signal has stopped: 128 and its number."""
-    return 128 + int(stop.args[0] if stop.args else signal.SIGINT)
 
 
 def write_report(folders: list[Path], out: Path | None) -> None:

@@ -32,7 +32,16 @@ import time
 from gradagree_opt.ablation.report import artefacts
 artefacts.draw = lambda *_: time.sleep(600)
 """
-# As one that reads large data.
+# As on a slow disk, and as a study that reads large data.
+IMPORTING = """
+import pathlib, sys, time
+class Slow:
+    def find_spec(self, name, *_):
+        if name == "gradagree_opt.ablation.commands":
+            pathlib.Path({!r}).touch()
+            time.sleep(600)
+sys.meta_path.insert(0, Slow())
+"""
 PREPARING = """
 import pathlib, time
 from gradagree_opt.ablation import conduct
@@ -143,16 +152,17 @@ def undisturbed(start: Start, longer: Path) -> Path:
 
 
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("before", [IMPORTING, PREPARING], ids=["importing", "preparing"])
 def test_stopped_before_it_trains_it_says_so_and_has_written_nothing(
-    start: Start, longer: Path, tmp_path: Path, by: signal.Signals
+    start: Start, longer: Path, tmp_path: Path, by: signal.Signals, before: str
 ) -> None:
     out, preparing = tmp_path / "out", tmp_path / "preparing"
-    process = start(longer, out, before=PREPARING.format(str(preparing)))
+    process = start(longer, out, before=before.format(str(preparing)))
     wait_for(process, preparing.exists)
     process.send_signal(by)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + by
-    assert errors.startswith("stopped") and "nothing was run" in errors
+    assert errors.startswith("stopped while nothing was being trained")
     assert errors.count("\n") == 1 and not out.exists()
 
 
