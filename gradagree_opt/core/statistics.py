@@ -132,11 +132,11 @@ def relative_norms_of(
     By ratios alone: the norms themselves may overflow, or vanish beside a larger one.
     """
     counted = active & (lengths != 0)
-    # Of none the last, and the first: both of the infinite ones.
+    # Of none the last and the first: both infinite, and all shares 0.
     places = (counted.sum() + torch.arange(-1, 1, device=lengths.device)) // 2
     if units is None:  # of lengths in range
         ordered = lengths.masked_fill(~counted, torch.inf).sort().values
-        return lengths / or_one(ordered[places].mean())
+        return lengths / ordered[places].mean()
     sizes = units.log2() + lengths.log2()
     order = sizes.masked_fill(~counted, torch.inf).argsort()
     middle = order[places]  # two, or one twice
@@ -149,7 +149,7 @@ def _row_sums(matrix: Tensor, eps: float) -> Tensor:
     """The sums of the rows, all zero where they may come of entries rounded to eps."""
     sums = matrix.sum(1)
     rounding = 8 * eps * torch.linalg.vector_norm(matrix, dim=1).sum()
-    return sums.masked_fill(sums.abs().sum() <= rounding, 0)
+    return sums.masked_fill(torch.linalg.vector_norm(sums, ord=1, dim=0) <= rounding, 0)
 
 
 def _stack(values: Sequence[Tensor | None]) -> Tensor | None:
