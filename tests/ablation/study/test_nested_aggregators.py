@@ -17,7 +17,7 @@ from gradagree_opt.ablation.training.problem import build_problem
 from gradagree_opt.ablation.training.run import Run, RunRecord
 from gradagree_opt.ablation.training.training import train_runs
 
-from .conftest import WriteStudy
+from ..conftest import WriteStudy
 
 CLIPPED = {"aggregator": "gradient_agreement", "options": {"negative": "clip"}}
 

@@ -26,7 +26,7 @@ from gradagree_opt.ablation.training.problem import (
     scores_after,
 )
 
-from .conftest import WriteStudy
+from ..conftest import WriteStudy
 
 WAY = 3
 

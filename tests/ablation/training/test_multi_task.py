@@ -28,8 +28,8 @@ from gradagree_opt.ablation.training.run import Run
 from gradagree_opt.ablation.training.training import train_runs
 from gradagree_opt.tasks import DigitPairs
 
-from .conftest import WriteStudy
-from .spied import trained_alike
+from ..conftest import WriteStudy
+from ..spied import trained_alike
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from gradagree_opt.ablation.study.sections import (
 )
 from gradagree_opt.cli import app
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LIBRARIES = {
     "gradagree-opt": "gradagree_opt",
     "torch": "paszke2019pytorch",

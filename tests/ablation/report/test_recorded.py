@@ -19,7 +19,7 @@ from gradagree_opt.ablation.training.problem import build_problem
 from gradagree_opt.ablation.training.run import FORMAT
 from gradagree_testing.command import gradagree
 
-from .conftest import WriteStudy
+from ..conftest import WriteStudy
 
 
 def artefacts(folder: Path) -> dict[str, bytes]:

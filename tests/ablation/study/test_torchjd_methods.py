@@ -20,7 +20,7 @@ from gradagree_opt.ablation.training.problem import TrainingTasks, build_problem
 from gradagree_opt.ablation.training.run import Run
 from gradagree_opt.ablation.training.training import train_runs
 
-from .conftest import WriteStudy
+from ..conftest import WriteStudy
 
 pytest.importorskip("torchjd", reason="torchjd is not installed")
 

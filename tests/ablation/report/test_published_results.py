@@ -16,7 +16,7 @@ from gradagree_opt.ablation.report.citations import bibtex, methods_text
 from gradagree_opt.ablation.report.report import build_report
 from gradagree_opt.ablation.runs.store import read_config, read_results
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 RESULTS = DOCS / "results"
 PAGE = (DOCS / "results.md").read_text(encoding="utf-8")
 INTERVAL = re.compile(r"[+-]?\d+\.\d+ ± \d+\.\d+")

@@ -21,7 +21,7 @@ from gradagree_opt.ablation.training.run import Run, RunRecord, Store
 from gradagree_opt.ablation.training.training import Trained
 from gradagree_testing.devices import each_device, train_group
 
-from .conftest import TINY
+from ..conftest import TINY
 
 BLOCK, ITERATIONS = 25, 57  # a look after every second step
 AT_0, AT_25, AT_50 = 3, 30, 54  # turns after which the last state is that of so many steps

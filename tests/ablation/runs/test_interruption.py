@@ -14,7 +14,7 @@ import pytest
 
 from gradagree_opt.ablation.training.run import RunRecord
 
-from .conftest import WriteStudy
+from ..conftest import WriteStudy
 
 pytestmark = [
     pytest.mark.slow,
@@ -135,7 +135,7 @@ def tables(out: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def longer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny study with nine runs of a second or so."""
-    from .conftest import TINY
+    from ..conftest import TINY
 
     path = tmp_path_factory.mktemp("longer") / "tiny.yaml"
     path.write_text(TINY.replace("iterations: 12", "iterations: 300"))

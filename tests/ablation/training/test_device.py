@@ -34,7 +34,7 @@ from gradagree_opt.ablation.training.training import Trained, train_runs
 from gradagree_testing.command import gradagree
 from gradagree_testing.devices import each_device, needs_gpu, train_group
 
-from .conftest import WriteStudy
+from ..conftest import WriteStudy
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
 EQUAL = Method(name="equal", aggregator="equal_agreement")

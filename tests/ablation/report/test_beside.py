@@ -16,7 +16,7 @@ from gradagree_opt.ablation.report.significance import p_value
 from gradagree_opt.ablation.section import StudyError
 from gradagree_testing.command import contents, gradagree
 
-from .conftest import TINY, WriteStudy
+from ..conftest import TINY, WriteStudy
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from gradagree_opt.ablation.training.run import Run, RunRecord, Store, archive
 from gradagree_opt.ablation.training.training import train_runs
 from gradagree_opt.cli import app
 
-from .conftest import WriteStudy
+from ..conftest import WriteStudy
 from .doubled import Doubled
 
 FORMS: dict[str, dict[str, object]] = {

@@ -21,7 +21,7 @@ from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.devices import CPU
 from gradagree_testing.command import gradagree
 
-from .conftest import WriteStudy
+from ..conftest import WriteStudy
 
 if TYPE_CHECKING:
     from gradagree_opt.ablation.runs.cluster import Cluster

@@ -19,7 +19,7 @@ from gradagree_opt.ablation.training.problem import Problem
 from gradagree_opt.ablation.training.run import CurvePoint, Run, RunRecord
 from gradagree_testing.command import gradagree
 
-from .conftest import WriteStudy
+from ..conftest import WriteStudy
 
 Loss = Callable[[Run], float]
 METHODS = [

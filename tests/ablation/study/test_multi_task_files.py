@@ -15,7 +15,7 @@ from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.loading import load
 from gradagree_testing.command import contents, gradagree
 
-from .conftest import WriteStudy
+from ..conftest import WriteStudy
 
 
 def test_a_quick_study_is_run_whole_goes_on_and_is_reported_and_cited(

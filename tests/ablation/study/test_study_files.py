@@ -13,7 +13,7 @@ from gradagree_opt.ablation.study import loading
 from gradagree_opt.ablation.study.loading import load, merge, shipped
 from gradagree_opt.ablation.study.study import Study
 
-from .conftest import WriteStudy
+from ..conftest import WriteStudy
 
 WHOLE = {"lr": 0.02, "steps": 2}
 TEST = {"tasks": 12, "support_shots": 5, "query_shots": 7, "steps": [0, 1, 2]}

@@ -17,7 +17,7 @@ from gradagree_opt.tasks import grouped
 from gradagree_opt.tasks.group_splits import split_groups
 from gradagree_testing.photographs import write_photographs
 
-from .spied import drawn, highest, trained_alike
+from ..spied import drawn, highest, trained_alike
 
 VINYALS = np.arange(30) % 3
 BACKGROUND = np.arange(30) < 20

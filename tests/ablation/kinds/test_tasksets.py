@@ -12,8 +12,8 @@ from gradagree_opt.ablation.study.loading import load
 from gradagree_opt.ablation.training.problem import build_problem, data_digest
 from gradagree_testing.command import gradagree
 
-from .conftest import WriteStudy
-from .spied import drawn, highest, trained_alike
+from ..conftest import WriteStudy
+from ..spied import drawn, highest, trained_alike
 
 pytest.importorskip("learn2learn", reason="learn2learn is not installed")
 

@@ -15,7 +15,7 @@ from gradagree_testing.command import contents, gradagree
 from gradagree_testing.photographs import write_photographs
 from gradagree_testing.pickles import Trap
 
-from .conftest import WriteStudy
+from ..conftest import WriteStudy
 
 OMNIGLOT = {"kind": "omniglot", "way": 2, "support_shots": 5}
 PHOTOGRAPHS = {"kind": "mini-imagenet", "way": 2, "support_shots": 2}
