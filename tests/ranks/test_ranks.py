@@ -9,34 +9,31 @@ from pathlib import Path
 
 import pytest
 
+from gradagree_testing.forked import Program
+
 pytestmark = pytest.mark.slow
 
 
 def run(
     name: str, world: int, folder: Path, file: str = "programs.py", store: str = "store"
-) -> list[subprocess.CompletedProcess[str]]:
-    """One program on so many ranks; what each of them answered."""
-    program = Path(__file__).with_name(file)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(program), name, str(rank), str(world), str(folder / store)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
+) -> list[Program]:
+    """One program on so many ranks, which have ended."""
+    ranks = [
+        Program(
+            Path(__file__).with_name(file),
+            *(name, str(rank), str(world), str(folder / store)),
+            output=folder / f"said-{rank}",
+            environment={"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         )
         for rank in range(world)
     ]
-    answers = []
-    for process in started:
-        out, error = process.communicate(timeout=300)
-        answers.append(subprocess.CompletedProcess(name, process.returncode, out, error))
-    return answers
+    for rank in ranks:
+        rank.finish()
+    return ranks
 
 
-def check(answers: list[subprocess.CompletedProcess[str]]) -> None:
-    failed = [answer.stderr[-3000:] for answer in answers if answer.returncode]
+def check(ranks: list[Program]) -> None:
+    failed = [rank.printed() for rank in ranks if rank.finish()]
     assert not failed, "\n".join(failed)
 
 
@@ -89,7 +86,7 @@ def test_lightning_on_two_devices_does_what_one_does(name: str, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["killed", "hanging"])
 def test_a_rank_that_is_lost_is_named_by_all_others(name: str, tmp_path: Path) -> None:
     *others, last = run(name, 3, tmp_path)
-    assert last.returncode == (9 if name == "killed" else 0), last.stderr[-3000:]
+    assert last.finish() == (9 if name == "killed" else 0), last.printed()
     check(others)
 
 
