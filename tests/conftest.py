@@ -66,6 +66,15 @@ def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws the figures, on the page too, but leaves their files empty."""
+    from gradagree_opt.ablation.report import page, style
+
+    assert page.save is style.save  # its own name for it, which stays as it is
+    monkeypatch.setattr(style, "save", lambda *_: b"")
+
+
+@pytest.fixture
 def without_code_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Captures and differentiates the whole graph, and runs it by PyTorch's own kernels."""
     original = torch.compile

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from gradagree_testing.command import gradagree
 
@@ -28,6 +29,7 @@ def results(study: Path, out: Path) -> pd.DataFrame:
     return pd.read_csv(out / "results.csv")
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_name_is_never_read_as_markup(write_study: WriteStudy, tmp_path: Path) -> None:
     names = [r"$\foo$ mean [/b]", "agreement [bold]", "clipped $1", "[/link] | $2$"]
     methods = [{"name": name, **keys} for name, keys in zip(names, METHODS.values(), strict=True)]
@@ -39,6 +41,7 @@ def test_a_name_is_never_read_as_markup(write_study: WriteStudy, tmp_path: Path)
     assert (tmp_path / "out" / "report.html").exists()
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_results_follow_the_aggregator_whatever_a_method_is_called(
     write_study: WriteStudy, tmp_path: Path
 ) -> None:

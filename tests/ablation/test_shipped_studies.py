@@ -8,7 +8,6 @@ import pytest
 import torch
 import yaml
 
-from gradagree_opt.ablation.report import style
 from gradagree_opt.ablation.study.loading import load, shipped
 from gradagree_opt.ablation.study.study import Study
 from gradagree_testing.command import gradagree
@@ -88,10 +87,10 @@ def test_the_studies_whose_pictures_are_looked_at_are_shipped() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", shipped())
 def test_it_leaves_every_artefact_and_each_names_every_method(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    if name not in PICTURED:  # drawn still, on the page
-        monkeypatch.setattr(style, "save", lambda *_: b"")
+    if name not in PICTURED:
+        request.getfixturevalue("without_pictures")
     study = load(name)
     if any(method.of_torchjd for method in study.methods):
         pytest.importorskip("torchjd", reason="torchjd is not installed")

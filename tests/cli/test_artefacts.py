@@ -139,6 +139,7 @@ def test_a_single_seed_has_no_p_value_nor_effect_size(tiny: Path, tmp_path: Path
     assert table[["p", "p_holm", "effect_size", "difference_half_width"]].isna().all(axis=None)
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize(
     ("rate", "hopeless"),
     [("[0.25, 0.5, 4.0]", "[1e30]"), ("lr: 0.02", "lr: 1e30")],

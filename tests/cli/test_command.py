@@ -19,6 +19,7 @@ from gradagree_testing.command import contents
 from .conftest import TINY, ablate
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_table_is_printed_with_the_folder(tiny: Path, tmp_path: Path) -> None:
     result = ablate(tiny, "--quick", "--out", tmp_path / "out", "--jobs", 1)
     assert result.exit_code == 0
@@ -27,6 +28,7 @@ def test_the_table_is_printed_with_the_folder(tiny: Path, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "out/config.json").read_text())["study"]["name"] == "tiny-quick"
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_output_folder_is_named_after_the_study(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +158,7 @@ def test_without_the_extra_one_sentence_names_it(monkeypatch: pytest.MonkeyPatch
     assert "pip install 'gradagree-opt[ablation]'" in str(exit_.value)
 
 
+@pytest.mark.slow
 def test_without_the_extra_python_names_it_too() -> None:
     program = (
         "import sys; sys.modules['pandas'] = None; from gradagree_opt.ablation import ablate;"

@@ -85,8 +85,10 @@ def test_a_dry_run_times_a_few_steps_and_leaves_nothing(tiny: Path, tmp_path: Pa
 
 @pytest.mark.usefixtures("without_figures")
 def test_a_dry_run_goes_by_the_seconds_of_the_runs_that_are_finished(
-    finished: Path, tiny: Path, tmp_path: Path
+    tiny: Path, tmp_path: Path
 ) -> None:
+    finished = tmp_path / "finished"
+    assert run(tiny, "--out", finished, "--jobs", 1).exit_code == 0
     records = [json.loads(path.read_text()) for path in finished.glob("runs/*.json")]
     out = tmp_path / "out"
     (out / "runs").mkdir(parents=True)
@@ -108,7 +110,7 @@ def test_a_dry_run_goes_by_the_seconds_of_the_runs_that_are_finished(
     assert whole.stdout.strip() == "15 runs, of which 15 are finished."
 
 
-def test_a_dry_run_counts_the_rates_beyond_an_edge(tmp_path: Path, finished: Path) -> None:
+def test_a_dry_run_counts_the_rates_beyond_an_edge(tmp_path: Path) -> None:
     study = tmp_path / "study.yaml"
     study.write_text(TINY.replace("schedule: linear", "schedule: linear, extend: 2"))
     nothing = run(study, "--out", tmp_path / "out", "--dry-run", "--jobs", 1)

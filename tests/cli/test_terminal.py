@@ -5,6 +5,8 @@ import pty
 import re
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,11 @@ import typer.main
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
+import gradagree_opt
 from gradagree_opt.ablation.runs.sweep import CHECKPOINT_SECONDS
 from gradagree_opt.ablation.study.loading import shipped
 from gradagree_opt.cli import app, complete_study
+from gradagree_testing.forked import Program
 
 ROOT = typer.main.get_command(app)
 assert isinstance(ROOT, TyperGroup)
@@ -22,19 +26,14 @@ COMMANDS = ROOT.commands
 EXAMPLES = re.findall(
     r"^gradagree .*$", "\n".join(str(c.epilog) for c in [ROOT, *COMMANDS.values()]), re.MULTILINE
 )
+MAIN = Path(gradagree_opt.__path__[0]) / "__main__.py"
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 
-def run(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
-    """The command in a process of its own, its output in a pipe."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "NO_COLOR")}
-    return subprocess.run(
-        [sys.executable, "-m", "gradagree_opt", *arguments],
-        env={**environment, **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def run(output: Path, *arguments: str, **variables: str) -> int:
+    """The command in a process of its own that prints there; its exit status."""
+    unset = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "NO_COLOR")}
+    return Program(MAIN, *arguments, output=output, environment=unset | variables).finish()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -52,6 +51,7 @@ def test_every_example_is_a_command_line_that_is_understood(example: str) -> Non
             assert context.params["study"] in shipped()
 
 
+@pytest.mark.slow
 def test_help_and_version_import_nothing_that_only_a_study_needs() -> None:
     program = (
         "import sys; from typer.testing import CliRunner; from gradagree_opt.cli import app;"
@@ -74,40 +74,39 @@ def test_studies_are_completed_by_their_names() -> None:
     assert complete_study("none such") == []
 
 
-def test_a_shell_is_given_the_completions() -> None:
-    found = run(
-        _GRADAGREE_COMPLETE="complete_bash", COMP_WORDS="gradagree ablate sine-m", COMP_CWORD="2"
-    )
-    assert found.stdout.split() == ["sine-maml"]
+@pytest.mark.slow
+def test_a_shell_is_given_the_completions(tmp_path: Path) -> None:
+    words = {"COMP_WORDS": "gradagree ablate sine-m", "COMP_CWORD": "2"}
+    run(tmp_path / "said", _GRADAGREE_COMPLETE="complete_bash", **words)
+    assert (tmp_path / "said").read_text().split() == ["sine-maml"]
 
 
-def test_a_pipe_gets_no_colours() -> None:
+@pytest.mark.slow
+def test_a_file_gets_no_colours(tmp_path: Path) -> None:
     for arguments in ([], ["--help"], ["ablate", "--help"], ["ablate", "--list"]):
-        found = run(*arguments, TERM="xterm-256color")
-        assert not COLOUR.search(found.stdout + found.stderr)
+        run(tmp_path / "said", *arguments, TERM="xterm-256color")
+        said = (tmp_path / "said").read_text()
+        assert said and not COLOUR.search(said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variables", [{}, {"NO_COLOR": "1"}], ids=["colours", "NO_COLOR"])
 def test_a_terminal_gets_colours_unless_they_are_unwanted(variables: dict[str, str]) -> None:
     terminal, theirs = pty.openpty()
-    environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gradagree_opt", "--help"],
-        env={**environment, "TERM": "xterm-256color", **variables},
-        stdout=theirs,
-    )
+    shown = bytearray()
+
+    def read() -> None:
+        with suppress(OSError):  # the other end is closed
+            while chunk := os.read(terminal, 1 << 16):
+                shown.extend(chunk)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    status = run(Path(os.ttyname(theirs)), "--help", TERM="xterm-256color", **variables)
     os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            chunk = os.read(terminal, 1 << 16)
-        except OSError:  # the other end is closed
-            break
-        if not chunk:
-            break
-        shown += chunk
+    reader.join()
     os.close(terminal)
-    assert process.wait() == 0
+    assert status == 0
     codes = {code for found in COLOUR.findall(shown.decode()) for code in found[2:-1].split(";")}
     coloured = any(code.isdigit() and 30 <= int(code) <= 38 for code in codes)
     assert coloured == (not variables)
@@ -134,5 +133,8 @@ def test_the_exit_status_tells_whether_something_was_done(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_module_is_the_command() -> None:
-    assert run("--version").stdout == CliRunner().invoke(app, ["--version"]).stdout
+    program = [sys.executable, "-m", "gradagree_opt", "--version"]
+    found = subprocess.run(program, capture_output=True, text=True, check=True)
+    assert found.stdout == CliRunner().invoke(app, ["--version"]).stdout

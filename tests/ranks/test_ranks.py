@@ -23,7 +23,7 @@ def run(
             Path(__file__).with_name(file),
             *(name, str(rank), str(world), str(folder / store)),
             output=folder / f"said-{rank}",
-            environment={"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            environment=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         )
         for rank in range(world)
     ]

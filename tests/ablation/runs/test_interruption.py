@@ -26,6 +26,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a sh
 from gradagree_opt.cli import app
 app()
 """
+# Tables are compared here, and no figures.
+WITHOUT_FIGURES = """
+from gradagree_opt.ablation.report import artefacts
+artefacts.draw = lambda *_: {}
+"""
 # A study that draws for ever is killed before it has ended, however busy the machine.
 NEVER_ENDING = """
 import time
@@ -62,7 +67,7 @@ def start() -> Iterator[Start]:
     """Starts the command in a session of its own; whatever is left of it is killed at the end."""
     started: list[Process] = []
 
-    def start(study: Path, out: Path, jobs: int = 2, before: str = "") -> Process:
+    def start(study: Path, out: Path, jobs: int = 2, before: str = WITHOUT_FIGURES) -> Process:
         command = [sys.executable, "-c", before + CODE, "ablate", str(study), "--out", str(out)]
         process = subprocess.Popen(
             [*command, "--jobs", str(jobs)],

@@ -21,17 +21,16 @@ class Program:
     Its modules are its own: gradagree_opt is without the checks of shapes that the tests have.
 
     Args:
-        output: The file for what it prints.
-        environment: Variables beside those of this process.
+        output: Where it prints: a file, or a terminal.
+        environment: All of its variables.
     """
 
     def __init__(
         self, file: Path, *arguments: str, output: Path, environment: Mapping[str, str]
     ) -> None:
         self.output = output
-        variables = os.environ | environment
         self.process: BaseProcess = FORKS.Process(
-            target=execute, args=(file, arguments, output, dict(variables)), daemon=True
+            target=execute, args=(file, arguments, output, dict(environment)), daemon=True
         )
         self.process.start()
 
