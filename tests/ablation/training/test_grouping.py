@@ -131,7 +131,7 @@ def assert_same_params(found: Params, expected: Params) -> None:
 def test_runs_trained_together_are_the_runs_trained_one_by_one(
     study: Study, method: Method, form: str, optimizer: str
 ) -> None:
-    study = variant(study, form, optimizer)
+    study = variant(study, form, optimizer, iterations=5)
     runs = runs_of(method, RATES[optimizer])
     trained = train_runs(study, problem_of(study), runs, ignore)
     for run, (record, params) in zip(runs, trained, strict=True):
