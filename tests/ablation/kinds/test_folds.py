@@ -163,7 +163,7 @@ def test_corruption_spoils_the_training_of_every_fold(write_study: WriteStudy) -
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("frame")
+@pytest.mark.usefixtures("frame", "without_figures")
 def test_a_study_of_folds_runs_and_says_so(write_study: WriteStudy, tmp_path: Path) -> None:
     path, out = write_study(tasks=TASKS, seeds=[0, 1, 2, 3]), tmp_path / "out"
     result = CliRunner().invoke(app, ["ablate", str(path), "--out", str(out), "--jobs", "1"])

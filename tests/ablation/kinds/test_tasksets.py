@@ -214,6 +214,7 @@ def test_tasks_that_are_not_those_of_the_study_are_refused(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_study_runs_from_the_command(write_study: WriteStudy, tmp_path: Path) -> None:
     path = write_study(tasks=TASKS, **CHANGES)
     out = tmp_path / "out"

@@ -167,6 +167,7 @@ def test_of_a_worker_that_is_killed_its_group_alone_is_trained_again_to_the_same
 
 
 @slow
+@pytest.mark.usefixtures("without_figures")
 def test_from_python_with_modules_of_ones_own_in_the_current_folder(
     cluster: "Cluster", study_of_ones_own: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -141,6 +141,7 @@ def test_studies_that_extend_each_other_are_refused(child: Path) -> None:
     assert refusal(child).startswith(f"{other}, line 1 in 'extends': 'child.yaml' extends this")
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_configuration_of_a_run_holds_the_resolved_study(child: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["ablate", str(child), "--quick", "--out", str(out), "--jobs", "1"]

@@ -139,20 +139,21 @@ def test_records_of_another_device_are_kept_after_one_sentence(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at_once", [None, 1, 3])
-def test_groups_side_by_side_find_what_they_find_alone(study: Study, at_once: int | None) -> None:
+def test_groups_side_by_side_find_what_they_find_alone(study: Study) -> None:
     problem = build_problem(study, None)
     labels = ((0.5, 3), (0.25, 5))
     groups = [runs_of(method, *labels) for method in METHODS.values()]
-    steps: list[int] = []
-    found = train_side_by_side(study, problem, groups, at_once, steps.append, pytest.fail)
-    by_method = {trained[0][0].run.method.name: trained for trained in found}
-    assert sum(steps) == study.iterations * 2 * len(groups)
-    assert len(by_method) == len(groups)
-    for group in groups:
-        trained = by_method[group[0].method.name]
-        assert same_numbers(trained, train_runs(study, problem, group, ignore))
-        assert all(record.seconds > 0 for record, _ in trained)
+    alone = [train_runs(study, problem, group, ignore) for group in groups]
+    for at_once in (None, 1, 3):
+        steps: list[int] = []
+        found = train_side_by_side(study, problem, groups, at_once, steps.append, pytest.fail)
+        by_method = {trained[0][0].run.method.name: trained for trained in found}
+        assert sum(steps) == study.iterations * 2 * len(groups)
+        assert len(by_method) == len(groups)
+        for group, expected in zip(groups, alone, strict=True):
+            trained = by_method[group[0].method.name]
+            assert same_numbers(trained, expected), f"{at_once} at once"
+            assert all(record.seconds > 0 for record, _ in trained)
 
 
 def test_a_job_does_all_runs_in_one_process(study: Study, tmp_path: Path) -> None:

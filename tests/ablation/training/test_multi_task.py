@@ -220,7 +220,7 @@ def test_a_method_of_torchjd_combines_the_gradients_of_the_trunk(digits: Study) 
 
 @pytest.mark.usefixtures("float64")
 def test_the_score_is_the_mean_accuracy_of_the_tasks_on_the_test_pictures(digits: Study) -> None:
-    study = digits.model_copy(update={"iterations": 400})
+    study = digits.model_copy(update={"iterations": 80})
     problem = problem_of(study)
     run = Run(method=study.methods[0], rate=1.0, seed=3)
     [(record, params)] = train_runs(study, problem, [run], ignore)

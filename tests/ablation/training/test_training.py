@@ -253,7 +253,8 @@ def test_a_run_is_on_one_thread_from_end_to_end_and_the_threads_are_as_before(
 
 def test_a_maml_study_lowers_its_loss_with_adam(study: Study) -> None:
     shipped = load("sine-maml", quick=True)
-    small = shipped.model_copy(update={"iterations": 60, "meta_batch": 4})
+    test = shipped.test.model_copy(update={"tasks": 4, "steps": [1]})
+    small = shipped.model_copy(update={"iterations": 60, "meta_batch": 4, "test": test})
     run = Run(method=Method(name="mean", aggregator="mean"), rate=0.01, seed=0)
     record, _ = train_run(small, build_problem(small, None), run, ignore)
     assert record.validation < 0.95 * record.curve[0].loss

@@ -118,8 +118,8 @@ def gramian_power(gram: Array, power: int) -> Array:
     norms = relative_norms(gram)
     weights = (norms > 0) / max(1, (norms > 0).sum())
     matrix = cosines(gram) * np.outer(norms, norms)
-    for _ in range(power if norms.any() else 0):
-        weights = matrix / np.linalg.eigvalsh(matrix).max() @ weights
+    if power and norms.any():
+        weights = np.linalg.matrix_power(matrix / np.linalg.eigvalsh(matrix).max(), power) @ weights
     return weights
 
 
