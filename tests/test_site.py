@@ -60,6 +60,7 @@ def pages(site: Path) -> dict[Path, Page]:
     return {path: Page(path) for path in site.rglob("*.html") if path.name != "404.html"}
 
 
+@pytest.mark.slow
 def test_every_page_that_is_listed_is_there(pages: dict[Path, Page], site: Path) -> None:
     def listed(items: list[Any]) -> list[str]:
         found = [value for item in items for value in item.values()]
@@ -80,6 +81,7 @@ def test_every_page_that_is_listed_is_there(pages: dict[Path, Page], site: Path)
     assert {site / p.relative_to(DOCS).with_suffix(".html") for p in shown} <= expected
 
 
+@pytest.mark.slow
 def test_no_link_leads_nowhere_and_nothing_is_loaded_from_elsewhere(
     pages: dict[Path, Page], site: Path
 ) -> None:
@@ -103,6 +105,7 @@ def test_no_page_of_the_repository_links_to_what_is_not_there() -> None:
                 assert (page.parent / target).exists(), f"{page} → {target}"
 
 
+@pytest.mark.slow
 def test_every_public_name_is_in_the_reference(pages: dict[Path, Page], site: Path) -> None:
     names = pages[site / "api.html"].names
     assert {f"gradagree_opt.{name}" for name in ga.__all__} <= names

@@ -122,6 +122,7 @@ def warn(sentence: str) -> None:
     raise AssertionError(sentence)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_figures")
 def test_the_example_of_the_page_runs_and_says_what_was_used(tmp_path: Path) -> None:
     for name in ("own_study.py", "own_study.yaml", "own_weighting.py"):

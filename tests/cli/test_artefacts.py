@@ -108,6 +108,7 @@ def test_the_figures_are_pictures_with_something_on_them(finished: Path, name: s
     assert len(np.unique(picture[::5, ::5].reshape(-1, picture.shape[-1]), axis=0)) > 50
 
 
+@pytest.mark.slow
 def test_config_reproduces_every_artefact_to_the_bit_but_for_the_seconds_that_runs_took(
     finished: Path, tmp_path: Path
 ) -> None:

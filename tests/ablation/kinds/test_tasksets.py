@@ -215,6 +215,7 @@ def test_tasks_that_are_not_those_of_the_study_are_refused(
 
 
 @pytest.mark.usefixtures("without_figures")
+@pytest.mark.slow
 def test_a_study_runs_from_the_command(write_study: WriteStudy, tmp_path: Path) -> None:
     path = write_study(tasks=TASKS, **CHANGES)
     out = tmp_path / "out"

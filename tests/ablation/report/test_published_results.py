@@ -76,6 +76,7 @@ Pairs: TypeAlias = Iterator[tuple[str, str]]
 """A cell of the page, and what the records of its study have in its place."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.name)
 def test_tables_and_citations_are_those_of_the_recorded_runs(folder: Path) -> None:
     config = read_config(folder)

@@ -39,6 +39,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_module, "train_runs", fail)
 
 
+@pytest.mark.slow
 def test_every_artefact_is_rebuilt_to_the_bit_without_training(
     copied: Path, no_training: None
 ) -> None:
@@ -73,6 +74,7 @@ def test_the_results_are_those_of_the_sweep(
     assert read_results(finished, read_config(finished)) == [expected]
 
 
+@pytest.mark.slow
 def test_records_suffice_for_all_but_the_figure_of_trained_parameters_which_stays(
     copied: Path,
 ) -> None:

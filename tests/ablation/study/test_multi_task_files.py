@@ -18,6 +18,7 @@ from gradagree_testing.command import contents, gradagree
 from ..conftest import WriteStudy
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_pictures")
 def test_a_quick_study_is_run_whole_goes_on_and_is_reported_and_cited(
     write_digits: WriteStudy, tmp_path: Path
