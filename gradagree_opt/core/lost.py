@@ -1,5 +1,6 @@
 """A rank that does not answer: the others find out through the store which one it is."""
 
+import os
 import time
 from contextlib import suppress
 from datetime import timedelta
@@ -82,7 +83,9 @@ def _found(group: Any, waited: float) -> str:
         with suppress(RuntimeError):  # of a store that goes with its process: first all read it
             _wait_for(len(noticed), "told", group, 2.0)
     except (RuntimeError, AttributeError):
-        return "that one has died or waited past the timeout, and the store that names it is gone"
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        holder = "torchrun's agent on the first node" if agent else "rank 0"
+        return f"that {holder} is gone, and with it the store that would name who was lost first"
     if lost == [own]:
         return "that they had given up on this one, which came after their timeout"
     names = ", ".join(map(str, lost)) or "some"

@@ -534,9 +534,8 @@ def with_message(call: Callable[[], Any], part: str) -> None:
         call()
 
 
-def lost(before: Callable[[], None], timeout: float) -> None:
-    """The last rank does something before its second step: the others name it, nothing changed."""
-    join(timeout)
+def lost(before: Callable[[], None], timeout: float, gone: int = WORLD - 1) -> None:
+    """A rank does something before its second step: the others name it, nothing changed."""
     torch.manual_seed(0)
     model, x = Model(), torch.randn(2, 4, 3)
     adam = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -544,11 +543,11 @@ def lost(before: Callable[[], None], timeout: float) -> None:
     optimizer.step([model(task).square().mean() for task in x])
     optimizer.zero_grad()
     kept = [p.detach().clone() for p in model.parameters()]
-    last = WORLD - 1
-    if last == RANK:
+    if gone == RANK:
         before()
     start = time.monotonic()
-    words = "given up on this one" if last == RANK else f"none of rank {last}, which"
+    others = f"(none of|that) rank {gone}(, which| is gone)"
+    words = "given up on this one" if gone == RANK else others
     with pytest.raises(RuntimeError, match=f"{words}.*checkpoint"):
         optimizer.step([model(task).square().mean() for task in x])
     assert all(map(torch.equal, kept, model.parameters()))
@@ -559,11 +558,29 @@ def lost(before: Callable[[], None], timeout: float) -> None:
 
 def killed() -> None:
     """One that ends without a word."""
+    join(60)
     lost(lambda: os._exit(9), 60)
+
+
+def killed_with_its_store() -> None:
+    """Rank 0, which holds the store where the others would leave word."""
+    place = Path(f"{STORE}.port")
+    if RANK == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        place.with_suffix(".new").write_text(str(store.port))
+        place.with_suffix(".new").replace(place)
+    else:
+        while not place.exists():
+            time.sleep(0.01)
+        store = dist.TCPStore("127.0.0.1", int(place.read_text()), is_master=False)
+    time_out = timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=RANK, world_size=WORLD, timeout=time_out)
+    lost(lambda: os._exit(9), 60, gone=0)
 
 
 def hanging() -> None:
     """One that comes after the timeout."""
+    join(5)
     lost(lambda: time.sleep(10), 5)
 
 

@@ -83,11 +83,14 @@ def test_lightning_on_two_devices_does_what_one_does(name: str, tmp_path: Path) 
     check(run(name, 2, tmp_path, "lightning_programs.py", f"store-{port}"))
 
 
-@pytest.mark.parametrize("name", ["killed", "hanging"])
-def test_a_rank_that_is_lost_is_named_by_all_others(name: str, tmp_path: Path) -> None:
-    *others, last = run(name, 3, tmp_path)
-    assert last.finish() == (9 if name == "killed" else 0), last.printed()
-    check(others)
+@pytest.mark.parametrize(
+    ("name", "gone"), [("killed", 2), ("killed_with_its_store", 0), ("hanging", 2)]
+)
+def test_a_rank_that_is_lost_is_named_by_all_others(name: str, gone: int, tmp_path: Path) -> None:
+    ranks = run(name, 3, tmp_path)
+    lost = ranks.pop(gone)
+    assert lost.finish() == (0 if name == "hanging" else 9), lost.printed()
+    check(ranks)
 
 
 @pytest.mark.parametrize("world", [2, 4])
