@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["gradagree_opt", "pytest", "torch.distributed.fsdp", "torch._dynamo", "lightning.pytorch"]
-)  # what is not installed is left out
+CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
+FORKS = multiprocessing.get_context("forkserver" if CAN_FORK else "spawn")
+if CAN_FORK:  # what is not installed is left out
+    FORKS.set_forkserver_preload(
+        ["gradagree_opt", "pytest", "torch.distributed.fsdp", "torch._dynamo", "lightning.pytorch"]
+    )
 PATIENCE = 300
 
 
