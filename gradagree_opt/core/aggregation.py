@@ -76,6 +76,7 @@ class Aggregator(Pipeline):
         >>> result.update
         {'w': tensor([1., 0.])}
         """
+        check_aggregator(self)
         with self.step_of_ranks():
             aggregator = self.for_batch(self._check(directions, signal))
             # The look that is due finds this sound but at extreme scales. What reads more than row
@@ -191,8 +192,14 @@ def _differs(value: object, default: object) -> bool:
 
 
 def check_aggregator(aggregator: object, /) -> None:
-    """Raises a TypeError unless it is an aggregator of ours."""
+    """Raises a TypeError unless it is an aggregator of ours, and made."""
     if isinstance(aggregator, Aggregator):
+        if "weighting" not in vars(aggregator):
+            kind = type(aggregator).__name__
+            raise TypeError(
+                f"expected {kind}.__init__ to call super().__init__(…), found no weighting; give "
+                "it one there"
+            )
         return
     if isinstance(aggregator, type):
         found = f"the class {aggregator.__name__}; call it"

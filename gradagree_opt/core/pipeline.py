@@ -6,7 +6,7 @@ runs the same steps as :meth:`gradagree_opt.Aggregator.aggregate`.
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,15 +61,6 @@ class Pipeline:
         self.ranks: Ranks | None = None
         if generator is None and isinstance(match_norm, Pipeline):
             self.generator = match_norm.generator
-
-    def __getattr__(self, name: str) -> Any:
-        """Called where an attribute is missing: as all are of a subclass that has not made them."""
-        if name.startswith("__") or "weighting" in self.__dict__:
-            return object.__getattribute__(self, name)  # raises what it has raised before
-        raise AttributeError(
-            f"expected {type(self).__name__}.__init__ to call super().__init__(weighting, …), "
-            f"found no {name!r}; call it before the aggregator is used"
-        )
 
     @property
     def needs(self) -> frozenset[Need]:

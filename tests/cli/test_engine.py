@@ -98,7 +98,7 @@ def test_a_study_that_ends_early_leaves_no_cluster_and_goes_on_without_one(
 ) -> None:
     pytest.importorskip("ray")
     study, out = tmp_path / "tiny.yaml", tmp_path / "out"
-    study.write_text(TINY.replace("iterations: 12", "iterations: 100\ncompile: false"))
+    study.write_text(TINY.replace("iterations: 12", "iterations: 200\ncompile: false"))
     command = [sys.executable, "-m", "gradagree_opt", "ablate", str(study), "--out", str(out)]
     process = subprocess.Popen(
         [*command, "--engine", "ray"],
