@@ -24,7 +24,7 @@ from gradagree_opt.options import check_count
 require("torchopt")
 
 import torchopt  # noqa: E402 - after require, whose error names the install command
-from gradagree_opt.adapters.torchopt_loss import weighted_loss  # noqa: E402
+from gradagree_opt.adapters.torchopt_loss import weighted_loss  # noqa: E402 - likewise
 from torchopt import pytree  # noqa: E402
 from torchopt.base import GradientTransformation  # noqa: E402
 

@@ -10,7 +10,7 @@ from gradagree_testing.configurations import METHODS
 
 torchopt = pytest.importorskip("torchopt", reason="torchopt is not installed")
 
-from gradagree_opt.adapters.torchopt import weighted_loss  # noqa: E402
+from gradagree_opt.adapters.torchopt import weighted_loss  # noqa: E402 - skipped without
 
 from .torchopt_cases import assert_same  # noqa: E402
 

@@ -108,7 +108,7 @@ class Own(ga.Aggregator):
         measure: object = None,
         *,
         name: str,
-        biases: torch.Tensor = torch.ones(3),  # noqa: B008
+        biases: torch.Tensor = torch.ones(3),  # noqa: B008 - a default that is a tensor
         **others: int,
     ) -> None:
         super().__init__(scores, nonfinite="drop")
@@ -154,6 +154,6 @@ def test_an_aggregator_that_was_not_made_is_told_to_call_super(use: Any):
 
 def test_an_attribute_that_is_missing_is_named_as_python_does():
     with pytest.raises(AttributeError, match="'Mean' object has no attribute 'weights'"):
-        ga.Mean().weights  # noqa: B018
+        ga.Mean().weights  # noqa: B018 - what is looked up raises
     with pytest.raises(AttributeError, match="'Remade' object has no attribute 'misspelt'"):
         Remade()(STACK)
