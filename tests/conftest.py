@@ -21,6 +21,13 @@ torch.set_num_threads(1)
 collect_ignore = ["benchmarks"]  # a command of their own: make bench
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets through what cvxpy 1.7, the last for Python 3.10, says of TorchJD's NashMTL."""
+    if sys.version_info < (3, 11):
+        for words in ("You are solving a parameterized problem", "Solution may be inaccurate"):
+            config.addinivalue_line("filterwarnings", f"ignore:{words}:UserWarning")
+
+
 def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
     """Switches the checks on: the one hook that runs before other conftest.py are imported."""
     command_line = pluginmanager.get_plugin("pytestconfig").known_args_namespace
