@@ -25,29 +25,6 @@ COLOURS: dict[Status, str] = {
     "broken": "red",
 }
 
-# What is tried beyond the import: the least that runs the part of the framework which we build on.
-TRIALS = {
-    "torch": "torch.func.vmap(torch.func.grad(torch.sin))(torch.ones(2))",
-    "learn2learn": (
-        "import torch; learner = learn2learn.algorithms.MAML(torch.nn.Linear(1, 1), 0.1).clone();"
-        "learner.adapt(learner(torch.ones(1, 1)).sum())"
-    ),
-    "torchopt": (
-        "import torch; adam, params = torchopt.adam(0.1), (torch.ones(1),);"
-        "adam.update(params, adam.init(params), inplace=False)"
-    ),
-    "higher": (
-        "import torch; model = torch.nn.Linear(1, 1);"
-        "inner = torch.optim.SGD(model.parameters(), 0.1);"
-        "loop = higher.innerloop_ctx(model, inner, copy_initial_weights=False);"
-        "learner, steps = loop.__enter__(); steps.step(learner(torch.ones(1, 1)).sum())"
-    ),
-    "torchjd": "import torch, torchjd.aggregation; torchjd.aggregation.Mean()(torch.eye(2))",
-    "lightning": "import lightning.pytorch; lightning.pytorch.Callback()",
-    "scikit-learn": "import sklearn.datasets; sklearn.datasets.load_digits()",
-    "matplotlib": "import matplotlib.figure; matplotlib.figure.Figure()",
-    "scipy": "import scipy.stats; scipy.stats.norm.ppf(0.5)",
-}
 TIME_LIMIT = 300.0
 """Seconds for one package: the first import of a large one from a cold disk takes minutes."""
 
@@ -88,9 +65,10 @@ def examine(framework: Framework, /, *, time_limit: float = TIME_LIMIT) -> Findi
         return Finding(framework, None, "missing")
     if not framework.supports(version):
         return Finding(framework, version, "unsupported", f"needs {framework.supported}")
-    trial = TRIALS.get(framework.distribution, "")
     # The path of this process, so that what is tried is what it would import itself.
-    program = f"import sys; sys.path[:] = {sys.path!r}; import {framework.module}; {trial}"
+    program = (
+        f"import sys; sys.path[:] = {sys.path!r}; import {framework.module}; {framework.trial}"
+    )
     try:
         run = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", program],

@@ -17,6 +17,8 @@ class Framework(NamedTuple):
             release alone.
         install: the commands that install it, one after the other.
         needed_by: what in gradagree-opt uses it.
+        trial: what ``gradagree doctor`` tries beyond the import: the least that runs the part that
+            we build on.
     """
 
     module: str
@@ -24,6 +26,7 @@ class Framework(NamedTuple):
     supported: str
     install: tuple[str, ...]
     needed_by: str
+    trial: str = ""
 
     def installed_version(self) -> str | None:
         """Version that the environment holds, or None."""
@@ -108,11 +111,17 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _from_index(
-    module: str, supported: str, needed_by: str, distribution: str | None = None
+    module: str,
+    supported: str,
+    needed_by: str,
+    trial: str = "",
+    *,
+    distribution: str | None = None,
 ) -> Framework:
     """A package that one plain command installs."""
     name = distribution or module
-    return Framework(module, name, supported, (f'pip install "{name}{supported}"',), needed_by)
+    install = f'pip install "{name}{supported}"'
+    return Framework(module, name, supported, (install,), needed_by, trial)
 
 
 _LEARN2LEARN = Framework(
@@ -129,20 +138,58 @@ _LEARN2LEARN = Framework(
         "pip install --no-deps -C--build-option=build_ext learn2learn==0.2.0",
     ),
     needed_by="adapters.learn2learn",
+    trial=(
+        "import torch; learner = learn2learn.algorithms.MAML(torch.nn.Linear(1, 1), 0.1).clone();"
+        "learner.adapt(learner(torch.ones(1, 1)).sum())"
+    ),
 )
 
 # Lower bounds as in pyproject.toml, where each says why.
 FRAMEWORKS: dict[str, Framework] = {
     framework.distribution: framework
     for framework in (
-        _from_index("torch", ">=2.5", "everything"),
+        _from_index(
+            "torch",
+            ">=2.5",
+            "everything",
+            "torch.func.vmap(torch.func.grad(torch.sin))(torch.ones(2))",
+        ),
         _LEARN2LEARN,
-        _from_index("torchopt", ">=0.7.3", "adapters.torchopt"),
-        _from_index("higher", ">=0.2.1", "adapters.higher"),
-        _from_index("torchjd", ">=0.18", "adapters.torchjd"),
-        _from_index("lightning", ">=2.5", "adapters.lightning"),
+        _from_index(
+            "torchopt",
+            ">=0.7.3",
+            "adapters.torchopt",
+            "import torch; adam, params = torchopt.adam(0.1), (torch.ones(1),);"
+            "adam.update(params, adam.init(params), inplace=False)",
+        ),
+        _from_index(
+            "higher",
+            ">=0.2.1",
+            "adapters.higher",
+            "import torch; model = torch.nn.Linear(1, 1);"
+            "inner = torch.optim.SGD(model.parameters(), 0.1);"
+            "loop = higher.innerloop_ctx(model, inner, copy_initial_weights=False);"
+            "learner, steps = loop.__enter__(); steps.step(learner(torch.ones(1, 1)).sum())",
+        ),
+        _from_index(
+            "torchjd",
+            ">=0.18",
+            "adapters.torchjd",
+            "import torch, torchjd.aggregation; torchjd.aggregation.Mean()(torch.eye(2))",
+        ),
+        _from_index(
+            "lightning",
+            ">=2.5",
+            "adapters.lightning",
+            "import lightning.pytorch; lightning.pytorch.Callback()",
+        ),
         _from_index("jinja2", ">=3.1.2", "gradagree ablate"),
-        _from_index("matplotlib", ">=3.9", "gradagree ablate"),
+        _from_index(
+            "matplotlib",
+            ">=3.9",
+            "gradagree ablate",
+            "import matplotlib.figure; matplotlib.figure.Figure()",
+        ),
         _from_index("numpy", ">=2.0", "gradagree ablate"),
         _from_index("pandas", ">=2.2.2", "gradagree ablate"),
         _from_index("pydantic", ">=2.8", "gradagree ablate"),
@@ -150,8 +197,16 @@ FRAMEWORKS: dict[str, Framework] = {
         _from_index("yaml", ">=6.0.1", "gradagree ablate", distribution="pyyaml"),
         _from_index("ray", ">=2.60", "gradagree ablate --engine ray"),
         _from_index("rich", ">=13.0", "gradagree ablate"),
-        _from_index("sklearn", ">=1.4.2", "pairs of digits", distribution="scikit-learn"),
-        _from_index("scipy", ">=1.13", "gradagree ablate"),
+        _from_index(
+            "sklearn",
+            ">=1.4.2",
+            "pairs of digits",
+            "import sklearn.datasets; sklearn.datasets.load_digits()",
+            distribution="scikit-learn",
+        ),
+        _from_index(
+            "scipy", ">=1.13", "gradagree ablate", "import scipy.stats; scipy.stats.norm.ppf(0.5)"
+        ),
         _from_index("tensorboard", ">=2.21", "gradagree ablate --tensorboard"),
         _from_index("typer", ">=0.16", "gradagree ablate"),
     )

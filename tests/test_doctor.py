@@ -82,11 +82,8 @@ def test_a_package_that_hangs_is_broken(install: Install) -> None:
     assert (found.status, found.reason) == ("broken", "no answer in 1 s")
 
 
-def test_a_package_that_imports_but_does_not_run_is_broken(
-    install: Install, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(doctor.TRIALS, "hollow", "hollow.run()")
-    found = examine(install("hollow", ""))
+def test_a_package_that_imports_but_does_not_run_is_broken(install: Install) -> None:
+    found = examine(install("hollow", "")._replace(trial="hollow.run()"))
     assert found.status == "broken"
     assert "has no attribute 'run'" in found.reason
 
