@@ -87,8 +87,8 @@ def without_code_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     original = torch.compile
     torch._dynamo.reset()  # of one function, older graphs count against a limit
 
-    def captured(function: Any, *, options: Any, **settings: Any) -> Any:
-        guards = {name: value for name, value in options.items() if name == "guard_filter_fn"}
+    def captured(function: Any, *, options: Any = (), **settings: Any) -> Any:
+        guards = {name: options[name] for name in options if name == "guard_filter_fn"}
         return original(function, backend="aot_eager", options=guards, **settings)
 
     monkeypatch.setattr(torch, "compile", captured)

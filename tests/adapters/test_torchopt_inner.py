@@ -155,7 +155,9 @@ def test_negative_steps_are_refused():
 
 
 @pytest.mark.compiled
-def test_compiled_step_with_an_optimizer_that_has_state_equals_the_eager_one():
+def test_captured_step_with_an_optimizer_that_has_state_equals_the_eager_one(
+    without_code_generation,
+):
     net, tasks, aggregator = network(), batches(), ga.GradientAgreement(nonfinite="propagate")
     loss_fn = loss_of(net)
 

@@ -110,7 +110,7 @@ def test_a_nonfinite_task_is_named_or_dropped():
 @pytest.mark.parametrize(
     ("engine", "chunk_size"), [("stacked", None), ("stacked", 2), ("matrix_free", None)]
 )
-def test_compiled_equals_eager(engine, chunk_size):
+def test_captured_equals_eager(engine, chunk_size, without_code_generation):
     eager, first, again = (
         aggregate(
             MODELS["mlp"],
@@ -133,7 +133,7 @@ def test_a_loop_over_the_tasks_is_not_compiled():
 
 
 @pytest.mark.compiled
-def test_compiled_still_raises_for_a_nonfinite_task():
+def test_captured_still_raises_for_a_nonfinite_task(without_code_generation):
     model = MODELS["mlp"]
     x, y = (leaf.clone() for leaf in model.tasks)
     y[2] = float("nan")

@@ -109,7 +109,9 @@ def test_a_group_of_runs_with_flipped_tasks_is_the_plain_loop(flipped: Study, in
 
 
 @pytest.mark.compiled
-def test_a_compiled_group_with_flipped_tasks_is_the_eager_one(flipped: Study) -> None:
+def test_a_captured_group_with_flipped_tasks_is_the_eager_one(
+    flipped: Study, without_code_generation: None
+) -> None:
     runs = [Run(method=flipped.methods[1], rate=0.5, seed=seed) for seed in (3, 5)]
     found, expected = (
         train_runs(study, build_problem(study, None), runs, lambda _: None)
