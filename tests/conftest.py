@@ -1,10 +1,13 @@
 """Run-time checks of every shape in gradagree_opt's signatures, and settings all tests share."""
 
+import dataclasses
 import importlib
 import os
 import random
+import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import hypothesis
@@ -44,7 +47,21 @@ def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
         )
     sys.modules["gradagree_opt.annotations"] = jaxtyping
     _give_beartype_numbers_of_its_own()
+    jaxtyping.jaxtyped = partial(_if_it_has_shapes, jaxtyping.jaxtyped)
     jaxtyping.install_import_hook("gradagree_opt", "beartype.beartype")
+
+
+def _if_it_has_shapes(decorate: Any, of: Any = None, *, typechecker: Any) -> Any:
+    """jaxtyping's decorator, for signatures with shapes alone: an eighth of all time otherwise.
+
+    What has none is mypy's to check.
+    """
+    if of is None:
+        return partial(_if_it_has_shapes, decorate, typechecker=typechecker)
+    signature = of.__init__ if dataclasses.is_dataclass(of) else of
+    annotations = repr(getattr(signature, "__annotations__", {}))
+    shapes = re.search(r"jaxtyping|\b(Bool|Float|Int)\[", annotations)
+    return decorate(of, typechecker=typechecker) if shapes else of
 
 
 def _give_beartype_numbers_of_its_own() -> None:
