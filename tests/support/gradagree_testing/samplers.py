@@ -73,8 +73,8 @@ def single_task(generator: Generator) -> Tensor:
     return _randn(1, 20, generator=generator)
 
 
-def thousand_tasks(generator: Generator) -> Tensor:
-    return 0.2 + _randn(1000, 6, generator=generator)
+def hundreds_of_tasks(generator: Generator) -> Tensor:
+    return 0.2 + _randn(300, 6, generator=generator)
 
 
 SAMPLERS: tuple[Sampler, ...] = (
@@ -90,7 +90,7 @@ SAMPLERS: tuple[Sampler, ...] = (
     orthogonal,
     outvoted,
     single_task,
-    thousand_tasks,
+    hundreds_of_tasks,
 )
 
 
