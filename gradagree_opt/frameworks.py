@@ -120,8 +120,8 @@ def _from_index(
 ) -> Framework:
     """A package that one plain command installs."""
     name = distribution or module
-    install = f'pip install "{name}{supported}"'
-    return Framework(module, name, supported, (install,), needed_by, trial)
+    command = f'pip install "{name}{supported}"'
+    return Framework(module, name, supported, (command,), needed_by, trial)
 
 
 _LEARN2LEARN = Framework(
