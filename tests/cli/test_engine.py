@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -85,19 +86,25 @@ def processes_around(folder: Path) -> list[int]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux")
-@pytest.mark.usefixtures("without_figures")
-@pytest.mark.parametrize(
-    "by",
-    [signal.SIGINT, signal.SIGTERM, signal.SIGKILL],
-    ids=["stopped", "terminated", "killed"],
-)
-def test_a_study_that_ends_early_leaves_no_cluster_and_goes_on_without_one(
-    tmp_path: Path, ray_folder: Path, by: signal.Signals
-) -> None:
-    pytest.importorskip("ray")
-    study, out = tmp_path / "tiny.yaml", tmp_path / "out"
+needs_linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux")
+
+
+class Ended(NamedTuple):
+    """A study by Ray that a signal has ended."""
+
+    study: Path
+    out: Path
+    status: int
+    errors: str
+
+    def records(self) -> dict[Path, int]:
+        """And when they were written."""
+        return {path: path.stat().st_mtime_ns for path in self.out.glob("runs/*.json")}
+
+
+def end_early(folder: Path, ray_folder: Path, by: signal.Signals) -> Ended:
+    """Ends it as soon as a run has been recorded; nothing of its cluster is left."""
+    study, out = folder / "tiny.yaml", folder / "out"
     study.write_text(TINY.replace("iterations: 12", "iterations: 200\ncompile: false"))
     command = [sys.executable, "-m", "gradagree_opt", "ablate", str(study), "--out", str(out)]
     process = subprocess.Popen(
@@ -116,17 +123,36 @@ def test_a_study_that_ends_early_leaves_no_cluster_and_goes_on_without_one(
     else:  # as a terminal does: to all processes
         os.killpg(process.pid, by)
     _, errors = process.communicate(timeout=120)
-    kept = {path: path.stat().st_mtime_ns for path in out.glob("runs/*.json")}
-    assert 0 < len(kept) < 15
-    if by == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL
-    else:
-        assert process.returncode == 128 + by, errors
-        assert "picks up where it left off" in errors and "Traceback" not in errors
     while processes_around(ray_folder) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert processes_around(ray_folder) == []
-    result = ablate(study, "--out", out, "--jobs", 1)
+    ended = Ended(study, out, process.returncode, errors)
+    assert 0 < len(ended.records()) < 15
+    return ended
+
+
+@needs_linux
+@pytest.mark.slow
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_a_study_that_is_stopped_says_how_to_go_on_and_leaves_no_cluster(
+    tmp_path: Path, ray_folder: Path, by: signal.Signals
+) -> None:
+    pytest.importorskip("ray")
+    ended = end_early(tmp_path, ray_folder, by)
+    assert ended.status == 128 + by, ended.errors
+    assert "picks up where it left off" in ended.errors and "Traceback" not in ended.errors
+
+
+@needs_linux
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
+def test_one_that_is_killed_leaves_no_cluster_and_goes_on_without_one(
+    tmp_path: Path, ray_folder: Path
+) -> None:
+    pytest.importorskip("ray")
+    ended = end_early(tmp_path, ray_folder, signal.SIGKILL)
+    assert ended.status == -signal.SIGKILL
+    kept = ended.records()
+    result = ablate(ended.study, "--out", ended.out, "--jobs", 1)
     assert result.exit_code == 0, result.stderr
-    after = {path: path.stat().st_mtime_ns for path in out.glob("runs/*.json")}
-    assert kept.items() <= after.items() and len(after) == 15
+    assert kept.items() <= ended.records().items() and len(ended.records()) == 15

@@ -139,11 +139,11 @@ def tables(out: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def longer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny study with nine runs of a second or so."""
+    """The tiny study with nine runs of half a second or so."""
     from ..conftest import TINY
 
     path = tmp_path_factory.mktemp("longer") / "tiny.yaml"
-    path.write_text(TINY.replace("iterations: 12", "iterations: 200"))
+    path.write_text(TINY.replace("iterations: 12", "iterations: 100"))
     return path
 
 
