@@ -149,15 +149,35 @@ class Process:
 
 @contextmanager
 def interrupts_for_parent_only() -> Iterator[None]:
-    """Processes started in here ignore Ctrl-C, which a terminal sends to all of them."""
+    """Processes started in here are spared Ctrl-C, which a terminal sends to all of them.
+
+    If it is sent meanwhile, it interrupts this process afterwards.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    came: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        with _blocked(signal.SIGINT):
+            yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """Blocked in this thread, and for good in processes that it starts; Windows knows no such."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Worker:
