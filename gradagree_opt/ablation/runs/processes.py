@@ -70,6 +70,10 @@ class Processes:
         self.busy: dict[Future[Found], Process] = {}
 
     def submit(self, task: Task, /) -> "Future[Found]":
+        with uninterrupted():  # or a process could be at work that is not among the busy
+            return self._submit(task)
+
+    def _submit(self, task: Task) -> "Future[Found]":
         for done in [future for future in self.busy if future.done()]:
             self.idle.append(self.busy.pop(done))
         while self.idle:
@@ -124,8 +128,7 @@ class Process:
 
     def submit(self, job: bytes, task: Task) -> "Future[Found]":
         others = multiprocessing.active_children()
-        with interrupts_for_parent_only():
-            future = self.executor.submit(Worker.perform, job, task)
+        future = self.executor.submit(Worker.perform, job, task)
         self.started += [each for each in multiprocessing.active_children() if each not in others]
         self.other_end.close()  # the process has its own by now
         return future
@@ -148,23 +151,25 @@ class Process:
 
 
 @contextmanager
-def interrupts_for_parent_only() -> Iterator[None]:
-    """Processes started in here are spared Ctrl-C, which a terminal sends to all of them.
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM stop this process when the block is over, and never half-way in it.
 
-    If it is sent meanwhile, it interrupts this process afterwards.
+    Processes started in here are spared Ctrl-C, which a terminal sends to all of them.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    stops = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not None]
+    previous = {n: signal.signal(n, lambda number, _: came.append(number)) for n in stops}
     try:
         with _blocked(signal.SIGINT):
             yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         if came:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(came[0])
 
 
 @contextmanager

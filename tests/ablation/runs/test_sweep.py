@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from gradagree_opt.ablation.runs import engines
+from gradagree_opt.ablation.runs import engines, processes
 from gradagree_opt.ablation.runs import job as job_module
-from gradagree_opt.ablation.runs import processes
 from gradagree_opt.ablation.runs.job import Found
 from gradagree_opt.ablation.runs.processes import Processes, ThisProcess
 from gradagree_opt.ablation.runs.sweep import (

@@ -1,0 +1,83 @@
+"""What stops a study in the moment in which it starts a process."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+from typing import Any
+
+import pytest
+
+from gradagree_opt.ablation.runs.processes import Processes, uninterrupted
+from gradagree_opt.stopping import ended_as_by_ctrl_c, status
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="needs POSIX")
+
+
+def send(*signals: signal.Signals, error: Exception | None = None) -> None:
+    """To this process, in a block that is not interrupted, and ends by the error."""
+    with uninterrupted():
+        for number in signals:
+            os.kill(os.getpid(), number)
+        REACHED.append(signals)
+        if error is not None:
+            raise error
+
+
+REACHED: list[tuple[signal.Signals, ...]] = []
+
+
+@pytest.mark.parametrize("error", [None, BrokenProcessPool("as when it cannot start")])
+@pytest.mark.parametrize("signals", [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGINT,) * 2])
+def test_what_stops_a_study_while_a_process_starts_does_so_afterwards(
+    signals: tuple[signal.Signals, ...], error: Exception | None
+) -> None:
+    REACHED.clear()
+    with ended_as_by_ctrl_c(signal.SIGTERM):
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        with pytest.raises(KeyboardInterrupt) as caught:
+            send(*signals, error=error)
+        assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert REACHED == [signals] and status(caught.value) == 128 + signals[0]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_where_a_caller_ignores_ctrl_c_it_stays_ignored() -> None:
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        send(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_at_work_by_then_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = ProcessPoolExecutor.submit
+
+    def submit(*arguments: Any) -> Any:
+        future = original(*arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+        return future
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", submit)
+    before = multiprocessing.active_children()
+    job: Any = "none that it could begin before it is ended"
+    with pytest.raises(KeyboardInterrupt), Processes(job, 1, print) as processes:
+        processes.submit(job)
+    assert multiprocessing.active_children() == before
+
+
+@pytest.mark.slow
+def test_a_process_that_is_started_meanwhile_goes_on() -> None:
+    program = "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('went on')"
+
+    def start() -> "subprocess.Popen[bytes]":
+        return subprocess.Popen([sys.executable, "-c", program], stdout=-1, stderr=-1)
+
+    with uninterrupted():
+        spared = start()
+    other = start()
+    assert spared.communicate()[0] == b"went on\n"
+    assert other.communicate()[0] == b""
