@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from typing import Any
 
@@ -16,17 +17,16 @@ from gradagree_opt.stopping import ended_as_by_ctrl_c, status
 pytestmark = pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="needs POSIX")
 
 
-def send(*signals: signal.Signals, error: Exception | None = None) -> None:
-    """To this process, in a block that is not interrupted, and ends by the error."""
+def send(
+    *signals: signal.Signals, error: Exception | None = None, then: Callable[[], None] = print
+) -> None:
+    """To this process, in a block that is not interrupted, goes on, and ends by the error."""
     with uninterrupted():
         for number in signals:
             os.kill(os.getpid(), number)
-        REACHED.append(signals)
+        then()
         if error is not None:
             raise error
-
-
-REACHED: list[tuple[signal.Signals, ...]] = []
 
 
 @pytest.mark.parametrize("error", [None, BrokenProcessPool("as when it cannot start")])
@@ -34,13 +34,13 @@ REACHED: list[tuple[signal.Signals, ...]] = []
 def test_what_stops_a_study_while_a_process_starts_does_so_afterwards(
     signals: tuple[signal.Signals, ...], error: Exception | None
 ) -> None:
-    REACHED.clear()
+    reached: list[bool] = []
     with ended_as_by_ctrl_c(signal.SIGTERM):
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         with pytest.raises(KeyboardInterrupt) as caught:
-            send(*signals, error=error)
+            send(*signals, error=error, then=lambda: reached.append(True))
         assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    assert REACHED == [signals] and status(caught.value) == 128 + signals[0]
+    assert reached and status(caught.value) == 128 + signals[0]
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
