@@ -1,5 +1,6 @@
 """Which runs are trained together, and whether they are compiled: decided without a clock."""
 
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -86,6 +87,8 @@ def test_a_study_that_says_whether_to_compile_is_obeyed(study: Study, asked: boo
 @pytest.fixture(params=["absent", "failing"])
 def no_compiler(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """torch.compile without a compiler, or with one that knows its version and nothing else."""
+    # Imported at its first compilation, it warns of CUDA's tools where there is no GPU.
+    importlib.import_module("torch.utils.cpp_extension")
     path = tmp_path / "compiler"
     if request.param == "failing":
         version = '[ "$1" = --version ] && exec g++ --version'
