@@ -52,7 +52,7 @@ def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
 
 
 def _if_it_has_shapes(decorate: Any, of: Any = None, *, typechecker: Any) -> Any:
-    """jaxtyping's decorator, for signatures with shapes alone: an eighth of all time otherwise.
+    """jaxtyping's decorator, for signatures with shapes alone: a sixth of the time otherwise.
 
     What has none is mypy's to check.
     """

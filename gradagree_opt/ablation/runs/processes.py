@@ -3,12 +3,11 @@
 import multiprocessing
 import os
 import pickle
-import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cached_property
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -17,6 +16,7 @@ from typing import Any, ClassVar
 from gradagree_opt.ablation.runs.job import Found, Job, Message, Task, Tell, perform
 from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.training.problem import Problem
+from gradagree_opt.stopping import uninterrupted
 
 
 class ThisProcess:
@@ -148,41 +148,6 @@ class Process:
                 process.terminate()
         self.executor.shutdown()
         self.line.close()
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM stop this process when the block is over, and never half-way in it.
-
-    Processes started in here are spared Ctrl-C, which a terminal sends to all of them.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    stops = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not None]
-    previous = {n: signal.signal(n, lambda number, _: came.append(number)) for n in stops}
-    try:
-        with _blocked(signal.SIGINT):
-            yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        if came:
-            signal.raise_signal(came[0])
-
-
-@contextmanager
-def _blocked(number: signal.Signals) -> Iterator[None]:
-    """Blocked in this thread, and for good in processes that it starts; Windows knows no such."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Worker:
