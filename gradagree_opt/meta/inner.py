@@ -99,7 +99,7 @@ class InnerSGD:
         gradient = torch.func.grad(loss_fn)
         for step in range(self.steps if steps is None else check_count("steps", steps)):
             at = tree_map(lambda p: p.detach(), params) if first_order else params
-            grads = gradient(at, self._sub_batch(support, step))
+            grads = gradient(at, sub_batch(support, self.batch_size, step))
             params = tree_map(lambda p, g, rate: p - rate * g, params, grads, rates)
         return params
 
@@ -122,17 +122,23 @@ class InnerSGD:
                 )
         return self.lr
 
-    def _sub_batch(self, support: PyTree, step: int) -> PyTree:
-        if self.batch_size is None:
-            return support
-        sizes: list[Any] = [leaf.shape[0] for leaf in tree_leaves(support)]
-        if any(size == 0 or size % self.batch_size for size in sizes):
-            raise ValueError(
-                f"expected a support set whose size is a multiple of batch_size "
-                f"{self.batch_size}, found {sizes}"
-            )
-        start = step * self.batch_size % sizes[0]
-        return tree_map(lambda leaf: leaf[start : start + self.batch_size], support)
+
+def sub_batch(support: PyTree, batch_size: int | None, step: int, /) -> PyTree:
+    """The consecutive part of a support set that an inner step takes; the whole without a size.
+
+    Raises:
+        ValueError: ``batch_size`` does not divide the support set.
+    """
+    if batch_size is None:
+        return support
+    sizes: list[Any] = [leaf.shape[0] for leaf in tree_leaves(support)]
+    if any(size == 0 or size % batch_size for size in sizes):
+        raise ValueError(
+            f"expected a support set whose size is a multiple of batch_size {batch_size}, "
+            f"found {sizes}"
+        )
+    start = step * batch_size % sizes[0]
+    return tree_map(lambda leaf: leaf[start : start + batch_size], support)
 
 
 def _is_finite(number: Real) -> bool:

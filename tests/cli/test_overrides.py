@@ -57,7 +57,7 @@ def test_the_command_and_python_take_them(tiny: Path, tmp_path: Path) -> None:
     [
         (["--seeds", "0,x"], "expected --seeds as 0,1,2 or 0-4, found '0,x'"),
         (["--seeds", "3-"], "found '3-'"),
-        (["--seeds", "5-3"], "expected at least one entry, found none, under --seeds"),
+        (["--seeds", "5-3"], "expected at least 1 in the list, found 0, under --seeds"),
         (["--seeds", "1,1"], "given more than once, under --seeds"),
         (["--iterations", "0"], "found 0, under --iterations"),
     ],

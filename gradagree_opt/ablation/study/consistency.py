@@ -21,6 +21,7 @@ def check_study(study: "Study") -> None:
         check_tuning,
         check_corruption,
         check_batch_norm,
+        check_inner_adam,
         check_meta_sgd,
         check_methods,
     ):
@@ -142,6 +143,18 @@ def check_batch_norm(study: "Study") -> None:
     for section, key in places:
         if getattr(getattr(study, section), key, None) == 1:
             raise LocatedError("batch_norm needs batches of two or more", section, key)
+
+
+def check_inner_adam(study: "Study") -> None:
+    if study.inner is None or study.inner.optimizer == "sgd":
+        return
+    if study.form.kind == "meta-sgd":
+        message = "Meta-SGD has rates of its own for gradient descent; leave it out"
+        raise LocatedError(message, "inner", "optimizer")
+    # The root of a square has no derivative at an entry without gradient, as of a unit that is off.
+    if not getattr(study.form, "first_order", True):
+        message = "Adam has no second order at a gradient of zero; take first_order: true, or sgd"
+        raise LocatedError(message, "inner", "optimizer")
 
 
 def check_meta_sgd(study: "Study") -> None:

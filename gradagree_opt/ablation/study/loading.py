@@ -173,8 +173,11 @@ def explain(problem: Any) -> str:
             return "the key 'kind' is missing"
         case "union_tag_invalid":
             return f"expected {problem['ctx']['expected_tags']}, found {problem['ctx']['tag']!r}"
-        case "too_short":
-            return "expected at least one entry, found none"
+        case "too_short" | "too_long":
+            size = problem["ctx"]
+            bound = size.get("min_length", size.get("max_length"))
+            least = "least" if "min_length" in size else "most"
+            return f"expected at {least} {bound} in the list, found {size['actual_length']}"
         case "model_type" | "model_attributes_type" | "dict_type":
             message = "expected keys with their values"
         case _:

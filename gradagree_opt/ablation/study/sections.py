@@ -31,6 +31,7 @@ NEEDED_OPTIONS = {
 }
 """The kinds of corruption that each of its further keys goes with."""
 Network = Literal["finn", "nichol"]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 def one_or_list(value: Any) -> Literal["one", "list"]:
@@ -121,9 +122,21 @@ class MultiTaskForm(Section):
 
 
 class Inner(Section):
+    """``betas`` are Adam's, 0.9 and 0.999 where they are not given."""
+
+    optimizer: Literal["sgd", "adam"] = "sgd"
     lr: PositiveFloat
     steps: PositiveInt
     batch_size: PositiveInt | None = None
+    betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] | None = None
+
+    @model_validator(mode="after")
+    def goes_with_its_optimizer(self) -> "Inner":
+        if self.betas is not None and self.optimizer != "adam":
+            raise LocatedError(
+                "only Adam has betas; take optimizer: adam, or leave them out", "betas"
+            )
+        return self
 
 
 class Outer(Section):

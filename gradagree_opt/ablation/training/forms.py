@@ -1,17 +1,20 @@
 """The forms of a study: which learner trains, and how a new task is adapted to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import gradagree_opt as ga
-from gradagree_opt.ablation.study.sections import MetaSGDForm, MultiTaskForm, ReptileForm
+from gradagree_opt.ablation.study.sections import Inner, MetaSGDForm, MultiTaskForm, ReptileForm
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.multi_task import MultiTask
 from gradagree_opt.ablation.training.networks import head
+from gradagree_opt.ablation.training.optimizers import DECAYS, adam, adam_state
+from gradagree_opt.meta.inner import InnerLoop, sub_batch
 
 Learner: TypeAlias = ga.Reptile | ga.MAML | MultiTask
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]
@@ -22,8 +25,7 @@ def learner(study: Study, loss: LossFn, module: nn.Module) -> Learner:
     if isinstance(study.form, MultiTaskForm):
         return MultiTask(loss)
     assert study.inner is not None
-    inner = ga.InnerSGD(study.inner.lr, study.inner.steps, batch_size=study.inner.batch_size)
-    form = study.form
+    form, inner = study.form, inner_loop(study.inner)
     if isinstance(form, ReptileForm):
         if study.flip is not None:
             return ga.Reptile(lambda params, batch: loss(params, batch[:2]), Flipped(inner))
@@ -34,11 +36,56 @@ def learner(study: Study, loss: LossFn, module: nn.Module) -> Learner:
     return ga.MAML(loss, loop, first_order=form.first_order, signal=form.signal)
 
 
+def inner_loop(section: Inner) -> InnerLoop:
+    """How the network adapts to one task."""
+    if section.optimizer == "adam":
+        betas = section.betas or DECAYS
+        return InnerAdam(section.lr, section.steps, betas, batch_size=section.batch_size)
+    return ga.InnerSGD(section.lr, section.steps, batch_size=section.batch_size)
+
+
 def evaluator(study: Study, loss: LossFn, module: nn.Module) -> Learner:
     """What adapts to the tasks of the test protocol: each step on the whole support set."""
     whole = study.inner and study.inner.model_copy(update={"batch_size": None})
     clean = study.model_copy(update={"inner": whole, "corruption": None})
     return learner(clean, loss, module)
+
+
+@dataclass(frozen=True)
+class InnerAdam:
+    """An inner loop of Adam, whose moments are new for every task.
+
+    Source: Kingma and Ba 2015; with β₁ = 0 as in Nichol et al. 2018, whose moments go on from one
+    task to the next.
+
+    >>> import torch
+    >>> loss_fn = lambda w, x: ((w - x) ** 2).mean()
+    >>> InnerAdam(0.25, 2, (0.0, 0.999))(loss_fn, torch.tensor(0.0), torch.tensor([4.0]))
+    tensor(0.4918)
+    """
+
+    lr: float
+    steps: int
+    betas: Sequence[float] = DECAYS
+    batch_size: int | None = None
+
+    def __call__(
+        self,
+        loss_fn: LossFn,
+        params: Any,
+        support: Any,
+        /,
+        *,
+        first_order: bool = False,
+        steps: int | None = None,
+    ) -> Any:
+        """θ_i, differentiable in θ; with first_order, as if ∂θ_i/∂θ were the identity."""
+        gradient, state = torch.func.grad(loss_fn), adam_state(params)
+        for step in range(self.steps if steps is None else steps):
+            at = tree_map(Tensor.detach, params) if first_order else params
+            found = gradient(at, sub_batch(support, self.batch_size, step))
+            params, state = adam(params, found, state, self.lr, self.betas)
+        return params
 
 
 @dataclass(frozen=True)
@@ -55,7 +102,7 @@ class HeadOnly:
     {'body': tensor(1.), 'head': tensor(0.5000)}
     """
 
-    inner: ga.InnerSGD
+    inner: InnerLoop
     head: frozenset[str]
 
     def __call__(
@@ -95,7 +142,7 @@ class Flipped:
     [tensor(1.), tensor(-2.)]
     """
 
-    inner: ga.InnerSGD
+    inner: InnerLoop
 
     def __call__(
         self,

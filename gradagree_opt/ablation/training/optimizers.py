@@ -1,7 +1,7 @@
-"""The outer optimizers as pure functions, so that runs of different outer rates step as one."""
+"""Optimizers as pure functions, so that runs of different outer rates, and tasks, step as one."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -43,14 +43,21 @@ def adam_state(params: Params) -> State:
     return {"mean": zeros, "square": zeros, "steps": torch.zeros(())}
 
 
-def adam(params: Params, update: Params, state: State, rate: Tensor) -> tuple[Params, State]:
+def adam(
+    params: Params,
+    update: Params,
+    state: State,
+    rate: Tensor | float,
+    decays: Sequence[float] = DECAYS,
+) -> tuple[Params, State]:
     """Kingma and Ba 2015, algorithm 1, with PyTorch's default options."""
     steps = state["steps"] + 1
-    first, second = DECAYS
+    first, second = decays
     mean = tree_map(lambda m, u: first * m + (1 - first) * u, state["mean"], update)
     square = tree_map(lambda v, u: second * v + (1 - second) * u * u, state["square"], update)
     # 1 - decay**steps cancels in float32 during the first steps.
-    mean_bias, square_bias = (-torch.expm1(steps * math.log(decay)) for decay in DECAYS)
+    logs = (math.log(decay) if decay else -math.inf for decay in decays)
+    mean_bias, square_bias = (-torch.expm1(steps * log) for log in logs)
     params = tree_map(
         lambda p, m, v: p - rate / mean_bias * m / ((v / square_bias).sqrt() + EPSILON),
         params,

@@ -20,8 +20,11 @@ from gradagree_opt.ablation.training.devices import Hardware
 from gradagree_opt.ablation.training.networks import Params
 from gradagree_opt.replacing import replacing, unique_beside
 
-LATER_TASK_KEYS = {"split": "vinyals", "rotations": False, "folds": None}  # than the first records
-LATER_MODEL_KEYS = {"batch_norm": False, "network": None}
+LATER_KEYS: dict[str, dict[str, Any]] = {  # than the first records
+    "tasks": {"split": "vinyals", "rotations": False, "folds": None},
+    "model": {"batch_norm": False, "network": None},
+    "inner": {"optimizer": "sgd", "betas": None},
+}
 FORMAT = 1  # raise it when the same study would give other numbers
 
 
@@ -68,9 +71,9 @@ class Run(BaseModel):
             del content["test"]["transductive"]
         if content["model"].get("network") == study.usual_network:
             content["model"]["network"] = None
-        for section, later in (("tasks", LATER_TASK_KEYS), ("model", LATER_MODEL_KEYS)):
+        for section, later in LATER_KEYS.items():
             for key, default in later.items():
-                if content[section].get(key, ...) == default:
+                if content[section] and content[section].get(key, ...) == default:
                     del content[section][key]
         content |= self.model_dump(mode="json", exclude={"method": {"name", "rates", "outer"}})
         content["outer"]["optimizer"] = study.optimizer(self.method)

@@ -20,11 +20,7 @@ from gradagree_opt.ablation.report.citations import bibtex, entries, methods_tex
 from gradagree_opt.ablation.runs.store import Config, read_config
 from gradagree_opt.ablation.study.loading import load, shipped
 from gradagree_opt.ablation.study.methods import Method, torchjd_aggregators
-from gradagree_opt.ablation.study.sections import (
-    CorruptionSection,
-    MAMLForm,
-    MetaSGDForm,
-)
+from gradagree_opt.ablation.study.sections import CorruptionSection, Inner, MAMLForm, MetaSGDForm
 from gradagree_opt.cli import app
 
 ROOT = Path(__file__).parents[3]
@@ -143,6 +139,14 @@ def test_meta_sgd_and_anil_are_cited_where_used(config: Config, first_order: boo
         (MAMLForm(kind="anil", first_order=first_order), "raghu2020rapid"),
     ):
         assert cited(with_study(config, form=form)) == {"eshratifar2018gradient", key} | order
+
+
+def test_adam_in_the_inner_loop_is_cited_with_its_decays(config: Config) -> None:
+    for betas, told in ((None, "0.9 and 0.999"), ([0.0, 0.99], "0 and 0.99")):
+        inner = Inner(optimizer="adam", lr=0.01, steps=2, betas=betas)
+        changed = with_study(config, inner=inner)
+        assert cited(changed) - cited(config) == {"kingma2015adam"}
+        assert told in methods_text(changed)
 
 
 def test_a_test_without_transduction_says_so(config: Config) -> None:

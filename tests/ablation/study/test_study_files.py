@@ -96,7 +96,7 @@ def test_a_number_in_exponent_form_is_a_number(study_file: Path) -> None:
         ("kind: sine,", "kind: grouped, dataset: Loblolly,", 3, "'Spruce'"),
         (*corruption("kind: noise, fraction: 0.3"), 6, "'shuffled_labels'"),
         (*corruption("kind: shuffled_labels, fraction: 0"), 6, "greater than 0, found 0"),
-        (*corruption("kind: shuffled_labels, fraction: []"), 6, "at least one entry, found none"),
+        (*corruption("kind: shuffled_labels, fraction: []"), 6, "at least 1 in the list, found 0"),
         (
             *corruption("kind: shuffled_labels, fraction: [0, 2]"),
             6,
@@ -166,7 +166,7 @@ def test_a_number_in_exponent_form_is_a_number(study_file: Path) -> None:
         ("tuning: {seeds: 1,", "tuning: {seeds: 3,", 14, "more than the study's 2 seeds"),
         ("tuning: {seeds: 1,", "tuning: {seeds: [7, 5],", 14, "none of the study's seeds, found 5"),
         ("tuning: {seeds: 1,", "tuning: {seeds: [7, 7],", 14, "7 is given more than once"),
-        ("tuning: {seeds: 1,", "tuning: {seeds: [],", 14, "at least one entry, found none"),
+        ("tuning: {seeds: 1,", "tuning: {seeds: [],", 14, "at least 1 in the list, found 0"),
         ("0.5], schedule", "0.5], extend: -1, schedule", 10, "found -1"),
         ("[0.25, 0.5], schedule", "[1], extend: 1, schedule", 10, "two rates or more to extend"),
         (MEAN, f"{MEAN}, rates: [1.0]", 17, "as many rates as outer.rates has, 2, found 1; give"),
