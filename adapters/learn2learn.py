@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from gradagree_opt.batchnorm import RunningStatistics, statistics_refused
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.diagnostics import check_some_task
+from gradagree_opt.core.few_passes import measures_directions
 from gradagree_opt.core.stacks import PyTree, task_count
 from gradagree_opt.engines.cures import Cure, explaining, few, of_the_kernel
 from gradagree_opt.engines.kept import NoDataSet, left_as_found
@@ -62,7 +63,8 @@ def meta_step(
         loss_fn: ``loss_fn(learner, batch) -> scalar`` of one task, without branches that depend on
             the values of tensors.
         tasks: ``{"support": batch, "query": batch}`` with leaves ``[n, *shape]``.
-        aggregator: what weights the tasks; the signal is the displacement.
+        aggregator: what weights the tasks, by their displacements or, as Equal Agreement, by their
+            meta-gradients: see the signal of :class:`gradagree_opt.MAML`.
         steps: calls of ``adapt``, each on the whole support set.
         chunk_size: tasks at a time, which bounds the memory; None for all.
 
@@ -145,7 +147,8 @@ def _meta_step(
             "others, which would get no gradient; make them part of a module with clone() and "
             "adapt(), or freeze them with requires_grad_(False)"
         )
-    aggregation = aggregator.aggregate(directions, signal)
+    own = measures_directions(aggregator)
+    aggregation = aggregator.aggregate(directions, None if own else signal)
     check_some_task(aggregation.diagnostics, aggregator.nonfinite)
     statistics.follow(buffers)
     add_to_grad(parameters, aggregation.update, over_ranks=aggregator.ranks is not None)

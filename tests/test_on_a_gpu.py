@@ -97,7 +97,7 @@ def test_engines_give_what_they_give_on_a_cpu(name, engine, make):
 @each_algorithm
 @every(make=AGGREGATORS, chunk_size=[None, 2])
 def test_meta_steps_give_what_they_give_on_a_cpu(algorithm, make, chunk_size):
-    if algorithm.learns_rates and make().scope != "global":
+    if not algorithm.takes_groups and make().scope != "global":
         return
     meta = algorithm.build(loss_fn, 0.1, 2, chunk_size=chunk_size)
     params = CASE.meta(algorithm.learns_rates)

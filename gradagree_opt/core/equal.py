@@ -29,6 +29,7 @@ class EqualWeighting:
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"cosines"})
+    measures_directions: ClassVar[bool] = True
     damping: float = 0.01
     similarity: Literal["inner", "cosine"] = "cosine"
 
@@ -74,6 +75,10 @@ class PowerWeighting:
                 "float: 0 is the mean, 1 Gradient Agreement up to its length, -1 Equal Agreement"
             )
         check_positive("damping", self.damping)
+
+    @property
+    def measures_directions(self) -> bool:
+        return self.power < 0
 
     def __call__(self, statistics: Statistics, /) -> Decision:
         if self.power == -1:  # by a solve, which norms that lie far apart do not make inaccurate

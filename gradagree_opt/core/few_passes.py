@@ -46,6 +46,14 @@ def reads_signal(aggregator: Aggregator, /) -> bool:
     return aggregator.reference is not None or getattr(aggregator.weighting, "reads_signal", True)
 
 
+def measures_directions(aggregator: Aggregator, /) -> bool:
+    """Whether the weights are made for the vectors that they combine, and not for other signals."""
+    weighting = aggregator.weighting
+    if not getattr(weighting, "reads_signal", True):
+        weighting = aggregator.reference or weighting
+    return getattr(weighting, "measures_directions", False)
+
+
 def measured_by(
     row_sums: Float[Tensor, " n"],
     scale: Float[Tensor, ""],

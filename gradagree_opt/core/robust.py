@@ -20,6 +20,7 @@ class NormClippedWeighting:
     """w_i = min(1, τ / ‖g_i‖) / n, τ the median norm of the tasks that are not zero."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"relative_norms"})
+    measures_directions: ClassVar[bool] = True
 
     def __call__(self, statistics: Statistics, /) -> Decision:
         return plain_decision(clipped(statistics), statistics)
@@ -30,6 +31,7 @@ class GeometricMedianWeighting:
     """w_i ∝ 1 / ‖g_i − m‖, m = Σ w_j g_j of the step before; first the mean of clipped norms."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"cosines"})
+    measures_directions: ClassVar[bool] = True
     iterations: ClassVar[int] = 16
     smoothing: ClassVar[float] = 1e-3  # of the median norm: a distance below it counts as this one
 

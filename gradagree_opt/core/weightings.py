@@ -47,7 +47,9 @@ class Weighting(Protocol):
     A function will do, where it reads the row sums alone; and one that returns the weights ``[n]``
     in the place of a :class:`Decision`. It works on the last axis, so that it serves every scope.
     One whose weights do not depend on the signals says so by an attribute ``reads_signal = False``:
-    nothing is measured for it then, where that saves a pass, and the row sums are NaN.
+    nothing is measured for it then, where that saves a pass, and the row sums are NaN. One that is
+    made for the vectors which it combines, as Equal Agreement's is, says ``measures_directions =
+    True``: MAML then measures meta-gradients, and not displacements.
 
     >>> import torch
     >>> import gradagree_opt as ga

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.diagnostics import check_some_task
-from gradagree_opt.core.few_passes import weighted_loss_refusal
+from gradagree_opt.core.few_passes import measures_directions, weighted_loss_refusal
 from gradagree_opt.core.results import Aggregation, CollectedTasks
 from gradagree_opt.core.shards import are_sharded, of_no_task, stack_tasks
 from gradagree_opt.core.stacks import PyTree, is_coarse
@@ -58,7 +58,7 @@ class TaskBatch:
         parameters: module, named tensors or tensors whose ``.grad`` is to be filled; those that do
             not require a gradient are left alone. Every batch looks anew at the parameters of a
             module, a mapping or a list, as of a new head.
-        aggregator: what weights the tasks.
+        aggregator: what weights the tasks; Equal Agreement does it by the direction in every form.
         memory: "graph" keeps the graphs of all losses until ``backward``, which then needs one
             backward pass in the MAML form, and few in multi-task learning where the losses share a
             graph; "stream" runs one backward pass at every ``add``, so that one task's graph is
@@ -115,12 +115,12 @@ class TaskBatch:
     @property
     def takes_one_backward(self) -> bool:
         """Whether the tasks of the MAML form share one backward pass, that of the weighted loss."""
-        one_by_one = (
-            weighted_loss_refusal(self.aggregator) is not None
+        return self.memory == "graph" and not (
+            measures_directions(self.aggregator)
+            or weighted_loss_refusal(self.aggregator) is not None
             or self.aggregator.scope != "global"  # a pass for each group, where n tasks are few
             or is_coarse([*self._trained.values(), *self._losses])  # it would add in their dtype
         )
-        return self.memory == "graph" and not one_by_one
 
     def add(self, loss: Tensor | None = None, /, *, adapted: Parameters | None = None) -> None:
         """Adds one task.
@@ -251,9 +251,10 @@ class TaskBatch:
     def _aggregate(self) -> Aggregation:
         if not len(self):  # on one of several ranks
             return self.aggregator.aggregate_unchecked(of_no_task(self._trained))
-        signal = stack_tasks(self._displacements) if self._displacements else None
         if not self._form[0]:
-            return self.aggregator.aggregate_unchecked(signal)
+            return self.aggregator.aggregate_unchecked(stack_tasks(self._displacements))
+        adapts = self._form[1] and not measures_directions(self.aggregator)
+        signal = stack_tasks(self._displacements) if adapts else None
         nonfinite, directions = ~torch.isfinite(torch.stack(self._values)), self._directions
         if self._losses:
             graph = LossGraph(self._losses, self._trained, self._copies)

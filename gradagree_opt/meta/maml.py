@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_map
 
 from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
+from gradagree_opt.core.few_passes import measures_directions
 from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.candidates import EngineName
@@ -20,6 +21,8 @@ from gradagree_opt.meta.inner import InnerLoop, InnerSGD, check_inner, watched
 from gradagree_opt.meta.steps import MetaStep, check_tasks
 from gradagree_opt.options import check_choice
 
+Signal = Literal["displacement", "gradient"]
+
 
 class MAML:
     """Model-Agnostic Meta-Learning: θ ← θ − α_out Σ_i w_i ∇L_i(θ_i).
@@ -29,9 +32,11 @@ class MAML:
         inner: the inner loop, as :class:`gradagree_opt.InnerSGD`.
         first_order: take ∂θ_i/∂θ for the identity (FOMAML); False differentiates through the
             inner loop. The paper does not say which.
-        signal: what agreement is measured on: "displacement" θ − θ_i (paper), which needs only one
-            backward pass of the weighted loss; "gradient", the meta-gradient of each task, without
-            which Equal Agreement's weights say nothing of the update.
+        signal: what the tasks are weighted by: "displacement" θ − θ_i (paper), which needs only one
+            backward pass of the weighted loss; "gradient", the meta-gradient of each task; None,
+            the gradient for Equal Agreement, negative powers of the Gram matrix, clipped norms and
+            the geometric median, whose weights would say nothing of an update of other vectors,
+            and the displacement for the rest.
         engine: "auto", or which engine gives the meta-gradients: "one_backward" (one backward pass
             of the weighted loss, for the displacement), "stacked", "streamed" or "matrix_free" (for
             the gradient), as in :func:`gradagree_opt.aggregate_gradients`.
@@ -56,13 +61,13 @@ class MAML:
         inner: InnerLoop,
         *,
         first_order: bool = False,
-        signal: Literal["displacement", "gradient"] = "displacement",
+        signal: Signal | None = None,
         engine: EngineName = "auto",
         chunk_size: int | None = None,
         randomness: Randomness = "error",
         compile: bool = False,
     ) -> None:
-        check_choice("signal", signal, ("displacement", "gradient"))
+        check_choice("signal", signal, (None, "displacement", "gradient"))
         check_choice("first_order", first_order, (True, False))
         self.loss_fn = scalar_loss(loss_fn)
         check_inner(inner)
@@ -70,15 +75,17 @@ class MAML:
         self.first_order = first_order
         self.signal = signal
         task_map = TaskMap(chunk_size, randomness, (loss_fn, inner))
-        task_loss = TaskLoss(
-            self._query_loss,
-            signal == "gradient",
-            task_map,
-            adapts=True,
-            first_order=None if first_order else self._in_first_order()._query_loss,
-            plain_loss=lambda params, task: self._plain_loss(params, task["support"]),
-        )
-        self._run = Runner(task_loss, engine, compile, signal_like=self._signal_like)
+        signals: tuple[Signal, ...] = ("displacement", "gradient")
+        self._runners = {
+            each: Runner(
+                self._task_loss(each, task_map),
+                engine,
+                compile,
+                signal_like=self._initial if each == "displacement" else lambda _: (),
+            )
+            for each in signals
+            if signal in (None, each)
+        }
 
     def step(self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /) -> MetaStep:
         """One outer step, without changing the parameters.
@@ -98,7 +105,7 @@ class MAML:
             n = check_tasks(params, tasks, "support", "query", least=aggregator.fewest)
             source = (self.loss_fn, self.inner)
             with naming_what_was_meant(self._plain_loss, params, tasks["support"], source):
-                return self._run(params, tasks, n, aggregator)
+                return self._runner(aggregator)(params, tasks, n, aggregator)
 
     def aggregate_unchecked(
         self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /
@@ -108,7 +115,7 @@ class MAML:
         Args:
             params, tasks, aggregator: as for :meth:`step`.
         """
-        return self._run.unchecked(params, tasks, aggregator)
+        return self._runner(aggregator).unchecked(params, tasks, aggregator)
 
     def adapt(self, params: PyTree, support: PyTree, /, *, steps: int | None = None) -> PyTree:
         """Parameters adapted to the support set of one task, in ``steps`` inner steps.
@@ -121,6 +128,25 @@ class MAML:
         source = (self.loss_fn, self.inner)
         return adapt_to(support, adapt, params, self._plain_loss, source)
 
+    def _runner(self, aggregator: Aggregator) -> Runner:
+        return self._runners[self._signal_for(aggregator)]
+
+    def _signal_for(self, aggregator: Aggregator) -> Signal:
+        own: Signal = "gradient" if measures_directions(aggregator) else "displacement"
+        return own if self.signal is None else self.signal
+
+    def _task_loss(self, signal: Signal, task_map: TaskMap) -> TaskLoss:
+        in_first_order = copy(self)
+        in_first_order.first_order = True
+        return TaskLoss(
+            partial(self._query_loss, signal),
+            signal == "gradient",
+            task_map,
+            adapts=True,
+            first_order=None if self.first_order else partial(in_first_order._query_loss, signal),
+            plain_loss=lambda params, task: self._plain_loss(params, task["support"]),
+        )
+
     def _adapt(self, params: PyTree, support: PyTree, steps: int | None = None) -> PyTree:
         with watched(self.inner):
             return self.inner(
@@ -131,42 +157,35 @@ class MAML:
         """Of the parameters before adaptation."""
         return self.loss_fn(self._initial(params), batch)
 
-    def _in_first_order(self) -> "MAML":
-        other = copy(self)
-        other.first_order = True
-        return other
-
     def _initial(self, params: PyTree) -> PyTree:
         """The part of the meta-parameters that the inner loop starts from."""
         return params
 
-    def _signal_like(self, params: PyTree) -> PyTree:
-        """What the signal of a task is shaped like, where it is not the gradient."""
-        return self._initial(params) if self.signal == "displacement" else ()
-
-    def _query_loss(self, params: PyTree, task: PyTree) -> tuple[Tensor, tuple[PyTree, Tensor]]:
+    def _query_loss(
+        self, signal: Signal, params: PyTree, task: PyTree
+    ) -> tuple[Tensor, tuple[PyTree, Tensor]]:
         """Query loss after adaptation; as constants the signal, if it is another, and the loss."""
         adapted = self._adapt(params, task["support"])
         loss = self.loss_fn(adapted, task["query"])
         displacement = tree_map(lambda a, b: (a - b).detach(), self._initial(params), adapted)
-        return loss, (displacement if self.signal == "displacement" else (), loss.detach())
+        return loss, (displacement if signal == "displacement" else (), loss.detach())
 
 
 class MetaSGD(MAML):
     """MAML that learns one inner rate for every parameter entry (Li et al. 2017).
 
     The meta-parameters are ``{"params": θ, "lr": α}``, α a pytree like θ, and the inner loop is
-    θ_i = θ − α ∘ ∇L_i(θ). Agreement is measured on the displacement of θ.
+    θ_i = θ − α ∘ ∇L_i(θ). The displacement is that of θ, the meta-gradient that of both.
 
     Args:
         loss_fn: ``loss_fn(params, batch) -> scalar`` of one task.
         steps: inner steps.
         first_order: hold the inner gradients constant; α still gets its gradient.
-        engine, chunk_size, randomness, compile: as in :class:`MAML`.
+        signal, engine, chunk_size, randomness, compile: as in :class:`MAML`.
 
     Raises:
         ValueError: the meta-parameters lack "params" or "lr", or the aggregator's scope is not
-            "global": the displacement has no leaf for α.
+            "global" where the signal is the displacement, which has no leaf for α.
 
     Source: Li et al. 2017 (arXiv:1707.09835), algorithm 1.
 
@@ -185,6 +204,7 @@ class MetaSGD(MAML):
         steps: int,
         *,
         first_order: bool = False,
+        signal: Signal | None = None,
         engine: EngineName = "auto",
         chunk_size: int | None = None,
         randomness: Randomness = "error",
@@ -195,6 +215,7 @@ class MetaSGD(MAML):
             loss_fn,
             InnerSGD(lr=0.0, steps=steps),  # its rate is a meta-parameter: see _adapt
             first_order=first_order,
+            signal=signal,
             engine=engine,
             chunk_size=chunk_size,
             randomness=randomness,
@@ -209,10 +230,11 @@ class MetaSGD(MAML):
 
     def _checked_step(self, params: PyTree, tasks: PyTree, aggregator: Aggregator) -> MetaStep:
         _check_meta_parameters(params)
-        if aggregator.scope != "global":
+        if aggregator.scope != "global" and self._signal_for(aggregator) == "displacement":
             raise ValueError(
-                "expected an aggregator of scope 'global' for Meta-SGD, found "
-                f"{aggregator.scope!r}: the displacement has no leaf for the inner rates"
+                "expected an aggregator of scope 'global' for the displacements of Meta-SGD, found "
+                f"{aggregator.scope!r}: they have no leaf for the inner rates; take "
+                "signal='gradient'"
             )
         return super().step(params, tasks, aggregator)
 

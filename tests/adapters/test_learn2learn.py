@@ -74,7 +74,7 @@ def test_every_algorithm_equals_the_formulas_on_tasks_taken_one_by_one(
 ):
     algorithm, tasks = ALGORITHMS[name](network(), first_order), draw()
     displacements, gradients = one_by_one(algorithm, tasks)
-    weights = method.weigh(displacements)
+    weights = method.weigh_adapted(displacements, gradients)
     result = loop(algorithm, tasks, method.make(), memory=memory)
     assert_near(result.weights, weights, 1e-12)
     assert_near(grads(algorithm), weights @ gradients, 1e-12)

@@ -66,7 +66,7 @@ def anil():
 def test_a_step_equals_the_formulas_on_tasks_taken_one_by_one(name, first_order, method):
     algorithm, tasks = ALGORITHMS[name](network(), first_order), draw()
     displacements, gradients = one_by_one(algorithm, tasks)
-    weights = method.weigh(displacements)
+    weights = method.weigh_adapted(displacements, gradients)
     result = meta_step(algorithm, mse, tasks, method.make(), steps=STEPS)
     assert_near(result.weights, weights, 1e-12)
     assert_near(grads(algorithm), weights @ gradients, 1e-12)

@@ -70,7 +70,7 @@ def test_meta_optimizer_loop_equals_the_loop_over_tasks(name, method, memory, dt
     signals, gradients = naive_step(
         transformation, loss_of(net), parameters_of(net), tasks, constant=False
     )
-    weights = method.weigh(signals)
+    weights = method.weigh_adapted(signals, gradients)
     batch = ga.TaskBatch(net, method.make(), memory=memory)
     optimizer = getattr(torchopt, name)(net, lr=0.02, **options)
     meta_loop(net, optimizer, tasks, each=lambda loss: batch.add(loss, adapted=net))

@@ -8,6 +8,8 @@ import torch
 
 import gradagree_opt as ga
 from gradagree_opt.core.agreement import AgreementWeighting
+from gradagree_opt.core.few_passes import measures_directions
+from gradagree_testing.configurations import CONFIGURATIONS
 
 STACK = torch.tensor([[3.0, 0.0], [1.0, 1.0], [-1.0, 2.0]])
 
@@ -33,6 +35,35 @@ def test_a_function_serves_every_engine_and_as_the_length_of_another():
         torch.testing.assert_close(update, take(ga.GradientAgreement()).update)
     length = ga.Mean(match_norm=ga.Aggregator(scores))(STACK).norm()
     torch.testing.assert_close(length, ga.GradientAgreement()(STACK).norm())
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+def test_an_aggregator_tells_whether_it_is_made_for_the_vectors_that_it_combines(configuration):
+    assert measures_directions(configuration.make()) == configuration.of_directions
+
+
+def test_a_weighting_of_ones_own_may_be_made_for_the_vectors_that_it_combines():
+    def loss_fn(w, x):
+        return ((w - x) ** 4).sum()
+
+    def step(aggregator, signal=None):
+        inner = ga.InnerSGD(0.01, 1)
+        tasks = {"support": STACK, "query": STACK}
+        return ga.MAML(loss_fn, inner, signal=signal).step(torch.zeros(2), tasks, aggregator)
+
+    own = ga.Aggregator(OfDirections())
+    assert torch.equal(step(own).weights, step(own, "gradient").weights)
+    plain = ga.Aggregator(scores)
+    assert torch.equal(step(plain).weights, step(plain, "displacement").weights)
+    assert not torch.allclose(step(own).weights, step(plain).weights, rtol=1e-2)
+
+
+class OfDirections:
+    needs = frozenset[ga.Need]()
+    measures_directions = True
+
+    def __call__(self, statistics: ga.Statistics) -> torch.Tensor:
+        return scores(statistics)
 
 
 class Misspelt:

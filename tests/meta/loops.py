@@ -113,6 +113,11 @@ class Algorithm:
     signal: str = "displacement"
     learns_rates: bool = False
 
+    @property
+    def takes_groups(self) -> bool:
+        """Whether every leaf has a signal: a displacement has none for rates that are trained."""
+        return not self.learns_rates or self.signal == "gradient"
+
     def tasks(
         self, loss_fn: LossFn, params: Any, tasks: list[Any], lr: float, steps: int
     ) -> tuple[list[Named], list[Named], list[Tensor]]:
@@ -137,15 +142,22 @@ def build_reptile(loss_fn: LossFn, lr: float, steps: int, **options: Any) -> ga.
 
 
 ALGORITHMS = {
-    "MAML": Algorithm(build_maml, maml),
-    "FOMAML": Algorithm(partial(build_maml, first_order=True), fomaml),
+    "MAML": Algorithm(partial(build_maml, signal="displacement"), maml),
+    "FOMAML": Algorithm(partial(build_maml, first_order=True, signal="displacement"), fomaml),
     "MAML on gradients": Algorithm(partial(build_maml, signal="gradient"), maml, "gradient"),
     "FOMAML on gradients": Algorithm(
         partial(build_maml, first_order=True, signal="gradient"), fomaml, "gradient"
     ),
-    "Meta-SGD": Algorithm(build_meta_sgd, meta_sgd, learns_rates=True),
+    "Meta-SGD": Algorithm(
+        partial(build_meta_sgd, signal="displacement"), meta_sgd, learns_rates=True
+    ),
     "first-order Meta-SGD": Algorithm(
-        partial(build_meta_sgd, first_order=True), first_order_meta_sgd, learns_rates=True
+        partial(build_meta_sgd, first_order=True, signal="displacement"),
+        first_order_meta_sgd,
+        learns_rates=True,
+    ),
+    "Meta-SGD on gradients": Algorithm(
+        partial(build_meta_sgd, signal="gradient"), meta_sgd, "gradient", learns_rates=True
     ),
     "Reptile": Algorithm(build_reptile, reptile),
 }

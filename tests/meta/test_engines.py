@@ -48,8 +48,8 @@ def assert_equals_loop(result, algorithm, rule):
 
 
 def takes(algorithm, name):
-    """Whether it is a rule for the algorithm: rates that are trained belong to no group."""
-    return not (algorithm.learns_rates and name in GROUPED_RULES)
+    """Whether it is a rule for the algorithm."""
+    return algorithm.takes_groups or name not in GROUPED_RULES
 
 
 @each_engine

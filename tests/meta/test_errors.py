@@ -98,7 +98,7 @@ def test_meta_parameters_without_rates(name, params, found):
 
 def test_grouped_weights_for_meta_sgd():
     meta = ga.MetaSGD(loss_fn, 1)
-    with pytest.raises(ValueError, match="expected an aggregator of scope 'global' for Meta-SGD"):
+    with pytest.raises(ValueError, match="scope 'global' for the displacements of Meta-SGD"):
         meta.step(CASE.meta(True), CASE.tasks, ga.GradientAgreement(scope="leaf"))
 
 

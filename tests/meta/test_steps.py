@@ -1,5 +1,7 @@
 """Every meta-algorithm with every weighting against loops over one task after the other."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,14 +12,14 @@ import gradagree_opt as ga
 from gradagree_testing import reference
 from gradagree_testing.looping import every
 
-from .loops import ALGORITHMS
+from .loops import ALGORITHMS, build_maml, build_meta_sgd
 from .problems import assert_same, distance, loss_fn, problem
 from .rules import GROUPED_RULES, MEAN, PAPER, RULES, gram, length
 
 LR = 0.1
 TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-12}
 each_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
-WITH_GROUPS = {name: a for name, a in ALGORITHMS.items() if not a.learns_rates}
+WITH_GROUPS = {name: a for name, a in ALGORITHMS.items() if a.takes_groups}
 
 
 def assert_equals_loop(algorithm, rule, case, *, tolerance, steps=2):
@@ -33,6 +35,30 @@ def assert_equals_loop(algorithm, rule, case, *, tolerance, steps=2):
 @every(rule=RULES, dtype=list(TOLERANCES))
 def test_step_equals_the_loop_over_tasks(algorithm, rule, dtype):
     assert_equals_loop(algorithm, rule, problem(dtype=dtype), tolerance=TOLERANCES[dtype])
+
+
+OWN_VECTORS = {"norm clipped", "geometric median", *(name for name in RULES if "equal" in name)}
+"""The rules whose weights are made for the vectors that they combine."""
+
+
+@pytest.mark.parametrize("algorithm", ["MAML", "Meta-SGD"])
+@every(name=[*RULES])
+def test_without_a_signal_each_rule_gets_the_one_that_it_is_made_for(algorithm, name):
+    build = {"MAML": build_maml, "Meta-SGD": build_meta_sgd}[algorithm]
+    one_task = ALGORITHMS[f"{algorithm} on gradients" if name in OWN_VECTORS else algorithm]
+    as_built = replace(one_task, build=build)
+    assert_equals_loop(as_built, RULES[name], problem(), tolerance=1e-12)
+
+
+@pytest.mark.parametrize(("power", "signal"), [(-0.5, "gradient"), (0.5, "displacement")])
+def test_negative_powers_of_the_gram_matrix_are_made_for_their_own_vectors(power, signal):
+    case, aggregator = problem(), ga.GramianPower(power)
+    found, expected = (
+        build_maml(loss_fn, LR, 2, signal=each).step(case.params, case.tasks, aggregator)
+        for each in (None, signal)
+    )
+    assert_same(found.update, expected.update, tolerance=0)
+    assert found.engine == {"gradient": "stacked", "displacement": "one_backward"}[signal]
 
 
 @pytest.mark.parametrize("algorithm", WITH_GROUPS.values(), ids=WITH_GROUPS)

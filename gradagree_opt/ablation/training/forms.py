@@ -31,7 +31,9 @@ def learner(study: Study, loss: LossFn, module: nn.Module) -> Learner:
             return ga.Reptile(lambda params, batch: loss(params, batch[:2]), Flipped(inner))
         return ga.Reptile(loss, inner)
     if isinstance(form, MetaSGDForm):
-        return ga.MetaSGD(loss, study.inner.steps, first_order=form.first_order)
+        return ga.MetaSGD(
+            loss, study.inner.steps, first_order=form.first_order, signal="displacement"
+        )
     loop = HeadOnly(inner, head(module)) if form.kind == "anil" else inner
     return ga.MAML(loss, loop, first_order=form.first_order, signal=form.signal)
 

@@ -26,7 +26,7 @@ class Configuration:
     of an update into the weights, and with it more rounding. ``scores`` are given where they are
     not the row sums, and ``rounding``, of weights and scores in units of eps, where it is another
     than that of shares of the row sums. ``magnifies`` says to how many eps of its length an update
-    may be rounded.
+    may be rounded. ``of_directions`` tells the methods made for the vectors that they combine.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Configuration:
     scores: Callable[[Array], Array] | None = None
     rounding: Callable[[Array], tuple[Array, Array]] | None = None
     magnifies: float = 0.0
+    of_directions: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -46,6 +47,10 @@ class Configuration:
         rows = [leaf.detach().double().reshape(len(leaf), -1) for leaf in tree_leaves(stack)]
         gram = reference.gram(torch.cat(rows, 1).numpy())
         return torch.from_numpy(self.weights(gram).astype(float))
+
+    def weigh_adapted(self, displacements: Any, gradients: Any, /) -> Tensor:
+        """The expected weights of tasks that have adapted, in float64."""
+        return self.weigh(gradients if self.of_directions else displacements)
 
     def combine(self, stack: Any, /) -> Any:
         """The expected update Σ_i w_i g_i of task-stacked signals, summed in float64."""
@@ -100,6 +105,7 @@ def _equal(**options: Any) -> Configuration:
         scores=lambda gram: reference.equal_scores(gram, **options),
         rounding=rounding,
         magnifies=4 / options.get("damping", 0.01),
+        of_directions=True,
     )
 
 
@@ -138,7 +144,14 @@ def _power(power: int) -> Configuration:
             return reference.equal(gram, similarity="inner")
         return reference.gramian_power(gram, power)
 
-    return Configuration(f"power-{power}", make, weights, scores=weights, rounding=rounding)
+    return Configuration(
+        f"power-{power}",
+        make,
+        weights,
+        scores=weights,
+        rounding=rounding,
+        of_directions=power < 0,
+    )
 
 
 def _mean_at_equal(gram: Array) -> Array:
@@ -193,14 +206,16 @@ CONFIGURATIONS = (
         _mean_at_equal,
         amplifies=True,
         rounding=_mean_at_equal_rounding,
+        of_directions=True,
     ),
     *map(_power, (-1, 0, 1, 2)),
-    Configuration("norm-clipped", ga.NormClipped, reference.norm_clipped),
+    Configuration("norm-clipped", ga.NormClipped, reference.norm_clipped, of_directions=True),
     Configuration(
         "geometric-median",
         ga.GeometricMedian,
         reference.geometric_median,
         rounding=_median_rounding,
+        of_directions=True,
     ),
     Configuration("sum", ga.Sum, lambda gram: reference.uniform(gram) * len(gram)),
     Configuration("norm-share", ga.NormShare, reference.norm_shares),
