@@ -49,7 +49,8 @@ def meta_step(
         optimizer: inner optimizer over its parameters, each task starting from its state.
         loss_fn: ``loss_fn(learner, batch) -> scalar`` of one task.
         tasks: ``{"support": batch, "query": batch}`` with leaves ``[n, *shape]``.
-        aggregator: what weights the tasks; the signal is the displacement.
+        aggregator: what weights the tasks, by their displacements or, as Equal Agreement, by their
+            meta-gradients: see the signal of :class:`gradagree_opt.MAML`.
         steps: inner steps, each on the whole support set.
         first_order: ``track_higher_grads=False``, and the gradient taken where a learner stands.
         memory: as in :class:`gradagree_opt.TaskBatch`.

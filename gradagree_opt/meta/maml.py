@@ -1,4 +1,4 @@
-"""MAML, FOMAML and Meta-SGD: the displacement is the signal, the meta-gradient the direction."""
+"""MAML, FOMAML and Meta-SGD: the direction is the meta-gradient, the signal the displacement."""
 
 from copy import copy
 from functools import partial
