@@ -46,6 +46,7 @@ SUMMARY = {
     "sines, three in ten tasks foreign, 2000 steps": ("equal-sine-foreign", ""),
     "Finn's sines, Adam outside, 2000 steps": ("equal-sine-maml", ""),
     "Omniglot 5-way 1-shot, 500 steps": ("equal-omniglot-5way-1shot", ""),
+    "Omniglot 5-way 1-shot, Adam inside, 200 steps": ("equal-omniglot-5way-1shot-adam", ""),
     "Omniglot 20-way 1-shot, 200 steps": ("equal-omniglot-20way-1shot", ""),
     "sines": ("sine", ""),
     "sines, half of the tasks corrupted": ("sine-corrupted", "50 %"),
