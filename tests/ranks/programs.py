@@ -43,10 +43,10 @@ AGGREGATORS = (
 )
 
 
-def join(timeout: float = 60) -> None:
+def join(timeout: float = 60, backend: str | None = "gloo") -> None:
     """The process group of this test."""
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{STORE}",
         rank=RANK,
         world_size=WORLD,
@@ -559,6 +559,12 @@ def lost(before: Callable[[], None], timeout: float, gone: int = WORLD - 1) -> N
 def killed() -> None:
     """One that ends without a word."""
     join(60)
+    lost(lambda: os._exit(9), 60)
+
+
+def killed_in_a_group_of_no_named_backend() -> None:
+    """So it is begun by a script for CPUs and GPUs alike; four have neighbours and others."""
+    join(60, None)
     lost(lambda: os._exit(9), 60)
 
 

@@ -120,11 +120,11 @@ def tasks_by_shards() -> None:
     found = dict(parts.named_parameters())
     check_close(full(found[n] for n in used), [model.get_parameter(n) for n in used], 1e-3)
     check_same_bits(full(found.values()))
-    bad_tasks(parts, mine, first)
+    bad_tasks(parts, mine, first, group)
 
 
-def bad_tasks(model: nn.Module, mine: list[Tensor], first: int) -> None:
-    """NaN in the part of one rank; numbers of tasks that differ on one mesh; inner steps."""
+def bad_tasks(model: nn.Module, mine: list[Tensor], first: int, tasks_group: Any) -> None:
+    """NaN in the part of one rank; tasks that differ on one mesh; other groups; inner steps."""
     agree = ga.distributed(ga.GradientAgreement())
     stack = [torch.stack([p.detach(), 2 * p.detach()]) for p in model.parameters()]
     dropped = ga.distributed(ga.GradientAgreement(nonfinite="drop"))
@@ -137,6 +137,10 @@ def bad_tasks(model: nn.Module, mine: list[Tensor], first: int) -> None:
     assert all(bool(leaf.isfinite().all()) for leaf in full(result.update))
     with refused("same tasks on all ranks that share parameters"):
         agree.aggregate([leaf[:1] if RANK == 3 else leaf for leaf in stack])
+    with refused("floating-point" if RANK == 1 else "rank 1 failed"):
+        dropped.aggregate([leaf.long() for leaf in stack] if RANK == 1 else stack)
+    with refused("a group of whole meshes"):
+        ga.distributed(ga.Mean(), tasks_group).aggregate(stack)
     batch = ga.TaskBatch(model, agree)
     adapted = {n: p.detach() * 0.9 for n, p in model.named_parameters()}
     with pytest.raises(ValueError, match="losses alone of sharded parameters"):
