@@ -42,6 +42,7 @@ def check(ranks: list[Program]) -> None:
     [
         ("aggregations", 1),
         ("aggregations", 3),
+        ("aggregations", 4),
         ("gramian_in_blocks", 2),
         ("messages", 2),
         ("draws", 2),
