@@ -19,7 +19,7 @@ from programs import (
 )
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import gradagree_opt as ga
@@ -150,6 +150,36 @@ def bad_tasks(model: nn.Module, mine: list[Tensor], first: int, tasks_group: Any
     maml = ga.MAML(lambda params, x: x.sum(), ga.InnerSGD(0.1, 1))
     with pytest.raises(ValueError, match="found DTensor"):
         maml.step(params, tasks, ga.distributed(ga.Mean()))
+    model.set_requires_gradient_sync(False)  # type: ignore[operator]
+    with refused("set_requires_gradient_sync(True)"):
+        collected(model, ga.distributed(ga.Mean()), mine)
+
+
+def replicated() -> None:
+    """A mesh that replicates over one of its dimensions: all ranks have the same tasks."""
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(3, 4, 3)
+    wanted = [collected(model, one, [*x]) for one in AGGREGATORS[4:8]]
+    join()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
+    parts = sharded(copy.deepcopy(model), mesh)
+    for one, each in zip(AGGREGATORS[4:8], wanted, strict=True):
+        check_step(parts, one, each, [*x], 0)
+
+
+def half_precision() -> None:
+    """FSDP computes in bfloat16: weights of all ranks are the same, the update as near as that."""
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(3, 4, 3)
+    wanted, whole = collected(model, ga.GradientAgreement(), [*x])
+    join()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    parts = sharded(copy.deepcopy(model), init_device_mesh("cpu", (WORLD,)), mp_policy=policy)
+    found, result = collected(parts, ga.distributed(ga.GradientAgreement()), [*x])
+    there = [n for n, g in found.items() if g is not None]
+    check_close(full(found[n] for n in there), [wanted[n] for n in there], 0.1)
+    check_close(result.weights, whole.weights, 0.1)
+    check_same_bits([result.weights, full(result.update.values())])
 
 
 def data_by_shards() -> None:

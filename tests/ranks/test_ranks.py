@@ -85,7 +85,15 @@ def test_ranks_that_are_unlike_do_what_one_process_does(
 
 
 @pytest.mark.parametrize(
-    ("name", "world"), [("fsdp", 2), ("fsdp", 3), ("data_by_shards", 2), ("tasks_by_shards", 4)]
+    ("name", "world"),
+    [
+        ("fsdp", 2),
+        ("fsdp", 3),
+        ("data_by_shards", 2),
+        ("tasks_by_shards", 4),
+        ("replicated", 4),
+        ("half_precision", 2),
+    ],
 )
 def test_sharded_parameters_do_what_one_process_does(name: str, world: int, tmp_path: Path) -> None:
     check(run(name, world, tmp_path, "sharded_programs.py"))
