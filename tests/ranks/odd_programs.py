@@ -210,6 +210,33 @@ def one_task_and_forty() -> None:
             ga.aggregate_gradients(loss, params, none, ga.distributed(ga.Mean()), **options)
 
 
+def learners_of_higher() -> None:
+    """Its meta-step by an adapter, of two tasks on one rank and of one on the other."""
+    from gradagree_opt.adapters.higher import meta_step
+
+    def filled(aggregator: Any, tasks: Tensor) -> list[Tensor | None]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def loss(model: Any, x: Tensor) -> Tensor:
+            result: Tensor = model(x).square().mean()
+            return result
+
+        meta_step(model, inner, loss, {"support": tasks, "query": tasks}, aggregator)
+        return [p.grad for p in model.parameters()]
+
+    torch.manual_seed(1)
+    tasks, one = torch.randn(3, 4, 3), ga.GradientAgreement()
+    wanted = filled(one, tasks)
+    join()
+    found = filled(ga.distributed(one), ga.own_share(tasks))
+    check_close(found, wanted, 1e-5)
+    check_same_bits(found)
+    with refused("skip the step" if RANK else "rank 1 failed"):
+        filled(ga.distributed(one), tasks[: 0 if RANK else 2])
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]]()
     leave()
