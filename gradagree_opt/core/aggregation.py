@@ -141,8 +141,6 @@ class Aggregator(Pipeline):
         if signal is not None or self.nonfinite == "drop":
             found = nonfinite_tasks(directions, signal)
             nonfinite = found if nonfinite is None else nonfinite | found
-        if nonfinite is not None and self.ranks is not None:
-            nonfinite = self.ranks.on_any_shard(nonfinite)
         if nonfinite is not None and self.nonfinite == "drop":
             directions = mask_rows(directions, ~nonfinite)
             signal = None if signal is None else mask_rows(signal, ~nonfinite)

@@ -35,7 +35,7 @@ def reduce_over(tensor: Tensor, group: Any, all_of: Any, operation: Any = None, 
     distributed, start = torch.distributed, time.monotonic()
     try:
         operation = distributed.ReduceOp.SUM if operation is None else operation
-        waits = distributed.get_backend(group) == "gloo"
+        waits = backends(group).get(tensor.device.type) == "gloo"
         work = distributed.all_reduce(tensor, operation, group, async_op=waits)
         if not waits:
             return
@@ -53,6 +53,12 @@ def reduce_over(tensor: Tensor, group: Any, all_of: Any, operation: Any = None, 
         f"expected an answer of every rank, found {found}; nothing was changed on this "
         "one: start all of them again from the last checkpoint"
     ) from cause
+
+
+def backends(group: Any, /) -> dict[str, str]:
+    """Which backend of a process group serves which kind of device."""
+    config: str = torch.distributed.get_backend_config(group)
+    return dict(each.split(":") for each in config.split(","))
 
 
 def _arrived(work: Any) -> bool:
@@ -88,8 +94,8 @@ def _found(group: Any, waited: float) -> str:
         return f"that {holder} is gone, and with it the store that would name who was lost first"
     if lost == [own]:
         return "that they had given up on this one, which came after their timeout"
-    names = ", ".join(map(str, lost)) or "some"
-    return f"none of rank {names}, which has died, or not come before the timeout"
+    names = f"rank {', '.join(map(str, lost))}" if lost else "a rank"
+    return f"none of {names}, which has died, or not come before the timeout"
 
 
 def _wait_for(count: int, word: str, group: Any, patience: float) -> list[int]:

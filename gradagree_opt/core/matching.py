@@ -56,17 +56,18 @@ def reference_of(method: Any, scope: Scope, /) -> Weigh | None:
     return weighting
 
 
-def at_length(
-    length: Float[Tensor, ""],
-    update: PyTree,
-    norm: Float[Tensor, ""],
-    decided: Decided,
-    statistics: Statistics,
-    /,
-) -> tuple[PyTree, Float[Tensor, ""], Decided]:
-    """Update, norm and weights rescaled to a length; as they are where the update is rounding."""
+def factor_to(
+    length: Float[Tensor, ""], norm: Float[Tensor, ""], decided: Decided, statistics: Statistics, /
+) -> Float[Tensor, ""]:
+    """From an update of that norm to one of that length; 1 where the update is rounding."""
     rounding = update_rounding(statistics, decided.decision) if decided.signal_is_direction else 0
-    factor = torch.where(norm > rounding, length / norm, torch.ones_like(norm))
+    return torch.where(norm > rounding, length / norm, torch.ones_like(norm))
+
+
+def rescaled(
+    update: PyTree, norm: Float[Tensor, ""], decided: Decided, factor: Float[Tensor, ""], /
+) -> tuple[PyTree, Float[Tensor, ""], Decided]:
+    """Update, norm and weights times a factor."""
     update = tree_map(lambda leaf: (leaf * factor).to(leaf.dtype), update)
     weights = decided.decision.weights * factor
     decision = decided.decision._replace(weights=weights)

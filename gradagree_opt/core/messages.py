@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Float
-from gradagree_opt.core.lost import reduce_over
+from gradagree_opt.core.lost import backends, reduce_over
 
 
 class Messages:
@@ -44,13 +44,32 @@ class Messages:
         return {**vars(self), "counts": [], "left": None, "groups": {}}
 
     def check_group(self) -> None:
-        """Raises a ValueError without a process group, or on a rank outside of it."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        """Raises where there is no process group, or this rank is outside of it.
+
+        Raises:
+            TypeError: the group is none.
+            ValueError: none was made, it is destroyed, or it has no place for this rank.
+        """
+        distributed, group = torch.distributed, self.group
+        if not (distributed.is_available() and distributed.is_initialized()):
             raise ValueError(
                 "expected a process group, found none; call "
                 "torch.distributed.init_process_group(…) first, and start by torchrun"
             )
-        if torch.distributed.get_rank(self.group) < 0:
+        outside = distributed.GroupMember.NON_GROUP_MEMBER
+        if group not in (None, outside) and not isinstance(group, distributed.ProcessGroup):
+            raise TypeError(
+                f"expected a process group, found {type(group).__name__}; give one as of "
+                "torch.distributed.new_group(…), or a device mesh's get_group()"
+            )
+        try:
+            rank = distributed.get_rank(group)
+        except ValueError:
+            raise ValueError(
+                "expected a process group that is there, found one that was destroyed; call "
+                "ga.distributed(aggregator, group) again with a new one"
+            ) from None
+        if rank < 0:
             raise ValueError(
                 "expected a rank of the process group, found one outside of it; leave the step to "
                 "the ranks of the group"
@@ -162,10 +181,18 @@ class Messages:
         self.reduce(table)
         return table
 
+    def of_first(self, own: Tensor, /) -> Tensor:
+        """What the first rank has computed: processors of other kinds round otherwise."""
+        told = own.clone() if self.rank == 0 else torch.zeros_like(own)
+        self.reduce(told)
+        return told
+
     def reduce(self, tensor: Tensor) -> None:
         reduce_over(tensor, self.group, self.group)
 
     def _device(self) -> torch.device:
-        if torch.distributed.get_backend(self.group) == "nccl":
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("cpu")
+        """Where words are told: on the CPU if the group serves it, else on its own device."""
+        kinds = [*backends(self.group)]
+        if "cpu" in kinds:
+            return torch.device("cpu")
+        return torch.device(kinds[0], torch.get_device_module(kinds[0]).current_device())

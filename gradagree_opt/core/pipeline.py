@@ -16,7 +16,7 @@ from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.core.combination import Combination, with_norm
 from gradagree_opt.core.deferred import describe
 from gradagree_opt.core.diagnostics import undescribed
-from gradagree_opt.core.matching import at_length, reference_of
+from gradagree_opt.core.matching import factor_to, reference_of, rescaled
 from gradagree_opt.core.ranks import Ranks
 from gradagree_opt.core.results import Aggregation, Combine, Decided, Measured
 from gradagree_opt.core.scopes import Scope, group_indices, measure_by_group
@@ -157,7 +157,10 @@ class Pipeline:
             stack, combine_directions = combine_directions.stack, combine_directions.wide
         update, norm = with_norm(combine_directions, decided.decision.weights, measured)
         _, length = with_norm(combine_directions, decided.reference.weights, measured)
-        update, norm, decided = at_length(length, update, norm, decided, measured.statistics)
+        factor = factor_to(length, norm, decided, measured.statistics)
+        if self.ranks is not None and measured.own is not None:
+            factor = self.ranks.of_first(factor)
+        update, norm, decided = rescaled(update, norm, decided, factor)
         if stack is not None:
             update = tree_map(lambda leaf, row: leaf.to(row.dtype), update, stack)
         return update, norm, decided

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.core.blocks import or_one, power_of_two
+from gradagree_opt.core.lost import backends
 from gradagree_opt.core.messages import Messages
 from gradagree_opt.core.own_part import Part, by_group, statistics_of
 from gradagree_opt.core.results import Aggregation, Combine, Measured
@@ -35,6 +36,7 @@ from gradagree_opt.core.stacks import (
     full_precision,
     leaves_of,
     like,
+    mask_rows,
 )
 from gradagree_opt.core.statistics import OF_GRAMIAN, of_products, side_by_side
 from gradagree_opt.core.summed import Summed
@@ -70,10 +72,6 @@ class Ranks(Messages):
             self.shards = Shards((), self.group)
         whole = shards.whole(leaves_of(result.update))
         return result._replace(update=like(result.update, whole))
-
-    def on_any_shard(self, flags: Bool[Tensor, " n"], /) -> Bool[Tensor, " n"]:
-        """Flags of tasks, of which another rank may hold the part that they come from."""
-        return self.shards.sum(flags.int()) > 0
 
     def name(self, tasks: Sequence[int], /) -> str:
         """Tasks that are counted over all ranks, by their numbers on their own: "1 of rank 2"."""
@@ -118,6 +116,11 @@ class Ranks(Messages):
                     "expected at least one task, found none on any rank; skip the step when the "
                     "batch has no tasks"
                 )
+            none = torch.zeros(len(leaves[0]), dtype=torch.bool, device=leaves[0].device)
+            known = none if nonfinite is None else nonfinite
+            if self.shards:  # of which another rank may hold the part with the NaN
+                known = self.shards.sum(known.int()) > 0
+                leaves = mask_rows([*leaves], ~known) if drop else leaves
             members = by_group(self.shards.counted(leaves), groups)
             parts = [Part.of(member) for member in members]
             self.shards.unify(parts)
@@ -127,9 +130,7 @@ class Ranks(Messages):
             if not gathers:
                 for column, told in zip(columns, self._products(parts, needs), strict=True):
                     column += told
-            flags = torch.zeros(own.stop - own.start, dtype=torch.bool, device=leaves[0].device)
-            table = [flags if nonfinite is None else nonfinite, flags]
-            table += [each for column in columns for each in column]
+            table = [known, none, *(each for column in columns for each in column)]
             draws = draw(n) if "draws" in needs else None
             rows = self.table(torch.stack([each.double() for each in table], 1), own, n, draws)
             bad, draws_of_first, *rest = rows.to(accumulation_dtype(leaves)).unbind(1)
@@ -180,15 +181,19 @@ class Ranks(Messages):
                 "expected tasks of one form on all ranks, found signals beside the directions on "
                 f"some alone; call the aggregation in the same way on every rank (found {forms})"
             )
-        told = torch.cat([part.flatten().double() for part in parts])
-        if self.rank:
-            told.zero_()
-        self.reduce(told)
+        told = self.of_first(torch.cat([part.flatten().double() for part in parts]))
         pieces = zip(torch.split(told, [part.numel() for part in parts]), parts, strict=True)
         return [piece.reshape(part.shape).to(part.dtype) for piece, part in pieces], 2 in forms
 
     def _join(self, leaves: Sequence[Tensor], options: Sequence[str]) -> slice:
         """The place of this rank's tasks among all, once all have the same to do."""
+        here, served = leaves[0].device.type, backends(self.group)
+        if here not in served:
+            raise ValueError(
+                f"expected tensors on a device that the process group serves, {' or '.join(served)}"
+                f", found {here}; move the model there, or begin with "
+                "init_process_group('cpu:gloo,cuda:nccl')"
+            )
         n = len(leaves[0])
         names = options[len(options) - len(leaves) :]
         # Without the addresses of functions, and the lines of tensors.
@@ -251,4 +256,4 @@ class Ranks(Messages):
             matrix[own] = block.to(units.dtype)
             self.shards.add_up(matrix)
             products = torch.addmm(products, matrix, matrix.T)
-        return self.shards.sum(products)
+        return self.of_first(self.shards.sum(products))

@@ -50,14 +50,27 @@ class Shards:
                     )
                 self._mesh = mesh
                 _placements(leaf, -1)
-        if self._mesh is not None:
+        if self:
             ranks = self._mesh.mesh.flatten().tolist()
+            everyone = torch.distributed.group.WORLD if group is None else group
+            members = torch.distributed.get_process_group_ranks(everyone)
+            missing = sorted(set(ranks).difference(members))
+            if missing:
+                raise ValueError(
+                    "expected a process group with all ranks of the mesh that the parameters lie "
+                    f"on, found none of its rank {missing[0]}; give ga.distributed a group of "
+                    "whole meshes, or none"
+                )
             self.block = min(ranks)
             self.index = ranks.index(torch.distributed.get_rank())
 
+    def __bool__(self) -> bool:
+        """Whether there are any: without, each rank holds its tasks whole."""
+        return self._mesh is not None
+
     def shapes(self, leaves: Sequence[Tensor]) -> list[tuple[int, ...]]:
         """Of one task, in whole."""
-        return [tuple(leaf.shape[1:]) for leaf in (self._leaves if self._mesh else leaves)]
+        return [tuple(leaf.shape[1:]) for leaf in (self._leaves if self else leaves)]
 
     def meet(self, table: Sequence[Sequence[int]], groups: dict[tuple[int, ...], Any]) -> list[int]:
         """Tasks that each rank counts, from what all have said; finds those with the same part.
@@ -69,7 +82,7 @@ class Shards:
         Raises:
             ValueError: ranks that share their tasks have different numbers of them.
         """
-        if self._mesh is None:
+        if not self:
             return [n for n, _, _ in table]
         numbers: dict[int, int] = {}
         for rank, (n, block, _) in enumerate(table):
@@ -87,7 +100,7 @@ class Shards:
 
     def first(self, table: Sequence[Sequence[int]], rank: int) -> int:
         """The rank that counts the tasks of this one."""
-        if self._mesh is None:
+        if not self:
             return rank
         pairs = [(block, index) for _, block, index in table]
         return pairs.index((self.block, 0))
@@ -99,7 +112,7 @@ class Shards:
 
     def counted(self, leaves: Sequence[Tensor]) -> list[Tensor]:
         """The own parts, without the columns of those that another rank counts."""
-        if self._mesh is None:
+        if not self:
             return list(leaves)
         coordinates = self._mesh.get_coordinate()
         result = []
@@ -113,7 +126,7 @@ class Shards:
 
     def unify(self, parts: Sequence[Part]) -> None:
         """Gives tasks the units and the lengths that they have over all their parts."""
-        if self._mesh is None:
+        if not self:
             return
         for part in parts:
             own = part.units
@@ -124,7 +137,7 @@ class Shards:
     def norm(self, update: Sequence[Tensor]) -> Tensor:
         """Norm of an update ``[1, *part]`` over all its parts."""
         own = tree_norm([leaf[0] for leaf in self.counted(update)])
-        if self._mesh is None:
+        if not self:
             return own
         unit = or_one(self.largest(own.nan_to_num(0.0, 0.0, 0.0)))
         return unit * self.sum((own / unit).square()).sqrt()
@@ -138,7 +151,7 @@ class Shards:
         return self._reduced(tensor, torch.distributed.ReduceOp.SUM)
 
     def _reduced(self, tensor: Tensor, operation: Any) -> Tensor:
-        if self._mesh is None:
+        if not self:
             return tensor
         tensor = tensor.clone()
         for group in self._mesh.get_all_groups():

@@ -110,10 +110,10 @@ class Runner:
             RuntimeError: the engine cannot run the model, or memory does not suffice.
         """
         check_ranks(params, aggregator, self._compile)
-        if n == 0:
-            return self._of_no_task(params, aggregator)
         aggregator = aggregator.for_batch(n)
         *others, last = self._candidates(self.task_loss, params, n, aggregator)
+        if n == 0:
+            return self._of_no_task(params, aggregator)
         for name in others:
             try:
                 return self._run(name, params, tasks, aggregator)

@@ -48,7 +48,8 @@ def accumulated_gradient(
     to ``used``.
 
     Raises:
-        ValueError: the graph of the loss is stale, or a hook hangs on the accumulation.
+        ValueError: the graph of the loss is stale, a hook hangs on the accumulation, or FSDP fills
+            no ``.grad``, as where it is told to gather gradients.
     """
     before = {name: parameter.grad for name, parameter in parameters.items()}
     for parameter in parameters.values():
@@ -63,6 +64,12 @@ def accumulated_gradient(
             grad = parameter.grad
             gradient[name] = torch.zeros_like(parameter) if grad is None else grad
             used |= set() if grad is None else {name}
+        if all(parameter.grad is None for parameter in parameters.values()):
+            raise ValueError(
+                "expected a backward pass that fills .grad of the parameters, found one that fills "
+                "none; compute the loss by the sharded module, and where it is to gather gradients "
+                "call its set_requires_gradient_sync(True), backward() and zero_grad() first"
+            )
     finally:
         for name, parameter in parameters.items():
             parameter.grad = before[name]

@@ -43,10 +43,10 @@ AGGREGATORS = (
 )
 
 
-def join(timeout: float = 60) -> None:
+def join(timeout: float = 60, backend: str | None = "gloo") -> None:
     """The process group of this test."""
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{STORE}",
         rank=RANK,
         world_size=WORLD,
@@ -70,6 +70,14 @@ def check_close(found: Any, wanted: Any, tolerance: float = 2e-5) -> None:
         assert bool(((one - other).abs() <= tolerance * size).all()), (one, other)
 
 
+def check_close_together(found: Any, wanted: Any, tolerance: float) -> None:
+    """Leaves that differ by rounding alone, relative to the largest entry of all."""
+    size = max(float(leaf.abs().amax()) for leaf in tree_leaves(wanted))
+    for one, other in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        assert bool(((one - other).abs() <= tolerance * size).all()), (one, other)
+
+
 def own(weights: Tensor) -> Tensor:
     share: Tensor = ga.own_share(weights.movedim(-1, 0)).movedim(0, -1)
     return share
@@ -88,11 +96,27 @@ def aggregations() -> None:
                 for one in AGGREGATORS:
                     wanted = one.aggregate(grads)
                     found = ga.distributed(one).aggregate(ga.own_share(grads))
-                    check_close(found.update, wanted.update, 1e-4)
+                    tolerance = (1e-6 if dtype == torch.float32 else 1e-14) * condition(one, grads)
+                    check_close_together(found.update, wanted.update, tolerance)
                     check_close(found.weights, own(wanted.weights), 1e-4)
                     check_same_bits([found.update, list(found.diagnostics)])
                     for a, b in zip(found.diagnostics, wanted.diagnostics, strict=True):
                         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def condition(aggregator: Any, grads: dict[str, Tensor]) -> float:
+    """Σ‖g_i‖ ‖S‖ / Σ|g_i · S|, the largest of the groups of leaves."""
+    groups = [[leaf] for leaf in grads.values()]
+    if aggregator.scope == "global":
+        groups = [[*grads.values()]]
+    found = 1.0
+    for leaves in groups:
+        matrix = torch.cat([leaf.double().reshape(len(leaf), -1) for leaf in leaves], 1)
+        total = matrix.sum(0)
+        scores = (matrix @ total).abs().sum()
+        if scores > 0:
+            found = max(found, float((matrix.norm(dim=1) * total.norm()).sum() / scores))
+    return found
 
 
 def gramian_in_blocks() -> None:
@@ -122,18 +146,18 @@ def messages() -> None:
         return reduce(tensor, *args, **options)
 
     dist.all_reduce = torch.distributed.all_reduce = counting
-    for one, vectors in (
-        (ga.GradientAgreement(), 2),
-        (ga.GradientAgreement(similarity="cosine"), 3),
-        (ga.GradientAgreement(include_self=False), 3),
-        (ga.GradientAgreement(match_norm="mean"), 3),
-        (ga.EqualAgreement(), n + 1),
+    for one, vectors, count in (
+        (ga.GradientAgreement(), 2, 7),
+        (ga.GradientAgreement(similarity="cosine"), 3, 7),
+        (ga.GradientAgreement(include_self=False), 3, 7),
+        (ga.GradientAgreement(match_norm="mean"), 3, 10),
+        (ga.EqualAgreement(), n + 1, 8),
     ):
         for tasks in (ga.own_share(stack), stack[:0] if RANK else stack):
             sent.clear()
             ga.distributed(one)(tasks)
-            assert sum(sent) <= 1.05 * vectors * 4 * d, (one, sum(sent) / 4 / d)
-            assert len(sent) <= 9 + 2 * (one.reference is not None), (one, len(sent))
+            assert sum(sent) <= (vectors + 0.05) * 4 * d, (one, sum(sent) / 4 / d)
+            assert len(sent) == count, (one, len(sent))
 
 
 def bytes_on_loopback() -> None:
@@ -559,6 +583,12 @@ def lost(before: Callable[[], None], timeout: float, gone: int = WORLD - 1) -> N
 def killed() -> None:
     """One that ends without a word."""
     join(60)
+    lost(lambda: os._exit(9), 60)
+
+
+def killed_in_a_group_of_no_named_backend() -> None:
+    """So it is begun by a script for CPUs and GPUs alike; four have neighbours and others."""
+    join(60, None)
     lost(lambda: os._exit(9), 60)
 
 

@@ -19,7 +19,7 @@ from programs import (
 )
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import gradagree_opt as ga
@@ -120,11 +120,11 @@ def tasks_by_shards() -> None:
     found = dict(parts.named_parameters())
     check_close(full(found[n] for n in used), [model.get_parameter(n) for n in used], 1e-3)
     check_same_bits(full(found.values()))
-    bad_tasks(parts, mine, first)
+    bad_tasks(parts, mine, first, group)
 
 
-def bad_tasks(model: nn.Module, mine: list[Tensor], first: int) -> None:
-    """NaN in the part of one rank; numbers of tasks that differ on one mesh; inner steps."""
+def bad_tasks(model: nn.Module, mine: list[Tensor], first: int, tasks_group: Any) -> None:
+    """NaN in the part of one rank; tasks that differ on one mesh; other groups; inner steps."""
     agree = ga.distributed(ga.GradientAgreement())
     stack = [torch.stack([p.detach(), 2 * p.detach()]) for p in model.parameters()]
     dropped = ga.distributed(ga.GradientAgreement(nonfinite="drop"))
@@ -137,6 +137,10 @@ def bad_tasks(model: nn.Module, mine: list[Tensor], first: int) -> None:
     assert all(bool(leaf.isfinite().all()) for leaf in full(result.update))
     with refused("same tasks on all ranks that share parameters"):
         agree.aggregate([leaf[:1] if RANK == 3 else leaf for leaf in stack])
+    with refused("floating-point" if RANK == 1 else "rank 1 failed"):
+        dropped.aggregate([leaf.long() for leaf in stack] if RANK == 1 else stack)
+    with refused("a group of whole meshes"):
+        ga.distributed(ga.Mean(), tasks_group).aggregate(stack)
     batch = ga.TaskBatch(model, agree)
     adapted = {n: p.detach() * 0.9 for n, p in model.named_parameters()}
     with pytest.raises(ValueError, match="losses alone of sharded parameters"):
@@ -146,6 +150,36 @@ def bad_tasks(model: nn.Module, mine: list[Tensor], first: int) -> None:
     maml = ga.MAML(lambda params, x: x.sum(), ga.InnerSGD(0.1, 1))
     with pytest.raises(ValueError, match="found DTensor"):
         maml.step(params, tasks, ga.distributed(ga.Mean()))
+    model.set_requires_gradient_sync(False)  # type: ignore[operator]
+    with refused("set_requires_gradient_sync(True)"):
+        collected(model, ga.distributed(ga.Mean()), mine)
+
+
+def replicated() -> None:
+    """A mesh that replicates over one of its dimensions: all ranks have the same tasks."""
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(3, 4, 3)
+    wanted = [collected(model, one, [*x]) for one in AGGREGATORS[4:8]]
+    join()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
+    parts = sharded(copy.deepcopy(model), mesh)
+    for one, each in zip(AGGREGATORS[4:8], wanted, strict=True):
+        check_step(parts, one, each, [*x], 0)
+
+
+def half_precision() -> None:
+    """FSDP computes in bfloat16: weights of all ranks are the same, the update as near as that."""
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(3, 4, 3)
+    wanted, whole = collected(model, ga.GradientAgreement(), [*x])
+    join()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    parts = sharded(copy.deepcopy(model), init_device_mesh("cpu", (WORLD,)), mp_policy=policy)
+    found, result = collected(parts, ga.distributed(ga.GradientAgreement()), [*x])
+    there = [n for n, g in found.items() if g is not None]
+    check_close(full(found[n] for n in there), [wanted[n] for n in there], 0.1)
+    check_close(result.weights, whole.weights, 0.1)
+    check_same_bits([result.weights, full(result.update.values())])
 
 
 def data_by_shards() -> None:

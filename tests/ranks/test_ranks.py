@@ -42,6 +42,7 @@ def check(ranks: list[Program]) -> None:
     [
         ("aggregations", 1),
         ("aggregations", 3),
+        ("aggregations", 4),
         ("gramian_in_blocks", 2),
         ("messages", 2),
         ("draws", 2),
@@ -66,8 +67,38 @@ def test_wrapped_modules_and_copies_do_what_one_process_does(name: str, tmp_path
     check(run(name, 2, tmp_path, "wrapped_programs.py"))
 
 
+def test_learners_of_higher_do_what_one_process_does(tmp_path: Path) -> None:
+    pytest.importorskip("higher", reason="higher is not installed")
+    check(run("learners_of_higher", 2, tmp_path, "odd_programs.py"))
+
+
 @pytest.mark.parametrize(
-    ("name", "world"), [("fsdp", 2), ("fsdp", 3), ("data_by_shards", 2), ("tasks_by_shards", 4)]
+    ("name", "world"),
+    [
+        ("unlike_processors", 2),
+        ("numbers_of_threads", 2),
+        ("odd_models", 3),
+        ("some_ranks", 3),
+        ("one_rank_fails", 2),
+        ("one_task_and_forty", 2),
+    ],
+)
+def test_ranks_that_are_unlike_do_what_one_process_does(
+    name: str, world: int, tmp_path: Path
+) -> None:
+    check(run(name, world, tmp_path, "odd_programs.py"))
+
+
+@pytest.mark.parametrize(
+    ("name", "world"),
+    [
+        ("fsdp", 2),
+        ("fsdp", 3),
+        ("data_by_shards", 2),
+        ("tasks_by_shards", 4),
+        ("replicated", 4),
+        ("half_precision", 2),
+    ],
 )
 def test_sharded_parameters_do_what_one_process_does(name: str, world: int, tmp_path: Path) -> None:
     check(run(name, world, tmp_path, "sharded_programs.py"))
@@ -84,10 +115,18 @@ def test_lightning_on_two_devices_does_what_one_does(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("name", "gone"), [("killed", 2), ("killed_with_its_store", 0), ("hanging", 2)]
+    ("name", "world", "gone"),
+    [
+        ("killed", 3, 2),
+        ("killed_in_a_group_of_no_named_backend", 4, 3),
+        ("killed_with_its_store", 3, 0),
+        ("hanging", 3, 2),
+    ],
 )
-def test_a_rank_that_is_lost_is_named_by_all_others(name: str, gone: int, tmp_path: Path) -> None:
-    ranks = run(name, 3, tmp_path)
+def test_a_rank_that_is_lost_is_named_by_all_others(
+    name: str, world: int, gone: int, tmp_path: Path
+) -> None:
+    ranks = run(name, world, tmp_path)
     lost = ranks.pop(gone)
     assert lost.finish() == (0 if name == "hanging" else 9), lost.printed()
     check(ranks)
