@@ -15,7 +15,7 @@ from gradagree_opt.core.scopes import group_indices
 from gradagree_opt.core.stacks import PyTree, accumulation_dtype, task_count
 from gradagree_opt.core.statistics import Statistics
 from gradagree_opt.engines.kept import Model
-from gradagree_opt.engines.losses import TaskLoss
+from gradagree_opt.engines.losses import INDEPENDENT, TaskLoss
 from gradagree_opt.engines.one_gradient import One, by_leaf, dot, measure_one, units_of
 from gradagree_opt.engines.random_state import RandomState, check_same_losses
 from gradagree_opt.engines.rows import Rows
@@ -189,22 +189,29 @@ class _Stream:
         """Loss of every task and the leaves of its gradient, in float32 or better."""
         at = tree_unflatten(self._leaves, tree_structure(self.params))
         losses = Rows(self.n)
+        self._depends = False
         for task in self._each():
             with torch.enable_grad():
                 loss, _ = self._task_loss.function(at, task)
             losses.append(loss.detach().unsqueeze(0))
-            if not loss.requires_grad:  # of no parameter
-                yield loss, _zeros(self)
-                continue
             # Held by no name here, so that it is gone when the next one is made.
-            yield (
-                loss.detach(),
-                [
-                    gradient.to_dense().to(self._dtype)
-                    for gradient in torch.autograd.grad(loss, self._leaves, materialize_grads=True)
-                ],
-            )
+            yield loss.detach(), self._gradient(loss)
+        if not self._depends:
+            raise ValueError(INDEPENDENT)
         self._compare(losses.stack)
+
+    def _gradient(self, loss: Tensor) -> list[Tensor]:
+        """Zeros where the loss depends on no parameter; notes whether that of any task does."""
+        found: Sequence[Tensor | None] = [None] * len(self._leaves)
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, self._leaves, allow_unused=True)
+        self._depends = self._depends or any(each is not None for each in found)
+        return [
+            torch.zeros_like(leaf, dtype=self._dtype).detach()
+            if each is None
+            else each.to_dense().to(self._dtype)
+            for each, leaf in zip(found, self._leaves, strict=True)
+        ]
 
     def _compare(self, losses: Tensor) -> None:
         """One host synchronisation: whether a pass has drawn what the first one drew."""
