@@ -219,10 +219,13 @@ class TaskBatch:
     def _check_same_parameters(self) -> None:
         found = self._found()
         for name in dict.fromkeys([*self._all, *found]):
-            if self._all.get(name) is not found.get(name):
+            now = found.get(name)
+            same = now is not None and now is self._all.get(name)
+            if not same or now.requires_grad != (name in self._trained):
+                change = "frozen or unfrozen" if same else "replaced, added or removed"
                 raise ValueError(
                     f"expected the same parameters from the first task of a batch to backward(), "
-                    f"found {name!r} replaced, added or removed; change the model between batches"
+                    f"found {name!r} {change}; change the model between batches"
                 )
 
     @property
