@@ -108,12 +108,21 @@ def decide(weighting: Weigh, statistics: Statistics, /) -> Decision:
             "expected weights or a gradagree_opt.Decision from the weighting, found "
             f"{type(decision).__name__}; return one weight a task"
         )
-    shape, expected = decision.weights.shape, statistics.row_sums.shape
-    if shape != expected:
-        raise ValueError(
-            f"expected weights of shape {list(expected)} from the weighting, found {list(shape)}; "
-            "work on the last axis of the statistics, that of the tasks"
+    each, groups = statistics.row_sums.shape, statistics.scale.shape
+    for name, value, shape in zip(Decision._fields, decision, (each, each, groups), strict=True):
+        found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if found != list(shape):
+            raise ValueError(
+                f"expected {name} of shape {list(shape)} from the weighting, found {found}; work "
+                "on the last axis of the statistics, that of the tasks"
+            )
+    if decision.weights.is_complex():
+        raise TypeError(
+            f"expected real weights from the weighting, found {decision.weights.dtype}; return "
+            "their abs() or their real part"
         )
+    if not decision.weights.is_floating_point():  # a choice of tasks, as row_sums > 0
+        decision = decision._replace(weights=decision.weights.to(statistics.row_sums))
     return decision
 
 
