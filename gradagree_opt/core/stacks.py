@@ -125,8 +125,8 @@ def check_stack(stack: PyTree, /, name: str = "gradients", *, least: int = 1) ->
     """:func:`task_count` of a stack that is to be aggregated: every leaf is floating-point.
 
     Raises:
-        TypeError: a leaf is not a floating-point tensor.
-        ValueError: as :func:`task_count`.
+        TypeError: a leaf is not a dense floating-point tensor.
+        ValueError: as :func:`task_count`, or the leaves lie on several devices.
     """
     n = task_count(
         stack,
@@ -136,6 +136,18 @@ def check_stack(stack: PyTree, /, name: str = "gradients", *, least: int = 1) ->
         least=least,
     )
     check_floating(stack, name)
+    leaves = leaves_of(stack)
+    for index, leaf in enumerate(leaves):
+        if leaf.layout is not torch.strided:
+            raise TypeError(
+                f"expected dense {name}, found {leaf.layout}{_place(stack, index)}; give "
+                "leaf.to_dense()"
+            )
+        if leaf.device != leaves[0].device:
+            raise ValueError(
+                f"expected {name} on one device, found {leaves[0].device}{_place(stack, 0)} and "
+                f"{leaf.device}{_place(stack, index)}; bring them to one, as by leaf.to('cpu')"
+            )
     return n
 
 
