@@ -1,4 +1,6 @@
-"""Losses that tell nothing of the parameters: refused, where the step would be zero."""
+"""Loss functions that are refused, where the step would be zero or end in a foreign error."""
+
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -98,3 +100,24 @@ def test_a_loss_looked_at_without_a_gradient_is_taken():
     expected = ga.MAML(loss, ga.InnerSGD(0.1, 1)).step(W, tasks, ga.Mean()).update
     torch.testing.assert_close(found, expected)
     assert seen
+
+
+@dataclass
+class Scaled:
+    """Not to be hashed, as a dataclass that can be compared."""
+
+    factor: float
+
+    def __call__(self, w, x):
+        return self.factor * ((w - x) ** 2).sum()
+
+
+@pytest.mark.parametrize(
+    "loss", [Scaled(2.0), type("Own", (Scaled,), {"__hash__": None})(2.0)], ids=["dataclass", "own"]
+)
+def test_a_compiled_loss_that_cannot_be_known_again_is_refused(loss):
+    params, tasks = torch.zeros(2), torch.rand(3, 2)
+    with pytest.raises(TypeError, match=r"cannot be hashed; give it to dataclass"):
+        ga.aggregate_gradients(loss, params, tasks, ga.Mean(), compile=True)
+    found = ga.aggregate_gradients(loss, params, tasks, ga.Mean()).update
+    torch.testing.assert_close(found, -4 * tasks.mean(0))
