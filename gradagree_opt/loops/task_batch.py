@@ -194,9 +194,8 @@ class TaskBatch:
 
     def clear(self) -> None:
         """Forgets the tasks added so far, and their graphs."""
-        lists = (self._losses, self._values, self._copies, self._directions, self._displacements)
-        for each in lists:
-            each.clear()
+        self._losses, self._values, self._copies = [], [], []
+        self._directions, self._displacements = [], []
         if self.aggregator.ranks is not None:
             self.aggregator.ranks.forget(self)
 
@@ -220,8 +219,8 @@ class TaskBatch:
         found = self._found()
         for name in dict.fromkeys([*self._all, *found]):
             now = found.get(name)
-            same = now is not None and now is self._all.get(name)
-            if not same or now.requires_grad != (name in self._trained):
+            same = now is self._all.get(name)
+            if not same or (now is not None and now.requires_grad != (name in self._trained)):
                 change = "frozen or unfrozen" if same else "replaced, added or removed"
                 raise ValueError(
                     f"expected the same parameters from the first task of a batch to backward(), "
