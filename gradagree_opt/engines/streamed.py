@@ -58,7 +58,8 @@ def streamed(
     if task_loss.signal_is_gradient:
         measured, losses = measured_in_two_passes(stream, aggregator)
     else:
-        measured, losses = _measured_forward(stream, aggregator)
+        losses, signal = stream.losses_and_signals()
+        measured = aggregator.measure(signal, nonfinite=~torch.isfinite(losses))
     aggregation = aggregator.apply(
         measured,
         lambda weights, groups: weighted_sum(stream, weights, groups),
@@ -91,12 +92,6 @@ def weighted_sum(stream: Gradients, weights: Tensor, groups: list[int] | None, /
     leaves = tree_leaves(stream.params)
     cast = [a.to(b.dtype) for a, b in zip(total, leaves, strict=True)]
     return tree_unflatten(cast, tree_structure(stream.params))
-
-
-def _measured_forward(stream: "_Stream", aggregator: Aggregator) -> tuple[Measured, Tensor]:
-    """Statistics of signals that the forward pass tells, and the losses."""
-    losses, signal = stream.losses_and_signals()
-    return aggregator.measure(signal, nonfinite=~torch.isfinite(losses)), losses
 
 
 def measured_in_two_passes(stream: Gradients, aggregator: Aggregator, /) -> tuple[Measured, Tensor]:
