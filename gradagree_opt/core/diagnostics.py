@@ -135,9 +135,7 @@ def update_rounding(statistics: Statistics, decision: Decision, /) -> Float[Tens
     norms = statistics.squared_norms
     if norms is None:
         return torch.zeros_like(statistics.scale).sum()
-    errors = (
-        8 * torch.finfo(norms.dtype).eps * norms.sqrt()
-    )  # before the scale: a norm may overflow
+    errors = 8 * torch.finfo(norms.dtype).eps * norms.sqrt()  # unscaled: a norm may overflow
     terms = decision.weights.abs() * errors * statistics.scale.unsqueeze(-1)
     return terms.sum()
 
@@ -198,7 +196,7 @@ def check_some_task(diagnostics: Diagnostics, nonfinite: str, /) -> None:
 def _read(values: Tensor) -> list[float]:
     """The values on the host, or one sentence where vmap or the meta device has none to show."""
     try:
-        return values.tolist()  # type: ignore[no-any-return] # of a tensor with one axis
+        return values.tolist()
     except RuntimeError as error:
         if not (values.is_meta or is_functorch_wrapped_tensor(values)):
             raise

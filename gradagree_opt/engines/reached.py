@@ -52,9 +52,7 @@ def reach(*sources: object) -> Reached:
     if len(sources) == 1 and isinstance(sources[0], Reached):
         return sources[0]
     found = Reached([], [], [])
-    outside = Reached(
-        found.modules, found.generators, []
-    )  # what the loss function keeps is its own
+    outside = found._replace(holders=[])  # what the loss function keeps is its own
     pending = deque((source, outside) for source in sources)
     seen: dict[int, object] = {}
     while pending and len(seen) < 10 * MOST:
