@@ -169,8 +169,8 @@ class TaskBatch:
             The aggregation and the losses ``[n]``; its update is a dict by parameter name or place.
 
         Raises:
-            ValueError: no task was added, the graph of a loss is stale, a parameter was replaced
-                since the first task, or the aggregator refuses the tasks or drops all
+            ValueError: no task was added, the graph of a loss is stale, a parameter was replaced or
+                frozen since the first task, or the aggregator refuses the tasks or drops all
                 of them. No ``.grad`` is touched then, and the tasks are forgotten.
         """
         if len(self) < self.aggregator.fewest:

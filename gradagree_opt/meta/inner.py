@@ -54,7 +54,8 @@ class InnerSGD:
 
     Raises:
         TypeError: lr is neither a number nor tensors.
-        ValueError: steps is no integer or negative, or batch_size does not divide the support set.
+        ValueError: steps is no integer or negative; or batch_size does not divide the support set,
+            or its tensors have different numbers of examples.
 
     >>> import gradagree_opt as ga
     >>> loss_fn = lambda w, x: ((w - x) ** 2).mean()

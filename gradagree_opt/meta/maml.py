@@ -96,9 +96,9 @@ class MAML:
             aggregator: what weights the tasks.
 
         Raises:
-            ValueError, TypeError: the tasks are not task-stacked, the loss is not a scalar, the
-                model changes its buffers, the aggregator refuses the signals, or several ranks
-                train.
+            ValueError, TypeError: the tasks are not task-stacked, the loss is no real scalar or
+                depends on no parameter, the model changes its buffers, the aggregator refuses the
+                signals, or several ranks train.
         """
         check_aggregator(aggregator)
         with aggregator.step_of_ranks(), statistics_refused():
