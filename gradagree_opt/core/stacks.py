@@ -138,11 +138,6 @@ def check_stack(stack: PyTree, /, name: str = "gradients", *, least: int = 1) ->
     check_floating(stack, name)
     leaves = leaves_of(stack)
     for index, leaf in enumerate(leaves):
-        if leaf.layout is not torch.strided:
-            raise TypeError(
-                f"expected dense {name}, found {leaf.layout}{_place(stack, index)}; give "
-                "leaf.to_dense()"
-            )
         if leaf.device != leaves[0].device:
             raise ValueError(
                 f"expected {name} on one device, found {leaves[0].device}{_place(stack, 0)} and "
@@ -152,7 +147,7 @@ def check_stack(stack: PyTree, /, name: str = "gradients", *, least: int = 1) ->
 
 
 def check_floating(tree: PyTree, /, name: str) -> None:
-    """TypeError or ValueError in one sentence unless every leaf is a floating-point tensor."""
+    """TypeError or ValueError in one sentence unless every leaf is a dense tensor of floats."""
     leaves = leaves_of(tree)
     if not leaves:
         raise ValueError(
@@ -168,6 +163,11 @@ def check_floating(tree: PyTree, /, name: str) -> None:
                 fix = "hold it as torch.view_as_real(…), and take view_as_complex(…) in the loss"
             raise TypeError(
                 f"expected floating-point {name}, found {found}{_place(tree, index)}; {fix}"
+            )
+        if leaf.layout is not torch.strided:
+            raise TypeError(
+                f"expected dense {name}, found {leaf.layout}{_place(tree, index)}; give "
+                "leaf.to_dense()"
             )
 
 
@@ -185,7 +185,8 @@ def _instead_of(leaf: object, *, stacked: bool) -> str:
     if is_dataclass(leaf):
         return f"give vars({kind}), its values tensors{first}"
     if isinstance(leaf, Iterator | ValuesView):
-        return f"give torch.stack(list({kind})){first}" if stacked else f"give list({kind})"
+        named = f"give list({kind}), or dict({kind}) of named_parameters()"
+        return f"give torch.stack(list({kind})){first}" if stacked else named
     if isinstance(leaf, str | nn.Module):
         return f"leave it out, or give tensors{first}"
     return f"give torch.as_tensor(…){first}"

@@ -44,12 +44,13 @@ statistic: no weights tell the update, so the aggregator reads the directions on
 class Weighting(Protocol):
     """From the statistics of n tasks to their weights: what an aggregator asks of a weighting.
 
-    A function will do, where it reads the row sums alone; and one that returns the weights ``[n]``
-    in the place of a :class:`Decision`, or a choice of tasks, True or False. It works on the last axis, so that it serves every scope.
-    One whose weights do not depend on the signals says so by an attribute ``reads_signal = False``:
-    nothing is measured for it then, where that saves a pass, and the row sums are NaN. One that is
-    made for the vectors which it combines, as Equal Agreement's is, says ``measures_directions =
-    True``: MAML then measures meta-gradients, and not displacements.
+    A function will do, where it reads the row sums alone; and one that returns the weights ``[n]``,
+    numbers or a choice of tasks, in the place of a :class:`Decision`. It works on the last axis, so
+    that it serves every scope. One whose weights do not depend on the signals says so by an
+    attribute ``reads_signal = False``: nothing is measured for it then, where that saves a pass,
+    and the row sums are NaN. One that is made for the vectors which it combines, as Equal
+    Agreement's is, says ``measures_directions = True``: MAML then measures meta-gradients, and not
+    displacements.
 
     >>> import torch
     >>> import gradagree_opt as ga

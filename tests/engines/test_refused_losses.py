@@ -1,4 +1,4 @@
-"""Loss functions that are refused, where the step would be zero or end in a foreign error."""
+"""Losses and parameters that are refused, where a step would be zero or end in a foreign error."""
 
 from dataclasses import dataclass
 
@@ -121,3 +121,12 @@ def test_a_compiled_loss_that_cannot_be_known_again_is_refused(loss):
         ga.aggregate_gradients(loss, params, tasks, ga.Mean(), compile=True)
     found = ga.aggregate_gradients(loss, params, tasks, ga.Mean()).update
     torch.testing.assert_close(found, -4 * tasks.mean(0))
+
+
+@pytest.mark.parametrize("engine", ["auto", "streamed"])
+def test_sparse_parameters_are_refused(engine):
+    params = {"w": W, "table": torch.eye(2).to_sparse()}
+    with pytest.raises(
+        TypeError, match="dense parameters, found torch.sparse_coo in 'table'; give"
+    ):
+        ga.aggregate_gradients(lambda p, x: (p["w"] * x).sum(), params, X, AGREE, engine=engine)
