@@ -127,6 +127,6 @@ def test_a_compiled_loss_that_cannot_be_known_again_is_refused(loss):
 def test_sparse_parameters_are_refused(engine):
     params = {"w": W, "table": torch.eye(2).to_sparse()}
     with pytest.raises(
-        TypeError, match="dense parameters, found torch.sparse_coo in 'table'; give"
+        TypeError, match=r"dense parameters, found torch.sparse_coo in 'table'; give"
     ):
         ga.aggregate_gradients(lambda p, x: (p["w"] * x).sum(), params, X, AGREE, engine=engine)
