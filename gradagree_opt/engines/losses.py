@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,13 +20,6 @@ from gradagree_opt.options import check_callable, check_choice, check_count
 
 LossFn = Callable[[PyTree, PyTree], Tensor]
 """``loss_fn(params, batch) -> scalar`` of one task."""
-
-INDEPENDENT = (
-    "expected loss_fn(params, batch) to depend on params, found a loss that depends on none of "
-    "them, as that of a module called with its own parameters; take "
-    "torch.func.functional_call(module, params, …), and no detach() nor no_grad()"
-)
-"""What is raised where no task has a gradient."""
 
 Randomness = Literal["error", "different", "same"]
 
@@ -62,7 +55,7 @@ def scalar_loss(loss_fn: LossFn, /) -> LossFn:
             )
         unread = torch.is_grad_enabled() and not _has_graph(loss) and _in_vmap()
         if unread and any(map(_has_graph, tree_leaves(params))):
-            raise ValueError(INDEPENDENT)
+            refuse_independent()
         return loss
 
     return checked
@@ -83,6 +76,15 @@ def _has_graph(value: object) -> bool:
     while is_batchedtensor(value):
         value = get_unwrapped(value)
     return value.requires_grad
+
+
+def refuse_independent() -> NoReturn:
+    """ValueError where no task has a gradient."""
+    raise ValueError(
+        "expected loss_fn(params, batch) to depend on params, found a loss that depends on none of "
+        "them, as that of a module called with its own parameters; take "
+        "torch.func.functional_call(module, params, …), and no detach() nor no_grad()"
+    )
 
 
 def refuse_coarse(tensors: Sequence[Tensor], /) -> None:

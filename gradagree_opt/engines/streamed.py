@@ -15,7 +15,7 @@ from gradagree_opt.core.scopes import group_indices
 from gradagree_opt.core.stacks import PyTree, accumulation_dtype, task_count
 from gradagree_opt.core.statistics import Statistics
 from gradagree_opt.engines.kept import Model
-from gradagree_opt.engines.losses import INDEPENDENT, TaskLoss
+from gradagree_opt.engines.losses import TaskLoss, refuse_independent
 from gradagree_opt.engines.one_gradient import One, by_leaf, dot, measure_one, units_of
 from gradagree_opt.engines.random_state import RandomState, check_same_losses
 from gradagree_opt.engines.rows import Rows
@@ -192,7 +192,7 @@ class _Stream:
             # Held by no name here, so that it is gone when the next one is made.
             yield loss.detach(), self._gradient(loss)
         if not self._depends:
-            raise ValueError(INDEPENDENT)
+            refuse_independent()
         self._compare(losses.stack)
 
     def _gradient(self, loss: Tensor) -> list[Tensor]:
