@@ -53,7 +53,7 @@ def scalar_loss(loss_fn: LossFn, /) -> LossFn:
                 "expected loss_fn(params, batch) to return a real floating-point loss, found "
                 f"{loss.dtype}; give what is to be minimised, of a complex number its abs()"
             )
-        unread = torch.is_grad_enabled() and not _has_graph(loss) and _in_vmap()
+        unread = torch.is_grad_enabled() and _in_vmap() and not _has_graph(loss)
         if unread and any(map(_has_graph, tree_leaves(params))):
             refuse_independent()
         return loss
