@@ -64,6 +64,7 @@ class Model:
         modules, _, holders = reach(source)
         self._buffers = [_Buffer.of(m, n, b) for m in modules for n, b in m._buffers.items()]
         self._attributes = [(vars(module), dict(vars(module))) for module in modules]
+        self._parameters = [(m._parameters, dict(m._parameters)) for m in modules]
         self._holders = [(holder, _entries(holder)) for holder in holders]
 
     def restore(self) -> None:
@@ -74,6 +75,15 @@ class Model:
     def restore_attributes(self) -> None:
         """The attributes of the modules as they were found."""
         for holder, before in self._attributes:
+            _restore(holder, before, lambda _: True)
+        self.restore_parameters()
+
+    def restore_parameters(self) -> None:
+        """The parameters that a module holds, where a functional call has left others there.
+
+        So it does where a module holds a submodule under two names (torch 2.14).
+        """
+        for holder, before in self._parameters:
             _restore(holder, before, lambda _: True)
 
     def restore_buffers(self, *, always: bool = False) -> str | None:

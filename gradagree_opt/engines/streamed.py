@@ -55,16 +55,19 @@ def streamed(
             "take torch.no_grad(), or no such block"
         )
     stream = _Stream(task_loss, params, tasks)
-    if task_loss.signal_is_gradient:
-        measured, losses = measured_in_two_passes(stream, aggregator)
-    else:
-        losses, signal = stream.losses_and_signals()
-        measured = aggregator.measure(signal, nonfinite=~torch.isfinite(losses))
-    aggregation = aggregator.apply(
-        measured,
-        lambda weights, groups: weighted_sum(stream, weights, groups),
-        signal_is_direction=task_loss.signal_is_gradient,
-    )
+    try:
+        if task_loss.signal_is_gradient:
+            measured, losses = measured_in_two_passes(stream, aggregator)
+        else:
+            losses, signal = stream.losses_and_signals()
+            measured = aggregator.measure(signal, nonfinite=~torch.isfinite(losses))
+        aggregation = aggregator.apply(
+            measured,
+            lambda weights, groups: weighted_sum(stream, weights, groups),
+            signal_is_direction=task_loss.signal_is_gradient,
+        )
+    finally:
+        stream.model.restore_parameters()
     return aggregation, losses
 
 
@@ -167,7 +170,7 @@ class _Stream:
         self._tasks = tasks
         self.n = task_count(tasks, "tasks")
         self._random_state = RandomState(params, tasks, source=task_loss.map.source)
-        self._model = Model(task_loss.map.source)
+        self.model = Model(task_loss.map.source)
         self._losses: Tensor | None = None
         self._leaves = [leaf.detach().requires_grad_() for leaf in tree_leaves(params)]
         self._dtype = accumulation_dtype(self._leaves)
@@ -217,7 +220,7 @@ class _Stream:
 
     def _each(self) -> Iterator[PyTree]:
         self._random_state.restore()
-        self._model.restore()
+        self.model.restore()
         return self._task_loss.map.one_by_one(self.params, self._tasks, self.n)
 
 
