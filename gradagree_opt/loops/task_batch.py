@@ -218,8 +218,7 @@ class TaskBatch:
     def _check_same_parameters(self) -> None:
         found = self._found()
         for name in dict.fromkeys([*self._all, *found]):
-            now = found.get(name)
-            same = now is self._all.get(name)
+            same = (now := found.get(name)) is self._all.get(name)
             if not same or (now is not None and now.requires_grad != (name in self._trained)):
                 change = "frozen or unfrozen" if same else "replaced, added or removed"
                 raise ValueError(

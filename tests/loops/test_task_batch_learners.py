@@ -210,7 +210,7 @@ def test_views_of_what_another_model_has_adapted_are_refused(part):
 
 @each_memory
 @pytest.mark.parametrize("shared", ["weight1 bias1", "scale2", "weight1 bias1 weight2"])
-@pytest.mark.parametrize("aggregator", [ga.Mean(), ga.GradientAgreement(), ga.EqualAgreement()])
+@pytest.mark.parametrize("aggregator", [ga.Mean(), ga.GradientAgreement(), ga.NormShare()])
 def test_a_detached_copy_that_tasks_share_counts_once(memory, shared, aggregator):
     module = Network(CASE.params)
     names = shared.split()
