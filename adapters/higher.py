@@ -97,7 +97,7 @@ def _meta_step(
     _check_optimizer(model, optimizer, first_order)
     n = check_tasks(dict(model.named_parameters()), tasks, "support", "query")
     loss_fn = scalar_loss(loss_fn)
-    batch, losses = TaskBatch(model, aggregator, memory=memory), []
+    batch = TaskBatch(model, aggregator, memory=memory)
     for i in range(n):
         task = tree_map(lambda leaf, i=i: leaf[i], tasks)
         with higher.innerloop_ctx(
@@ -109,10 +109,8 @@ def _meta_step(
                 inner.step(loss)
             loss = loss_fn(learner, task["query"])
         batch.add(loss, adapted=learner)
-        losses.append(loss.detach())
     engine = "one_backward" if batch.takes_one_backward else "stacked"
-    update, weights, scores, diagnostics, _ = batch.backward()
-    return MetaStep(update, weights, scores, diagnostics, torch.stack(losses), engine)
+    return MetaStep._make([*batch.backward(), engine])
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, first_order: bool) -> None:

@@ -171,7 +171,9 @@ class _Task(nn.Module):
         for _ in range(self.steps):
             loss = self.loss_fn(learner, task["support"])
             _check_adaptable(learner, loss)
-            learner.adapt(loss)
+            # Which parameters have gradients is known: so they raise what they would print.
+            prints = getattr(type(learner), "adapt", None) in (MAML.adapt, GBML.adapt)
+            learner.adapt(loss, **({"allow_nograd": True} if prints else {}))
         start = {name: p for name, p in before.items() if p.requires_grad}
         loss = self.loss_fn(learner, task["query"])
         check_depends(loss, learner.parameters(), None, advice="compute it by the learner")

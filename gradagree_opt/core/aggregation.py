@@ -7,6 +7,7 @@ from torch import Tensor
 from gradagree_opt.annotations import Bool
 from gradagree_opt.core.combination import Combination
 from gradagree_opt.core.diagnostics import complaint
+from gradagree_opt.core.matching import check_made
 from gradagree_opt.core.pipeline import Pipeline
 from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.scopes import check_signal
@@ -191,19 +192,11 @@ def _differs(value: object, default: object) -> bool:
 
 def check_aggregator(aggregator: object, /) -> None:
     """Raises a TypeError unless it is an aggregator of ours, and made."""
-    if isinstance(aggregator, Aggregator):
-        if "weighting" not in vars(aggregator):
-            kind = type(aggregator).__name__
-            raise TypeError(
-                f"expected {kind}.__init__ to call super().__init__(…), found no weighting; give "
-                "it one there"
-            )
-        return
-    if isinstance(aggregator, type):
-        found = f"the class {aggregator.__name__}; call it"
-    else:
-        found = (
-            f"{type(aggregator).__name__} of {type(aggregator).__module__}; wrap TorchJD's "
-            "aggregators by gradagree_opt.adapters.torchjd.from_torchjd"
+    expected = "an aggregator as gradagree_opt.GradientAgreement()"
+    check_made(aggregator, expected)
+    if not isinstance(aggregator, Aggregator):
+        raise TypeError(
+            f"expected {expected}, found {type(aggregator).__name__} of "
+            f"{type(aggregator).__module__}; wrap TorchJD's aggregators by "
+            "gradagree_opt.adapters.torchjd.from_torchjd"
         )
-    raise TypeError(f"expected an aggregator as gradagree_opt.GradientAgreement(), found {found}")

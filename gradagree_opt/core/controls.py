@@ -7,7 +7,7 @@ import torch
 
 from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.agreement import GradientAgreement
-from gradagree_opt.core.matching import AN_AGGREGATOR
+from gradagree_opt.core.matching import AN_AGGREGATOR, check_made
 from gradagree_opt.core.pipeline import Nonfinite, check_generator
 from gradagree_opt.core.scopes import Scope
 from gradagree_opt.core.statistics import Statistics
@@ -41,6 +41,7 @@ class Mean(Aggregator):
         match_norm: Literal["agreement"] | Aggregator | None = None,
         nonfinite: Nonfinite = "raise",
     ) -> None:
+        check_made(match_norm, f"match_norm with {AN_AGGREGATOR}")
         if isinstance(match_norm, str) and match_norm == "agreement":
             match_norm = GradientAgreement()
         scope: Scope = "global"

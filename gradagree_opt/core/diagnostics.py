@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.core.blocks import or_one
@@ -134,9 +135,7 @@ def update_rounding(statistics: Statistics, decision: Decision, /) -> Float[Tens
     norms = statistics.squared_norms
     if norms is None:
         return torch.zeros_like(statistics.scale).sum()
-    errors = (
-        8 * torch.finfo(norms.dtype).eps * norms.sqrt()
-    )  # before the scale: a norm may overflow
+    errors = 8 * torch.finfo(norms.dtype).eps * norms.sqrt()  # unscaled: a norm may overflow
     terms = decision.weights.abs() * errors * statistics.scale.unsqueeze(-1)
     return terms.sum()
 
@@ -194,6 +193,19 @@ def check_some_task(diagnostics: Diagnostics, nonfinite: str, /) -> None:
         )
 
 
+def _read(values: Tensor) -> list[float]:
+    """The values on the host, or one sentence where vmap or the meta device has none to show."""
+    try:
+        return values.tolist()
+    except RuntimeError as error:
+        if not (values.is_meta or is_functorch_wrapped_tensor(values)):
+            raise
+        raise ValueError(
+            "expected tensors whose values can be looked at, found those of vmap, functionalize or "
+            "the meta device; give nonfinite='propagate', and no degenerate='raise'"
+        ) from error
+
+
 def complaint(
     diagnostics: Diagnostics,
     /,
@@ -206,6 +218,9 @@ def complaint(
 
     One host synchronisation, or none if nothing is asked for.
 
+    Raises:
+        ValueError: something is asked for, and a transform or the meta device hides it.
+
     Args:
         diagnostics: of the aggregation.
         finite: whether a task or an update that is not finite is to be raised.
@@ -217,7 +232,7 @@ def complaint(
         flags += [diagnostics.update_norm.reshape(1), diagnostics.nonfinite]
     if agreement:
         flags.append(diagnostics.degenerate.reshape(-1))
-    numbers = torch.cat(flags).tolist() if flags else []  # one operation: on a GPU each costs
+    numbers = _read(torch.cat(flags)) if flags else []  # one operation: on a GPU each costs
     lost = finite and not math.isfinite(numbers.pop(0))
     if not lost and not any(numbers):
         return None

@@ -19,6 +19,17 @@ AN_AGGREGATOR = "an aggregator as gradagree_opt.Sum()"
 """What match_norm takes besides words, for the messages."""
 
 
+def check_made(aggregator: Any, expected: str, /) -> None:
+    """TypeError in one sentence where it is a class, or an aggregator without our constructor."""
+    if isinstance(aggregator, type):
+        raise TypeError(f"expected {expected}, found the class {aggregator.__name__}; call it")
+    if hasattr(aggregator, "aggregate_unchecked") and "weighting" not in vars(aggregator):
+        raise TypeError(
+            f"expected {type(aggregator).__name__}.__init__ to call super().__init__(…), found no "
+            "weighting; give it one there"
+        )
+
+
 def reference_of(method: Any, scope: Scope, /) -> Weigh | None:
     """The weighting whose update has the length that is matched; None where none is.
 
@@ -27,8 +38,10 @@ def reference_of(method: Any, scope: Scope, /) -> Weigh | None:
         scope: of the aggregator that is given it.
 
     Raises:
+        TypeError: it is an aggregator that was not made.
         ValueError: it is none of these, or an aggregator whose weights do not tell a length here.
     """
+    check_made(method, f"match_norm with {AN_AGGREGATOR}")
     if not hasattr(method, "weighting"):
         check_choice("match_norm", method, (None, "mean"), AN_AGGREGATOR)
         return None if method is None else UniformWeighting()

@@ -83,16 +83,6 @@ class Part:
                 yield rows(leaf).to(dtype)
 
 
-def by_group(leaves: Sequence[Tensor], groups: list[int] | None, /) -> list[list[Tensor]]:
-    """The leaves of each group."""
-    if groups is None:
-        return [list(leaves)]
-    members: list[list[Tensor]] = [[] for _ in range(max(groups) + 1)]
-    for leaf, group in zip(leaves, groups, strict=True):
-        members[group].append(leaf)
-    return members
-
-
 def base_of(units: Float[Tensor, " n"], total_unit: Float[Tensor, ""]) -> Float[Tensor, " n"]:
     """Units of Σ_{j≠i} g_j = Σ_j g_j − g_i: the larger one of the two, where Σ_j g_j may be 0."""
     return or_one(torch.maximum(units, total_unit.to(units)))

@@ -27,8 +27,9 @@ from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.core.blocks import or_one, power_of_two
 from gradagree_opt.core.lost import backends
 from gradagree_opt.core.messages import Messages
-from gradagree_opt.core.own_part import Part, by_group, statistics_of
+from gradagree_opt.core.own_part import Part, statistics_of
 from gradagree_opt.core.results import Aggregation, Combine, Measured
+from gradagree_opt.core.scopes import by_group
 from gradagree_opt.core.shards import Shards, own_part
 from gradagree_opt.core.stacks import (
     PyTree,

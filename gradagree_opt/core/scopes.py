@@ -32,6 +32,16 @@ def group_indices(signal: PyTree, scope: Scope, /) -> list[int] | None:
     return [order[name] for name in names]
 
 
+def by_group(leaves: Sequence[Tensor], groups: list[int] | None, /) -> list[list[Tensor]]:
+    """The leaves of each group."""
+    if groups is None:
+        return [list(leaves)]
+    members: list[list[Tensor]] = [[] for _ in range(max(groups) + 1)]
+    for leaf, group in zip(leaves, groups, strict=True):
+        members[group].append(leaf)
+    return members
+
+
 def check_signal(signal: PyTree, directions: PyTree, n: int, scope: Scope, /) -> None:
     """ValueError or TypeError in one sentence unless the signal is that of the n directions."""
     n_signal = check_stack(signal, "signal", least=min(n, 1))
@@ -67,7 +77,4 @@ def measure_by_group(
     """
     if groups is None:
         return measure(leaves, active, needs, scaled=scaled)
-    members: list[list[Tensor]] = [[] for _ in range(max(groups) + 1)]
-    for leaf, group in zip(leaves, groups, strict=True):
-        members[group].append(leaf)
-    return measure_groups(members, active, needs, scaled=scaled)
+    return measure_groups(by_group(leaves, groups), active, needs, scaled=scaled)

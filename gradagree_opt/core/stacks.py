@@ -125,8 +125,8 @@ def check_stack(stack: PyTree, /, name: str = "gradients", *, least: int = 1) ->
     """:func:`task_count` of a stack that is to be aggregated: every leaf is floating-point.
 
     Raises:
-        TypeError: a leaf is not a floating-point tensor.
-        ValueError: as :func:`task_count`.
+        TypeError: a leaf is not a dense floating-point tensor.
+        ValueError: as :func:`task_count`, or the leaves lie on several devices.
     """
     n = task_count(
         stack,
@@ -136,11 +136,18 @@ def check_stack(stack: PyTree, /, name: str = "gradients", *, least: int = 1) ->
         least=least,
     )
     check_floating(stack, name)
+    leaves = leaves_of(stack)
+    for index, leaf in enumerate(leaves):
+        if leaf.device != leaves[0].device:
+            raise ValueError(
+                f"expected {name} on one device, found {leaves[0].device}{_place(stack, 0)} and "
+                f"{leaf.device}{_place(stack, index)}; bring them to one, as by leaf.to('cpu')"
+            )
     return n
 
 
 def check_floating(tree: PyTree, /, name: str) -> None:
-    """TypeError or ValueError in one sentence unless every leaf is a floating-point tensor."""
+    """TypeError or ValueError in one sentence unless every leaf is a dense tensor of floats."""
     leaves = leaves_of(tree)
     if not leaves:
         raise ValueError(
@@ -156,6 +163,11 @@ def check_floating(tree: PyTree, /, name: str) -> None:
                 fix = "hold it as torch.view_as_real(…), and take view_as_complex(…) in the loss"
             raise TypeError(
                 f"expected floating-point {name}, found {found}{_place(tree, index)}; {fix}"
+            )
+        if leaf.layout is not torch.strided:
+            raise TypeError(
+                f"expected dense {name}, found {leaf.layout}{_place(tree, index)}; give "
+                "leaf.to_dense()"
             )
 
 
@@ -173,7 +185,8 @@ def _instead_of(leaf: object, *, stacked: bool) -> str:
     if is_dataclass(leaf):
         return f"give vars({kind}), its values tensors{first}"
     if isinstance(leaf, Iterator | ValuesView):
-        return f"give torch.stack(list({kind})){first}" if stacked else f"give list({kind})"
+        named = f"give list({kind}), or dict({kind}) of named_parameters()"
+        return f"give torch.stack(list({kind})){first}" if stacked else named
     if isinstance(leaf, str | nn.Module):
         return f"leave it out, or give tensors{first}"
     return f"give torch.as_tensor(…){first}"

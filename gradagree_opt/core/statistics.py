@@ -60,19 +60,9 @@ OF_OTHERS = frozenset({"cosine_row_sums", "other_row_sums"})
 
 
 def side_by_side(each: Sequence[Statistics], active: Tensor) -> Statistics:
-    return Statistics(
-        row_sums=torch.stack([s.row_sums for s in each]),
-        squared_norms=_stack([s.squared_norms for s in each]),
-        cosine_row_sums=_stack([s.cosine_row_sums for s in each]),
-        finite=torch.stack([s.finite for s in each]).all(0),
-        active=active,
-        scale=torch.stack([s.scale for s in each]),
-        gramian=_stack([s.gramian for s in each]),
-        other_row_sums=_stack([s.other_row_sums for s in each]),
-        nonzero=_stack([s.nonzero for s in each]),
-        cosines=_stack([s.cosines for s in each]),
-        relative_norms=_stack([s.relative_norms for s in each]),
-    )
+    """Statistics of several groups of leaves as rows of one."""
+    rows = Statistics._make(_stack(values) for values in zip(*each, strict=True))
+    return rows._replace(finite=rows.finite.all(0), active=active)
 
 
 def from_gramian(gramian: Float[Tensor, "n n"], /) -> Statistics:

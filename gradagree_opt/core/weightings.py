@@ -44,12 +44,13 @@ statistic: no weights tell the update, so the aggregator reads the directions on
 class Weighting(Protocol):
     """From the statistics of n tasks to their weights: what an aggregator asks of a weighting.
 
-    A function will do, where it reads the row sums alone; and one that returns the weights ``[n]``
-    in the place of a :class:`Decision`. It works on the last axis, so that it serves every scope.
-    One whose weights do not depend on the signals says so by an attribute ``reads_signal = False``:
-    nothing is measured for it then, where that saves a pass, and the row sums are NaN. One that is
-    made for the vectors which it combines, as Equal Agreement's is, says ``measures_directions =
-    True``: MAML then measures meta-gradients, and not displacements.
+    A function will do, where it reads the row sums alone; and one that returns the weights ``[n]``,
+    numbers or a choice of tasks, in the place of a :class:`Decision`. It works on the last axis, so
+    that it serves every scope. One whose weights do not depend on the signals says so by an
+    attribute ``reads_signal = False``: nothing is measured for it then, where that saves a pass,
+    and the row sums are NaN. One that is made for the vectors which it combines, as Equal
+    Agreement's is, says ``measures_directions = True``: MAML then measures meta-gradients, and not
+    displacements.
 
     >>> import torch
     >>> import gradagree_opt as ga
@@ -108,12 +109,21 @@ def decide(weighting: Weigh, statistics: Statistics, /) -> Decision:
             "expected weights or a gradagree_opt.Decision from the weighting, found "
             f"{type(decision).__name__}; return one weight a task"
         )
-    shape, expected = decision.weights.shape, statistics.row_sums.shape
-    if shape != expected:
-        raise ValueError(
-            f"expected weights of shape {list(expected)} from the weighting, found {list(shape)}; "
-            "work on the last axis of the statistics, that of the tasks"
+    each, groups = statistics.row_sums.shape, statistics.scale.shape
+    for name, value, shape in zip(Decision._fields, decision, (each, each, groups), strict=True):
+        found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if found != list(shape):
+            raise ValueError(
+                f"expected {name} of shape {list(shape)} from the weighting, found {found}; work "
+                "on the last axis of the statistics, that of the tasks"
+            )
+    if decision.weights.is_complex():
+        raise TypeError(
+            f"expected real weights from the weighting, found {decision.weights.dtype}; return "
+            "their abs() or their real part"
         )
+    if not decision.weights.is_floating_point():  # a choice of tasks, as row_sums > 0
+        decision = decision._replace(weights=decision.weights.to(statistics.row_sums))
     return decision
 
 

@@ -1,5 +1,6 @@
 """Gradients of n tasks and their aggregation in one call."""
 
+from collections.abc import Hashable
 from functools import lru_cache
 
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
@@ -68,6 +69,12 @@ buffers, as BatchNorm's running statistics, end as of one pass |
         check_floating(params, "parameters")
         check_choice("compile", compile, (True, False))
         make = _compiled_runner if compile else _runner
+        if compile and not isinstance(loss_fn, Hashable):
+            raise TypeError(
+                "expected a loss_fn that is known again at the next step, found an object of "
+                f"{type(loss_fn).__name__}, which cannot be hashed; give it to "
+                "dataclass(eq=False), or take a function"
+            )
         n = task_count(tasks, "tasks", least=aggregator.fewest)
         run = make(loss_fn, engine, chunk_size, randomness, compile)
         with naming_what_was_meant(loss_fn, params, tasks, loss_fn):

@@ -64,6 +64,7 @@ class Model:
         modules, _, holders = reach(source)
         self._buffers = [_Buffer.of(m, n, b) for m in modules for n, b in m._buffers.items()]
         self._attributes = [(vars(module), dict(vars(module))) for module in modules]
+        self._parameters = [(m._parameters, dict(m._parameters)) for m in modules]
         self._holders = [(holder, _entries(holder)) for holder in holders]
 
     def restore(self) -> None:
@@ -74,6 +75,15 @@ class Model:
     def restore_attributes(self) -> None:
         """The attributes of the modules as they were found."""
         for holder, before in self._attributes:
+            _restore(holder, before, lambda _: True)
+        self.restore_parameters()
+
+    def restore_parameters(self) -> None:
+        """The parameters that a module holds, where a functional call has left others there.
+
+        So it does where a module holds a submodule under two names (torch 2.14).
+        """
+        for holder, before in self._parameters:
             _restore(holder, before, lambda _: True)
 
     def restore_buffers(self, *, always: bool = False) -> str | None:
@@ -98,15 +108,13 @@ class _Buffer(NamedTuple):
     name: str
     tensor: Tensor | None
     value: Tensor | None
-    version: int
-    address: int
+    stamp: tuple[int, int]
 
     @classmethod
     def of(cls, module: nn.Module, name: str, tensor: Tensor | None) -> "_Buffer":
         if tensor is None:
-            return cls(module, name, None, None, 0, 0)
-        value = tensor.detach().clone()
-        return cls(module, name, tensor, value, tensor._version, tensor.data_ptr())
+            return cls(module, name, None, None, (0, 0))
+        return cls(module, name, tensor, tensor.detach().clone(), _stamp(tensor))
 
     def __str__(self) -> str:
         return f"{self.name!r} of {type(self.module).__name__}"
@@ -119,13 +127,31 @@ class _Buffer(NamedTuple):
             self.module._buffers[self.name] = self.tensor
         if self.tensor is None or self.value is None:
             return replaced
-        moved = self.tensor.data_ptr() != self.address
-        noted = moved or self.tensor._version != self.version
-        changed = noted and not torch.equal(self.tensor, self.value)
-        if changed or always:
+        noted = _stamp(self.tensor) != self.stamp
+        dense = self.tensor.layout is torch.strided
+        changed = noted and not (dense and torch.equal(self.tensor, self.value))
+        if changed or (always and _changes_unnoted(self.tensor)):
             with torch.no_grad():
                 self.tensor.copy_(self.value)
         return replaced or changed
+
+
+def _stamp(tensor: Tensor) -> tuple[int, int]:
+    """Version and address, where the kind of tensor has them: what a change of it changes."""
+    version = 0 if tensor.is_inference() else tensor._version
+    return version, tensor.data_ptr() if tensor.layout is torch.strided else 0
+
+
+def _changes_unnoted(tensor: Tensor) -> bool:
+    """Whether a kernel can write to it past its version, as batch_norm's own does.
+
+    None writes so to a sparse tensor, an expanded one, or one of inference mode outside of it.
+    """
+    if tensor.layout is not torch.strided:
+        return False
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return False
+    return all(step or n < 2 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 class NoDataSet(TorchFunctionMode):

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch._C._functorch import TransformType, get_unwrapped, is_batchedtensor
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.core.stacks import PyTree, is_coarse
 from gradagree_opt.engines.kept import no_data_set
@@ -23,7 +25,10 @@ Randomness = Literal["error", "different", "same"]
 
 
 def scalar_loss(loss_fn: LossFn, /) -> LossFn:
-    """The loss function, which answers anything but a scalar with one sentence.
+    """The loss function, which answers anything but a scalar of its parameters with one sentence.
+
+    That a loss depends on none is said under vmap, where it holds of all tasks: one task among
+    others may have a constant loss.
 
     Raises:
         TypeError: it is no function.
@@ -43,9 +48,43 @@ def scalar_loss(loss_fn: LossFn, /) -> LossFn:
                 f"expected loss_fn(params, batch) to return a scalar tensor, found {found}; "
                 "reduce it, as in loss.mean()"
             )
+        if not loss.is_floating_point():
+            raise ValueError(
+                "expected loss_fn(params, batch) to return a real floating-point loss, found "
+                f"{loss.dtype}; give what is to be minimised, of a complex number its abs()"
+            )
+        unread = torch.is_grad_enabled() and _in_vmap() and not _has_graph(loss)
+        if unread and any(map(_has_graph, tree_leaves(params))):
+            refuse_independent()
         return loss
 
     return checked
+
+
+def _in_vmap() -> bool:
+    """Whether all tasks are run at once, and not only looked at by a compiler."""
+    if torch.compiler.is_compiling():
+        return False
+    levels = retrieve_all_functorch_interpreters()
+    return any(level.key() == TransformType.Vmap for level in levels)
+
+
+def _has_graph(value: object) -> bool:
+    """Whether it is a tensor that requires a gradient, seen through the task axes of vmap."""
+    if not isinstance(value, Tensor):
+        return False
+    while is_batchedtensor(value):
+        value = get_unwrapped(value)
+    return value.requires_grad
+
+
+def refuse_independent() -> NoReturn:
+    """ValueError where no task has a gradient."""
+    raise ValueError(
+        "expected loss_fn(params, batch) to depend on params, found a loss that depends on none of "
+        "them, as that of a module called with its own parameters; take "
+        "torch.func.functional_call(module, params, …), and no detach() nor no_grad()"
+    )
 
 
 def refuse_coarse(tensors: Sequence[Tensor], /) -> None:

@@ -56,7 +56,9 @@ def matrix_free(
     refuse_coarse([losses])
     norm = tree_norm(leaves)
     scale = or_one(norm)
-    _replace_each(leaves, lambda leaf: leaf / scale.to(leaf.dtype))
+    for index, leaf in enumerate(leaves):  # each in the memory that the one before it has left
+        leaves[index] = leaf / scale.to(leaf.dtype)
+    del leaf
     products = Rows(n)
     for chunk in chunks:
         products.append(chunk.times(params, tree_unflatten(leaves, structure)))
@@ -91,12 +93,6 @@ def _losses_and_sum(
 
 def _plus(total: PyTree, part: PyTree) -> PyTree:
     return part if total is None else tree_map(torch.add, total, part)
-
-
-def _replace_each(leaves: list[Tensor], function: Callable[[Tensor], Tensor]) -> None:
-    """Other leaves in the list, each in the memory that the one before it has left."""
-    for index, leaf in enumerate(leaves):
-        leaves[index] = function(leaf)
 
 
 class _Chunk:

@@ -5,7 +5,8 @@ without a word, if their weight or its gradient differs from task to task: pytor
 With the weight and the bias apart, it is right.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -162,13 +163,40 @@ def _torch_instance_norm(
     )
 
 
+def _apart(operation: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """An operation of input, weight, bias and others that gives the normalized input first."""
+
+    def normalized(
+        input: Tensor, weight: Tensor | None, bias: Tensor | None, *others: Any
+    ) -> tuple[Tensor, ...]:
+        normal, *rest = operation(input, None, None, *others)
+        return _affine(normal, _by_channel(weight, input), _by_channel(bias, input)), *rest
+
+    return normalized
+
+
+def _spellings() -> dict[Any, Callable[..., Any]]:
+    """By operation what stands for it: torch's name of it, and those of an exported program."""
+    apart: dict[str, Callable[..., Any]] = {
+        "layer_norm": _layer_norm,
+        "native_layer_norm": _native_layer_norm,
+        "batch_norm": _torch_batch_norm,
+        "instance_norm": _torch_instance_norm,
+    }
+    for name in ("native_batch_norm", "_native_batch_norm_legit"):
+        apart[name] = _apart(getattr(torch, name))
+    instead: dict[Any, Callable[..., Any]] = {}
+    for name, function in apart.items():
+        packet = getattr(torch.ops.aten, name)
+        overloads = [getattr(packet, n) for n in packet.overloads() if not n.endswith("out")]
+        instead |= dict.fromkeys([getattr(torch, name), packet, *overloads], function)
+    return instead
+
+
 AffineApart.instead = {
     **NoDataSet.instead,
     functional.layer_norm: _layer_norm,
     functional.batch_norm: _batch_norm,
     functional.instance_norm: _instance_norm,
-    torch.layer_norm: _layer_norm,
-    torch.native_layer_norm: _native_layer_norm,
-    torch.batch_norm: _torch_batch_norm,
-    torch.instance_norm: _torch_instance_norm,
+    **_spellings(),
 }

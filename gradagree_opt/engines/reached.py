@@ -52,14 +52,12 @@ def reach(*sources: object) -> Reached:
     if len(sources) == 1 and isinstance(sources[0], Reached):
         return sources[0]
     found = Reached([], [], [])
-    outside = Reached(
-        found.modules, found.generators, []
-    )  # what the loss function keeps is its own
+    outside = found._replace(holders=[])  # what the loss function keeps is its own
     pending = deque((source, outside) for source in sources)
     seen: dict[int, object] = {}
     while pending and len(seen) < 10 * MOST:
         thing, notes = pending.popleft()
-        if thing is None or isinstance(thing, _LEAVES) or id(thing) in seen:
+        if thing is None or id(thing) in seen or _is_leaf(thing):
             continue
         seen[id(thing)] = thing  # kept, so that no other gets its id
         notes = found if isinstance(thing, nn.Module) else notes
@@ -69,6 +67,14 @@ def reach(*sources: object) -> Reached:
 
 _BASES = (OrderedDict, dict, list, deque)
 _LEAVES = (str, bytes, int, float, complex, Tensor, type, CodeType, torch.dtype, torch.device)
+
+
+def _is_leaf(thing: object) -> bool:
+    """Whether nothing is behind it, as a weak proxy of what is gone."""
+    try:
+        return isinstance(thing, _LEAVES)
+    except ReferenceError:
+        return True
 
 
 def _visit(thing: object, found: Reached) -> Iterable[object]:

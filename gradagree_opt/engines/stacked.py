@@ -52,8 +52,8 @@ def task_gradients(
 
     Raises:
         ValueError: the task axes differ or are empty, the tasks are a list of them, or of integers
-            where the loss wants floats; the loss is not a scalar, the model changes its buffers, or
-            a parameter lies in parts on several ranks.
+            where the loss wants floats; the loss is no real scalar or depends on no parameter, the
+            model changes its buffers, or a parameter lies in parts on several ranks.
         TypeError: a parameter is not a floating-point tensor.
         RuntimeError: vmap(grad) cannot run the model, or memory does not suffice.
 

@@ -15,7 +15,7 @@ from gradagree_opt.core.scopes import group_indices
 from gradagree_opt.core.stacks import PyTree, accumulation_dtype, task_count
 from gradagree_opt.core.statistics import Statistics
 from gradagree_opt.engines.kept import Model
-from gradagree_opt.engines.losses import TaskLoss
+from gradagree_opt.engines.losses import TaskLoss, refuse_independent
 from gradagree_opt.engines.one_gradient import One, by_leaf, dot, measure_one, units_of
 from gradagree_opt.engines.random_state import RandomState, check_same_losses
 from gradagree_opt.engines.rows import Rows
@@ -55,15 +55,19 @@ def streamed(
             "take torch.no_grad(), or no such block"
         )
     stream = _Stream(task_loss, params, tasks)
-    if task_loss.signal_is_gradient:
-        measured, losses = measured_in_two_passes(stream, aggregator)
-    else:
-        measured, losses = _measured_forward(stream, aggregator)
-    aggregation = aggregator.apply(
-        measured,
-        lambda weights, groups: weighted_sum(stream, weights, groups),
-        signal_is_direction=task_loss.signal_is_gradient,
-    )
+    try:
+        if task_loss.signal_is_gradient:
+            measured, losses = measured_in_two_passes(stream, aggregator)
+        else:
+            losses, signal = stream.losses_and_signals()
+            measured = aggregator.measure(signal, nonfinite=~torch.isfinite(losses))
+        aggregation = aggregator.apply(
+            measured,
+            lambda weights, groups: weighted_sum(stream, weights, groups),
+            signal_is_direction=task_loss.signal_is_gradient,
+        )
+    finally:
+        stream.model.restore_parameters()
     return aggregation, losses
 
 
@@ -91,12 +95,6 @@ def weighted_sum(stream: Gradients, weights: Tensor, groups: list[int] | None, /
     leaves = tree_leaves(stream.params)
     cast = [a.to(b.dtype) for a, b in zip(total, leaves, strict=True)]
     return tree_unflatten(cast, tree_structure(stream.params))
-
-
-def _measured_forward(stream: "_Stream", aggregator: Aggregator) -> tuple[Measured, Tensor]:
-    """Statistics of signals that the forward pass tells, and the losses."""
-    losses, signal = stream.losses_and_signals()
-    return aggregator.measure(signal, nonfinite=~torch.isfinite(losses)), losses
 
 
 def measured_in_two_passes(stream: Gradients, aggregator: Aggregator, /) -> tuple[Measured, Tensor]:
@@ -172,7 +170,7 @@ class _Stream:
         self._tasks = tasks
         self.n = task_count(tasks, "tasks")
         self._random_state = RandomState(params, tasks, source=task_loss.map.source)
-        self._model = Model(task_loss.map.source)
+        self.model = Model(task_loss.map.source)
         self._losses: Tensor | None = None
         self._leaves = [leaf.detach().requires_grad_() for leaf in tree_leaves(params)]
         self._dtype = accumulation_dtype(self._leaves)
@@ -189,22 +187,29 @@ class _Stream:
         """Loss of every task and the leaves of its gradient, in float32 or better."""
         at = tree_unflatten(self._leaves, tree_structure(self.params))
         losses = Rows(self.n)
+        self._depends = False
         for task in self._each():
             with torch.enable_grad():
                 loss, _ = self._task_loss.function(at, task)
             losses.append(loss.detach().unsqueeze(0))
-            if not loss.requires_grad:  # of no parameter
-                yield loss, _zeros(self)
-                continue
             # Held by no name here, so that it is gone when the next one is made.
-            yield (
-                loss.detach(),
-                [
-                    gradient.to_dense().to(self._dtype)
-                    for gradient in torch.autograd.grad(loss, self._leaves, materialize_grads=True)
-                ],
-            )
+            yield loss.detach(), self._gradient(loss)
+        if not self._depends:
+            refuse_independent()
         self._compare(losses.stack)
+
+    def _gradient(self, loss: Tensor) -> list[Tensor]:
+        """Zeros where the loss depends on no parameter; notes whether that of any task does."""
+        found: Sequence[Tensor | None] = [None] * len(self._leaves)
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, self._leaves, allow_unused=True)
+        self._depends = self._depends or any(each is not None for each in found)
+        return [
+            torch.zeros_like(leaf, dtype=self._dtype).detach()
+            if each is None
+            else each.to_dense().to(self._dtype)
+            for each, leaf in zip(found, self._leaves, strict=True)
+        ]
 
     def _compare(self, losses: Tensor) -> None:
         """One host synchronisation: whether a pass has drawn what the first one drew."""
@@ -215,7 +220,7 @@ class _Stream:
 
     def _each(self) -> Iterator[PyTree]:
         self._random_state.restore()
-        self._model.restore()
+        self.model.restore()
         return self._task_loss.map.one_by_one(self.params, self._tasks, self.n)
 
 

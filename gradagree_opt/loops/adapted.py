@@ -42,7 +42,8 @@ def trained(parameters: Mapping[str, Tensor], /) -> dict[str, Tensor]:
 
     Raises:
         TypeError: one is complex.
-        ValueError: there is none, one was computed from other tensors, or one occurs twice.
+        ValueError: there is none, one was computed from other tensors, one occurs twice, or they
+            lie on several devices.
     """
     found = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
     if not found:
@@ -61,6 +62,12 @@ def trained(parameters: Mapping[str, Tensor], /) -> dict[str, Tensor]:
             raise ValueError(
                 f"expected the parameters to train, found {name!r} computed from other tensors; "
                 "give the model itself, before it adapts, and no clone of it"
+            )
+        device = next(iter(found.values())).device
+        if tensor.device != device:
+            raise ValueError(
+                f"expected parameters on one device, found {device} in {next(iter(found))!r} and "
+                f"{tensor.device} in {name!r}; give each device a TaskBatch of its own"
             )
         first = names.setdefault(id(tensor), name)
         if first != name:

@@ -42,7 +42,11 @@ class LossGraph:
         self.used: set[str] = set()
         self._losses = list(losses)
         self._kept = kept
-        self._places = list(chain(parameters.items(), *(copy.items() for copy in copies)))
+        places = chain(parameters.items(), *(copy.items() for copy in copies))
+        # Tasks may share a copy, whose one gradient is the sum over them.
+        self._places = list(
+            {(name, id(tensor)): (name, tensor) for name, tensor in places}.values()
+        )
         self._tensors = [tensor for _, tensor in self._places]
 
     @cached_property

@@ -169,8 +169,8 @@ class TaskBatch:
             The aggregation and the losses ``[n]``; its update is a dict by parameter name or place.
 
         Raises:
-            ValueError: no task was added, the graph of a loss is stale, a parameter was replaced
-                since the first task, or the aggregator refuses the tasks or drops all
+            ValueError: no task was added, the graph of a loss is stale, a parameter was replaced or
+                frozen since the first task, or the aggregator refuses the tasks or drops all
                 of them. No ``.grad`` is touched then, and the tasks are forgotten.
         """
         if len(self) < self.aggregator.fewest:
@@ -194,9 +194,8 @@ class TaskBatch:
 
     def clear(self) -> None:
         """Forgets the tasks added so far, and their graphs."""
-        lists = (self._losses, self._values, self._copies, self._directions, self._displacements)
-        for each in lists:
-            each.clear()
+        self._losses, self._values, self._copies = [], [], []
+        self._directions, self._displacements = [], []
         if self.aggregator.ranks is not None:
             self.aggregator.ranks.forget(self)
 
@@ -219,10 +218,12 @@ class TaskBatch:
     def _check_same_parameters(self) -> None:
         found = self._found()
         for name in dict.fromkeys([*self._all, *found]):
-            if self._all.get(name) is not found.get(name):
+            same = (now := found.get(name)) is self._all.get(name)
+            if not same or (now is not None and now.requires_grad != (name in self._trained)):
+                change = "frozen or unfrozen" if same else "replaced, added or removed"
                 raise ValueError(
                     f"expected the same parameters from the first task of a batch to backward(), "
-                    f"found {name!r} replaced, added or removed; change the model between batches"
+                    f"found {name!r} {change}; change the model between batches"
                 )
 
     @property

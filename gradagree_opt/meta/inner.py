@@ -54,7 +54,8 @@ class InnerSGD:
 
     Raises:
         TypeError: lr is neither a number nor tensors.
-        ValueError: steps is no integer or negative, or batch_size does not divide the support set.
+        ValueError: steps is no integer or negative; or batch_size does not divide the support set,
+            or its tensors have different numbers of examples.
 
     >>> import gradagree_opt as ga
     >>> loss_fn = lambda w, x: ((w - x) ** 2).mean()
@@ -127,15 +128,17 @@ def sub_batch(support: PyTree, batch_size: int | None, step: int, /) -> PyTree:
     """The consecutive part of a support set that an inner step takes; the whole without a size.
 
     Raises:
-        ValueError: ``batch_size`` does not divide the support set.
+        ValueError: ``batch_size`` does not divide the support set, or its tensors have different
+            numbers of examples.
     """
     if batch_size is None:
         return support
-    sizes: list[Any] = [leaf.shape[0] for leaf in tree_leaves(support)]
-    if any(size == 0 or size % batch_size for size in sizes):
+    sizes: list[Any] = [leaf.shape[0] if leaf.ndim else None for leaf in tree_leaves(support)]
+    if len({*sizes}) > 1 or not sizes[0] or sizes[0] % batch_size:
         raise ValueError(
-            f"expected a support set whose size is a multiple of batch_size {batch_size}, "
-            f"found {sizes}"
+            "expected a support set whose every tensor has as many examples, a multiple of "
+            f"batch_size {batch_size}, found {sizes}; expand what the examples share to one entry "
+            "for each"
         )
     start = step * batch_size % sizes[0]
     return tree_map(lambda leaf: leaf[start : start + batch_size], support)

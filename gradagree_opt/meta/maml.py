@@ -91,17 +91,18 @@ class MAML:
         """One outer step, without changing the parameters.
 
         Args:
-            params: pytree of floating-point tensors.
+            params: pytree of floating-point tensors; of MetaSGD, ``{"params": θ, "lr": α}``.
             tasks: ``{"support": batch, "query": batch}`` with leaves ``[n, *shape]``.
             aggregator: what weights the tasks.
 
         Raises:
-            ValueError, TypeError: the tasks are not task-stacked, the loss is not a scalar, the
-                model changes its buffers, the aggregator refuses the signals, or several ranks
-                train.
+            ValueError, TypeError: the tasks are not task-stacked, the loss is no real scalar or
+                depends on no parameter, the model changes its buffers, the aggregator refuses the
+                signals, or several ranks train.
         """
         check_aggregator(aggregator)
         with aggregator.step_of_ranks(), statistics_refused():
+            self._check(params, aggregator)
             n = check_tasks(params, tasks, "support", "query", least=aggregator.fewest)
             source = (self.loss_fn, self.inner)
             with naming_what_was_meant(self._plain_loss, params, tasks["support"], source):
@@ -156,6 +157,9 @@ class MAML:
     def _plain_loss(self, params: PyTree, batch: PyTree) -> Tensor:
         """Of the parameters before adaptation."""
         return self.loss_fn(self._initial(params), batch)
+
+    def _check(self, params: PyTree, aggregator: Aggregator) -> None:
+        """What a form asks of its parameters and its aggregator."""
 
     def _initial(self, params: PyTree) -> PyTree:
         """The part of the meta-parameters that the inner loop starts from."""
@@ -222,13 +226,7 @@ class MetaSGD(MAML):
             compile=compile,
         )
 
-    def step(self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /) -> MetaStep:
-        """One outer step on ``{"params": θ, "lr": α}``: see :meth:`MAML.step`."""
-        check_aggregator(aggregator)
-        with aggregator.step_of_ranks():
-            return self._checked_step(params, tasks, aggregator)
-
-    def _checked_step(self, params: PyTree, tasks: PyTree, aggregator: Aggregator) -> MetaStep:
+    def _check(self, params: PyTree, aggregator: Aggregator) -> None:
         _check_meta_parameters(params)
         if aggregator.scope != "global" and self._signal_for(aggregator) == "displacement":
             raise ValueError(
@@ -236,7 +234,6 @@ class MetaSGD(MAML):
                 f"{aggregator.scope!r}: they have no leaf for the inner rates; take "
                 "signal='gradient'"
             )
-        return super().step(params, tasks, aggregator)
 
     def _adapt(self, params: PyTree, support: PyTree, steps: int | None = None) -> PyTree:
         _check_meta_parameters(params)

@@ -78,9 +78,9 @@ class Reptile:
             aggregator: what weights the tasks.
 
         Raises:
-            ValueError, TypeError: the tasks are not task-stacked, the loss is not a scalar, the
-                model changes its buffers, the aggregator refuses the displacements, or several
-                ranks train.
+            ValueError, TypeError: the tasks are not task-stacked, the loss is no real scalar or
+                depends on no parameter, the model changes its buffers, the aggregator refuses the
+                displacements, or several ranks train.
             RuntimeError: vmap cannot run the model, or memory does not suffice.
         """
         check_aggregator(aggregator)

@@ -181,3 +181,69 @@ def test_what_vmap_does_not_run_is_advised_the_loop_that_does(kind):
         batch.add(loss, adapted=learner)
     batch.backward()
     assert maml.module.weight.grad.abs() > 0
+
+
+class Mixed(nn.Module):
+    """Examples mixed by a sparse buffer, whose derivative vmap does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 1).double()
+        self.register_buffer("mix", torch.eye(7).double().to_sparse())
+
+    def forward(self, x):
+        return torch.sparse.mm(self.mix, self.linear(x))
+
+
+class Attends(nn.Module):
+    """Fused attention, whose derivative a second inner step would differentiate."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.out = nn.Linear(3, 4).double(), nn.Linear(4, 1).double()
+
+    def forward(self, x):
+        h = self.linear(x)[None]
+        return self.out(nn.functional.scaled_dot_product_attention(h, h, h)[0])
+
+
+class Cubed(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(context, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(context, gradient):
+        raise RuntimeError("no derivative here")
+
+
+class Custom(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 1).double()
+
+    def forward(self, x):
+        return Cubed.apply(self.linear(x))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of sparse products
+@pytest.mark.parametrize("name", ["MAML", "MetaSGD", "GBML"])
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (Mixed, "Sparse tensors; take a loop"),
+        (Attends, "is not implemented; take the math kernel"),
+        (Custom, "no derivative here"),
+    ],
+)
+def test_what_adapt_cannot_differentiate_is_raised_and_not_printed(name, make, found, capfd):
+    algorithm = ALGORITHMS[name](make(), False)
+    message = f".*{found}"
+    refuses(message, algorithm, mse, draw(), ga.Mean(), steps=2, error=RuntimeError)
+    assert capfd.readouterr() == ("", "")

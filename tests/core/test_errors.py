@@ -44,6 +44,16 @@ BAD_STACKS = {
         ValueError,
         "{} to have the task axis first, found a tensor without axes in 'scale'; stack the tasks",
     ),
+    "a sparse leaf": (
+        {"w": rows(4, 3), "embedding": rows(4, 3).to_sparse()},
+        TypeError,
+        "expected dense {}, found torch.sparse_coo in 'embedding'; give leaf.to_dense()",
+    ),
+    "several devices": (
+        {"w": rows(4, 3), "b": rows(4).to("meta")},
+        ValueError,
+        "expected {} on one device, found cpu in 'w' and meta in 'b'; bring them to one",
+    ),
     "integers": (
         {"w": rows(4, 3), "counts": torch.zeros(4, dtype=torch.int64)},
         TypeError,
@@ -152,11 +162,30 @@ def test_the_mean_takes_no_other_word_than_agreement_for_the_norm(match_norm: st
 
 
 @pytest.mark.parametrize("method", [ga.Mean, ga.EqualAgreement, ga.GradientAgreement])
-@pytest.mark.parametrize("match_norm", [ga.Sum, torch.ones(2)], ids=["a class", "a tensor"])
-def test_a_norm_to_match_is_that_of_an_aggregator_itself(
-    method: Any, match_norm: Any, without_type_checks: None
+def test_a_norm_to_match_is_that_of_an_aggregator_itself(method: Any):
+    with pytest.raises(ValueError, match=re.escape(f"{OTHER}; found tensor([1., 1.])")):
+        method(match_norm=torch.ones(2))
+
+
+class Unmade(ga.Aggregator):
+    def __init__(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("method", [ga.Mean, ga.EqualAgreement, ga.GradientAgreement])
+@pytest.mark.parametrize(
+    ("match_norm", "sentence"),
+    [
+        (ga.Sum, f"match_norm with {OTHER}, found the class Sum; call it"),
+        (ga.EqualAgreement, f"match_norm with {OTHER}, found the class EqualAgreement; call it"),
+        (Unmade(), "Unmade.__init__ to call super().__init__(…), found no weighting; give it one"),
+    ],
+    ids=["a class", "another", "without its constructor"],
+)
+def test_a_norm_to_match_is_that_of_an_aggregator_that_was_made(
+    method: Any, match_norm: Any, sentence: str
 ):
-    with pytest.raises(ValueError, match=re.escape(f"{OTHER}; found {match_norm!r}")):
+    with pytest.raises(TypeError, match=re.escape(f"expected {sentence}")):
         method(match_norm=match_norm)
 
 

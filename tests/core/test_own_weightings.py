@@ -97,6 +97,11 @@ def test_what_is_no_weighting_is_refused_when_it_is_given(
         (lambda statistics: statistics.row_sums[:2], ValueError, "[2]"),
         (lambda statistics: 1.0, TypeError, "float"),
         (lambda statistics: None, TypeError, "NoneType"),
+        (lambda statistics: statistics.row_sums * 1j, TypeError, "torch.complex64"),
+        (lambda s: ga.Decision(s.row_sums, None, s.scale == 0), ValueError, "NoneType"),
+        (lambda s: ga.Decision(s.row_sums, s.row_sums[:2], s.scale == 0), ValueError, "[2]"),
+        (lambda s: ga.Decision(s.row_sums, s.row_sums, False), ValueError, "bool"),
+        (lambda s: ga.Decision(s.row_sums, s.row_sums, s.row_sums == 0), ValueError, "[3]"),
     ],
 )
 def test_what_are_no_weights_is_refused(
@@ -105,6 +110,16 @@ def test_what_are_no_weights_is_refused(
     with pytest.raises(error, match="weighting") as caught:
         ga.Aggregator(answer)(STACK)
     assert f"found {found}" in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
+def test_weights_that_choose_tasks_are_those_numbers(dtype: torch.dtype):
+    chosen = ga.Aggregator(lambda statistics: (statistics.row_sums > 8).to(dtype))
+    result = chosen.aggregate(STACK)  # its row sums are 9, 6 and 3
+    assert result.weights.dtype == torch.float32
+    assert result.weights.tolist() == [1, 0, 0]
+    assert torch.equal(result.update, STACK[0])
+    assert result.diagnostics.log()["effective_tasks"] == 1
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,28 @@ def test_vmap_drops_tasks_problem_by_problem(without_type_checks: None):
         assert_close(row, aggregator.aggregate(stack).weights)
 
 
+@pytest.mark.parametrize(
+    "aggregator",
+    [
+        ga.Mean(),
+        ga.EqualAgreement(scope="leaf"),
+        ga.GradientAgreement(degenerate="raise", nonfinite="drop"),
+    ],
+    ids=repr,
+)
+def test_values_that_nobody_can_look_at_want_another_policy(
+    aggregator: ga.Aggregator, without_type_checks: None
+):
+    sentence = "values can be looked at, .* give nonfinite='propagate', and no degenerate='raise'"
+    with pytest.raises(ValueError, match=sentence):
+        torch.func.vmap(aggregator)(rows(3, 5, 4))
+    with pytest.raises(ValueError, match=sentence):
+        torch.func.functionalize(aggregator)(rows(5, 4))
+    with pytest.raises(ValueError, match=sentence):
+        aggregator(rows(5, 4).to("meta"))
+    assert torch.func.jacrev(aggregator)(rows(5, 4)).shape == (4, 5, 4)
+
+
 def test_vmap_over_random_weights_takes_draws_made_beforehand(without_type_checks: None):
     random = ga.RandomWeights(torch.Generator().manual_seed(0), nonfinite="propagate")
     stacks, draws = rows(3, 5, 4), torch.stack([random.draw(5) for _ in range(3)])

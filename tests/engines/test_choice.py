@@ -258,7 +258,11 @@ def test_streamed_loss_of_no_parameter_has_a_gradient_of_zeros(dtype):
     # The sum of these parameters is infinite in float16.
     params, tasks = torch.full((4,), 6e4, dtype=dtype), torch.tensor([[0.0], [1.0]]).to(dtype)
     result = ga.aggregate_gradients(
-        lambda w, x: x.sum(), params, tasks, ga.Mean(), engine="streamed"
+        lambda w, x: x.sum() if x[0] else (w * x).sum(),
+        params,
+        tasks,
+        ga.Mean(),
+        engine="streamed",
     )
     assert torch.equal(result.update, torch.zeros_like(params))
     assert result.losses.tolist() == [0.0, 1.0]

@@ -2,7 +2,7 @@
 
 from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import MutableMapping
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, proxy
 
 import pytest
 import torch
@@ -124,3 +124,13 @@ def test_a_sequence_with_code_of_its_own_is_read_past_it_and_left_as_found(kind)
     held, base = SEQUENCES[kind]
     same_steps(held, base.append)
     assert list(base.__iter__(held)) == [1]
+
+
+def gone(kind):
+    thing = kind()
+    return proxy(thing)
+
+
+@pytest.mark.parametrize("kind", [UserDict, UserList, lambda: nn.Linear(1, 1)])
+def test_a_weak_proxy_of_what_is_gone_is_read_past(kind):
+    same_steps(gone(kind), None)

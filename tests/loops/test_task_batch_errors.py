@@ -313,3 +313,13 @@ def test_a_learner_on_another_device_is_not_counted():
         batch.add((w**2).sum(), adapted=[torch.zeros(1, device="meta")])
     assert len(batch) == 0
     batch.add((w**2).sum())  # of another form: the batch is empty
+
+
+@pytest.mark.parametrize("aggregator", [ga.Mean(), ga.GradientAgreement(), ga.EqualAgreement()])
+def test_parameters_on_several_devices(model, aggregator):
+    given = named(model) | {"other": torch.zeros(2, device="meta", requires_grad=True)}
+    sentence = "on one device, found cpu in 'weight' and meta in 'other'; give each device"
+    refuses(lambda: ga.TaskBatch(given, aggregator), sentence)
+    optimizer = torch.optim.SGD(given.values(), lr=0.1)
+    sentence = "on one device, found cpu in '0' and meta in '2'; give each device"
+    refuses(lambda: ga.TaskOptimizer(optimizer, aggregator).step([loss_of(named(model))]), sentence)

@@ -9,7 +9,7 @@ import torch
 
 import gradagree_opt as ga
 
-from ..meta.loops import descend, gradient_with_graph
+from ..meta.loops import descend, gradient, gradient_with_graph
 from ..meta.problems import assert_same, loss_fn
 from .collecting import (
     CASE,
@@ -206,3 +206,30 @@ def test_views_of_what_another_model_has_adapted_are_refused(part):
     with pytest.raises(ValueError, match="depends on none of them; add every loss with its own"):
         batch.add(loss, adapted={name: part(p, 0) for name, p in stacks.items()})
     assert not len(batch)
+
+
+@each_memory
+@pytest.mark.parametrize("shared", ["weight1 bias1", "scale2", "weight1 bias1 weight2"])
+@pytest.mark.parametrize("aggregator", [ga.Mean(), ga.GradientAgreement(), ga.NormShare()])
+def test_a_detached_copy_that_tasks_share_counts_once(memory, shared, aggregator):
+    module = Network(CASE.params)
+    names = shared.split()
+    batch = ga.TaskBatch(module, aggregator, memory=memory)
+    common = {n: p.detach().requires_grad_() for n, p in parameters(module).items()}
+    signals, directions = [], []
+    for index, task in enumerate(CASE.each()):
+        own = {n: (p - 0.1 * index).detach().requires_grad_() for n, p in common.items()}
+        adapted = own | {name: common[name] for name in names}
+        batch.add(loss_fn(adapted, task["query"]), adapted=adapted)
+        directions.append(gradient(loss_fn, adapted, task["query"]))
+        signals.append({n: (CASE.params[n] - p).detach() for n, p in adapted.items()})
+    result = batch.backward()
+    stack = [
+        {n: torch.stack([each[n] for each in trees]) for n in common}
+        for trees in (directions, signals)
+    ]
+    expected = aggregator.aggregate(*stack)
+    assert_same(
+        {n: p.grad for n, p in parameters(module).items()}, expected.update, tolerance=1e-12
+    )
+    torch.testing.assert_close(result.weights, expected.weights)

@@ -102,3 +102,34 @@ def test_within_a_batch_it_is_refused_and_no_grad_is_touched(module, add, change
     with pytest.raises(ValueError, match="replaced, added or removed; change the model between"):
         batch.backward()
     assert len(batch) == 0 and all(p.grad is None for p in module.parameters())
+
+
+def freeze_all_but_the_head(module):
+    module.body.requires_grad_(False)
+
+
+def freeze_one(module):
+    module.head.bias.requires_grad_(False)
+
+
+def unfreeze(module):
+    module.head.weight.requires_grad_(True)
+
+
+FREEZING = [
+    (add, change)
+    for add in (losses, learners, displacements)
+    for change in (freeze_all_but_the_head, freeze_one)
+]
+
+
+@pytest.mark.parametrize(("add", "change"), [*FREEZING, (losses, unfreeze)])
+@pytest.mark.parametrize("memory", ["graph", "stream"])
+def test_a_parameter_frozen_within_a_batch_is_refused_as_well(module, add, change, memory):
+    module.head.weight.requires_grad_(change is not unfreeze)
+    batch = ga.TaskBatch(module, AGREE, memory=memory)
+    add(batch, module)
+    change(module)
+    with pytest.raises(ValueError, match=r"found '.*' frozen or unfrozen; change the model"):
+        batch.backward()
+    assert len(batch) == 0 and all(p.grad is None for p in module.parameters())

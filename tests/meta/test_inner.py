@@ -74,6 +74,30 @@ def test_a_batch_size_that_does_not_divide_the_support_set_is_refused(batch_size
         inner(loss_fn, CASE.params, SUPPORT)
 
 
+@pytest.mark.parametrize(
+    ("other", "found"), [((3,), r"\[6, 3\]"), ((12,), r"\[6, 12\]"), ((), r"\[6, None\]")]
+)
+def test_sub_batches_of_tensors_of_unlike_numbers_of_examples_are_refused(other, found):
+    def loss(w, batch):  # of an empty sub-batch it would be 0
+        return ((w - batch["x"]) ** 2).sum() + (w * batch["other"]).sum()
+
+    support = {"x": torch.zeros(6), "other": torch.ones(other)}
+    inner = ga.InnerSGD(0.1, 4, batch_size=3)
+    with pytest.raises(
+        ValueError, match=f"whose every tensor has as many .* found {found}; expand"
+    ):
+        inner(loss, torch.tensor(1.0), support)
+    shared = {"x": torch.zeros(6), "other": torch.ones(()).expand(6)}
+    batches = [{name: leaf[:3] for name, leaf in shared.items()}] * 4
+    expected = descend(
+        lambda at: gradient(lambda p, b: loss(p["w"], b), at, batches[0]),
+        {"w": torch.tensor(1.0)},
+        {"w": 0.1},
+        4,
+    )[-1]
+    torch.testing.assert_close(inner(loss, torch.tensor(1.0), shared), expected["w"].detach())
+
+
 def test_steps_at_the_call_replace_those_of_the_loop():
     inner = ga.InnerSGD(0.1, 2)
     expected = ga.InnerSGD(0.1, 5)(loss_fn, CASE.params, SUPPORT)

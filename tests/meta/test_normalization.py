@@ -66,6 +66,25 @@ LAYERS = {
         nn.Unflatten(1, (2, 2, 1)), nn.BatchNorm2d(2, track_running_stats=False), nn.Flatten()
     ),
 }
+ATEN = torch.ops.aten
+OPERATIONS = {
+    "torch.native_batch_norm": Fused(
+        lambda x, w, b: torch.native_batch_norm(x, w, b, None, None, True, 0.1, 1e-5)[0]
+    ),
+    "aten.native_batch_norm": Fused(
+        lambda x, w, b: ATEN.native_batch_norm(x, w, b, None, None, True, 0.1, 1e-5)[0]
+    ),
+    "aten._native_batch_norm_legit.no_stats": Fused(
+        lambda x, w, b: ATEN._native_batch_norm_legit.no_stats(x, w, b, True, 0.1, 1e-5)[0]
+    ),
+    "aten.batch_norm.default": Fused(
+        lambda x, w, b: ATEN.batch_norm.default(x, w, b, None, None, True, 0.1, 1e-5, False)
+    ),
+    "aten.layer_norm": Fused(lambda x, w, b: ATEN.layer_norm(x, [4], w, b)),
+    "aten.native_layer_norm.default": Fused(
+        lambda x, w, b: ATEN.native_layer_norm.default(x, [4], w, b, 1e-5)[0]
+    ),
+}
 ENGINES = [
     ("displacement", "one_backward"),
     ("displacement", "stacked"),
@@ -93,10 +112,7 @@ def tasks():
     }
 
 
-@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
-@pytest.mark.parametrize(("signal", "engine"), ENGINES)
-def test_step_equals_the_loop_over_tasks(layer, signal, engine):
-    params, loss_fn = network(layer)
+def assert_step_equals_the_loop(params, loss_fn, signal, engine):
     batch = tasks()
     each = [{part: (x[i], y[i]) for part, (x, y) in batch.items()} for i in range(N)]
     found = [maml(loss_fn, params, task, LR, 2) for task in each]
@@ -105,6 +121,33 @@ def test_step_equals_the_loop_over_tasks(layer, signal, engine):
     meta = ga.MAML(loss_fn, ga.InnerSGD(LR, 2), signal=signal, engine=engine)
     result = meta.step(params, batch, PAPER.aggregator)
     assert_same(result.update, PAPER.combine(signals, directions), tolerance=1e-10)
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize(("signal", "engine"), ENGINES)
+def test_step_equals_the_loop_over_tasks(layer, signal, engine):
+    assert_step_equals_the_loop(*network(layer), signal, engine)
+
+
+@pytest.mark.parametrize("layer", OPERATIONS.values(), ids=OPERATIONS)
+@pytest.mark.parametrize(("signal", "engine"), ENGINES[:4:3])
+def test_step_of_a_layer_spelt_as_an_operation_equals_the_loop(layer, signal, engine):
+    assert_step_equals_the_loop(*network(layer), signal, engine)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.LayerNorm(4), nn.BatchNorm1d(4, track_running_stats=False), nn.BatchNorm1d(4).eval()],
+)
+def test_step_of_an_exported_program_equals_the_loop(layer):
+    network = nn.Sequential(nn.Linear(3, 4), layer, nn.Tanh(), nn.Linear(4, 2)).double()
+    module = torch.export.export(network, (torch.zeros(SHOTS, 3).double(),)).module()
+    params = {name: torch.randn(p.shape, **TENSORS) + 0.5 for name, p in module.named_parameters()}
+
+    def loss_fn(params, batch):
+        return mse_loss(functional_call(module, params, (batch[0],)), batch[1])
+
+    assert_step_equals_the_loop(params, loss_fn, "displacement", "one_backward")
 
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)

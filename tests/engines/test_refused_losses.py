@@ -1,0 +1,132 @@
+"""Losses and parameters that are refused, where a step would be zero or end in a foreign error."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+import gradagree_opt as ga
+
+X = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5]])
+AGREE = ga.GradientAgreement()
+MODULE = nn.Linear(2, 1)
+W = torch.tensor([1.0, -1.0])
+
+
+def own_parameters(w, x):
+    return MODULE(x).square().sum()
+
+
+def detached(w, x):
+    return (w * x).sum().detach()
+
+
+def constant(w, x):
+    return torch.tensor(1.0)
+
+
+def without_grad(w, x):
+    with torch.no_grad():
+        return (w * x).sum()
+
+
+def of_the_data(w, x):
+    return x.sum()
+
+
+def aggregated(engine):
+    return lambda loss: ga.aggregate_gradients(loss, W, X, AGREE, engine=engine)
+
+
+def stepped(make, **options):
+    def step(loss):
+        return make(loss, ga.InnerSGD(0.1, 1), **options).step(W, {"support": X, "query": X}, AGREE)
+
+    return step
+
+
+STEPS = {
+    **{engine: aggregated(engine) for engine in ("auto", "stacked", "matrix_free", "streamed")},
+    "chunks": lambda loss: ga.aggregate_gradients(loss, W, X, AGREE, chunk_size=2),
+    "task_gradients": lambda loss: ga.task_gradients(loss, W, X),
+    "MAML": stepped(ga.MAML),
+    "FOMAML": stepped(ga.MAML, first_order=True),
+    "MAML of gradients": stepped(ga.MAML, signal="gradient"),
+    "Reptile": stepped(ga.Reptile),
+}
+each_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+
+
+@each_step
+@pytest.mark.parametrize("loss", [own_parameters, detached, constant, without_grad, of_the_data])
+def test_a_loss_of_no_parameter_is_refused(step, loss):
+    with pytest.raises(
+        ValueError, match=r"to depend on params, .* take torch.func.functional_call"
+    ):
+        step(loss)
+    step(lambda w, x: loss(w, x) + (w * x).square().sum())
+
+
+@each_step
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_a_loss_that_is_no_real_number_is_refused(step, dtype):
+    with pytest.raises(ValueError, match=f"a real floating-point loss, found {dtype}; give what"):
+        step(lambda w, x: (w * x).sum().to(dtype))
+
+
+@pytest.mark.parametrize("options", [{"engine": "streamed"}, {"chunk_size": 1}], ids=str)
+def test_a_single_task_may_have_a_loss_of_no_parameter(options):
+    def loss(w, x):
+        return (w * x).square().sum() if x[0] > 0.7 else x.sum()
+
+    found = ga.aggregate_gradients(loss, W, X, ga.Mean(), **options).update
+    torch.testing.assert_close(found, 2 * (W * X.square())[:2].sum(0) / 3)
+
+
+def test_a_loss_looked_at_without_a_gradient_is_taken():
+    seen = []
+
+    def inner(loss, params, support, *, first_order=False, steps=None):
+        with torch.no_grad():
+            seen.append(loss(params, support))
+        return params - 0.1 * torch.func.grad(loss)(params, support)
+
+    def loss(w, x):
+        return ((w - x) ** 2).sum()
+
+    tasks = {"support": X, "query": X}
+    found = ga.MAML(loss, inner).step(W, tasks, ga.Mean()).update
+    expected = ga.MAML(loss, ga.InnerSGD(0.1, 1)).step(W, tasks, ga.Mean()).update
+    torch.testing.assert_close(found, expected)
+    assert seen
+
+
+@dataclass
+class Scaled:
+    """Not to be hashed, as a dataclass that can be compared."""
+
+    factor: float
+
+    def __call__(self, w, x):
+        return self.factor * ((w - x) ** 2).sum()
+
+
+@pytest.mark.parametrize(
+    "loss", [Scaled(2.0), type("Own", (Scaled,), {"__hash__": None})(2.0)], ids=["dataclass", "own"]
+)
+def test_a_compiled_loss_that_cannot_be_known_again_is_refused(loss):
+    params, tasks = torch.zeros(2), torch.rand(3, 2)
+    with pytest.raises(TypeError, match=r"cannot be hashed; give it to dataclass"):
+        ga.aggregate_gradients(loss, params, tasks, ga.Mean(), compile=True)
+    found = ga.aggregate_gradients(loss, params, tasks, ga.Mean()).update
+    torch.testing.assert_close(found, -4 * tasks.mean(0))
+
+
+@pytest.mark.parametrize("engine", ["auto", "streamed"])
+def test_sparse_parameters_are_refused(engine):
+    params = {"w": W, "table": torch.eye(2).to_sparse()}
+    with pytest.raises(
+        TypeError, match=r"dense parameters, found torch.sparse_coo in 'table'; give"
+    ):
+        ga.aggregate_gradients(lambda p, x: (p["w"] * x).sum(), params, X, AGREE, engine=engine)
