@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+from gradagree_opt.ablation import ablate
 from gradagree_opt.ablation.kinds.own import OwnTasks
 from gradagree_opt.ablation.study.loading import load
 
@@ -41,3 +42,10 @@ def test_the_pages_function_makes_a_task_of_each_group_of_a_file(
         undone = y.double() * distribution.y_scale.deviation + distribution.y_scale.mean
         fields.append(set((undone.round().long() // 100).flatten().tolist()))
     assert sorted(field for each in fields for field in each) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_a_frame_in_the_place_of_a_file_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="expected data to be a path, found DataFrame; write it to"):
+        ablate("sine", out=tmp_path / "out", data=pd.DataFrame())  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
