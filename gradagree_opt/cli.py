@@ -143,7 +143,7 @@ def ablate(
         Path | None,
         typer.Option(
             help="For Omniglot, its .npz file or an existing folder to download to. For "
-            "mini-ImageNet, its folder.",
+            "mini-ImageNet, its folder. For tasks of your own, what they read.",
             show_default=False,
         ),
     ] = None,

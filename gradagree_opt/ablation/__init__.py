@@ -28,7 +28,7 @@ def ablate(
         study: the name of a shipped study, the path of a study file or of a run's ``config.json``,
             or what a study file says as a mapping.
         out: output folder; one that holds finished runs of the study is gone on with.
-        data: what the command takes as ``--data``.
+        data: the path that the command takes as ``--data``.
         jobs: processes, all cores if it is None. More than one start this program's main module
             anew, so a script calls this below ``if __name__ == "__main__":``. On a cluster, the
             most groups of runs at a time, as many as there is room for if it is None.
@@ -48,6 +48,7 @@ def ablate(
             cluster is not as it should be, and nothing was done; or processes died of some of its
             runs, and the finished ones are in the folder.
         OSError: the folder cannot be written to; the finished runs are in it.
+        TypeError: ``data`` is no path.
         ImportError: the extra "ablation" is not installed.
 
     Warns:
@@ -88,6 +89,11 @@ def ablate(
     def warn(sentence: str) -> None:
         warnings.warn(sentence, stacklevel=3)
 
+    if not isinstance(data, str | PathLike | None):
+        raise TypeError(
+            f"expected data to be a path, found {type(data).__name__}; write it to a file, which "
+            "tasks of your own can read"
+        )
     count = None if jobs is None else check_count("jobs", jobs, least=1)
     source = study if isinstance(study, Mapping) else str(study)
     loaded = load(source, quick=quick, seeds=seeds, iterations=iterations)

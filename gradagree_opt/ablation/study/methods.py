@@ -14,7 +14,7 @@ from torch import Generator
 
 import gradagree_opt as ga
 from gradagree_opt.ablation import own
-from gradagree_opt.ablation.section import REFERENCE, LocatedError, Optimizer, Rates
+from gradagree_opt.ablation.section import REFERENCE, LocatedError, Optimizer, Rates, Section
 from gradagree_opt.core.pipeline import Pipeline
 from gradagree_opt.frameworks import require
 
@@ -50,13 +50,13 @@ Option: TypeAlias = Annotated[
 ]
 
 
-class Recipe(BaseModel):
+class Recipe(Section):
     """An aggregator and its keyword options, some of which may be aggregators too."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(allow_inf_nan=True)  # what an option may be, the aggregator says
 
     aggregator: str
-    options: dict[str, Option] = {}
+    options: dict[str, Option] = Field(default_factory=dict)
 
     @property
     def nested(self) -> "list[Recipe]":

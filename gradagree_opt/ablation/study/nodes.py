@@ -2,7 +2,7 @@
 
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,11 +20,29 @@ def read_mapping(given: Mapping[str, Any]) -> tuple[dict[str, Any], yaml.Node]:
     try:
         loader = Loader(yaml.safe_dump(dict(given), sort_keys=False))
     except yaml.YAMLError:
-        raise StudyError(f"{GIVEN}: expected what a study file may say, found {given!r}") from None
+        keys, value = next(unwritable(dict(given)), ((), given))
+        place = f"{GIVEN} in {'.'.join(keys)!r}" if keys else str(GIVEN)
+        raise StudyError(
+            f"{place}: expected what a study file may say (text, numbers, lists and keys), "
+            f"found {reprlib.repr(value)}"
+        ) from None
     loader.name = str(GIVEN)
     root: Any = loader.get_single_node()
     document: dict[str, Any] = loader.construct_document(root)
     return document, root
+
+
+def unwritable(value: Any, *keys: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The parts of a value that YAML cannot write, and the keys that lead to each."""
+    if isinstance(value, dict | list):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in parts:
+            yield from unwritable(part, *keys, str(key))
+        return
+    try:
+        yaml.safe_dump(value)
+    except yaml.YAMLError:
+        yield keys, value
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], yaml.Node]:

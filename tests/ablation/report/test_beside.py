@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from gradagree_opt.ablation import ablate
-from gradagree_opt.ablation.report.beside import compare_folders
+from gradagree_opt.ablation.report.beside import compare_folders, varied
 from gradagree_opt.ablation.report.significance import p_value
 from gradagree_opt.ablation.section import StudyError
+from gradagree_opt.ablation.study.loading import load
 from gradagree_testing.command import contents, gradagree
 
 from ..conftest import TINY, WriteStudy
@@ -74,6 +75,14 @@ def test_the_same_runs_are_there_once(
     assert [name for name in report.numbers["method"] if "again" in name] == ["again: sum"]
     assert '"again: average" has the same runs as "out: mean".' in report.notes
     assert not any("differ in more" in note for note in report.notes)
+
+
+def test_options_that_only_one_study_has_are_told_one_by_one(write_study: WriteStudy) -> None:
+    plain = {"kind": "own", "make": "my_file:network"}
+    studies = [
+        load(str(write_study(model=model))) for model in (plain, plain | {"options": {"width": 9}})
+    ]
+    assert varied(studies, "model") == {"model.options.width": [None, 9]}
 
 
 def test_fractions_stand_beside_each_other(swept: Path, tmp_path: Path) -> None:

@@ -117,9 +117,9 @@ def test_finished_runs_are_counted_and_do_not_shorten_the_time_left(study: Study
         now += 10.0
         display.advance(1)
     assert study.iterations == 12
-    assert " 67 % 0:02:00 left 0:06:00" in shown(display)[1]
+    assert " 67 % 0:02:00 so far, 0:06:00 left" in shown(display)[1]
     display.end(study, record(study, 1, 0.25, 3, 1.0), found=True)
     for _ in range(study.iterations):
         now += 10.0
         display.advance(1)
-    assert " 89 % 0:04:00 left 0:02:00" in shown(display)[-5]
+    assert " 89 % 0:04:00 so far, 0:02:00 left" in shown(display)[-5]

@@ -121,9 +121,9 @@ def test_a_mistake_in_what_is_inherited_is_found_in_the_file_that_is_extended(
 @pytest.mark.parametrize(
     ("extended", "words"),
     [
-        ("no-such-study", "expected a study file or one of .*, sine, .*, found 'no-such-study'"),
-        ("3", "expected a study file or one of .*, sine, .*, found 3"),
-        ("", "expected a study file or one of .*, sine, .*, found null"),
+        ("absent", 'expected a study file .*, found "absent"; there are .*, sine, .*'),
+        ("3", "expected a study file .*, found 3; there are .*, sine, .*"),
+        ("", "expected a study file .*, found null; there are .*, sine, .*"),
         ("child.yaml", "'child.yaml' extends this file; one of them has to be complete"),
     ],
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from gradagree_opt.ablation.report.artefacts import write_config
 from gradagree_opt.ablation.runs.store import read_config
@@ -85,7 +86,7 @@ def test_a_number_in_exponent_form_is_a_number(study_file: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "line", "words"),
     [
-        ("  steps: 2\n", "  stepps: 2\n", 8, "unknown key 'stepps'"),
+        ("  steps: 2\n", "  stepps: 2\n", 8, "unknown key 'stepps'; did you mean 'steps'?"),
         ("  steps: 2\n", "", 6, "the key 'steps' is missing"),
         ("  batch_size: 5", "  batchsize: 5", 9, "unknown key 'batchsize'"),
         ("meta_batch: 3", "meta_batch: three", 12, "integer"),
@@ -126,7 +127,12 @@ def test_a_number_in_exponent_form_is_a_number(study_file: Path) -> None:
         ("form: {kind: reptile}", "form: {kind: repitle}", 5, "'reptile', 'maml', 'anil'"),
         ("form: {kind: reptile}", "form: {kin: reptile}", 5, "the key 'kind' is missing"),
         ("form: {kind: reptile}", "form: reptile", 5, 'keys with their values, found "reptile"'),
-        ("form: {kind: reptile}", "form: {kind: reptile, steps: 1}", 5, "unknown key 'steps'"),
+        (
+            "form: {kind: reptile}",
+            "form: {kind: reptile, steps: 1}",
+            5,
+            "unknown key 'steps'; there are kind",
+        ),
         ("    aggregator: gradient_agreement", "    aggregator: agree", 19, "unknown aggregator"),
         ("      negative: clip", "      negativ: clip", 21, "unknown option 'negativ'"),
         ("      negative: clip", "      negative: clap", 20, "found 'clap'"),
@@ -292,9 +298,11 @@ def test_a_name_is_read_back_from_the_configuration_as_it_is(
     assert read_config(tmp_path) == written
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(StudyError, match=f"{', '.join(SHIPPED)}, found 'sin'"):
+def test_an_unknown_name_is_answered_with_the_nearest_one_or_all() -> None:
+    with pytest.raises(StudyError, match="found \"sin\"; did you mean 'sine'"):
         load("sin")
+    with pytest.raises(StudyError, match=f'found "x"; there are {", ".join(SHIPPED)}$'):
+        load("x")
 
 
 def test_a_folder_is_no_study_file(tmp_path: Path) -> None:
@@ -307,3 +315,20 @@ def test_quick_without_a_quick_section_is_refused(study_file: Path) -> None:
     study_file.write_text(text[: text.index("quick:")])
     with pytest.raises(StudyError, match="--quick needs a 'quick' section"):
         load(str(study_file), quick=True)
+
+
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (sum, "expected what a study file may say .*, found <built-in function sum>"),
+        ("my_file.network", "expected module:name, .*, found 'my_file.network'"),
+        ("my_file.py:network", "expected module:name, .*, found 'my_file.py:network'"),
+    ],
+)
+def test_a_network_of_ones_own_that_is_named_otherwise_is_found_by_its_keys(
+    study_file: Path, make: object, words: str
+) -> None:
+    given = yaml.safe_load(study_file.read_text()) | {"model": {"kind": "own", "make": make}}
+    with pytest.raises(StudyError, match=f"^the study that is given in 'model.make': {words}"):
+        load(given)

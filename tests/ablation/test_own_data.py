@@ -1,0 +1,51 @@
+"""A study of a table of one's own, as the page of studies shows it."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from gradagree_opt.ablation import ablate
+from gradagree_opt.ablation.kinds.own import OwnTasks
+from gradagree_opt.ablation.study.loading import load
+
+PAGE = Path(__file__).parents[2] / "docs" / "studies.md"
+
+
+def shown(language: str, word: str) -> str:
+    """The one block of the page that has the word in it."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    [block] = [block for block in blocks if word in block]
+    return str(block)
+
+
+def test_the_pages_function_makes_a_task_of_each_group_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fields.py").write_text(shown("python", "from_frame"))
+    (tmp_path / "fields.yaml").write_text(shown("yaml", "fields:fields"))
+    rows = [(f"field {row % 5}", row % 7, row % 11, 100 * (row % 5) + row) for row in range(60)]
+    frame = pd.DataFrame(rows, columns=["field", "rain", "sun", "crop"])
+    frame.to_csv("crops.csv", index=False)
+    study = load("fields.yaml")
+    assert isinstance(study.tasks, OwnTasks)
+    training, test = study.tasks.build(study.test, Path("crops.csv"))
+    fields = []
+    for split in ("train", "validation", "test"):
+        for distribution in (training, test):
+            tasks = distribution.sample(50, split=split, generator=torch.Generator().manual_seed(0))
+            x, y = tasks["support"]
+            assert x.shape == (50, 5, study.tasks.input_size) and y.shape == (50, 5, 1)
+        undone = y.double() * distribution.y_scale.deviation + distribution.y_scale.mean
+        fields.append(set((undone.round().long() // 100).flatten().tolist()))
+    assert sorted(field for each in fields for field in each) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_a_frame_in_the_place_of_a_file_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="expected data to be a path, found DataFrame; write it to"):
+        ablate("sine", out=tmp_path / "out", data=pd.DataFrame())  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
