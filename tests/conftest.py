@@ -65,10 +65,13 @@ def _if_it_has_shapes(decorate: Any, of: Any = None, *, typechecker: Any) -> Any
 
 
 def _give_beartype_numbers_of_its_own() -> None:
-    """It samples from Python's generator, and that would look like draws of the model."""
+    """It samples from Python's generator, and that would look like draws of the model.
+
+    It takes hold of the generator as it first checks a list.
+    """
     original, random.getrandbits = random.getrandbits, random.Random(0).getrandbits
     try:
-        importlib.import_module("beartype._check.code.codemain")
+        importlib.import_module("beartype.door").is_bearable([0], list[int])
     finally:
         random.getrandbits = original
 

@@ -72,7 +72,8 @@ def _fused(kind: str) -> ModuleType | None:
     """The kernels, after a trial: Triton may miss a C compiler, or not know the device."""
     try:
         kernels = import_module("gradagree_opt.core.fused")
-        kernels.combine([torch.ones(1, 1, device=kind)], torch.ones(1, device=kind))
+        for _ in range(2):  # the second launch of a compiled kernel needs Triton 3.3
+            kernels.combine([torch.ones(1, 1, device=kind)], torch.ones(1, device=kind))
     except Exception:  # of many kinds: ImportError, Triton's, the driver's
         return None
     return kernels

@@ -9,11 +9,9 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-_compiled = triton.jit(
-    do_not_specialize=["n", "first", "programs", "kinds"],
-    do_not_specialize_on_alignment=["weights"],
-)
-"""Once for all numbers of tasks: the host may then launch it without a look at its arguments."""
+_compiled = triton.jit(do_not_specialize=["n", "first", "programs", "kinds", "weights"])
+"""Once for all numbers of tasks and alignments: the host may then launch it without a look at its
+arguments."""
 
 
 @triton.jit

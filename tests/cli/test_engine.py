@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from gradagree_opt.ablation import ablate as ablate_in_python
+from gradagree_opt.frameworks import FRAMEWORKS
 from gradagree_testing.command import contents
 
 from .conftest import TINY, ablate
@@ -28,7 +29,8 @@ def test_without_ray_one_sentence_names_the_extra(
     before = contents(tmp_path)
     result = ablate(tiny, "--out", tmp_path / "out", "--engine", "ray")
     assert result.exit_code == 2 and "\n" not in result.stderr.strip()
-    assert result.stderr.startswith("gradagree: the engine ray: expected ray>=2.60, found none; ")
+    expected = f"ray{FRAMEWORKS['ray'].supported}"
+    assert result.stderr.startswith(f"gradagree: the engine ray: expected {expected}, found none; ")
     assert result.stderr.strip().endswith("pip install 'gradagree-opt[ray]'")
     assert contents(tmp_path) == before
 

@@ -257,3 +257,17 @@ def test_without_triton_the_path_of_other_devices_is_taken(monkeypatch: pytest.M
     expected = ga.GradientAgreement().aggregate(in_float64(signals))
     weights = ga.GradientAgreement().aggregate(signals).weights
     assert_close(weights.cpu().double(), expected.weights, rtol=1e-5, atol=1e-6)
+
+
+def test_a_triton_that_launches_a_kernel_only_once_is_not_used(monkeypatch: pytest.MonkeyPatch):
+    class Once(dict[Any, Any]):  # as Triton before 3.3, whose compiled kernels take no constants
+        def get(self, key: Any) -> Any:
+            if key in self:
+                raise TypeError("function takes exactly 17 arguments (20 given)")
+
+    from gradagree_opt.core import fused
+
+    try_kernels = devices._fused.__wrapped__
+    assert try_kernels(DEVICE) is not None
+    monkeypatch.setattr(fused, "_compiled", Once())
+    assert try_kernels(DEVICE) is None
