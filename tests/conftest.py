@@ -5,6 +5,7 @@ import importlib
 import os
 import random
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -22,6 +23,8 @@ pytest.register_assert_rewrite("gradagree_testing")
 torch.set_num_threads(1)
 
 collect_ignore = ["benchmarks"]  # a command of their own: make bench
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it for a command with &
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -290,7 +290,7 @@ def test_from_python_as_from_the_command(write_study: WriteStudy, finished: Path
     ("changes", "words"),
     [
         ({"iterations": 0}, "the study that is given in 'iterations': "),
-        ({"extends": "sins"}, "expected a study file or one of"),
+        ({"extends": "sins"}, "expected a study file or a shipped study"),
         ({"methods": [{"name": "own", "aggregator": ga.Mean}]}, "what a study file may say"),
     ],
 )

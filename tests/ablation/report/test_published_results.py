@@ -53,6 +53,9 @@ SUMMARY = {
     "spruces: their growth, from five measurements": ("grouped", ""),
 }
 COLUMNS = {  # of tables that compare studies
+    "three in ten tasks shuffled": "equal-sine-torchjd-corrupted",
+    "Adam outside": "equal-sine-torchjd-adam",
+    "Finn's sines, MAML with Adam": "equal-sine-torchjd-maml",
     "a tenth flipped": "equal-sine-flipped",
     "a tenth ten times as large": "equal-sine-scale",
     "noisy targets": "equal-sine-noise",
