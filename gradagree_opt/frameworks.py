@@ -208,7 +208,7 @@ FRAMEWORKS: dict[str, Framework] = {
             "scipy", ">=1.13", "gradagree ablate", "import scipy.stats; scipy.stats.norm.ppf(0.5)"
         ),
         _from_index("tensorboard", ">=2.18", "gradagree ablate --tensorboard"),
-        _from_index("typer", ">=0.16", "gradagree ablate"),
+        _from_index("typer", ">=0.18", "gradagree ablate"),
     )
 }
 """The packages by the name they are installed by, PyTorch first."""
