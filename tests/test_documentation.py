@@ -4,7 +4,7 @@ import inspect
 import re
 import runpy
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_origin
 
 import pandas as pd
 import pytest
@@ -37,7 +37,8 @@ def field_names(model: type[BaseModel]) -> set[str]:
     pending = [field.annotation for field in model.model_fields.values()]
     while pending:
         hint = pending.pop()
-        if inspect.isclass(hint) and issubclass(hint, BaseModel) and hint is not model:
+        plain = inspect.isclass(hint) and get_origin(hint) is None  # Python 3.10 calls list[…] one
+        if plain and issubclass(hint, BaseModel) and hint is not model:
             names |= field_names(hint)
         pending += get_args(hint)
     return names

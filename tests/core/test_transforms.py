@@ -77,7 +77,8 @@ def test_values_that_nobody_can_look_at_want_another_policy(
         torch.func.functionalize(aggregator)(rows(5, 4))
     with pytest.raises(ValueError, match=sentence):
         aggregator(rows(5, 4).to("meta"))
-    assert torch.func.jacrev(aggregator)(rows(5, 4)).shape == (4, 5, 4)
+    if torch.__version__ >= "2.6":  # before, torch shows no value of a gradient on its way
+        assert torch.func.jacrev(aggregator)(rows(5, 4)).shape == (4, 5, 4)
 
 
 def test_vmap_over_random_weights_takes_draws_made_beforehand(without_type_checks: None):

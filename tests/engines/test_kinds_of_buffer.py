@@ -73,6 +73,8 @@ def by_hand(module):
 @pytest.mark.parametrize("engine", ["auto", "streamed"])
 def test_the_gradients_are_those_of_a_loop_and_the_buffer_is_the_same(kind, engine):
     module = Graph(BUFFERS[kind]())
+    if module.mix is not None and module.mix.is_sparse and torch.__version__ < "2.6":
+        pytest.skip("torch 2.5 has no sparse product of tasks")
     params = {name: p.detach() for name, p in module.named_parameters()}
     before = module.mix
 
