@@ -154,10 +154,11 @@ class TaskBatch:
             self._look_anew()
             check_ranks(self._trained, self.aggregator, adapts=adapted is not None)
         after = match(self._all, adapted) if adapted is not None else {}
-        displacements = [displacement(self._trained, after)] if adapted is not None else []
+        read = loss is None or not measures_directions(self.aggregator)
+        moved = displacement(self._trained, after) if adapted is not None and read else {}
         if loss is not None:
             self._add_loss(loss, after)
-        self._displacements += displacements
+        self._displacements += [moved] * (adapted is not None)
 
     def backward(self) -> CollectedTasks:
         """Adds Σ_i w_i · direction_i to ``.grad`` of every parameter; ready for the next batch.
@@ -254,8 +255,7 @@ class TaskBatch:
             return self.aggregator.aggregate_unchecked(of_no_task(self._trained))
         if not self._form[0]:
             return self.aggregator.aggregate_unchecked(stack_tasks(self._displacements))
-        adapts = self._form[1] and not measures_directions(self.aggregator)
-        signal = stack_tasks(self._displacements) if adapts else None
+        signal = stack_tasks(self._displacements) if any(self._displacements) else None
         nonfinite, directions = ~torch.isfinite(torch.stack(self._values)), self._directions
         if self._losses:
             graph = LossGraph(self._losses, self._trained, self._copies)
