@@ -15,7 +15,14 @@ from gradagree_opt.tasks.omniglot_files import (
     read_npz,
 )
 from gradagree_opt.tasks.one_shot_runs import read_one_shot_archive, read_one_shot_folder
-from gradagree_opt.tasks.protocol import SPLITS, Batch, Split, check_options, check_sample_arguments
+from gradagree_opt.tasks.protocol import (
+    SPLITS,
+    Batch,
+    Split,
+    check_options,
+    check_sample_arguments,
+    check_split_numbers,
+)
 
 
 class Omniglot:
@@ -274,9 +281,4 @@ def check_characters(images: Tensor, splits: Tensor, /) -> None:
             f"expected one split number for each of the {len(images)} characters, "
             f"found shape {list(splits.shape)}"
         )
-    unknown = splits[(splits < 0) | (splits >= len(SPLITS))]
-    if len(unknown):
-        raise ValueError(
-            "expected split numbers 0 (train), 1 (validation) or 2 (test), "
-            f"found {unknown[0].item()}"
-        )
+    check_split_numbers(splits)

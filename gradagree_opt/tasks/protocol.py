@@ -50,6 +50,16 @@ def check_options(dtype: torch.dtype, /, **counts: int) -> None:
         raise TypeError(f"expected a floating dtype, found {dtype}")
 
 
+def check_split_numbers(splits: Tensor, /) -> None:
+    """Raises a ValueError where one is no number of a split."""
+    unknown = splits[(splits < 0) | (splits >= len(SPLITS))]
+    if len(unknown):
+        raise ValueError(
+            "expected split numbers 0 (train), 1 (validation) or 2 (test), "
+            f"found {unknown[0].item()}"
+        )
+
+
 def check_sample_arguments(n_tasks: object, split: object, generator: object, /) -> None:
     """Say in one sentence what is wrong with the arguments of ``sample``.
 

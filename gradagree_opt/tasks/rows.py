@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Float, Int
-from gradagree_opt.tasks.protocol import SPLITS
+from gradagree_opt.tasks.protocol import SPLITS, check_split_numbers
 
 
 class Scale(NamedTuple):
@@ -101,11 +101,6 @@ def check_rows(x: Tensor, y: Tensor, groups: Tensor, splits: Tensor, /) -> None:
             f"expected a split number for each of the groups 0 … {int(groups.max())}, "
             f"found shape {list(splits.shape)}"
         )
-    unknown = splits[(splits < 0) | (splits >= len(SPLITS))]
-    if len(unknown):
-        raise ValueError(
-            "expected split numbers 0 (train), 1 (validation) or 2 (test), "
-            f"found {unknown[0].item()}"
-        )
+    check_split_numbers(splits)
     if not (splits == SPLITS.index("train"))[groups.long()].any():
         raise ValueError("expected rows of training groups to standardise by, found none")
