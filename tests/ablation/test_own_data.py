@@ -47,5 +47,5 @@ def test_the_pages_function_makes_a_task_of_each_group_of_a_file(
 @pytest.mark.usefixtures("without_type_checks")
 def test_a_frame_in_the_place_of_a_file_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="expected data to be a path, found DataFrame; write it to"):
-        ablate("sine", out=tmp_path / "out", data=pd.DataFrame())  # type: ignore[arg-type]
+        ablate("sine", out=tmp_path / "out", data=pd.DataFrame())  # type: ignore[arg-type] # refused
     assert not (tmp_path / "out").exists()

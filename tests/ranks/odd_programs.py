@@ -1,6 +1,7 @@
 """Programs of ranks that are unlike, of groups of some of them, and of models that are odd."""
 
 import sys
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -57,7 +58,9 @@ def vectors(n: int, d: int, seed: int = 0) -> Tensor:
 class Words(nn.Module):
     """A head that may be tied to the embedding, and a trunk that may be frozen."""
 
-    def __init__(self, *, tied: bool = False, frozen: bool = False) -> None:
+    def __init__(
+        self, *, tied: bool = False, frozen: bool = False, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embedding, self.trunk = nn.Embedding(7, 4), nn.Linear(4, 4)
@@ -65,6 +68,7 @@ class Words(nn.Module):
         if tied:
             self.head.weight = self.embedding.weight
         self.trunk.requires_grad_(not frozen)
+        self.to(dtype)
 
     def forward(self, words: Tensor) -> Tensor:
         result: Tensor = self.head(self.trunk(self.embedding(words)).tanh())
@@ -92,9 +96,7 @@ def odd_models() -> None:
     ):
         for one in (ga.GradientAgreement(), ga.Mean(match_norm=ga.EqualAgreement())):
             for memory in ("graph", "stream"):
-                make = lambda tied=tied, frozen=frozen, dtype=dtype: Words(  # noqa: E731
-                    tied=tied, frozen=frozen
-                ).to(dtype)
+                make = partial(Words, tied=tied, frozen=frozen, dtype=dtype)
                 cases.append((make, one, memory, collected(make(), one, tasks, memory)))
     join()
     rest = tasks[:0] if RANK == 0 else tasks.tensor_split(WORLD - 1)[RANK - 1]

@@ -6,6 +6,7 @@ import re
 import runpy
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TypeAlias
 
@@ -95,9 +96,12 @@ def test_tables_and_citations_are_those_of_the_recorded_runs(folder: Path) -> No
     }
     for name, text in written.items():
         assert (folder / name).read_text(encoding="utf-8") == text, name
-    # Its last digits are those of the releases of NumPy and SciPy that wrote it.
-    numbers = pd.read_csv(io.StringIO(report.numbers.to_csv(index=False)))
-    pd.testing.assert_frame_equal(numbers, pd.read_csv(folder / "table.csv"), rtol=1e-9)
+    # Its last digits are those of the releases that wrote it.
+    numbers, there = report.numbers.to_csv(index=False), (folder / "table.csv").read_text("utf-8")
+    if all(version(name) == config.packages[name] for name in ("numpy", "pandas", "scipy")):
+        assert numbers == there
+    both = (pd.read_csv(io.StringIO(text)) for text in (numbers, there))
+    pd.testing.assert_frame_equal(*both, rtol=1e-9)
 
 
 def tables_in(text: str) -> Iterator[Table]:

@@ -1,7 +1,6 @@
 """Tasks that report a multiple of their displacement, against a plain loop in float64."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from gradagree_opt.ablation.training.problem import (
 from gradagree_opt.ablation.training.run import Run
 from gradagree_opt.ablation.training.training import train_runs
 
-from .doubled import Doubled
+from .doubled import problem_of
 
 WriteStudy = Callable[..., Path]
 FLIPPED = {"kind": "flipped", "fraction": 0.4, "scale": 2.0}
@@ -33,13 +32,6 @@ METHODS = [
     {"name": "mean", "aggregator": "mean"},
     {"name": "agreement", "aggregator": "gradient_agreement"},
 ]
-
-
-@pytest.fixture
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture
@@ -96,10 +88,7 @@ def trained_by_hand(study: Study, problem: Problem, run: Run) -> Params:
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_group_of_runs_with_flipped_tasks_is_the_plain_loop(flipped: Study, index: int) -> None:
     study = flipped
-    problem = build_problem(study, None)
-    problem = replace(
-        problem, training=Doubled(problem.training), evaluation=Doubled(problem.evaluation)
-    )
+    problem = problem_of(study)
     pairs = ((0.5, 3), (0.25, 5))
     runs = [Run(method=study.methods[index], rate=rate, seed=seed) for rate, seed in pairs]
     for run, (_, params) in zip(

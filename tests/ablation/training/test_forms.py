@@ -1,7 +1,5 @@
 """Meta-SGD and ANIL in a study, against plain loops with autograd in float64."""
 
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ from gradagree_opt.ablation.training.networks import Params, build_module, initi
 from gradagree_opt.ablation.training.problem import (
     Problem,
     TrainingTasks,
-    build_problem,
     evaluation_tasks,
     scores_after,
 )
@@ -31,7 +28,7 @@ from gradagree_opt.ablation.training.training import train_runs
 from gradagree_opt.cli import app
 
 from ..conftest import WriteStudy
-from .doubled import Doubled
+from .doubled import problem_of
 
 FORMS: dict[str, dict[str, object]] = {
     "Reptile": {"kind": "reptile"},
@@ -47,26 +44,12 @@ INNER = {"lr": 0.02, "steps": 2}
 OUTER = {"optimizer": "sgd", "rates": [0.001, 0.002]}
 
 
-@pytest.fixture
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def ignore(_: object) -> None:
     pass
 
 
 def study_of(write_study: WriteStudy, form: str, **changes: object) -> Study:
     return load(str(write_study(form=FORMS[form], inner=INNER, **changes)))
-
-
-def problem_of(study: Study) -> Problem:
-    problem = build_problem(study, None)
-    return replace(
-        problem, training=Doubled(problem.training), evaluation=Doubled(problem.evaluation)
-    )
 
 
 def loss_of(problem: Problem, params: Params, x: Tensor, y: Tensor) -> Tensor:

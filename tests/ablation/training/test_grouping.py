@@ -1,8 +1,6 @@
 """Runs trained together against runs trained one by one, by torch.optim and the plain loop."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,11 +21,11 @@ from gradagree_opt.ablation.training.networks import (
     generator,
     initial_params,
 )
-from gradagree_opt.ablation.training.problem import Problem, TrainingTasks, build_problem
+from gradagree_opt.ablation.training.problem import TrainingTasks
 from gradagree_opt.ablation.training.run import Run
 from gradagree_opt.ablation.training.training import train_runs
 
-from .doubled import Doubled
+from .doubled import problem_of
 
 EQUAL = {"aggregator": "equal_agreement", "options": {"damping": 0.1}}
 METHODS = [
@@ -54,18 +52,7 @@ CASES = [(m, form, o) for m in METHODS for form, o in (("Reptile", "sgd"), ("MAM
 CASES += [(METHODS[1], "Reptile", "adam"), (METHODS[1], "MAML", "sgd")]
 
 
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def problem_of(study: Study) -> Problem:
-    problem = build_problem(study, None)
-    return replace(
-        problem, training=Doubled(problem.training), evaluation=Doubled(problem.evaluation)
-    )
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def ignore(_: int) -> None:

@@ -1,7 +1,5 @@
 """Adam in the inner loop of a study, against torch.optim.Adam on one task after the other."""
 
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,29 +12,15 @@ from gradagree_opt.ablation.study.loading import load
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.forms import inner_loop
 from gradagree_opt.ablation.training.networks import Params, initial_params, predict
-from gradagree_opt.ablation.training.problem import Problem, TrainingTasks, build_problem
+from gradagree_opt.ablation.training.problem import Problem, TrainingTasks
 from gradagree_opt.ablation.training.run import Run
 from gradagree_opt.ablation.training.training import train_runs
 
 from ..conftest import WriteStudy
-from .doubled import Doubled
+from .doubled import problem_of
 
 NICHOL: dict[str, object] = {"optimizer": "adam", "lr": 0.01, "steps": 3, "betas": [0, 0.999]}
 USUAL: dict[str, object] = {"optimizer": "adam", "lr": 0.01, "steps": 4, "batch_size": 5}
-
-
-@pytest.fixture
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def problem_of(study: Study) -> Problem:
-    problem = build_problem(study, None)
-    return replace(
-        problem, training=Doubled(problem.training), evaluation=Doubled(problem.evaluation)
-    )
 
 
 def loss_of(problem: Problem, params: Params, batch: Any) -> Tensor:

@@ -1,6 +1,6 @@
 """Multi-task learning in a study, against plain loops with autograd and torch.optim in float64."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -30,13 +30,6 @@ from gradagree_opt.tasks import DigitPairs
 
 from ..conftest import WriteStudy
 from ..spied import trained_alike
-
-
-@pytest.fixture
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def ignore(_: object) -> None:
