@@ -67,11 +67,13 @@ def contestants(problem: Problem) -> list[Contestant]:
 def gradagree(
     problem: Problem, *, compile: bool, aggregator: Any = None, chunk_size: int | None = None
 ) -> Step:
+    """An own ``aggregator`` is given its default signal, Gradient Agreement the problem's."""
+    signal = None if aggregator else problem.signal
     aggregator = aggregator or ga.GradientAgreement(nonfinite="propagate")
     maml = ga.MAML(
         problem.loss_fn,
         ga.InnerSGD(problem.lr, 1),
-        signal=problem.signal,
+        signal=signal,
         chunk_size=chunk_size,
         compile=compile,
     )
