@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
+import gradagree_testing.forked  # noqa: F401  # before a study has workers: one process serves all
+
 if TYPE_CHECKING:
     from gradagree_opt.ablation.study.study import Study
 

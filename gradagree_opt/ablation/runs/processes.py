@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import pickle
+import signal
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -17,6 +19,13 @@ from gradagree_opt.ablation.runs.job import Found, Job, Message, Task, Tell, per
 from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.training.problem import Problem
 from gradagree_opt.stopping import uninterrupted
+
+FORKS = sys.platform == "linux"
+"""Where a process may be forked from one that has imported PyTorch: in no time, sharing its memory.
+
+That one has run nothing yet, and leaves with the process that wants it.
+"""
+IMPORTED = ["torch._dynamo", __name__]
 
 
 class ThisProcess:
@@ -120,9 +129,11 @@ class Process:
     """
 
     def __init__(self) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self.line, self.other_end = spawn.Pipe()
-        self.executor = ProcessPoolExecutor(1, spawn, Worker.start, (self.other_end,))
+        context = multiprocessing.get_context("forkserver" if FORKS else "spawn")
+        context.set_forkserver_preload(IMPORTED)
+        self.line, self.other_end = context.Pipe()
+        beginning = (self.other_end, dict(os.environ))
+        self.executor = ProcessPoolExecutor(1, context, Worker.start, beginning)
         self.started: list[BaseProcess] = []
         self.gone = False
 
@@ -156,8 +167,12 @@ class Worker:
     line: ClassVar["Connection[Message, Any]"]
 
     @classmethod
-    def start(cls, line: "Connection[Message, Any]") -> None:
+    def start(cls, line: "Connection[Message, Any]", variables: dict[str, str]) -> None:
         cls.line = line
+        # Neither comes with a fork of a process that was there before.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os.environ.clear()
+        os.environ.update(variables)
         threading.Thread(target=cls.leave_with_parent, daemon=True).start()
 
     @classmethod

@@ -51,7 +51,7 @@ def train_side_by_side(
     others = [group for group in groups if not group[0].method.of_torchjd]
     for together in [others, *([group] for group in alone)]:
         if together:
-            with run_settings(together[0][0].seed, problem.device, study.tf32):
+            with run_settings(study, together[0][0].seed, problem.device):
                 yield from take_turns(
                     study, problem, together, at_once, report, tell, checkpoint_of
                 )
@@ -129,7 +129,7 @@ def runs_at_once(study: Study, problem: Problem, run: Run) -> int | None:
         return None
 
     def first_steps() -> None:
-        with run_settings(run.seed, device, study.tf32), own_stream(device):
+        with run_settings(study, run.seed, device), own_stream(device):
             program = Program(study, problem, [run], [initial_params(study, run.seed)], ignore)
             program.advance(1)
 

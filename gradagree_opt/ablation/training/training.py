@@ -3,18 +3,17 @@
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeAlias
 
 import torch
-import torch._dynamo
 from torch.utils._pytree import tree_map
 
 from gradagree_opt.ablation.study.methods import without_advice
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.checkpoint import State, States
 from gradagree_opt.ablation.training.devices import CPU, arithmetic, describe
-from gradagree_opt.ablation.training.grouping import select
+from gradagree_opt.ablation.training.grouping import is_compiled, select
 from gradagree_opt.ablation.training.networks import Params, derived_seed, initial_params
 from gradagree_opt.ablation.training.problem import (
     Problem,
@@ -59,7 +58,7 @@ def train_runs(
     Returns:
         The record of each run, with its share of the seconds, and the trained parameters.
     """
-    with run_settings(runs[0].seed):
+    with run_settings(study, runs[0].seed):
         steps = training(study, problem, runs, report, checkpoint)
         while True:
             try:
@@ -263,24 +262,32 @@ class Group:
 
 
 @contextmanager
-def run_settings(seed: int, device: torch.device = CPU, tf32: bool = False) -> Iterator[None]:
+def run_settings(study: Study, seed: int, device: torch.device = CPU) -> Iterator[None]:
     """One thread for each run: the runs share the cores, and sums are taken in one order.
 
-    Compiled code is kept for every method that a process comes across.
     The global generator, which TorchJD's aggregators draw from, is that of the run for a while.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with (
-            torch._dynamo.config.patch(
-                cache_size_limit=PROGRAMS, accumulated_cache_size_limit=PROGRAMS
-            ),
+            many_programs() if is_compiled(study) else nullcontext(),
             torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]),
-            arithmetic(device, tf32),
+            arithmetic(device, study.tf32),
             without_advice(),
         ):
             torch.manual_seed(derived_seed(seed, "weights"))
             yield
     finally:
         torch.set_num_threads(threads)
+
+
+def many_programs() -> AbstractContextManager[None]:
+    """Compiled code is kept for every method that a process comes across.
+
+    Here torch first imports its compiler, which takes as long as all the rest of torch.
+    """
+    kept: AbstractContextManager[None] = torch._dynamo.config.patch(
+        cache_size_limit=PROGRAMS, accumulated_cache_size_limit=PROGRAMS
+    )
+    return kept

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gradagree_opt.ablation.runs import engines, processes
+from gradagree_opt.ablation.runs import engines
 from gradagree_opt.ablation.runs import job as job_module
 from gradagree_opt.ablation.runs.job import Found
 from gradagree_opt.ablation.runs.processes import Processes, ThisProcess
@@ -29,7 +29,6 @@ from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.methods import Method
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.run import Run, RunRecord
-from gradagree_testing.forked import FORKS
 from gradagree_testing.jobs import Failing, Marking, task_of
 
 
@@ -47,12 +46,6 @@ def without_seconds(results: Part) -> dict[Label, dict[str, object]]:
 
 def submit(workers: Workers) -> Callable[[str], "Future[Any]"]:
     return lambda name: workers.submit(task_of(name))
-
-
-@pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New processes that import PyTorch no more: how they are started makes no difference here."""
-    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda _: FORKS)
 
 
 @pytest.fixture
@@ -189,7 +182,6 @@ def test_processes_give_what_one_process_gives(study: Study, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.usefixtures("forked")
 def test_why_a_process_cannot_prepare_is_told_and_other_children_are_left_alone(jobs: int) -> None:
     other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
     other.start()
@@ -206,7 +198,6 @@ def test_why_a_process_cannot_prepare_is_told_and_other_children_are_left_alone(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that kills")
-@pytest.mark.usefixtures("forked")
 def test_of_a_process_that_is_killed_its_group_alone_is_done_again(tmp_path: Path) -> None:
     with Processes(Marking(tmp_path), 2, ignore) as workers:
         found = set(execute(workers, ["first", "killed once", "last"], submit(workers), str))
@@ -218,7 +209,6 @@ def test_of_a_process_that_is_killed_its_group_alone_is_done_again(tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that kills")
-@pytest.mark.usefixtures("forked")
 def test_a_process_that_is_killed_while_it_waits_is_replaced(tmp_path: Path) -> None:
     with Processes(Marking(tmp_path), 1, ignore) as workers:
         assert list(execute(workers, ["first"], submit(workers), str)) == ["first"]
@@ -231,7 +221,6 @@ def test_a_process_that_is_killed_while_it_waits_is_replaced(tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that kills")
-@pytest.mark.usefixtures("forked")
 def test_a_group_that_kills_every_process_is_named_after_four_and_the_others_are_kept(
     tmp_path: Path,
 ) -> None:
@@ -244,7 +233,6 @@ def test_a_group_that_kills_every_process_is_named_after_four_and_the_others_are
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked")
 def test_runs_whose_processes_are_killed_are_named_and_what_is_finished_is_kept(
     study: Study, tmp_path: Path
 ) -> None:

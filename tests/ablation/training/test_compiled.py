@@ -60,11 +60,14 @@ def test_so_is_a_captured_one_of_multi_task_training(
     assert_compiled_is_eager(digits, runs_of(digits.methods[index], (0.5, 3), (1.0, 5)))
 
 
-def test_as_many_programs_are_kept_as_methods_want(without_code_generation: None) -> None:
+def test_as_many_programs_are_kept_as_methods_want(
+    study: Study, without_code_generation: None
+) -> None:
     """More than torch keeps of one function (8; here 2) and of all of one code (256; here 4)."""
     doubled = maybe_compiled(lambda x: 2 * x, True)
+    compiled = study.model_copy(update={"compile": True})
     limits = {"cache_size_limit": 2, "accumulated_cache_size_limit": 4}
-    with torch._dynamo.config.patch(limits), run_settings(0):
+    with torch._dynamo.config.patch(limits), run_settings(compiled, 0):
         for size in range(2, 10):
             assert len(doubled(torch.ones(size))) == size
     assert counters["stats"]["unique_graphs"] == 8

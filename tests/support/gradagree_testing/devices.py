@@ -31,7 +31,7 @@ def train_group(
 ) -> Trained:
     """What the runs find on the device of the problem; nothing where they stop after some turns."""
     with (
-        run_settings(runs[0].seed, problem.device, study.tf32),
+        run_settings(study, runs[0].seed, problem.device),
         own_stream(problem.device),
     ):
         steps = training(study, problem, runs, lambda _: None, checkpoint, tell=tell)

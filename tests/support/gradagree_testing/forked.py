@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
-FORKS = multiprocessing.get_context("forkserver" if CAN_FORK else "spawn")
-if CAN_FORK:  # what is not installed is left out
-    FORKS.set_forkserver_preload(
-        ["gradagree_opt", "pytest", "torch.distributed.fsdp", "torch._dynamo", "lightning.pytorch"]
-    )
+from gradagree_opt.ablation.runs import processes
+
+FORKS = multiprocessing.get_context("forkserver" if processes.FORKS else "spawn")
+# The same process is forked for a study's workers. What is not installed is left out.
+processes.IMPORTED += ["pytest", "torch.distributed.fsdp", "lightning.pytorch"]
+FORKS.set_forkserver_preload(processes.IMPORTED)
 PATIENCE = 300
 
 
