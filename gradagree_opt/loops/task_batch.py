@@ -279,9 +279,9 @@ class TaskBatch:
             return aggregate_losses(graph, nonfinite, self.aggregator)
         if not self.takes_one_backward:
             return None
-        measured = self.aggregator.measure(signal, nonfinite=nonfinite)
-        combined = graph.combined_for(self.aggregator)
-        return self.aggregator.apply(measured, combined, signal_is_direction=False)
+        like = of_no_task(self._trained)
+        measured = self.aggregator.measure(signal, directions=like, nonfinite=nonfinite)
+        return self.aggregator.apply(measured, graph.combined_for(self.aggregator))
 
     def _gradient(
         self, loss: Tensor, copies: dict[str, Tensor], *, retain_graph: bool

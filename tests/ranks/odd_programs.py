@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from programs import (
+from common import (
     RANK,
     STORE,
     WORLD,
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import gradagree_opt as ga
-from gradagree_opt.core import shards
+from gradagree_opt.core import ranks, rounding, shards
 
 
 def unlike_processors() -> None:
@@ -32,6 +32,7 @@ def unlike_processors() -> None:
     if RANK:
         norm, last_digits = shards.tree_norm, cycle([0, 2**-22])
         shards.tree_norm = lambda tree: norm(tree) * (1 + next(last_digits))
+        ranks.rounding_of = lambda device: f"{rounding.rounding_of(device)} of another kind"
     stack = vectors(2 * WORLD, 1001)
     for one in (
         ga.GradientAgreement(match_norm="mean"),
