@@ -16,7 +16,8 @@ class Header(NamedTuple):
         failed: 1 where it takes no part in the step.
         options: a digest of what has to be the same on all ranks.
         form: 2 where the directions are others than the signals, 1 where not, 0 without a task.
-        layout: a digest of the shapes and dtypes of its part of the directions.
+        layout: a digest of how long its last message is: shapes and dtypes of its part of the
+            directions.
         rounding: what it rounds as, and what its weighting draws by itself; where two differ in
             this, they need not decide alike.
         block, part: ``block`` and ``index`` of :class:`gradagree_opt.core.shards.Shards`.

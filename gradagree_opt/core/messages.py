@@ -1,6 +1,6 @@
 """What the ranks of a process group tell each other, and what is said where they are not alike."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from math import isclose, isnan
@@ -22,8 +22,10 @@ class Messages:
 
     Attributes:
         counts: tasks of each rank in the step at hand.
-        joined: whether the ranks have met in it.
+        inside: whether there is a step at hand; ``joined`` says if the ranks have met in it.
         alike: whether every rank decides as the first one does.
+        flags: gives what this rank says beside, as many as all do; ``flagged`` has those that any
+            rank has raised.
         due: what the others wait for in it, zeros as long as each message that is still to come.
         groups: process groups of ranks with the same part of sharded parameters.
         left: the batch in which a task has failed before any step, which the others wait for.
@@ -32,8 +34,10 @@ class Messages:
     def __init__(self, group: Any = None) -> None:
         self.group = group
         self.counts: list[int] = []
-        self.joined = False
+        self.inside = self.joined = False
         self.alike = True
+        self.flags: Callable[[], list[bool]] = list
+        self.flagged: list[bool] = []
         self.due: list[Tensor] = []
         self.left: object = None
         self.groups: dict[tuple[int, ...], Any] = {}
@@ -100,8 +104,11 @@ class Messages:
 
         ``batch``: whose step it is, that a task may have failed in.
         """
+        if self.inside:  # as an aggregation in the step of an adapter
+            yield
+            return
         self.check_group()
-        self.joined, self.due = False, []
+        self.inside, self.joined, self.due = True, False, []
         try:
             if self.left not in (None, batch):
                 raise ValueError(
@@ -117,6 +124,8 @@ class Messages:
             elif self.due:
                 self._send(self.due[:1], self.due[0].new_tensor([1, 0, 0]))
             raise
+        finally:
+            self.inside, self.flags = False, list
 
     def forget(self, batch: object, /) -> None:
         """A batch begins anew: had a task failed in it, the step that others wait for is lost."""
@@ -184,12 +193,6 @@ class Messages:
                     return f"{one} on rank 0 and {another} on rank {rank}"
         return "others in a way that their words do not show"
 
-    def used_by_any(self, used: Sequence[bool], device: torch.device, /) -> list[bool]:
-        """Which of the parameters a loss of any rank depends on."""
-        flags = torch.tensor(used, dtype=torch.int32, device=device)
-        self.reduce(flags)
-        return (flags > 0).tolist()
-
     def check_none(self, failed: list[int]) -> None:
         if failed:
             names = ", ".join(map(str, failed))
@@ -221,10 +224,12 @@ class Messages:
         self.due = []  # until it has arrived
         table = words.new_zeros(self.size, len(words))
         table[self.rank] = words
-        message = torch.cat([table.flatten(), *own])
+        message = torch.cat([table.flatten(), words.new_tensor(self.flags()), *own])
         self.reduce(message)
-        told, total = message[: table.numel()], message[table.numel() :]
-        return told.view_as(table).tolist(), total
+        told, total = torch.tensor_split(message, [len(message) - sum(map(len, own))])
+        rows, flags = torch.tensor_split(told.cpu(), [table.numel()])
+        self.flagged = (flags > 0).tolist()
+        return rows.view_as(table).tolist(), total
 
     def reduce(self, tensor: Tensor) -> None:
         reduce_over(tensor, self.group, self.group)

@@ -1,4 +1,4 @@
-"""Tasks that lie on several ranks: measured together, decided by the first, combined together.
+"""Tasks that lie on several ranks: measured together, decided alike, combined together.
 
 One step, in this order on every rank, whatever the weighting; all-reduce is the only primitive:
 
@@ -6,8 +6,9 @@ One step, in this order on every rank, whatever the weighting; all-reduce is the
 2. Σ_j g_j, d numbers, and Σ_j u_j for cosines;
 3. table: per task its norm and its products with these sums, so that every rank knows all tasks,
    and decides on all by itself;
-4. Σ_i w_i · direction_i, d numbers, and before them whether a rank has failed since, and a sum of
-   the weights that each has taken; once more for the length that match_norm names.
+4. Σ_i w_i · direction_i, d numbers, and before them whether a rank has failed since, a sum of the
+   weights that each has taken, and the parameters that the tasks of a loop use; once more for the
+   length that match_norm names, unless 2 has told it.
 
 Ranks that would round otherwise, and weightings that draw by themselves, need not decide alike: the
 first rank's decision is then told between 3 and 4, and so are its Gram matrix and its factor of
@@ -222,7 +223,7 @@ class Ranks(Messages):
             d=sum(torch.Size(shape).numel() for shape in shapes),
             options=digest(words),
             form=0 if n == 0 else 1 if directions is None else 2,
-            layout=digest(self.layout),
+            layout=digest((self.layout, len(self.flags()))),
             rounding=-1 - self.rank if draws_itself else digest(rounding_of(device)),
             block=self.shards.block,
             part=self.shards.index,

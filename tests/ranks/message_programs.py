@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import RANK, WORLD, check_same_bits, counted, join, leave
+from common import RANK, WORLD, Model, check_same_bits, counted, join, leave
 
 import gradagree_opt as ga
 
@@ -46,6 +46,16 @@ def messages() -> None:
             (ga.EqualAgreement(match_norm="mean"), N + 2, 5),
         )
     )
+    model = Model()
+    for count in (1 + RANK, 0 if RANK else 2):
+        batch = ga.TaskBatch(model, ga.distributed(ga.GradientAgreement()))
+        for x in torch.ones(count, 4, 3):
+            batch.add(model(x, head=1 + RANK).square().mean())
+        with counted() as sent:
+            batch.backward()
+        assert len(sent) == 4, len(sent)
+    found = [p.grad is not None for p in model.parameters()]
+    assert found == [True, True, False, False, True, True, True, True]
     stack = torch.randn(2, D)
     with counted() as sent:  # signals beside the directions
         ga.distributed(ga.GradientAgreement(match_norm="mean")).aggregate(stack, stack + 1)
