@@ -19,9 +19,8 @@ def rounding_of(device: torch.device, /) -> str:
     >>> rounding_of(torch.device("cpu")) == rounding_of(torch.device("cpu"))
     True
     """
-    settings = (torch.get_num_threads(), torch.get_default_dtype())
-    precision = torch.get_float32_matmul_precision()
-    return f"{_machine()} {_accelerator(device)} {settings} {precision}"
+    settings = [torch.get_num_threads(), torch.get_default_dtype(), *_precisions()]
+    return f"{_machine()} {_accelerator(device)} {settings}"
 
 
 @cache
@@ -31,6 +30,13 @@ def _machine() -> str:
     with suppress(AttributeError):  # not on every system
         cores = len(os.sched_getaffinity(0))
     return f"{platform.machine()} {cores} {_processor()} {torch.__config__.show()}"
+
+
+def _precisions() -> list[str]:
+    """Of products of float32; the older way to ask is refused after the newer way to set it."""
+    backends = [torch.backends.cuda, torch.backends.mkldnn]
+    found = [getattr(getattr(each, "matmul", None), "fp32_precision", "") for each in backends]
+    return found if any(found) else [torch.get_float32_matmul_precision()]  # torch 2.8 and older
 
 
 def _processor() -> list[str]:
