@@ -213,6 +213,24 @@ def one_task_and_forty() -> None:
             ga.aggregate_gradients(loss, params, none, ga.distributed(ga.Mean()), **options)
 
 
+def weightings_of_torchjd() -> None:
+    """Random weights of the global generator, whose seeds differ: the first rank's are of all."""
+    from gradagree_opt.adapters.torchjd import from_torchjd
+    from torchjd.aggregation import Random, UPGrad
+
+    stack, one = vectors(2 * WORLD, 9), from_torchjd(UPGrad())
+    wanted = one(stack)
+    torch.manual_seed(0)
+    random = from_torchjd(Random()).aggregate(stack)
+    join()
+    check_close(ga.distributed(one)(ga.own_share(stack)), wanted, 1e-4)
+    torch.manual_seed(RANK)
+    found = ga.distributed(from_torchjd(Random())).aggregate(ga.own_share(stack))
+    check_close(found.weights, ga.own_share(random.weights))
+    check_close(found.update, random.update)
+    check_same_bits(found.update)
+
+
 def learners_of_higher() -> None:
     """Its meta-step by an adapter, of two tasks on one rank and of one on the other."""
     from gradagree_opt.adapters.higher import meta_step

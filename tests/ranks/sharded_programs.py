@@ -140,6 +140,16 @@ def bad_tasks(model: nn.Module, mine: list[Tensor], first: int, tasks_group: Any
     agree = ga.distributed(ga.GradientAgreement())
     stack = [torch.stack([p.detach(), 2 * p.detach()]) for p in model.parameters()]
     dropped = ga.distributed(ga.GradientAgreement(nonfinite="drop"))
+
+    def fails(statistics: ga.Statistics) -> Tensor:
+        if RANK == 1:
+            raise ValueError("own mistake")
+        return statistics.row_sums
+
+    for draws_itself in (False, True):
+        fails.draws_itself = draws_itself  # type: ignore[attr-defined]
+        with refused("own mistake" if RANK == 1 else "rank 1 failed"):
+            ga.distributed(ga.Aggregator(fails)).aggregate(stack)
     if RANK == 1:
         stack[1].to_local()[1, 0] = torch.nan  # in a part that the first rank has not
     with refused("1 of rank 0"):

@@ -67,6 +67,11 @@ def test_wrapped_modules_and_copies_do_what_one_process_does(name: str, tmp_path
     check(run(name, 2, tmp_path, "wrapped_programs.py"))
 
 
+def test_weightings_of_torchjd_do_what_they_do_in_one_process(tmp_path: Path) -> None:
+    pytest.importorskip("torchjd", reason="TorchJD is not installed")
+    check(run("weightings_of_torchjd", 2, tmp_path, "odd_programs.py"))
+
+
 def test_learners_of_higher_do_what_one_process_does(tmp_path: Path) -> None:
     pytest.importorskip("higher", reason="higher is not installed")
     check(run("learners_of_higher", 2, tmp_path, "odd_programs.py"))
