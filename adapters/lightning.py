@@ -23,7 +23,7 @@ from gradagree_opt.frameworks import require
 from gradagree_opt.loops.accumulation import check_no_accumulation_hooks
 from gradagree_opt.loops.adapted import Parameters
 from gradagree_opt.loops.graphs import check_depends
-from gradagree_opt.loops.over_ranks import used_on_any_rank
+from gradagree_opt.loops.over_ranks import Used
 from gradagree_opt.loops.task_batch import TaskBatch
 from gradagree_opt.one_process import check_no_static_graph
 
@@ -160,10 +160,10 @@ class AgreementCallback(pl.Callback):
             # Lightning has divided the loss by N, and a GradScaler has multiplied it.
             names = {name for task in self._tasks for name in task}
             stack = self._stack(parameters, names, trainer.accumulate_grad_batches / scale)
+            used = Used(self.aggregator, parameters, names)
             result = self.aggregator.aggregate(stack)
             check_some_task(result.diagnostics, self.aggregator.nonfinite)
-            used = used_on_any_rank(self.aggregator, parameters, names)
-        for name, parameter in used.items():
+        for name, parameter in used.by_any().items():
             parameter.grad = result.update[name] * scale
         self.weights, self._tasks = result.weights, []
         _log(pl_module, "agreement", result.diagnostics)

@@ -105,6 +105,7 @@ class OfGramian:
     """Our weighting made of TorchJD's function from a Gramian to weights."""
 
     needs: ClassVar[frozenset[weightings.Need]] = frozenset({"gramian"})
+    draws_itself: ClassVar[bool] = True
     weigh: Callable[[Tensor], Tensor]
     scale_free: bool
 
@@ -146,9 +147,7 @@ class OfMatrix(OurAggregator):
     def __repr__(self) -> str:
         return f"from_torchjd({self.torchjd!r}, nonfinite={self.nonfinite!r})"
 
-    def apply(
-        self, measured: Measured, combine_directions: Combine, /, *, signal_is_direction: bool
-    ) -> Aggregation:
+    def apply(self, measured: Measured, combine_directions: Combine, /) -> Aggregation:
         statistics = measured.statistics
         like = statistics.row_sums
         tasks = torch.eye(len(statistics.active), dtype=like.dtype, device=like.device)
@@ -158,7 +157,7 @@ class OfMatrix(OurAggregator):
             update = self._aggregated(directions)
         else:
             update = combine_directions(0 * tasks[0], None)
-        result = super().apply(measured, lambda *_: update, signal_is_direction=signal_is_direction)
+        result = super().apply(measured, lambda *_: update)
         unknown = result.diagnostics.weight_sum
         diagnostics = result.diagnostics._replace(negative_share=unknown)
         return result._replace(diagnostics=diagnostics)

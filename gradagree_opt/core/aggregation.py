@@ -146,9 +146,12 @@ class Aggregator(Pipeline):
             directions = mask_rows(directions, ~nonfinite)
             signal = None if signal is None else mask_rows(signal, ~nonfinite)
         measured = self.measure(
-            directions if signal is None else signal, nonfinite=nonfinite, scaled=scaled
+            directions if signal is None else signal,
+            directions=None if signal is None else directions,
+            nonfinite=nonfinite,
+            scaled=scaled,
         )
-        return self.apply(measured, Combination(directions), signal_is_direction=signal is None)
+        return self.apply(measured, Combination(directions))
 
     def verify(self, result: Aggregation, /) -> None:
         """One host synchronisation: raises where the policies for bad tasks say so.

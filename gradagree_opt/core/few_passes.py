@@ -107,7 +107,7 @@ def apply_row_sums(
     """
     if waits:
         combine_directions = Waiting(combine_directions)
-    decided = aggregator.decide(measured, signal_is_direction=True)
+    decided = aggregator.decide(measured)
     update, length, decided = aggregator.combine(measured, decided, combine_directions)
     if length is None:
         length = tree_norm(update)
@@ -118,7 +118,7 @@ def apply_row_sums(
     if waits and not cancelled:
         return aggregator.answer(measured, decided, update, length)
     nothing = statistics._replace(row_sums=torch.zeros_like(statistics.row_sums))
-    without = aggregator.decide(measured._replace(statistics=nothing), signal_is_direction=True)
+    without = aggregator.decide(measured._replace(statistics=nothing))
     degenerate = cancelled & without.decision.degenerate
 
     def unless_degenerate(value: Tensor) -> Tensor:

@@ -8,10 +8,9 @@ from torch.utils._pytree import tree_map
 
 from gradagree_opt.annotations import Float
 from gradagree_opt.core.diagnostics import update_rounding
-from gradagree_opt.core.results import Decided
+from gradagree_opt.core.results import Decided, Measured
 from gradagree_opt.core.scopes import Scope
 from gradagree_opt.core.stacks import PyTree
-from gradagree_opt.core.statistics import Statistics
 from gradagree_opt.core.weightings import UniformWeighting, Weigh
 from gradagree_opt.options import check_choice
 
@@ -70,10 +69,12 @@ def reference_of(method: Any, scope: Scope, /) -> Weigh | None:
 
 
 def factor_to(
-    length: Float[Tensor, ""], norm: Float[Tensor, ""], decided: Decided, statistics: Statistics, /
+    length: Float[Tensor, ""], norm: Float[Tensor, ""], decided: Decided, measured: Measured, /
 ) -> Float[Tensor, ""]:
     """From an update of that norm to one of that length; 1 where the update is rounding."""
-    rounding = update_rounding(statistics, decided.decision) if decided.signal_is_direction else 0
+    rounding: Tensor | int = 0
+    if measured.signal_is_direction:
+        rounding = update_rounding(measured.statistics, decided.decision)
     return torch.where(norm > rounding, length / norm, torch.ones_like(norm))
 
 

@@ -1,15 +1,20 @@
 """What the ranks of a process group tell each other, and what is said where they are not alike."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
+from math import isclose, isnan
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Float
+from gradagree_opt.core.header import Header
 from gradagree_opt.core.lost import backends, reduce_over
+
+LIKE_WEIGHTS = 1e-3
+"""Weights that differ by less, relative to their size, were rounded and not decided otherwise."""
 
 
 class Messages:
@@ -17,7 +22,11 @@ class Messages:
 
     Attributes:
         counts: tasks of each rank in the step at hand.
-        joined: whether the ranks have met in it.
+        inside: whether there is a step at hand; ``joined`` says if the ranks have met in it.
+        alike: whether every rank decides as the first one does.
+        flags: gives what this rank says beside, as many as all do; ``flagged`` has those that any
+            rank has raised.
+        due: what the others wait for in it, zeros as long as each message that is still to come.
         groups: process groups of ranks with the same part of sharded parameters.
         left: the batch in which a task has failed before any step, which the others wait for.
     """
@@ -25,7 +34,11 @@ class Messages:
     def __init__(self, group: Any = None) -> None:
         self.group = group
         self.counts: list[int] = []
-        self.joined = False
+        self.inside = self.joined = False
+        self.alike = True
+        self.flags: Callable[[], list[bool]] = list
+        self.flagged: list[bool] = []
+        self.due: list[Tensor] = []
         self.left: object = None
         self.groups: dict[tuple[int, ...], Any] = {}
         if group is not None:
@@ -41,7 +54,7 @@ class Messages:
                 "of a process group, which no file and no other process holds; leave the "
                 "aggregator out, and make it anew where it is loaded"
             )
-        return {**vars(self), "counts": [], "left": None, "groups": {}}
+        return {**vars(self), "counts": [], "due": [], "left": None, "groups": {}}
 
     def check_group(self) -> None:
         """Raises where there is no process group, or this rank is outside of it.
@@ -87,12 +100,15 @@ class Messages:
 
     @contextmanager
     def step(self, batch: object = None) -> Iterator[None]:
-        """Around what leads to an aggregation: tells the others where this rank fails before.
+        """Around an aggregation and what leads to it: tells the others where this rank fails.
 
         ``batch``: whose step it is, that a task may have failed in.
         """
+        if self.inside:  # as an aggregation in the step of an adapter
+            yield
+            return
         self.check_group()
-        self.joined = False
+        self.inside, self.joined, self.due = True, False, []
         try:
             if self.left not in (None, batch):
                 raise ValueError(
@@ -104,35 +120,56 @@ class Messages:
         except Exception:
             self.left = None
             if not self.joined:
-                self.tell(0, 0, 0, failed=True)
+                self.tell(Header(failed=1))
+            elif self.due:
+                self._send(self.due[:1], self.due[0].new_tensor([1, 0, 0]))
             raise
+        finally:
+            self.inside, self.flags = False, list
 
     def forget(self, batch: object, /) -> None:
         """A batch begins anew: had a task failed in it, the step that others wait for is lost."""
         if self.left is batch:
             self.left = self  # no step's batch, so that the next step fails on all
 
-    def tell(
-        self, n: int, d: int, digest: int, block: int = -1, index: int = 0, *, failed: bool
-    ) -> list[list[int]]:
+    def tell(self, own: Header) -> list[Header]:
         """What every rank has to say first."""
         self.joined = True
-        header = torch.zeros(self.size, 6, dtype=torch.int64, device=self._device())
-        header[self.rank] = torch.tensor([n, d, digest, int(failed), block, index])
-        self.reduce(header)
-        table: list[list[int]] = header.tolist()
-        return table
-
-    def agree(self, error: Exception | None, value: int) -> list[int]:
-        """Every rank's value; raises where one of them has failed."""
-        table = torch.zeros(self.size, 2, dtype=torch.int64, device=self._device())
-        table[self.rank] = torch.tensor([int(error is not None), value])
+        table = torch.zeros(self.size, len(own), dtype=torch.int64, device=self._device())
+        table[self.rank] = torch.tensor(own)
         self.reduce(table)
-        if error is not None:
-            raise error
-        failed, values = table.T.tolist()
-        self.check_none([rank for rank, flag in enumerate(failed) if flag])
-        return list(values)
+        return [Header(*row) for row in table.tolist()]
+
+    def send(self, own: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
+        """The sum over the ranks of what is due next, and with it whether one of them has failed.
+
+        Args:
+            own: vectors of the same lengths on all ranks.
+            weights: of all tasks, those that this rank has combined its own with.
+
+        Raises:
+            ValueError: another rank has failed, or has taken other weights.
+        """
+        rest, own_words = self.due[1:], own[0].new_zeros(3)
+        if weights is not None:
+            each = weights.detach().flatten().double()
+            # Of the golden section: the same weights in another order have another sum.
+            places = torch.arange(len(each), dtype=each.dtype, device=each.device)
+            factors = 0.6180339887498949 * places % 1 + 0.5
+            own_words[1:] = torch.stack([each @ factors, each.abs() @ factors])
+        words, total = self._send(own, own_words)
+        self.check_none([rank for rank, (failed, _, _) in enumerate(words) if failed])
+        (_, first, _), size = words[0], max(size for _, _, size in words)
+        for rank, (_, other, _) in enumerate(words):
+            both_nan = isnan(first) and isnan(other)
+            if not (both_nan or isclose(other, first, rel_tol=0, abs_tol=LIKE_WEIGHTS * size)):
+                raise ValueError(
+                    f"expected the same weights on all ranks, found others on rank {rank} than on "
+                    "rank 0; give a weighting that draws by itself or remembers what it has seen "
+                    "the attribute draws_itself = True"
+                )
+        self.due = rest
+        return total
 
     def differences(self, words: Sequence[str]) -> str:
         """What is not alike on all ranks, once it is known that something is: two extra messages.
@@ -156,12 +193,6 @@ class Messages:
                     return f"{one} on rank 0 and {another} on rank {rank}"
         return "others in a way that their words do not show"
 
-    def used_by_any(self, used: Sequence[bool], device: torch.device, /) -> list[bool]:
-        """Which of the parameters a loss of any rank depends on."""
-        flags = torch.tensor(used, dtype=torch.int32, device=device)
-        self.reduce(flags)
-        return (flags > 0).tolist()
-
     def check_none(self, failed: list[int]) -> None:
         if failed:
             names = ", ".join(map(str, failed))
@@ -182,10 +213,23 @@ class Messages:
         return table
 
     def of_first(self, own: Tensor, /) -> Tensor:
-        """What the first rank has computed: processors of other kinds round otherwise."""
+        """What the first rank has computed: one that is unlike rounds otherwise."""
+        if self.alike:
+            return own
         told = own.clone() if self.rank == 0 else torch.zeros_like(own)
         self.reduce(told)
         return told
+
+    def _send(self, own: Sequence[Tensor], words: Tensor) -> tuple[list[list[float]], Tensor]:
+        self.due = []  # until it has arrived
+        table = words.new_zeros(self.size, len(words))
+        table[self.rank] = words
+        message = torch.cat([table.flatten(), words.new_tensor(self.flags()), *own])
+        self.reduce(message)
+        told, total = torch.tensor_split(message, [len(message) - sum(map(len, own))])
+        rows, flags = torch.tensor_split(told.cpu(), [table.numel()])
+        self.flagged = (flags > 0).tolist()
+        return rows.view_as(table).tolist(), total
 
     def reduce(self, tensor: Tensor) -> None:
         reduce_over(tensor, self.group, self.group)

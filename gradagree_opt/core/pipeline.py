@@ -68,11 +68,17 @@ class Pipeline:
         own = needs_of(self.weighting)
         return own if self.reference is None else own | needs_of(self.reference)
 
+    @property
+    def weightings(self) -> list[Weigh]:
+        """That of the update, and that whose length it gets, where there is one."""
+        return [self.weighting] if self.reference is None else [self.weighting, self.reference]
+
     def measure(
         self,
         signal: PyTree,
         /,
         *,
+        directions: PyTree | None = None,
         nonfinite: Bool[Tensor, " n"] | None = None,
         scaled: bool = True,
     ) -> Measured:
@@ -80,6 +86,8 @@ class Pipeline:
 
         Args:
             signal: task-stacked pytree, every leaf ``[n, *shape]``.
+            directions: task-stacked pytree like what is combined, of any number of tasks, where
+                that is something else than the signal.
             nonfinite: tasks already known to be non-finite; "drop" gives them weight 0 and wants
                 zeros in place of their signals.
             scaled: False saves the scaling, and marks all tasks as not finite where it was needed.
@@ -90,7 +98,8 @@ class Pipeline:
             return self.ranks.measure(
                 leaves,
                 groups,
-                self.needs,
+                self.weightings,
+                directions=None if directions is None else leaves_of(directions),
                 nonfinite=nonfinite,
                 drop=self.nonfinite == "drop",
                 draw=self.draw,
@@ -106,34 +115,22 @@ class Pipeline:
         if draws is not None:
             statistics = statistics._replace(draws=draws.to(statistics.row_sums))
         found = ~statistics.finite
-        return Measured(
-            statistics, found if nonfinite is None else nonfinite | found, groups, scaled
-        )
+        bad = found if nonfinite is None else nonfinite | found
+        return Measured(statistics, bad, groups, scaled, signal_is_direction=directions is None)
 
-    def decide(self, measured: Measured, /, *, signal_is_direction: bool) -> Decided:
+    def decide(self, measured: Measured, /) -> Decided:
         """The weights, and those of the method whose length the update gets.
 
         Args:
             measured: result of :meth:`measure`.
-            signal_is_direction: the directions are what was measured, so the statistics hold the
-                norm of their mean.
         """
         statistics = measured.statistics
-
-        def decisions() -> list[Tensor]:
-            with full_precision(statistics.row_sums.device):
-                each = [decide(self.weighting, statistics)]
-                if self.reference is not None:
-                    each.append(decide(self.reference, statistics))
-            return [tensor for decision in each for tensor in decision]
-
-        if self.ranks is None or measured.own is None:
-            tensors = decisions()
-        else:
-            tensors, apart = self.ranks.decided(decisions, measured.own, not signal_is_direction)
-            signal_is_direction = not apart
-        reference = Decision(*tensors[3:]) if tensors[3:] else None
-        return Decided(Decision(*tensors[:3]), reference, signal_is_direction)
+        with full_precision(statistics.row_sums.device):
+            each = [decide(weighting, statistics) for weighting in self.weightings]
+        if self.ranks is not None and measured.own is not None:
+            told = self.ranks.decided([tensor for decision in each for tensor in decision])
+            each = [Decision(*told[at : at + 3]) for at in range(0, len(told), 3)]
+        return Decided(*each)
 
     def combine(
         self, measured: Measured, decided: Decided, combine_directions: Combine, /
@@ -156,8 +153,11 @@ class Pipeline:
             # Its dtype may not hold the update before that has its length.
             stack, combine_directions = combine_directions.stack, combine_directions.wide
         update, norm = with_norm(combine_directions, decided.decision.weights, measured)
-        _, length = with_norm(combine_directions, decided.reference.weights, measured)
-        factor = factor_to(length, norm, decided, measured.statistics)
+        if measured.total_norm is None:
+            _, length = with_norm(combine_directions, decided.reference.weights, measured)
+        else:
+            length = measured.total_norm * decided.reference.weights.amax()
+        factor = factor_to(length, norm, decided, measured)
         if self.ranks is not None and measured.own is not None:
             factor = self.ranks.of_first(factor)
         update, norm, decided = rescaled(update, norm, decided, factor)
@@ -178,23 +178,20 @@ class Pipeline:
                 decision,
                 measured.nonfinite,
                 norm,
-                signal_is_direction=decided.signal_is_direction,
+                signal_is_direction=measured.signal_is_direction,
             )
         own = slice(None) if measured.own is None else measured.own
         return Aggregation(
             update, decision.weights[..., own], decision.scores[..., own], diagnostics
         )
 
-    def apply(
-        self, measured: Measured, combine_directions: Combine, /, *, signal_is_direction: bool
-    ) -> Aggregation:
+    def apply(self, measured: Measured, combine_directions: Combine, /) -> Aggregation:
         """Decides on the weights and combines the directions: all that follows :meth:`measure`.
 
         Args:
-            measured, combine_directions, signal_is_direction: as in :meth:`decide` and
-                :meth:`combine`.
+            measured, combine_directions: as in :meth:`combine`.
         """
-        decided = self.decide(measured, signal_is_direction=signal_is_direction)
+        decided = self.decide(measured)
         update, norm, decided = self.combine(measured, decided, combine_directions)
         return self.answer(measured, decided, update, norm)
 

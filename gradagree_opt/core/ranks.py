@@ -1,22 +1,27 @@
-"""Tasks that lie on several ranks: measured together, decided by the first, combined together.
+"""Tasks that lie on several ranks: measured together, decided alike, combined together.
 
 One step, in this order on every rank, whatever the weighting; all-reduce is the only primitive:
 
 1. header: how many tasks each rank has, what they look like, and whether a rank has failed;
 2. Σ_j g_j, d numbers, and Σ_j u_j for cosines;
-3. table: per task its norm and its products with these sums, so that every rank knows all tasks;
-4. what the first rank has decided, so that no rounding and no draw of a rank's own comes in;
-5. whether every rank could combine its own tasks, and to what shapes, two numbers a rank;
-6. Σ_i w_i · direction_i, d numbers; 5 and 6 once more for the length that match_norm names.
+3. table: per task its norm and its products with these sums, so that every rank knows all tasks,
+   and decides on all by itself;
+4. Σ_i w_i · direction_i, d numbers, and before them whether a rank has failed since, a sum of the
+   weights that each has taken, and the parameters that the tasks of a loop use; once more for the
+   length that match_norm names, unless 2 has told it.
+
+Ranks that would round otherwise, and weightings that draw by themselves, need not decide alike: the
+first rank's decision is then told between 3 and 4, and so are its Gram matrix and its factor of
+match_norm where they are due. Where ranks hold parts of the parameters, the words of 4 go to all of
+them and its numbers to those with the same part.
 
 The Gram matrix takes all rows in the place of step 2, N·d numbers, a block of columns at a time.
 Conjugate gradients on J Jᵀ would take d numbers a step, about 70 steps to 1e-6 at a damping of
 0.01: they would save nothing below as many tasks.
 """
 
-import re
-import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,10 +30,12 @@ from torch.utils._pytree import tree_map
 
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.core.blocks import or_one, power_of_two
+from gradagree_opt.core.header import Header, check_alike, digest, words_of
 from gradagree_opt.core.lost import backends
 from gradagree_opt.core.messages import Messages
 from gradagree_opt.core.own_part import Part, statistics_of
 from gradagree_opt.core.results import Aggregation, Combine, Measured
+from gradagree_opt.core.rounding import rounding_of
 from gradagree_opt.core.scopes import by_group
 from gradagree_opt.core.shards import Shards, own_part
 from gradagree_opt.core.stacks import (
@@ -39,19 +46,26 @@ from gradagree_opt.core.stacks import (
     like,
     mask_rows,
 )
-from gradagree_opt.core.statistics import OF_GRAMIAN, of_products, side_by_side
+from gradagree_opt.core.statistics import OF_GRAMIAN, Statistics, of_products, side_by_side
 from gradagree_opt.core.summed import Summed
+from gradagree_opt.core.weightings import Need, UniformWeighting, Weigh, needs_of
 
 GATHERED_ENTRIES = 2**22
 """Entries of all tasks that are held at once for a Gram matrix: 16 MiB of float32."""
 
 
 class Ranks(Messages):
-    """The ranks of a process group as one: measured, decided and combined together."""
+    """The ranks of a process group as one: measured, decided and combined together.
+
+    Attributes:
+        shards: how the tensors of an aggregation lie in parts on several ranks, if they do.
+        layout: shapes and dtypes of the leaves of the update, as far as this rank holds them.
+    """
 
     def __init__(self, group: Any = None) -> None:
         super().__init__(group)
         self.shards = Shards((), group)
+        self.layout: list[tuple[torch.Size, torch.dtype]] = []
 
     def by_parts(
         self,
@@ -87,9 +101,10 @@ class Ranks(Messages):
         self,
         leaves: Sequence[Float[Tensor, "n ..."]],
         groups: list[int] | None,
-        needs: frozenset[str],
+        weightings: Sequence[Weigh],
         /,
         *,
+        directions: Sequence[Tensor] | None,
         nonfinite: Bool[Tensor, " n"] | None,
         drop: bool,
         draw: Callable[[int], Tensor | None],
@@ -100,7 +115,8 @@ class Ranks(Messages):
         Args:
             leaves: of the task-stacked signal of this rank; zeros for the tasks that are dropped.
             groups: the group of every leaf, or None.
-            needs: names of the optional statistics.
+            weightings: that of the update, and that of match_norm where there is one.
+            directions: of the shapes and dtypes of what is combined; None for those of the signal.
             nonfinite: this rank's tasks that are known to be so.
             drop: whether these get weight 0.
             draw: gives as many random numbers as there are tasks; those of the first rank count.
@@ -109,8 +125,9 @@ class Ranks(Messages):
         Raises:
             ValueError: another rank has failed, or has other shapes or options.
         """
+        needs = frozenset[Need]().union(*map(needs_of, weightings))
         with full_precision(leaves[0].device):
-            own = self._join(leaves, options)
+            own, apart = self._join(leaves, directions, weightings, options)
             n = sum(self.counts)
             if n == 0:
                 raise ValueError(
@@ -128,14 +145,19 @@ class Ranks(Messages):
             gathers = bool(needs & OF_GRAMIAN)
             counts = float(not self.shards.index)  # products are added up over the parts
             columns = [[part.units * counts, part.lengths * counts] for part in parts]
+            total_norm = None
             if not gathers:
-                for column, told in zip(columns, self._products(parts, needs), strict=True):
+                totals = self._totals(parts, needs)
+                for column, told in zip(columns, self._products(parts, totals, needs), strict=True):
                     column += told
+                # Equal weights are told of by the sum that has come.
+                if isinstance(weightings[-1], UniformWeighting) and weightings[1:] and not apart:
+                    total_norm = self.shards.norm(totals[: len(parts)]).to(parts[0].dtype)
             table = [known, none, *(each for column in columns for each in column)]
             draws = draw(n) if "draws" in needs else None
             rows = self.table(torch.stack([each.double() for each in table], 1), own, n, draws)
-            bad, draws_of_first, *rest = rows.to(accumulation_dtype(leaves)).unbind(1)
-            known_bad = bad != 0
+            marks, draws_of_first, *rest = rows.to(accumulation_dtype(leaves)).unbind(1)
+            known_bad = marks != 0
             active = ~known_bad if drop else torch.ones_like(known_bad)
             width = len(columns[0])
             each = []
@@ -150,88 +172,101 @@ class Ranks(Messages):
             statistics = each[0] if groups is None else side_by_side(each, active)
             if draws is not None:
                 statistics = statistics._replace(draws=draws_of_first)
-            return Measured(statistics, known_bad | ~statistics.finite, groups, True, own)
+            decisions = len(weightings)
+            self._expect(statistics, decisions, decisions - (total_norm is not None))
+            bad = known_bad | ~statistics.finite
+            return Measured(statistics, bad, groups, True, not apart, total_norm, own)
 
     def summed(self, combine_directions: Combine, own: slice, /) -> Summed:
         """Σ_i w_i · direction_i over the tasks of all ranks, from this one's."""
         return Summed(self, combine_directions, own)
 
-    def decided(
-        self, decide: Callable[[], list[Tensor]], own: slice, apart: bool, /
-    ) -> tuple[list[Tensor], bool]:
-        """What the first rank has decided, on every rank, and whether the directions are no signal.
+    def decided(self, parts: list[Tensor], /) -> list[Tensor]:
+        """What is decided on every rank: what this one has, or where they are unlike, the first.
 
         Args:
-            decide: gives weights and what else is decided, the same number of tensors on all ranks.
-            own: the place of this rank's tasks; without any it has no form of its own.
-            apart: whether this rank's directions are others than its signals.
+            parts: weights and what else this rank has decided, of the same shapes on all.
 
         Raises:
-            ValueError: the weighting has failed on another rank, or one has directions of its own
-                and another does not.
+            ValueError: the weighting has failed on another rank, where they are unlike.
         """
-        parts, error = [], None
-        try:
-            parts = decide()
-        except Exception as raised:
-            error = raised
-        form = 0 if own.start == own.stop else 1 + apart
-        forms = self.agree(error, form)
-        if len(set(forms) - {0}) > 1:
-            raise ValueError(
-                "expected tasks of one form on all ranks, found signals beside the directions on "
-                f"some alone; call the aggregation in the same way on every rank (found {forms})"
-            )
-        told = self.of_first(torch.cat([part.flatten().double() for part in parts]))
+        if self.alike:
+            return parts
+        flat = [part.flatten().double() for part in parts]
+        told = self.send([torch.zeros_like(part) for part in flat] if self.rank else flat)
         pieces = zip(torch.split(told, [part.numel() for part in parts]), parts, strict=True)
-        return [piece.reshape(part.shape).to(part.dtype) for piece, part in pieces], 2 in forms
+        return [piece.reshape(part.shape).to(part.dtype) for piece, part in pieces]
 
-    def _join(self, leaves: Sequence[Tensor], options: Sequence[str]) -> slice:
-        """The place of this rank's tasks among all, once all have the same to do."""
-        here, served = leaves[0].device.type, backends(self.group)
-        if here not in served:
+    def _join(
+        self,
+        leaves: Sequence[Tensor],
+        directions: Sequence[Tensor] | None,
+        weightings: Sequence[Weigh],
+        options: Sequence[str],
+    ) -> tuple[slice, bool]:
+        """The place of this rank's tasks among all, and whether their directions are no signals."""
+        device = leaves[0].device
+        served = backends(self.group)
+        if device.type not in served:
             raise ValueError(
                 f"expected tensors on a device that the process group serves, {' or '.join(served)}"
-                f", found {here}; move the model there, or begin with "
+                f", found {device.type}; move the model there, or begin with "
                 "init_process_group('cpu:gloo,cuda:nccl')"
             )
-        n = len(leaves[0])
-        names = options[len(options) - len(leaves) :]
-        # Without the addresses of functions, and the lines of tensors.
-        words = [re.sub(r" at 0x[0-9a-f]+|\s*\n", "", option) for option in options]
-        shapes = self.shards.shapes(leaves)
-        words += [
-            f"{str(leaf.dtype).removeprefix('torch.')} {list(shape)} of {name!r}"
-            for name, leaf, shape in zip(names, leaves, shapes, strict=True)
-        ]
-        d = sum(torch.Size(shape).numel() for shape in shapes)
-        digest = zlib.crc32("\n".join(words).encode())
-        table = self.tell(n, d, digest, self.shards.block, self.shards.index, failed=False)
-        self.check_none([rank for rank, row in enumerate(table) if row[3]])
-        if any(row[1:3] != table[0][1:3] for row in table):
-            raise ValueError(
-                "expected the same parameters and options of the aggregator on all ranks, found "
-                f"{self.differences(words)}; build model and aggregator alike on every rank"
-            )
-        places = [(row[0], row[4], row[5]) for row in table]
-        self.counts = self.shards.meet(places, self.groups)
-        self.indices = [row[5] for row in table]
-        start = sum(self.counts[: self.shards.first(places, self.rank)])
-        return slice(start, start + n)
+        n, shapes = len(leaves[0]), self.shards.shapes(leaves)
+        words = words_of(leaves, shapes, options)
+        combined = leaves if directions is None else directions
+        self.layout = [(leaf.shape[1:], leaf.dtype) for leaf in combined]
+        draws_itself = any(getattr(each, "draws_itself", False) for each in weightings)
+        own = Header(
+            n=n,
+            d=sum(torch.Size(shape).numel() for shape in shapes),
+            options=digest(words),
+            form=0 if n == 0 else 1 if directions is None else 2,
+            layout=digest((self.layout, len(self.flags()))),
+            rounding=-1 - self.rank if draws_itself else digest(rounding_of(device)),
+            block=self.shards.block,
+            part=self.shards.index,
+        )
+        table = self.tell(own)
+        self.check_none([rank for rank, header in enumerate(table) if header.failed])
+        check_alike(table, partial(self.differences, words))
+        self.alike = len({header.rounding for header in table}) == 1
+        self.counts = self.shards.meet(table, self.groups)
+        start = sum(self.counts[: self.shards.first(table, self.rank)])
+        return slice(start, start + n), 2 in {header.form for header in table}
 
-    def _products(
-        self, parts: Sequence[Part], needs: frozenset[str]
-    ) -> list[list[Float[Tensor, " n"]]]:
-        """Products of each task with Σ g_j, in their units, then those that are asked for."""
-        others, cosine = "other_row_sums" in needs, "cosine_row_sums" in needs
+    def _expect(self, statistics: Statistics, decisions: int, updates: int) -> None:
+        """Notes how long the messages are that follow a table."""
+        sums, scale = statistics.row_sums, statistics.scale
+        zero = sums.new_zeros((), dtype=torch.float64)
+        decision = zero.expand(decisions * (2 * sums.numel() + scale.numel()))
+        dtype = self.update_dtype
+        d = 0 if self.shards else sum(shape.numel() for shape, _ in self.layout)
+        self.due = [decision] * (not self.alike) + [zero.to(dtype).expand(d)] * updates
+
+    @property
+    def update_dtype(self) -> torch.dtype:
+        """What directions are summed in: float32, or float64 where one of them has it."""
+        wide = torch.float64 in (dtype for _, dtype in self.layout)
+        return torch.float64 if wide else torch.float32
+
+    def _totals(self, parts: Sequence[Part], needs: frozenset[str]) -> Sequence[Tensor]:
+        """Σ_j g_j of every part, then Σ_j u_j of every one where cosines are asked for."""
         wide = torch.float64
-        if not others and all(part.dtype == torch.float32 for part in parts):
+        if "other_row_sums" not in needs and all(part.dtype == torch.float32 for part in parts):
             wide = torch.float32
         sums = [part.sum(wide) for part in parts]
-        units = [part.unit_sum().to(wide) for part in parts] if cosine else []
-        flat = torch.cat([*sums, *units])
+        if "cosine_row_sums" in needs:
+            sums += [part.unit_sum().to(wide) for part in parts]
+        flat = torch.cat(sums)
         self.shards.add_up(flat)
-        totals = torch.split(flat, [len(each) for each in [*sums, *units]])
+        return torch.split(flat, [len(each) for each in sums])
+
+    def _products(
+        self, parts: Sequence[Part], totals: Sequence[Tensor], needs: frozenset[str]
+    ) -> list[list[Float[Tensor, " n"]]]:
+        """Products of each task with Σ g_j, in their units, then those that are asked for."""
         results = []
         for index, part in enumerate(parts):
             total = totals[index]
@@ -240,10 +275,10 @@ class Ranks(Messages):
             part.total_unit = power_of_two(largest)
             total = total / or_one(part.total_unit)
             each = [part.times(total.to(part.dtype))]
-            if cosine:
+            if "cosine_row_sums" in needs:
                 shares = or_one(part.lengths).reciprocal()
                 each.append(shares * part.times(totals[len(parts) + index].to(part.dtype)))
-            if others:
+            if "other_row_sums" in needs:
                 each.append(part.times_others(total))
             results.append(each)
         return results

@@ -51,6 +51,9 @@ class Measured(NamedTuple):
     """Statistics of a batch, its non-finite tasks, and the group of every leaf.
 
     ``scaled``: whether sums are taken in units of the largest entry, those of the update too.
+    ``signal_is_direction``: the directions are what was measured, so that the statistics hold the
+    norm of their mean.
+    ``total_norm``: ‖Σ_j g_j‖ where it is known and match_norm asks for nothing else, or None.
     ``own``: the place of this rank's tasks among those of all ranks; None where there is one.
     """
 
@@ -58,6 +61,8 @@ class Measured(NamedTuple):
     nonfinite: Bool[Tensor, " n"]
     groups: list[int] | None
     scaled: bool = True
+    signal_is_direction: bool = True
+    total_norm: Tensor | None = None
     own: slice | None = None
 
 
@@ -65,9 +70,7 @@ class Decided(NamedTuple):
     """What was decided of a batch.
 
     ``reference``: of the method whose length the update gets, or None.
-    ``signal_is_direction``: the directions are what was measured.
     """
 
     decision: Decision
-    reference: Decision | None
-    signal_is_direction: bool
+    reference: Decision | None = None

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from gradagree_opt.core.blocks import or_one
+from gradagree_opt.core.header import Header
 from gradagree_opt.core.lost import reduce_over
 from gradagree_opt.core.own_part import Part
-from gradagree_opt.core.stacks import tree_norm
+from gradagree_opt.core.stacks import PyTree, tree_norm
 
 ALONE = object()
 """In place of a process group: no other rank has the same part."""
@@ -72,37 +74,37 @@ class Shards:
         """Of one task, in whole."""
         return [tuple(leaf.shape[1:]) for leaf in (self._leaves if self else leaves)]
 
-    def meet(self, table: Sequence[Sequence[int]], groups: dict[tuple[int, ...], Any]) -> list[int]:
+    def meet(self, table: Sequence[Header], groups: dict[tuple[int, ...], Any]) -> list[int]:
         """Tasks that each rank counts, from what all have said; finds those with the same part.
 
         Args:
-            table: number of tasks, block and index of every rank.
+            table: what every rank has said first.
             groups: process groups made so far, by their ranks.
 
         Raises:
             ValueError: ranks that share their tasks have different numbers of them.
         """
         if not self:
-            return [n for n, _, _ in table]
+            return [header.n for header in table]
         numbers: dict[int, int] = {}
-        for rank, (n, block, _) in enumerate(table):
-            if numbers.setdefault(block, n) != n:
+        for rank, header in enumerate(table):
+            if (other := numbers.setdefault(header.block, header.n)) != header.n:
                 raise ValueError(
                     "expected the same tasks on all ranks that share parameters, found "
-                    f"{numbers[block]} and, on rank {rank}, {n}; deal tasks out over meshes"
+                    f"{other} and, on rank {rank}, {header.n}; deal tasks out over meshes"
                 )
-        ranks = [rank for rank, (_, _, index) in enumerate(table) if index == self.index]
+        ranks = [rank for rank, header in enumerate(table) if header.part == self.index]
         key = tuple(_global_rank(self.group, rank) for rank in ranks)
         if len(key) > 1 and key not in groups:
             groups[key] = torch.distributed.new_group(list(key), use_local_synchronization=True)
         self.peers = groups[key] if len(key) > 1 else ALONE
-        return [0 if index else n for n, _, index in table]
+        return [0 if header.part else header.n for header in table]
 
-    def first(self, table: Sequence[Sequence[int]], rank: int) -> int:
+    def first(self, table: Sequence[Header], rank: int) -> int:
         """The rank that counts the tasks of this one."""
         if not self:
             return rank
-        pairs = [(block, index) for _, block, index in table]
+        pairs = [(header.block, header.part) for header in table]
         return pairs.index((self.block, 0))
 
     def add_up(self, tensor: Tensor) -> None:
@@ -134,9 +136,9 @@ class Shards:
             squares = (part.lengths * (own / or_one(part.units))).square()
             part.lengths = self.sum(squares).sqrt()
 
-    def norm(self, update: Sequence[Tensor]) -> Tensor:
-        """Norm of an update ``[1, *part]`` over all its parts."""
-        own = tree_norm([leaf[0] for leaf in self.counted(update)])
+    def norm(self, leaves: Sequence[Tensor]) -> Tensor:
+        """Over all parts of a vector, of which these are what this rank counts."""
+        own = tree_norm([*leaves])
         if not self:
             return own
         unit = or_one(self.largest(own.nan_to_num(0.0, 0.0, 0.0)))
@@ -189,13 +191,14 @@ def stack_tasks(tasks: Sequence[dict[str, Tensor]], /) -> dict[str, Tensor]:
     return {name: _stack([task.pop(name) for task in tasks]) for name in [*tasks[0]]}
 
 
-def of_no_task(parameters: Mapping[str, Tensor], /) -> dict[str, Tensor]:
-    """The stack of no task."""
-    empty = {}
-    for name, parameter in parameters.items():
-        own = own_part(parameter.detach()).unsqueeze(0)[:0]
-        empty[name] = _whole(own, parameter, 1, (0, *parameter.shape))
-    return empty
+def of_no_task(like: PyTree, /) -> PyTree:
+    """A task-stacked pytree of no tasks, of such leaves."""
+
+    def empty(leaf: Tensor) -> Tensor:
+        own = own_part(leaf.detach()).unsqueeze(0)[:0]
+        return _whole(own, leaf, 1, (0, *leaf.shape))
+
+    return tree_map(empty, like)
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

@@ -50,7 +50,8 @@ class Weighting(Protocol):
     attribute ``reads_signal = False``: nothing is measured for it then, where that saves a pass,
     and the row sums are NaN. One that is made for the vectors which it combines, as Equal
     Agreement's is, says ``measures_directions = True``: MAML then measures meta-gradients, and not
-    displacements.
+    displacements. One that draws random numbers by itself, or remembers what it has seen, says
+    ``draws_itself = True``: of several ranks the first then decides for all.
 
     >>> import torch
     >>> import gradagree_opt as ga

@@ -15,6 +15,7 @@ from gradagree_opt.annotations import Float
 from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.diagnostics import Diagnostics
 from gradagree_opt.core.results import Aggregation
+from gradagree_opt.core.shards import of_no_task
 from gradagree_opt.core.stacks import PyTree, task_count
 from gradagree_opt.engines.candidates import ENGINES, EngineName, candidates
 from gradagree_opt.engines.compilation import maybe_compiled
@@ -247,11 +248,6 @@ def check_ranks(params: PyTree, aggregator: Aggregator, compile: bool, /) -> Non
             "expected an aggregator of one process with compile=True, found one of several "
             "ranks, whose messages no graph holds; give compile=False"
         )
-
-
-def of_no_task(like: PyTree, /) -> PyTree:
-    """A task-stacked pytree of no tasks."""
-    return tree_map(lambda leaf: leaf.detach().new_zeros(0, *leaf.shape), like)
 
 
 def _constants(

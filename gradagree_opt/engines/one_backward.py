@@ -10,6 +10,7 @@ from gradagree_opt.annotations import Float
 from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.few_passes import weighted_loss_refusal
 from gradagree_opt.core.results import Aggregation
+from gradagree_opt.core.shards import of_no_task
 from gradagree_opt.core.stacks import PyTree, task_count
 from gradagree_opt.engines.losses import TaskLoss, refuse_coarse
 
@@ -54,8 +55,10 @@ def one_backward(
         update = [each[group][index] for index, group in enumerate(groups)]
         return tree_unflatten(update, tree_structure(params))
 
-    measured = aggregator.measure(signal, nonfinite=~torch.isfinite(losses))
-    return aggregator.apply(measured, weighted, signal_is_direction=False), losses
+    measured = aggregator.measure(
+        signal, directions=of_no_task(params), nonfinite=~torch.isfinite(losses)
+    )
+    return aggregator.apply(measured, weighted), losses
 
 
 def _vjp(

@@ -1,6 +1,7 @@
 """The streamed engine: one task's gradient at a time, by first-order autograd alone."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -12,6 +13,7 @@ from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.blocks import or_one
 from gradagree_opt.core.results import Aggregation, Measured
 from gradagree_opt.core.scopes import group_indices
+from gradagree_opt.core.shards import of_no_task
 from gradagree_opt.core.stacks import PyTree, accumulation_dtype, task_count
 from gradagree_opt.core.statistics import Statistics
 from gradagree_opt.engines.kept import Model
@@ -60,12 +62,10 @@ def streamed(
             measured, losses = measured_in_two_passes(stream, aggregator)
         else:
             losses, signal = stream.losses_and_signals()
-            measured = aggregator.measure(signal, nonfinite=~torch.isfinite(losses))
-        aggregation = aggregator.apply(
-            measured,
-            lambda weights, groups: weighted_sum(stream, weights, groups),
-            signal_is_direction=task_loss.signal_is_gradient,
-        )
+            measured = aggregator.measure(
+                signal, directions=of_no_task(params), nonfinite=~torch.isfinite(losses)
+            )
+        aggregation = aggregator.apply(measured, partial(weighted_sum, stream))
     finally:
         stream.model.restore_parameters()
     return aggregation, losses

@@ -70,7 +70,7 @@ def _unread(graph: LossGraph, nonfinite: Tensor, aggregator: Aggregator) -> Aggr
     combined = graph.combined_for(aggregator)
     if aggregator.nonfinite != "propagate":
         combined = Waiting(combined)
-    return aggregator.apply(measured, combined, signal_is_direction=True)
+    return aggregator.apply(measured, combined)
 
 
 def _by_row_sums(graph: LossGraph, nonfinite: Tensor, aggregator: Aggregator) -> Aggregation | None:
@@ -97,4 +97,4 @@ def _streamed(graph: LossGraph, aggregator: Aggregator) -> Aggregation:
     combined = graph.combined_for(aggregator)
     if apart or graph.is_coarse:
         combined = partial(weighted_sum, graph)
-    return aggregator.apply(measured, combined, signal_is_direction=True)
+    return aggregator.apply(measured, combined)

@@ -1,6 +1,6 @@
 """What a loop over tasks tells the other ranks: what its tasks use, and a task that has failed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,18 +87,29 @@ def task_of(batch: object, aggregator: Aggregator, /) -> Iterator[None]:
         raise
 
 
-def used_on_any_rank(
-    aggregator: Aggregator, parameters: Mapping[str, Tensor], used: set[str], /
-) -> dict[str, Tensor]:
-    """Those of the parameters that a task uses, of any rank's.
+class Used:
+    """Which parameters a task of any rank uses; the messages of the aggregation tell it.
 
     Args:
-        aggregator: of one process or of several ranks.
+        aggregator: of one process or of several ranks, whose step has begun.
         parameters: all that are trained, in the same order on every rank.
-        used: names of those that this rank's tasks use.
+        names: those that this rank's tasks use, to be filled while these are aggregated.
     """
-    flags = [name in used for name in parameters]
-    if aggregator.ranks is not None:
-        device = next(iter(parameters.values())).device
-        flags = aggregator.ranks.used_by_any(flags, device)
-    return {name: p for (name, p), flag in zip(parameters.items(), flags, strict=True) if flag}
+
+    def __init__(
+        self, aggregator: Aggregator, parameters: Mapping[str, Tensor], names: Set[str]
+    ) -> None:
+        self._ranks = aggregator.ranks
+        self._parameters = parameters
+        self._names = names
+        if self._ranks is not None:
+            self._ranks.flags = self._flags
+
+    def by_any(self) -> dict[str, Tensor]:
+        """The parameters by name, after the aggregation."""
+        flags = self._flags() if self._ranks is None else self._ranks.flagged
+        pairs = zip(self._parameters.items(), flags, strict=True)
+        return {name: parameter for (name, parameter), flag in pairs if flag}
+
+    def _flags(self) -> list[bool]:
+        return [name in self._names for name in self._parameters]

@@ -26,11 +26,11 @@ from gradagree_opt.loops.graphs import check_depends, check_loss
 from gradagree_opt.loops.loss_graph import LossGraph
 from gradagree_opt.loops.multi_task import aggregate_losses
 from gradagree_opt.loops.over_ranks import (
+    Used,
     accumulated_gradient,
     check_ranks,
     task_of,
     unwrapped,
-    used_on_any_rank,
 )
 from gradagree_opt.options import check_choice
 
@@ -181,16 +181,16 @@ class TaskBatch:
                 if not len(self):
                     self._look_anew()
                 self._check_same_parameters()
+                names = self._used if self._form[0] or not len(self) else {*self._trained}
+                used = Used(self.aggregator, self._trained, names)
                 result = self._aggregate()
                 self.aggregator.verify(result)
                 check_some_task(result.diagnostics, self.aggregator.nonfinite)
-                all_used = self._used if self._form[0] or not len(self) else {*self._trained}
-                used = used_on_any_rank(self.aggregator, self._trained, all_used)
                 losses = None if len(self) else result.weights.new_zeros(0)
                 losses = torch.stack(self._values) if self._values else losses
         finally:
             self.clear()
-        add_to_grad(used, result.update, over_ranks=self.aggregator.ranks is not None)
+        add_to_grad(used.by_any(), result.update, over_ranks=self.aggregator.ranks is not None)
         return CollectedTasks(*result, losses)
 
     def clear(self) -> None:
@@ -259,8 +259,8 @@ class TaskBatch:
         nonfinite, directions = ~torch.isfinite(torch.stack(self._values)), self._directions
         if self._losses:
             graph = LossGraph(self._losses, self._trained, self._copies)
+            graph.used = self._used
             result = self._from_few_passes(graph, signal, nonfinite)
-            self._used |= graph.used
             if result is not None:
                 return result
             shared = graph.survey.shared  # compiled, a graph may be passed through once
@@ -279,9 +279,9 @@ class TaskBatch:
             return aggregate_losses(graph, nonfinite, self.aggregator)
         if not self.takes_one_backward:
             return None
-        measured = self.aggregator.measure(signal, nonfinite=nonfinite)
-        combined = graph.combined_for(self.aggregator)
-        return self.aggregator.apply(measured, combined, signal_is_direction=False)
+        like = of_no_task(self._trained)
+        measured = self.aggregator.measure(signal, directions=like, nonfinite=nonfinite)
+        return self.aggregator.apply(measured, graph.combined_for(self.aggregator))
 
     def _gradient(
         self, loss: Tensor, copies: dict[str, Tensor], *, retain_graph: bool
@@ -290,9 +290,8 @@ class TaskBatch:
         if are_sharded(self._trained):
             return accumulated_gradient(loss, self._trained, self._used, retain_graph=retain_graph)
         graph = LossGraph([loss], self._trained, [copies])
-        gradient = graph.gradient(0, retain_graph=retain_graph)
-        self._used |= graph.used
-        return gradient
+        graph.used = self._used
+        return graph.gradient(0, retain_graph=retain_graph)
 
 
 def _call(form: tuple[bool, bool]) -> str:

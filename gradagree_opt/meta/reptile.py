@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.results import Aggregation
+from gradagree_opt.core.shards import of_no_task
 from gradagree_opt.core.stacks import PyTree, task_count
-from gradagree_opt.engines.choice import check_ranks, of_no_task
+from gradagree_opt.engines.choice import check_ranks
 from gradagree_opt.engines.compilation import maybe_compiled
 from gradagree_opt.engines.cures import (
     Cure,

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 import torch
-from programs import RANK, STORE, WORLD, check_close, check_same_bits, leave, with_message
+from common import RANK, STORE, WORLD, check_close, check_same_bits, leave, with_message
 
 os.environ |= {"LOCAL_RANK": str(RANK), "MASTER_ADDR": "127.0.0.1"}
 os.environ |= {"MASTER_PORT": STORE.rsplit("-", 1)[1]}

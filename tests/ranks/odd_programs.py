@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from programs import (
+from common import (
     RANK,
     STORE,
     WORLD,
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import gradagree_opt as ga
-from gradagree_opt.core import shards
+from gradagree_opt.core import ranks, rounding, shards
 
 
 def unlike_processors() -> None:
@@ -32,6 +32,7 @@ def unlike_processors() -> None:
     if RANK:
         norm, last_digits = shards.tree_norm, cycle([0, 2**-22])
         shards.tree_norm = lambda tree: norm(tree) * (1 + next(last_digits))
+        ranks.rounding_of = lambda device: f"{rounding.rounding_of(device)} of another kind"
     stack = vectors(2 * WORLD, 1001)
     for one in (
         ga.GradientAgreement(match_norm="mean"),
@@ -210,6 +211,24 @@ def one_task_and_forty() -> None:
     ):
         with refused(words):
             ga.aggregate_gradients(loss, params, none, ga.distributed(ga.Mean()), **options)
+
+
+def weightings_of_torchjd() -> None:
+    """Random weights of the global generator, whose seeds differ: the first rank's are of all."""
+    from gradagree_opt.adapters.torchjd import from_torchjd
+    from torchjd.aggregation import Random, UPGrad
+
+    stack, one = vectors(2 * WORLD, 9), from_torchjd(UPGrad())
+    wanted = one(stack)
+    torch.manual_seed(0)
+    random = from_torchjd(Random()).aggregate(stack)
+    join()
+    check_close(ga.distributed(one)(ga.own_share(stack)), wanted, 1e-4)
+    torch.manual_seed(RANK)
+    found = ga.distributed(from_torchjd(Random())).aggregate(ga.own_share(stack))
+    check_close(found.weights, ga.own_share(random.weights))
+    check_close(found.update, random.update)
+    check_same_bits(found.update)
 
 
 def learners_of_higher() -> None:

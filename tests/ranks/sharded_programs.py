@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from programs import (
+from common import (
     AGGREGATORS,
     RANK,
     WORLD,
     check_close,
     check_same_bits,
+    counted,
     join,
     leave,
     refused,
@@ -89,6 +90,16 @@ def fsdp() -> None:
     parts = sharded(copy.deepcopy(model), init_device_mesh("cpu", (WORLD,)))
     for one, each in zip(AGGREGATORS, wanted, strict=True):
         check_step(parts, one, each, [*x], 0)
+    check_messages(parts, 9)
+
+
+def check_messages(model: nn.Module, count: int) -> None:
+    """Header, table and words for all; known bad tasks, units, lengths, the unit of the sum, and
+    the norm of the update over the mesh; d numbers twice to those with the same part."""
+    stack = [torch.stack([p.detach(), 2 * p.detach()]) for p in model.parameters()]
+    with counted() as sent:
+        ga.distributed(ga.GradientAgreement())(stack)
+    assert len(sent) == count, len(sent)
 
 
 def tasks_by_shards() -> None:
@@ -120,6 +131,7 @@ def tasks_by_shards() -> None:
     found = dict(parts.named_parameters())
     check_close(full(found[n] for n in used), [model.get_parameter(n) for n in used], 1e-3)
     check_same_bits(full(found.values()))
+    check_messages(parts, 11)
     bad_tasks(parts, mine, first, group)
 
 
@@ -128,6 +140,16 @@ def bad_tasks(model: nn.Module, mine: list[Tensor], first: int, tasks_group: Any
     agree = ga.distributed(ga.GradientAgreement())
     stack = [torch.stack([p.detach(), 2 * p.detach()]) for p in model.parameters()]
     dropped = ga.distributed(ga.GradientAgreement(nonfinite="drop"))
+
+    def fails(statistics: ga.Statistics) -> Tensor:
+        if RANK == 1:
+            raise ValueError("own mistake")
+        return statistics.row_sums
+
+    for draws_itself in (False, True):
+        fails.draws_itself = draws_itself  # type: ignore[attr-defined]
+        with refused("own mistake" if RANK == 1 else "rank 1 failed"):
+            ga.distributed(ga.Aggregator(fails)).aggregate(stack)
     if RANK == 1:
         stack[1].to_local()[1, 0] = torch.nan  # in a part that the first rank has not
     with refused("1 of rank 0"):

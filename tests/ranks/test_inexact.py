@@ -72,8 +72,7 @@ def test_a_step_on_more_ranks_takes_as_long_as_the_formula_says() -> None:
         n, steps = 4 * ranks, 2 * log2(ranks) * latency
         share = 2 * (ranks - 1) / ranks / bandwidth
         vector = steps + share * 4 * d
-        words = 8 * (6 * ranks + 5 * n + 2 * ranks + 3 * n + 2 * ranks)
-        short = 5 * steps + share * words
+        short = 2 * steps + share * (8 * (9 * ranks + 5 * n) + 4 * 3 * ranks)
         milliseconds = [1000 * time for time in (vector, 2 * vector + short, short)]
         assert milliseconds == pytest.approx(told(f"| {ranks} |"), abs=0.051)
 

@@ -14,9 +14,7 @@ from gradagree_testing.forked import Program
 pytestmark = pytest.mark.slow
 
 
-def run(
-    name: str, world: int, folder: Path, file: str = "programs.py", store: str = "store"
-) -> list[Program]:
+def run(name: str, world: int, folder: Path, file: str, store: str = "store") -> list[Program]:
     """One program on so many ranks, which have ended."""
     ranks = [
         Program(
@@ -38,33 +36,40 @@ def check(ranks: list[Program]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "world"),
+    ("about", "name", "world"),
     [
-        ("aggregations", 1),
-        ("aggregations", 3),
-        ("aggregations", 4),
-        ("gramian_in_blocks", 2),
-        ("messages", 2),
-        ("draws", 2),
-        ("loops", 2),
-        ("replicas", 3),
-        ("failures", 2),
-        ("cancelling", 2),
-        ("unlike", 2),
-        ("own_draws", 2),
-        ("a_rank_that_runs_out_of_tasks", 2),
-        ("refusals", 2),
-        ("left_alone", 2),
-        ("half_precision", 2),
+        ("aggregation", "aggregations", 1),
+        ("aggregation", "aggregations", 3),
+        ("aggregation", "aggregations", 4),
+        ("aggregation", "gramian_in_blocks", 2),
+        ("aggregation", "draws", 2),
+        ("aggregation", "own_draws", 2),
+        ("aggregation", "cancelling", 2),
+        ("aggregation", "half_precision", 2),
+        ("message", "messages", 2),
+        ("message", "messages_of_the_first_rank", 3),
+        ("loop", "a_rank_that_runs_out_of_tasks", 2),
+        ("loop", "loops", 2),
+        ("loop", "replicas", 3),
+        ("failure", "unlike", 2),
+        ("failure", "own_decisions", 3),
+        ("failure", "failures", 2),
+        ("failure", "left_alone", 2),
+        ("failure", "refusals", 2),
     ],
 )
-def test_ranks_do_what_one_process_does(name: str, world: int, tmp_path: Path) -> None:
-    check(run(name, world, tmp_path))
+def test_ranks_do_what_one_process_does(about: str, name: str, world: int, tmp_path: Path) -> None:
+    check(run(name, world, tmp_path, f"{about}_programs.py"))
 
 
 @pytest.mark.parametrize("name", ["wrapped", "functional_through_the_wrapper", "copies"])
 def test_wrapped_modules_and_copies_do_what_one_process_does(name: str, tmp_path: Path) -> None:
     check(run(name, 2, tmp_path, "wrapped_programs.py"))
+
+
+def test_weightings_of_torchjd_do_what_they_do_in_one_process(tmp_path: Path) -> None:
+    pytest.importorskip("torchjd", reason="TorchJD is not installed")
+    check(run("weightings_of_torchjd", 2, tmp_path, "odd_programs.py"))
 
 
 def test_learners_of_higher_do_what_one_process_does(tmp_path: Path) -> None:
@@ -126,7 +131,7 @@ def test_lightning_on_two_devices_does_what_one_does(name: str, tmp_path: Path) 
 def test_a_rank_that_is_lost_is_named_by_all_others(
     name: str, world: int, gone: int, tmp_path: Path
 ) -> None:
-    ranks = run(name, world, tmp_path)
+    ranks = run(name, world, tmp_path, "lost_programs.py")
     lost = ranks.pop(gone)
     assert lost.finish() == (0 if name == "hanging" else 9), lost.printed()
     check(ranks)
@@ -138,7 +143,7 @@ def test_a_step_sends_two_vectors_over_the_network(world: int, tmp_path: Path) -
     up = "ip link set lo up"
     if shutil.which("unshare") is None or subprocess.run([*namespace, up], check=False).returncode:
         pytest.skip("no network namespace of one's own here")
-    program = Path(__file__).with_name("programs.py")
+    program = Path(__file__).with_name("message_programs.py")
     ranks = " ".join(map(str, range(world)))
     script = (
         f"{up}; started=; for rank in {ranks}; do "

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from programs import (
+from common import (
     RANK,
     WORLD,
     Model,

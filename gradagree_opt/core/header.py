@@ -1,0 +1,84 @@
+"""What every rank says first in a step, and what is refused where they are not alike."""
+
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Header(NamedTuple):
+    """What every rank says first.
+
+    Attributes:
+        n, d: number of its tasks, and of the entries of a signal.
+        failed: 1 where it takes no part in the step.
+        options: a digest of what has to be the same on all ranks.
+        form: 2 where the directions are others than the signals, 1 where not, 0 without a task.
+        layout: a digest of how long its last message is: shapes and dtypes of its part of the
+            directions.
+        rounding: what it rounds as, and what its weighting draws by itself; where two differ in
+            this, they need not decide alike.
+        block, part: ``block`` and ``index`` of :class:`gradagree_opt.core.shards.Shards`.
+    """
+
+    n: int = 0
+    d: int = 0
+    failed: int = 0
+    options: int = 0
+    form: int = 0
+    layout: int = 0
+    rounding: int = 0
+    block: int = -1
+    part: int = 0
+
+
+def words_of(
+    leaves: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], options: Sequence[str], /
+) -> list[str]:
+    """What has to be the same on all ranks: options, the last of them names of leaves, and shapes.
+
+    >>> import torch
+    >>> words_of([torch.ones(1, 2)], [(2,)], ["Mean()", "w"])
+    ['Mean()', 'w', "float32 [2] of 'w'"]
+    """
+    # Without the addresses of functions, and the lines of tensors.
+    words = [re.sub(r" at 0x[0-9a-f]+|\s*\n", "", option) for option in options]
+    names = options[len(options) - len(leaves) :]
+    for name, leaf, shape in zip(names, leaves, shapes, strict=True):
+        words.append(f"{str(leaf.dtype).removeprefix('torch.')} {list(shape)} of {name!r}")
+    return words
+
+
+def digest(value: object, /) -> int:
+    """A number that other values hardly have."""
+    return zlib.crc32(str(value).encode())
+
+
+def check_alike(table: Sequence[Header], differences: Callable[[], str], /) -> None:
+    """Raises a ValueError, on all ranks alike, unless they have the same to do.
+
+    Args:
+        table: what every rank has said.
+        differences: tells in words which of the options differ.
+    """
+    if len({(header.d, header.options) for header in table}) > 1:
+        raise ValueError(
+            "expected the same parameters and options of the aggregator on all ranks, found "
+            f"{differences()}; build model and aggregator alike on every rank"
+        )
+    forms = [header.form for header in table]
+    if {1, 2} <= {*forms}:
+        raise ValueError(
+            "expected tasks of one form on all ranks, found signals beside the directions on "
+            f"some alone; call the aggregation in the same way on every rank (found {forms})"
+        )
+    first: dict[int, int] = {}  # of the ranks with the same part
+    for rank, header in enumerate(table):
+        other = first.setdefault(header.part, rank)
+        if header.layout != table[other].layout:
+            raise ValueError(
+                f"expected directions alike on all ranks, found other shapes on rank {rank} than "
+                f"on rank {other}; build model and tasks alike on every rank"
+            )

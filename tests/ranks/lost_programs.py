@@ -1,0 +1,83 @@
+"""Programs of ranks of which one dies or hangs."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from common import (
+    RANK,
+    STORE,
+    WORLD,
+    Model,
+    join,
+    leave,
+)
+
+import gradagree_opt as ga
+
+
+def lost(before: Callable[[], None], timeout: float, gone: int = WORLD - 1) -> None:
+    """A rank does something before its second step: the others name it, nothing changed."""
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(2, 4, 3)
+    adam = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = ga.TaskOptimizer(adam, ga.distributed(ga.GradientAgreement()))
+    optimizer.step([model(task).square().mean() for task in x])
+    optimizer.zero_grad()
+    kept = [p.detach().clone() for p in model.parameters()]
+    if gone == RANK:
+        before()
+    start = time.monotonic()
+    others = f"(none of|that) rank {gone}(, which| is gone)"
+    words = "given up on this one" if gone == RANK else others
+    with pytest.raises(RuntimeError, match=f"{words}.*checkpoint"):
+        optimizer.step([model(task).square().mean() for task in x])
+    assert all(map(torch.equal, kept, model.parameters()))
+    assert all(p.grad is None for p in model.parameters())
+    assert time.monotonic() - start < timeout + 20
+    os._exit(0)  # the group cannot be taken down without the rank that is gone
+
+
+def killed() -> None:
+    """One that ends without a word."""
+    join(60)
+    lost(lambda: os._exit(9), 60)
+
+
+def killed_in_a_group_of_no_named_backend() -> None:
+    """So it is begun by a script for CPUs and GPUs alike; four have neighbours and others."""
+    join(60, None)
+    lost(lambda: os._exit(9), 60)
+
+
+def killed_with_its_store() -> None:
+    """Rank 0, which holds the store where the others would leave word."""
+    place = Path(f"{STORE}.port")
+    if RANK == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        place.with_suffix(".new").write_text(str(store.port))
+        place.with_suffix(".new").replace(place)
+    else:
+        while not place.exists():
+            time.sleep(0.01)
+        store = dist.TCPStore("127.0.0.1", int(place.read_text()), is_master=False)
+    time_out = timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=RANK, world_size=WORLD, timeout=time_out)
+    lost(lambda: os._exit(9), 60, gone=0)
+
+
+def hanging() -> None:
+    """One that comes after the timeout."""
+    join(5)
+    lost(lambda: time.sleep(10), 5)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
+    leave()
