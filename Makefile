@@ -12,9 +12,6 @@ VENV ?= .venv
 DEVICE ?= cpu
 BIN := $(abspath $(VENV))/bin
 
-# Frameworks whose adapters are tested; learn2learn is built below.
-EXTRAS := ablation,higher,learn2learn,lightning,ray,tensorboard,torchjd,torchopt
-
 # One process per core, one thread per process.
 export OMP_NUM_THREADS := 1
 
@@ -63,7 +60,7 @@ $(VENV)/.study: $(VENV)/.pip pyproject.toml
 # learn2learn's shipped C does not compile on current Pythons: build_ext makes it anew. Without the
 # cache, because a wheel in it would hide a build that fails.
 $(VENV)/.dev: $(VENV)/.study pyproject.toml
-	$(BIN)/python -m pip install --group dev --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --group dev --editable '.[all]'
 	$(BIN)/python -m pip install --no-cache-dir --no-deps -C--build-option=build_ext learn2learn==0.2.0
 	touch $@
 
