@@ -1,6 +1,7 @@
 """Aggregator: task-stacked directions in, their weighted sum out."""
 
 import inspect
+from functools import partial
 
 from torch import Tensor
 
@@ -124,9 +125,7 @@ class Aggregator(Pipeline):
         nonfinite: Bool[Tensor, " n"] | None = None,
         scaled: bool = True,
     ) -> Aggregation:
-        def aggregate(directions: PyTree, signal: PyTree | None) -> Aggregation:
-            return self._of_parts(directions, signal, nonfinite=nonfinite, scaled=scaled)
-
+        aggregate = partial(self._of_parts, nonfinite=nonfinite, scaled=scaled)
         if self.ranks is None:
             return aggregate(directions, signal)
         return self.ranks.by_parts(directions, signal, aggregate)

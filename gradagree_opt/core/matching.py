@@ -22,7 +22,7 @@ def check_made(aggregator: Any, expected: str, /) -> None:
     """TypeError in one sentence where it is a class, or an aggregator without our constructor."""
     if isinstance(aggregator, type):
         raise TypeError(f"expected {expected}, found the class {aggregator.__name__}; call it")
-    if hasattr(aggregator, "aggregate_unchecked") and "weighting" not in vars(aggregator):
+    if hasattr(aggregator, "aggregate_unchecked") and not hasattr(aggregator, "weighting"):
         raise TypeError(
             f"expected {type(aggregator).__name__}.__init__ to call super().__init__(…), found no "
             "weighting; give it one there"

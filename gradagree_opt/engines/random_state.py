@@ -3,7 +3,7 @@
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -67,10 +67,9 @@ def check_same_losses(first: torch.Tensor, again: torch.Tensor, /) -> None:
         )
 
 
-@contextmanager
 def draws_of_each_task(
     randomness: Literal["error", "different", "same"], source: object, /
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Raises where tasks that are to draw for themselves share what Python or NumPy has drawn.
 
     Args:
@@ -81,8 +80,12 @@ def draws_of_each_task(
         SharedDrawsError: the numbers are drawn once for all; the generators are as before.
     """
     if randomness == "same" or torch.compiler.is_compiling():
-        yield
-        return
+        return nullcontext()
+    return _none_outside_torch(randomness, source)
+
+
+@contextmanager
+def _none_outside_torch(randomness: str, source: object) -> Iterator[None]:
     before = _outside_torch(source)
     yield
     changed = [(each, state) for each, state in before if not _same(state, _state_of(each))]
