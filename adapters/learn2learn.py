@@ -18,7 +18,7 @@ from gradagree_opt.core.few_passes import measures_directions
 from gradagree_opt.core.stacks import PyTree, task_count
 from gradagree_opt.engines.cures import Cure, explaining, few, of_the_kernel
 from gradagree_opt.engines.kept import NoDataSet, left_as_found
-from gradagree_opt.engines.losses import scalar_loss
+from gradagree_opt.engines.losses import ScalarLoss
 from gradagree_opt.engines.random_state import draws_of_each_task
 from gradagree_opt.engines.reached import reach
 from gradagree_opt.frameworks import require
@@ -110,7 +110,7 @@ def _meta_step(
     check_one_process(parameters.values(), algorithm, over_ranks=over_ranks)
     n = check_tasks(parameters, tasks, "support", "query")
     statistics = RunningStatistics(algorithm)
-    run = _Task(algorithm, scalar_loss(loss_fn), steps)
+    run = _Task(algorithm, ScalarLoss(loss_fn), steps)
 
     def one_task(params: PyTree, buffers: PyTree, task: PyTree) -> tuple[Tensor, PyTree]:
         swapped = {f"algorithm.{name}": t for name, t in (params | buffers).items()}
