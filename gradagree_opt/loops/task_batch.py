@@ -266,8 +266,8 @@ class TaskBatch:
             self._used.clear()
             shared = graph.survey.shared  # compiled, a graph may be passed through once
             directions = [
-                self._gradient(loss, copies, retain_graph=shared and loss is not self._losses[-1])
-                for loss, copies in zip(self._losses, self._copies, strict=True)
+                self._gradient(self._losses[i], copies, retain_graph=shared and i < graph.n - 1)
+                for i, copies in enumerate(self._copies)
             ]
         stacked = stack_tasks(directions)
         used.look_at(stacked, signal, nonfinite)
