@@ -9,9 +9,10 @@ from torch import Tensor
 
 from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.diagnostics import Diagnostics
+from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.shards import are_sharded
 from gradagree_opt.core.stacks import PyTree, nonfinite_tasks
-from gradagree_opt.loops.accumulation import check_no_accumulation_hooks
+from gradagree_opt.loops.accumulation import add_to_grad, check_no_accumulation_hooks
 from gradagree_opt.loops.graphs import stale_graphs
 from gradagree_opt.one_process import check_one_process, inside, reshard
 
@@ -124,6 +125,11 @@ class Used:
         if self._ranks is not None and self._drops:
             found = nonfinite_tasks(directions, signal)
             self._leave_out(found if nonfinite is None else nonfinite | found)
+
+    def add_to_grad(self, result: Aggregation) -> None:
+        """Adds the update to ``.grad`` of the parameters that a task uses."""
+        used = self.by_any(result.diagnostics)
+        add_to_grad(used, result.update, over_ranks=self._ranks is not None)
 
     def by_any(self, diagnostics: Diagnostics) -> dict[str, Tensor]:
         """The parameters by name, after the aggregation of these diagnostics."""

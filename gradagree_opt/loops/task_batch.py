@@ -12,7 +12,6 @@ from gradagree_opt.core.few_passes import measures_directions, weighted_loss_ref
 from gradagree_opt.core.results import Aggregation, CollectedTasks
 from gradagree_opt.core.shards import are_sharded, of_no_task, stack_tasks
 from gradagree_opt.core.stacks import PyTree, is_coarse
-from gradagree_opt.loops.accumulation import add_to_grad
 from gradagree_opt.loops.adapted import (
     Parameters,
     advice_on_loss,
@@ -189,8 +188,7 @@ class TaskBatch:
                 losses = torch.stack(self._values) if self._values else losses
         finally:
             self.clear()
-        grads = used.by_any(result.diagnostics)
-        add_to_grad(grads, result.update, over_ranks=self.aggregator.ranks is not None)
+        used.add_to_grad(result)
         return CollectedTasks(*result, losses)
 
     def clear(self) -> None:
