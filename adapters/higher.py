@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.stacks import PyTree
-from gradagree_opt.engines.losses import scalar_loss
+from gradagree_opt.engines.losses import ScalarLoss
 from gradagree_opt.frameworks import require
 from gradagree_opt.loops.graphs import check_depends
 from gradagree_opt.loops.task_batch import TaskBatch
@@ -96,7 +96,7 @@ def _meta_step(
     check_count("steps", steps, least=1)
     _check_optimizer(model, optimizer, first_order)
     n = check_tasks(dict(model.named_parameters()), tasks, "support", "query")
-    loss_fn = scalar_loss(loss_fn)
+    loss_fn = ScalarLoss(loss_fn)
     batch = TaskBatch(model, aggregator, memory=memory)
     for i in range(n):
         task = tree_map(lambda leaf, i=i: leaf[i], tasks)

@@ -18,7 +18,7 @@ from gradagree_opt.core.few_passes import measures_directions
 from gradagree_opt.core.stacks import PyTree, task_count
 from gradagree_opt.engines.cures import Cure, explaining, few, of_the_kernel
 from gradagree_opt.engines.kept import NoDataSet, left_as_found
-from gradagree_opt.engines.losses import scalar_loss
+from gradagree_opt.engines.losses import ScalarLoss
 from gradagree_opt.engines.random_state import draws_of_each_task
 from gradagree_opt.engines.reached import reach
 from gradagree_opt.frameworks import require
@@ -110,12 +110,13 @@ def _meta_step(
     check_one_process(parameters.values(), algorithm, over_ranks=over_ranks)
     n = check_tasks(parameters, tasks, "support", "query")
     statistics = RunningStatistics(algorithm)
-    run = _Task(algorithm, scalar_loss(loss_fn), steps)
+    own = measures_directions(aggregator)
+    run = _Task(algorithm, ScalarLoss(loss_fn), steps, moves=not own)
 
     def one_task(params: PyTree, buffers: PyTree, task: PyTree) -> tuple[Tensor, PyTree]:
         swapped = {f"algorithm.{name}": t for name, t in (params | buffers).items()}
-        loss, displacement = call_with(run, swapped, task)
-        return loss, (displacement, loss, buffers)
+        loss, moved = call_with(run, swapped, task)
+        return loss, (moved, loss, buffers)
 
     gradient = torch.func.vmap(
         torch.func.grad(one_task, has_aux=True),
@@ -147,25 +148,30 @@ def _meta_step(
             "others, which would get no gradient; make them part of a module with clone() and "
             "adapt(), or freeze them with requires_grad_(False)"
         )
-    own = measures_directions(aggregator)
     aggregation = aggregator.aggregate(directions, None if own else signal)
     check_some_task(aggregation.diagnostics, aggregator.nonfinite)
     statistics.follow(buffers)
-    add_to_grad(parameters, aggregation.update, over_ranks=aggregator.ranks is not None)
+    used = {name: p for name, p in parameters.items() if name in run.used}
+    add_to_grad(used, aggregation.update, over_ranks=aggregator.ranks is not None)
     return MetaStep(*aggregation, losses=losses, engine="stacked")
 
 
 class _Task(nn.Module):
     """Adaptation to one task, as a module so that its parameters can be swapped."""
 
-    def __init__(self, algorithm: Any, loss_fn: LearnerLoss, steps: int) -> None:
+    def __init__(self, algorithm: Any, loss_fn: LearnerLoss, steps: int, *, moves: bool) -> None:
         super().__init__()
         self.algorithm = algorithm
         self.loss_fn = loss_fn
         self.steps = steps
+        self.moves = moves
+        self.used: set[str] = set()
 
     def forward(self, task: PyTree) -> tuple[Tensor, dict[str, Tensor]]:
-        """Query loss after adaptation, and the displacement."""
+        """Query loss after adaptation, and the displacement where it is asked for.
+
+        Notes which parameters the loss depends on.
+        """
         before = dict(self.algorithm.named_parameters())
         learner = self.algorithm.clone()
         for _ in range(self.steps):
@@ -177,7 +183,10 @@ class _Task(nn.Module):
         start = {name: p for name, p in before.items() if p.requires_grad}
         loss = self.loss_fn(learner, task["query"])
         check_depends(loss, learner.parameters(), None, advice="compute it by the learner")
-        return loss, displacement(start, match(before, learner))
+        names, tensors = zip(*start.items(), strict=True)
+        self.used.update(names[at] for at in dependencies(loss, tensors))
+        after = match(before, learner)
+        return loss, displacement(start, after) if self.moves else {}
 
 
 def _loop(run: _Task, tasks: PyTree) -> None:

@@ -158,13 +158,15 @@ class AgreementCallback(pl.Callback):
         parameters = named(trainer, pl_module)
         with self.aggregator.step_of_ranks():
             # Lightning has divided the loss by N, and a GradScaler has multiplied it.
-            names = {name for task in self._tasks for name in task}
+            names = [set(task) for task in self._tasks]
             stack = self._stack(parameters, names, trainer.accumulate_grad_batches / scale)
             used = Used(self.aggregator, parameters, names)
+            used.look_at(stack)
             result = self.aggregator.aggregate(stack)
             check_some_task(result.diagnostics, self.aggregator.nonfinite)
-        for name, parameter in used.by_any().items():
-            parameter.grad = result.update[name] * scale
+        there = used.by_any(result.diagnostics)
+        for name, parameter in parameters.items():
+            parameter.grad = result.update[name] * scale if name in there else None
         self.weights, self._tasks = result.weights, []
         _log(pl_module, "agreement", result.diagnostics)
         model = trainer.strategy.model
@@ -172,14 +174,14 @@ class AgreementCallback(pl.Callback):
             model.require_forward_param_sync = True  # buffers are sent once a step, as without us
 
     def _stack(
-        self, parameters: dict[str, nn.Parameter], used: set[str], factor: float
+        self, parameters: dict[str, nn.Parameter], used: list[set[str]], factor: float
     ) -> dict[str, Tensor]:
         """The gradients of the window; of all parameters where another rank may use them."""
         over_ranks = self.aggregator.ranks is not None
         return {
             name: torch.stack([_take(task, name, p) for task in self._tasks]).mul_(factor)
             for name, p in parameters.items()
-            if over_ranks or name in used
+            if over_ranks or any(name in names for names in used)
         }
 
     def _forget(self) -> None:

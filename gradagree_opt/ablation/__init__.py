@@ -76,6 +76,7 @@ def ablate(
 
     try:
         from gradagree_opt.ablation.conduct import connected, prepare
+        from gradagree_opt.ablation.section import StudyError, arguments
         from gradagree_opt.ablation.study.loading import load
     except ModuleNotFoundError as missing:
         if missing.name is None or missing.name.startswith("gradagree_opt"):
@@ -87,7 +88,7 @@ def ablate(
         ) from missing
 
     def warn(sentence: str) -> None:
-        warnings.warn(sentence, stacklevel=3)
+        warnings.warn(arguments(sentence), stacklevel=3)
 
     if not isinstance(data, str | PathLike | None):
         raise TypeError(
@@ -96,9 +97,12 @@ def ablate(
         )
     count = None if jobs is None else check_count("jobs", jobs, least=1)
     source = study if isinstance(study, Mapping) else str(study)
-    loaded = load(source, quick=quick, seeds=seeds, iterations=iterations)
     folder = None if data is None else Path(data)
     command = ["python", *sys.argv]
-    with connected(engine, ray_address, count) as cluster:
-        prepared = prepare(loaded, Path(out), folder, command, warn, cluster=cluster)
-        return prepared.run(count, lambda _: None)
+    try:
+        loaded = load(source, quick=quick, seeds=seeds, iterations=iterations)
+        with connected(engine, ray_address, count) as cluster:
+            prepared = prepare(loaded, Path(out), folder, command, warn, cluster=cluster)
+            return prepared.run(count, lambda _: None)
+    except StudyError as mistake:
+        raise StudyError(arguments(str(mistake))) from mistake.__cause__

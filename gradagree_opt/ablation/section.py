@@ -25,6 +25,15 @@ class StudyError(ValueError):
     """A mistake in a study file, an option or an output folder, told in one sentence."""
 
 
+def arguments(message: str, /) -> str:
+    """A message of the command as the Python call says it: with arguments for options.
+
+    >>> arguments("--out a is a file; `gradagree ablate sine --out NEW` goes elsewhere")
+    'out a is a file; `gradagree ablate sine --out NEW` goes elsewhere'
+    """
+    return re.sub(r"(`.*?`)|(?<!\S)--(?=\w)", r"\1", message)
+
+
 class LocatedError(ValueError):
     """A value that contradicts another one, and the keys that lead to it."""
 

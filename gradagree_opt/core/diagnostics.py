@@ -17,6 +17,8 @@ from gradagree_opt.core.weightings import Decision
 class Diagnostics(NamedTuple):
     """Health of one aggregation; with grouped weights, one entry for each group.
 
+    Tasks that the policy "drop" leaves out do not count. Of none, all is NaN or 0.
+
     Attributes:
         weight_sum: Σ w_i; in [0, 1] for Gradient Agreement, [-1, 1] without a task's own share.
         smallest_weight: min w_i.
@@ -34,7 +36,7 @@ class Diagnostics(NamedTuple):
         largest_agreement: max u_i · d / ‖d‖ likewise.
         agreement_spread: their standard deviation: 0 where all tasks agree alike with the update.
         degenerate: whether the scores cancelled and the fallback weights were used.
-        nonfinite: the tasks ``[n]`` with a NaN or infinite entry; left out if the policy is "drop".
+        nonfinite: the tasks ``[n]`` with a NaN or infinite entry.
     """
 
     weight_sum: Float[Tensor, "*groups"]
@@ -105,15 +107,18 @@ def diagnose(
     mean_norm = _mean_norm(statistics) if signal_is_direction else torch.nan * update_norm
     agreements = _agreements(statistics, weights) if signal_is_direction else None
     smallest, largest, spread = agreements or (unknown, unknown, unknown)
+    active = statistics.active
+    count = active.sum()
+    least = weights.masked_fill(~active, torch.inf).amin(-1)
     return Diagnostics(
         weight_sum=weights.sum(-1),
-        smallest_weight=weights.amin(-1),
-        negative_share=(weights < 0).to(weights.dtype).mean(-1),
+        smallest_weight=torch.where(count > 0, least, torch.nan),
+        negative_share=(weights < 0).sum(-1).to(weights.dtype) / count,
         effective_tasks=size.square() / torch.where(squares > 0, squares, 1.0),
         cancellation=total / or_one(lengths),
         update_norm=update_norm,
         update_to_mean=torch.where(mean_norm > 0, update_norm / mean_norm, torch.nan),
-        norm_correlation=_correlation(torch.stack([weights, norms])),
+        norm_correlation=_correlation(torch.stack([weights, norms]), active),
         smallest_agreement=smallest,
         largest_agreement=largest,
         agreement_spread=spread,
@@ -167,11 +172,16 @@ def _mean_norm(statistics: Statistics) -> Float[Tensor, ""]:
     return norms / statistics.active.sum()
 
 
-def _correlation(pair: Float[Tensor, "2 *groups n"]) -> Float[Tensor, "*groups"]:
-    """Pearson's, of two rows; values that differ by rounding alone are constant."""
-    deviations = pair - pair.mean(-1, keepdim=True)
+def _correlation(
+    pair: Float[Tensor, "2 *groups n"], active: Bool[Tensor, " n"]
+) -> Float[Tensor, "*groups"]:
+    """Pearson's, of two rows at the active tasks, as the others are zeros.
+
+    Values that differ by rounding alone are constant.
+    """
+    deviations = pair - pair.sum(-1, keepdim=True) / active.sum()
     rounding = 4 * torch.finfo(pair.dtype).eps * pair.abs().amax(-1, keepdim=True)
-    deviations = deviations.masked_fill(deviations.abs() <= rounding, 0)
+    deviations = deviations.masked_fill((deviations.abs() <= rounding) | ~active, 0)
     return deviations.prod(0).sum(-1) / deviations.square().sum(-1).prod(0).sqrt()
 
 

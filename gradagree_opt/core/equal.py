@@ -16,7 +16,7 @@ from gradagree_opt.core.pipeline import Nonfinite
 from gradagree_opt.core.positive_definite import power, solve
 from gradagree_opt.core.scopes import Scope
 from gradagree_opt.core.statistics import Statistics
-from gradagree_opt.core.weightings import Decision, Need
+from gradagree_opt.core.weightings import Decision, Need, uniform
 from gradagree_opt.options import check_choice, check_positive, is_finite_number
 
 
@@ -84,9 +84,11 @@ class PowerWeighting:
         if self.power == -1:  # by a solve, which norms that lie far apart do not make inaccurate
             return EqualWeighting(self.damping, "inner")(statistics)
         tasks = _tasks(statistics)
-        weights = tasks.counted / tasks.n
-        if self.power != 0:
-            weights = torch.where(tasks.counted, power(self._matrix(tasks), weights, self.power), 0)
+        if self.power == 0:
+            weights = uniform(statistics)
+        else:
+            weights = power(self._matrix(tasks), tasks.counted / tasks.n, self.power)
+            weights = torch.where(tasks.counted, weights, 0)
         return Decision(weights, weights, tasks.none)
 
     def _matrix(self, tasks: "_Tasks") -> Tensor:
@@ -185,9 +187,10 @@ class GramianPower(Aggregator):
     g_i · g_j, λ_max its largest eigenvalue and τ the median norm.
     As Jᵀ Gᵏ 1 = Cᵏ Jᵀ 1 with C = Jᵀ J, its update is the mean preconditioned by the k-th power of
     the tasks' second moment: k = 0 is the mean, 1 Gradient Agreement up to its length; larger
-    powers go to one dominant direction. −1 is Equal Agreement with similarity="inner". For small
-    λ, −1/2 has the direction of Aligned-MTL where the tasks are independent. For the eigenvalues
-    the host may wait for a GPU. In float32 no norm may be more than 1e18 times the median.
+    powers go to one dominant direction. −1 is Equal Agreement with similarity="inner". Tasks of
+    zero norm are left out, but for k = 0. For small λ, −1/2 has the direction of Aligned-MTL where
+    the tasks are independent. For the eigenvalues the host may wait for a GPU. In float32 no norm
+    may be more than 1e18 times the median.
 
     Args:
         power: k, any number.

@@ -31,7 +31,7 @@ from gradagree_opt.engines.cures import (
     uncompiled,
 )
 from gradagree_opt.engines.kept import left_as_found
-from gradagree_opt.engines.losses import TaskLoss, TaskMap
+from gradagree_opt.engines.losses import TaskLoss, TaskMap, some_loss_depends
 from gradagree_opt.engines.random_state import draws_of_each_task
 from gradagree_opt.one_process import check_one_process
 from gradagree_opt.options import check_choice
@@ -209,7 +209,7 @@ class Runner:
         aggregator: Aggregator,
     ) -> AggregatedGradients:
         task_loss = self.task_loss if self._compile else self.task_loss.walked()
-        with self._left_as_found(name, task_loss.map, params, tasks):
+        with some_loss_depends(), self._left_as_found(name, task_loss.map, params, tasks):
             aggregation, losses = self._engines[name](task_loss, params, tasks, aggregator)
         aggregator.verify(aggregation)
         return AggregatedGradients(*aggregation, losses=losses, engine=name)
@@ -222,10 +222,16 @@ class Runner:
             return nullcontext()  # which knows its passes
         if not self._compile:
             return left_as_found(task_map.source)
-        if name not in self._tried:  # a graph shows neither buffers nor generators that change
+        # A graph shows neither buffers nor generators that change, nor a loss of no parameter.
+        if name not in self._tried:
             first = tree_map(lambda leaf: leaf[:1], tasks)
-            with left_as_found(task_map.source), draws_of_each_task("error", task_map.source):
-                task_map(self.task_loss.function, params, first, 1)
+            with (
+                some_loss_depends(),
+                left_as_found(task_map.source),
+                draws_of_each_task("error", task_map.source),
+            ):
+                gradient = torch.func.grad(self.task_loss.function, has_aux=True)
+                task_map(gradient, params, first, 1)
             self._tried.add(name)
         return nullcontext()
 

@@ -1,7 +1,8 @@
 """The loss of one task as the engines see it, and what is done to every task of a batch."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Literal, NoReturn
 
@@ -24,20 +25,41 @@ LossFn = Callable[[PyTree, PyTree], Tensor]
 Randomness = Literal["error", "different", "same"]
 
 
-def scalar_loss(loss_fn: LossFn, /) -> LossFn:
+_DEPENDS: ContextVar[list[bool] | None] = ContextVar("depends", default=None)
+"""Of every loss that is computed in a step, whether it depends on the parameters."""
+
+
+@contextmanager
+def some_loss_depends() -> Iterator[None]:
+    """Around a step: a ValueError where none of its losses depends on the parameters."""
+    depends: list[bool] = []
+    token = _DEPENDS.set(depends)
+    try:
+        yield
+    finally:
+        _DEPENDS.reset(token)
+    if depends and not any(depends):
+        refuse_independent()
+
+
+class ScalarLoss:
     """The loss function, which answers anything but a scalar of its parameters with one sentence.
 
-    That a loss depends on none is said under vmap, where it holds of all tasks: one task among
-    others may have a constant loss.
+    That a loss depends on none is said at once under vmap, where it holds of all tasks: one task
+    among others may have a constant loss.
 
     Raises:
         TypeError: it is no function.
     """
-    check_callable("loss_fn", loss_fn, "loss_fn(params, batch), which returns a scalar tensor")
 
-    def checked(params: PyTree, batch: PyTree) -> Tensor:
+    def __init__(self, loss_fn: LossFn, /) -> None:
+        check_callable("loss_fn", loss_fn, "loss_fn(params, batch), which returns a scalar tensor")
+        self.loss_fn = loss_fn
+
+    def __call__(self, params: PyTree, batch: PyTree, /) -> Tensor:
+        """The loss of one task."""
         with no_data_set():
-            loss: object = loss_fn(params, batch)
+            loss: object = self.loss_fn(params, batch)
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             found = (
                 f"a tensor of shape {list(loss.shape)}"
@@ -53,18 +75,22 @@ def scalar_loss(loss_fn: LossFn, /) -> LossFn:
                 "expected loss_fn(params, batch) to return a real floating-point loss, found "
                 f"{loss.dtype}; give what is to be minimised, of a complex number its abs()"
             )
-        unread = torch.is_grad_enabled() and _in_vmap() and not _has_graph(loss)
-        if unread and any(map(_has_graph, tree_leaves(params))):
-            refuse_independent()
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            self._look_for_graph(params, loss)
         return loss
 
-    return checked
+    def _look_for_graph(self, params: PyTree, loss: Tensor) -> None:
+        depends, seen = _has_graph(loss), _DEPENDS.get()
+        if not any(map(_has_graph, tree_leaves(params))):
+            return
+        if not depends and _in_vmap():
+            refuse_independent()
+        if seen is not None:
+            seen.append(depends)
 
 
 def _in_vmap() -> bool:
-    """Whether all tasks are run at once, and not only looked at by a compiler."""
-    if torch.compiler.is_compiling():
-        return False
+    """Whether all tasks are run at once."""
     levels = retrieve_all_functorch_interpreters()
     return any(level.key() == TransformType.Vmap for level in levels)
 
@@ -224,7 +250,7 @@ class TaskLoss:
     @classmethod
     def plain(cls, loss_fn: LossFn, map: TaskMap) -> "TaskLoss":
         """A loss function whose gradient is the signal."""
-        checked = scalar_loss(loss_fn)
+        checked = ScalarLoss(loss_fn)
 
         def function(params: PyTree, task: PyTree) -> tuple[Tensor, tuple[PyTree, Tensor]]:
             loss = checked(params, task)

@@ -1,6 +1,8 @@
 """The matrix-free engine: every row sum from one Jacobian-vector product, s = J (Jᵀ 1)."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from threading import RLock
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ from gradagree_opt.engines.rows import Rows
 
 Losses = Callable[[PyTree], Tensor]
 Pullback = Callable[[PyTree], tuple[PyTree]]
+
+FORWARD_MODE = RLock()
+"""Its level is one for all threads of a process (torch 2.14), which get each other's tangents."""
 
 
 def matrix_free_refusal(aggregator: Aggregator, task_loss: TaskLoss, /) -> str | None:
@@ -179,7 +184,8 @@ def _chunks(task_loss: TaskLoss, params: PyTree, tasks: PyTree, n: int) -> list[
 def _jacobian_times(losses_of: Losses, params: PyTree, direction: PyTree) -> tuple[Tensor, Tensor]:
     """Losses, and J · direction ``[n]`` in forward mode, or by two backward passes without one."""
     try:
-        losses, product = torch.func.jvp(losses_of, (params,), (direction,))[:2]
+        with nullcontext() if torch.compiler.is_compiling() else FORWARD_MODE:
+            losses, product = torch.func.jvp(losses_of, (params,), (direction,))[:2]
     except RuntimeError:  # NotImplementedError is one
         losses, backward = _pullback(losses_of, params)
         product = _transpose(backward, torch.ones_like(losses))[1](direction)[0]

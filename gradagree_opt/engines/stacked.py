@@ -14,7 +14,14 @@ from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree, check_floating, task_count
 from gradagree_opt.engines.cures import Cure, explaining, few, of_a_loop, of_the_map, one_of
 from gradagree_opt.engines.kept import left_as_found
-from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap, scalar_loss
+from gradagree_opt.engines.losses import (
+    LossFn,
+    Randomness,
+    ScalarLoss,
+    TaskLoss,
+    TaskMap,
+    some_loss_depends,
+)
 from gradagree_opt.engines.meant import naming_what_was_meant
 from gradagree_opt.one_process import check_whole
 
@@ -65,13 +72,13 @@ def task_gradients(
     check_floating(params, "parameters")
     check_whole(tree_leaves(params))
     n = task_count(tasks, "tasks")
-    gradient_and_loss = torch.func.grad_and_value(scalar_loss(loss_fn))
+    gradient_and_loss = torch.func.grad_and_value(ScalarLoss(loss_fn))
     each = TaskMap(chunk_size, randomness, loss_fn).walked()
     without = "ga.aggregate_gradients(…, engine='streamed')"
 
     def run(each: TaskMap, tasks: PyTree) -> TaskGradients:
         n = task_count(tasks, "tasks")
-        with statistics_refused(), left_as_found(each.source):
+        with some_loss_depends(), statistics_refused(), left_as_found(each.source):
             return TaskGradients(*each(gradient_and_loss, params, tasks, n, differentiated=True))
 
     def cures() -> Iterator[Cure]:

@@ -112,6 +112,8 @@ def measured_in_two_passes(stream: Gradients, aggregator: Aggregator, /) -> tupl
         one = measure_one(gradient, groups, waits=waits)
         scaled.append(one.scaled)
         sound = one.finite & torch.isfinite(loss)
+        if drop:
+            one = one._replace(square=torch.where(sound, one.square, 0))
         for results, value in zip(
             (losses, scales, squares, finite), (loss, one.scale, one.square, sound), strict=True
         ):

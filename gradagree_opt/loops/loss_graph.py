@@ -26,7 +26,8 @@ class LossGraph:
     Attributes:
         n: number of tasks.
         params: the parameters.
-        used: names of the parameters that a pass has found a gradient of.
+        used: of every task, names of the parameters that a pass has found a gradient of; after a
+            pass over all tasks together, those that any of them uses.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class LossGraph:
     ) -> None:
         self.n = len(losses)
         self.params = dict(parameters)
-        self.used: set[str] = set()
+        self.used: list[set[str]] = [set() for _ in losses]
         self._losses = list(losses)
         self._kept = kept
         places = chain(parameters.items(), *(copy.items() for copy in copies))
@@ -78,7 +79,8 @@ class LossGraph:
     def gradient(self, task: int, *, retain_graph: bool) -> dict[str, Tensor]:
         """∇L_i by name, zeros where the loss does not depend on a parameter."""
         loss = self._losses[task]
-        return self._by_name(gradients(loss, self._tensors, retain_graph=retain_graph))
+        found = gradients(loss, self._tensors, retain_graph=retain_graph)
+        return self._by_name(found, self.used[task : task + 1])
 
     def gradients(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """Loss and gradient of every task in turn, in float32 or better."""
@@ -99,7 +101,7 @@ class LossGraph:
                 retain_graph=retain_graph or self._kept,
                 allow_unused=True,
             )
-        return self._by_name(found)
+        return self._by_name(found, self.used)
 
     def combined_for(self, aggregator: Aggregator, /) -> Combine:
         """:meth:`weighted` as an aggregator calls it; the last pass frees what backward() does."""
@@ -156,12 +158,18 @@ class LossGraph:
         pairs = zip(weights.unbind(), self._losses, strict=True)
         return [weight.to(loss.device, loss.dtype) for weight, loss in pairs]
 
-    def _by_name(self, found: Sequence[Tensor | None]) -> dict[str, Tensor]:
-        """Gradients by parameter, dense, that of a copy counted for its parameter."""
+    def _by_name(
+        self, found: Sequence[Tensor | None], used: Sequence[set[str]]
+    ) -> dict[str, Tensor]:
+        """Gradients by parameter, dense, that of a copy counted for its parameter.
+
+        ``used``: of the tasks that they are of, which learn what these use.
+        """
         total: dict[str, Tensor] = {}
         for (name, _), grad in zip(self._places, found, strict=True):
             if grad is not None:
-                self.used.add(name)
+                for names in used:
+                    names.add(name)
                 dense = grad if grad.layout == torch.strided else grad.to_dense()
                 total[name] = total[name] + dense if name in total else dense
         return {n: total[n] if n in total else torch.zeros_like(p) for n, p in self.params.items()}

@@ -1,6 +1,6 @@
 """What a loop over tasks tells the other ranks: what its tasks use, and a task that has failed."""
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.core.aggregation import Aggregator
+from gradagree_opt.core.diagnostics import Diagnostics
+from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.shards import are_sharded
-from gradagree_opt.loops.accumulation import check_no_accumulation_hooks
+from gradagree_opt.core.stacks import PyTree, nonfinite_tasks
+from gradagree_opt.loops.accumulation import add_to_grad, check_no_accumulation_hooks
 from gradagree_opt.loops.graphs import stale_graphs
 from gradagree_opt.one_process import check_one_process, inside, reshard
 
@@ -40,12 +43,12 @@ def check_ranks(
 
 
 def accumulated_gradient(
-    loss: Tensor, parameters: Mapping[str, Tensor], used: set[str], /, *, retain_graph: bool
+    loss: Tensor, parameters: Mapping[str, Tensor], used: list[set[str]], /, *, retain_graph: bool
 ) -> dict[str, Tensor]:
     """∇L by name of sharded parameters, which no function returns: a backward pass fills ``.grad``.
 
-    That of a parameter is as before afterwards. Names of those that the loss depends on are added
-    to ``used``.
+    That of a parameter is as before afterwards. A set of the names that the loss depends on is
+    added to ``used``.
 
     Raises:
         ValueError: the graph of the loss is stale, a hook hangs on the accumulation, or FSDP fills
@@ -63,13 +66,13 @@ def accumulated_gradient(
         for name, parameter in parameters.items():
             grad = parameter.grad
             gradient[name] = torch.zeros_like(parameter) if grad is None else grad
-            used |= set() if grad is None else {name}
         if all(parameter.grad is None for parameter in parameters.values()):
             raise ValueError(
                 "expected a backward pass that fills .grad of the parameters, found one that fills "
                 "none; compute the loss by the sharded module, and where it is to gather gradients "
                 "call its set_requires_gradient_sync(True), backward() and zero_grad() first"
             )
+        used.append({name for name, parameter in parameters.items() if parameter.grad is not None})
     finally:
         for name, parameter in parameters.items():
             parameter.grad = before[name]
@@ -90,26 +93,56 @@ def task_of(batch: object, aggregator: Aggregator, /) -> Iterator[None]:
 class Used:
     """Which parameters a task of any rank uses; the messages of the aggregation tell it.
 
+    A task that the aggregator drops uses none, but of sharded parameters: of these no rank knows
+    which numbers its tasks have.
+
     Args:
         aggregator: of one process or of several ranks, whose step has begun.
         parameters: all that are trained, in the same order on every rank.
-        names: those that this rank's tasks use, to be filled while these are aggregated.
+        used: names of those that each of this rank's tasks uses, to be filled while these are
+            aggregated.
     """
 
     def __init__(
-        self, aggregator: Aggregator, parameters: Mapping[str, Tensor], names: Set[str]
+        self, aggregator: Aggregator, parameters: Mapping[str, Tensor], used: Sequence[set[str]]
     ) -> None:
+        self._drops = aggregator.nonfinite == "drop" and not are_sharded(parameters)
         self._ranks = aggregator.ranks
         self._parameters = parameters
-        self._names = names
+        self._used = used
         if self._ranks is not None:
             self._ranks.flags = self._flags
 
-    def by_any(self) -> dict[str, Tensor]:
-        """The parameters by name, after the aggregation."""
+    def look_at(
+        self, directions: PyTree, signal: PyTree = None, nonfinite: Tensor | None = None
+    ) -> None:
+        """What several ranks have to know before they aggregate: which tasks are dropped.
+
+        Args:
+            directions, signal: task-stacked pytrees.
+            nonfinite: tasks known to be so.
+        """
+        if self._ranks is not None and self._drops:
+            found = nonfinite_tasks(directions, signal)
+            self._leave_out(found if nonfinite is None else nonfinite | found)
+
+    def add_to_grad(self, result: Aggregation) -> None:
+        """Adds the update to ``.grad`` of the parameters that a task uses."""
+        used = self.by_any(result.diagnostics)
+        add_to_grad(used, result.update, over_ranks=self._ranks is not None)
+
+    def by_any(self, diagnostics: Diagnostics) -> dict[str, Tensor]:
+        """The parameters by name, after the aggregation of these diagnostics."""
+        if self._ranks is None and self._drops:
+            self._leave_out(diagnostics.nonfinite)
         flags = self._flags() if self._ranks is None else self._ranks.flagged
         pairs = zip(self._parameters.items(), flags, strict=True)
         return {name: parameter for (name, parameter), flag in pairs if flag}
 
     def _flags(self) -> list[bool]:
-        return [name in self._names for name in self._parameters]
+        return [any(name in names for names in self._used) for name in self._parameters]
+
+    def _leave_out(self, dropped: Tensor) -> None:
+        for names, out in zip(self._used, dropped.tolist(), strict=True):
+            if out:
+                names.clear()

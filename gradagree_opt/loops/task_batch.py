@@ -12,7 +12,6 @@ from gradagree_opt.core.few_passes import measures_directions, weighted_loss_ref
 from gradagree_opt.core.results import Aggregation, CollectedTasks
 from gradagree_opt.core.shards import are_sharded, of_no_task, stack_tasks
 from gradagree_opt.core.stacks import PyTree, is_coarse
-from gradagree_opt.loops.accumulation import add_to_grad
 from gradagree_opt.loops.adapted import (
     Parameters,
     advice_on_loss,
@@ -105,7 +104,7 @@ class TaskBatch:
         self._values: list[Tensor] = []
         self._copies: list[dict[str, Tensor]] = []
         self._directions: list[dict[str, Tensor]] = []
-        self._used: set[str] = set()
+        self._used: list[set[str]] = []
         self._displacements: list[dict[str, Tensor]] = []
 
     def __len__(self) -> int:
@@ -163,16 +162,16 @@ class TaskBatch:
     def backward(self) -> CollectedTasks:
         """Adds Σ_i w_i · direction_i to ``.grad`` of every parameter; ready for the next batch.
 
-        As with ``loss.backward()``, a parameter that no loss depends on keeps the ``.grad`` it has.
-        The update is dense, that of a sparse embedding too, with which SparseAdam cannot step.
+        As with ``loss.backward()``, a parameter that no loss depends on keeps the ``.grad`` it has;
+        losses of dropped tasks do not count. The update is dense, that of a sparse embedding too,
+        with which SparseAdam cannot step.
 
         Returns:
             The aggregation and the losses ``[n]``; its update is a dict by parameter name or place.
 
         Raises:
-            ValueError: no task was added, the graph of a loss is stale, a parameter was replaced or
-                frozen since the first task, or the aggregator refuses the tasks or drops all
-                of them. No ``.grad`` is touched then, and the tasks are forgotten.
+            ValueError: no task was added, a graph is stale, parameters have changed since, or tasks
+                are refused or all dropped. No ``.grad`` is touched then; the tasks are forgotten.
         """
         if len(self) < self.aggregator.fewest:
             raise ValueError("expected at least one task, found an empty batch; call add() first")
@@ -181,22 +180,21 @@ class TaskBatch:
                 if not len(self):
                     self._look_anew()
                 self._check_same_parameters()
-                names = self._used if self._form[0] or not len(self) else {*self._trained}
-                used = Used(self.aggregator, self._trained, names)
-                result = self._aggregate()
+                used = Used(self.aggregator, self._trained, self._used)
+                result = self._aggregate(used)
                 self.aggregator.verify(result)
                 check_some_task(result.diagnostics, self.aggregator.nonfinite)
                 losses = None if len(self) else result.weights.new_zeros(0)
                 losses = torch.stack(self._values) if self._values else losses
         finally:
             self.clear()
-        add_to_grad(used.by_any(), result.update, over_ranks=self.aggregator.ranks is not None)
+        used.add_to_grad(result)
         return CollectedTasks(*result, losses)
 
     def clear(self) -> None:
         """Forgets the tasks added so far, and their graphs."""
         self._losses, self._values, self._copies = [], [], []
-        self._directions, self._displacements = [], []
+        self._directions, self._displacements, self._used = [], [], []
         if self.aggregator.ranks is not None:
             self.aggregator.ranks.forget(self)
 
@@ -204,7 +202,6 @@ class TaskBatch:
         """Parameters may be replaced, frozen and unfrozen between batches."""
         self._all = self._found()
         self._trained = trained(self._all)
-        self._used = set()
 
     def _found(self) -> dict[str, Tensor]:
         """The parameters as they are now."""
@@ -250,25 +247,28 @@ class TaskBatch:
         device = next(iter(self._trained.values())).device
         self._values.append(loss.detach().to(device))
 
-    def _aggregate(self) -> Aggregation:
+    def _aggregate(self, used: Used) -> Aggregation:
         if not len(self):  # on one of several ranks
             return self.aggregator.aggregate_unchecked(of_no_task(self._trained))
         if not self._form[0]:
+            self._used[:] = [{*self._trained} for _ in self._displacements]
             return self.aggregator.aggregate_unchecked(stack_tasks(self._displacements))
         signal = stack_tasks(self._displacements) if any(self._displacements) else None
         nonfinite, directions = ~torch.isfinite(torch.stack(self._values)), self._directions
         if self._losses:
             graph = LossGraph(self._losses, self._trained, self._copies)
-            graph.used = self._used
+            self._used[:] = graph.used  # which the passes fill
             result = self._from_few_passes(graph, signal, nonfinite)
             if result is not None:
                 return result
+            self._used.clear()
             shared = graph.survey.shared  # compiled, a graph may be passed through once
             directions = [
-                self._gradient(loss, copies, retain_graph=shared and loss is not self._losses[-1])
-                for loss, copies in zip(self._losses, self._copies, strict=True)
+                self._gradient(self._losses[i], copies, retain_graph=shared and i < graph.n - 1)
+                for i, copies in enumerate(self._copies)
             ]
         stacked = stack_tasks(directions)
+        used.look_at(stacked, signal, nonfinite)
         return self.aggregator.aggregate_unchecked(stacked, signal, nonfinite=nonfinite)
 
     def _from_few_passes(
@@ -290,8 +290,9 @@ class TaskBatch:
         if are_sharded(self._trained):
             return accumulated_gradient(loss, self._trained, self._used, retain_graph=retain_graph)
         graph = LossGraph([loss], self._trained, [copies])
-        graph.used = self._used
-        return graph.gradient(0, retain_graph=retain_graph)
+        gradient = graph.gradient(0, retain_graph=retain_graph)
+        self._used += graph.used
+        return gradient
 
 
 def _call(form: tuple[bool, bool]) -> str:

@@ -1,7 +1,7 @@
 """TaskOptimizer: an optimizer that steps on a vector of task losses."""
 
 import inspect
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,21 @@ class TaskOptimizer:
     def param_groups(self) -> list[Any]:
         """Parameter groups of the wrapped optimizer."""
         return self.optimizer.param_groups  # type: ignore[no-any-return]
+
+    @property
+    def state(self) -> NoReturn:
+        """None of its own: Lightning asks for it where the wrapped optimizer is to be given.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "expected an optimizer that is stepped without losses, as by Lightning, found "
+            "TaskOptimizer; give the wrapped one, as configure_optimizers does, with "
+            "AgreementCallback or ManualTaskBatch for the tasks"
+        )
+
+    defaults = state
 
     def _named_parameters(self) -> dict[str, Tensor] | list[Tensor]:
         """The parameters by name, or in order where they have none of their own."""

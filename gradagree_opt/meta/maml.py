@@ -1,8 +1,7 @@
 """MAML, FOMAML and Meta-SGD: the direction is the meta-gradient, the signal the displacement."""
 
-from copy import copy
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -14,7 +13,7 @@ from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.candidates import EngineName
 from gradagree_opt.engines.choice import Runner
-from gradagree_opt.engines.losses import LossFn, Randomness, TaskLoss, TaskMap, scalar_loss
+from gradagree_opt.engines.losses import LossFn, Randomness, ScalarLoss, TaskLoss, TaskMap
 from gradagree_opt.engines.meant import naming_what_was_meant
 from gradagree_opt.meta.adapting import adapt_to
 from gradagree_opt.meta.inner import InnerLoop, InnerSGD, check_inner, watched
@@ -69,23 +68,35 @@ class MAML:
     ) -> None:
         check_choice("signal", signal, (None, "displacement", "gradient"))
         check_choice("first_order", first_order, (True, False))
-        self.loss_fn = scalar_loss(loss_fn)
+        self.loss_fn = ScalarLoss(loss_fn)
         check_inner(inner)
         self.inner = inner
         self.first_order = first_order
         self.signal = signal
-        task_map = TaskMap(chunk_size, randomness, (loss_fn, inner))
+        self._map = TaskMap(chunk_size, randomness, (loss_fn, inner))
+        self._engine: EngineName = engine
+        self._compile = compile
+        self._runners = self._make_runners()
+
+    def _make_runners(self) -> dict[Signal, Runner]:
         signals: tuple[Signal, ...] = ("displacement", "gradient")
-        self._runners = {
+        return {
             each: Runner(
-                self._task_loss(each, task_map),
-                engine,
-                compile,
+                self._task_loss(each),
+                self._engine,
+                self._compile,
                 signal_like=self._initial if each == "displacement" else lambda _: (),
             )
             for each in signals
-            if signal in (None, each)
+            if self.signal in (None, each)
         }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_runners"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._runners = self._make_runners()
 
     def step(self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /) -> MetaStep:
         """One outer step, without changing the parameters.
@@ -125,7 +136,7 @@ class MAML:
             TypeError, ValueError, RuntimeError: these are no parameters, or no support set of one
                 task; the model changes its buffers, or torch.func cannot run it.
         """
-        adapt = partial(self._adapt, params, steps=steps)
+        adapt = partial(self._adapt, self.first_order, params, steps=steps)
         source = (self.loss_fn, self.inner)
         return adapt_to(support, adapt, params, self._plain_loss, source)
 
@@ -136,23 +147,22 @@ class MAML:
         own: Signal = "gradient" if measures_directions(aggregator) else "displacement"
         return own if self.signal is None else self.signal
 
-    def _task_loss(self, signal: Signal, task_map: TaskMap) -> TaskLoss:
-        in_first_order = copy(self)
-        in_first_order.first_order = True
+    def _task_loss(self, signal: Signal) -> TaskLoss:
+        function = partial(self._query_loss, signal)
         return TaskLoss(
-            partial(self._query_loss, signal),
+            partial(function, self.first_order),
             signal == "gradient",
-            task_map,
+            self._map,
             adapts=True,
-            first_order=None if self.first_order else partial(in_first_order._query_loss, signal),
+            first_order=None if self.first_order else partial(function, True),
             plain_loss=lambda params, task: self._plain_loss(params, task["support"]),
         )
 
-    def _adapt(self, params: PyTree, support: PyTree, steps: int | None = None) -> PyTree:
+    def _adapt(
+        self, first_order: bool, params: PyTree, support: PyTree, *, steps: int | None = None
+    ) -> PyTree:
         with watched(self.inner):
-            return self.inner(
-                self.loss_fn, params, support, first_order=self.first_order, steps=steps
-            )
+            return self.inner(self.loss_fn, params, support, first_order=first_order, steps=steps)
 
     def _plain_loss(self, params: PyTree, batch: PyTree) -> Tensor:
         """Of the parameters before adaptation."""
@@ -166,10 +176,10 @@ class MAML:
         return params
 
     def _query_loss(
-        self, signal: Signal, params: PyTree, task: PyTree
+        self, signal: Signal, first_order: bool, params: PyTree, task: PyTree
     ) -> tuple[Tensor, tuple[PyTree, Tensor]]:
         """Query loss after adaptation; as constants the signal, if it is another, and the loss."""
-        adapted = self._adapt(params, task["support"])
+        adapted = self._adapt(first_order, params, task["support"])
         loss = self.loss_fn(adapted, task["query"])
         displacement = tree_map(lambda a, b: (a - b).detach(), self._initial(params), adapted)
         return loss, (displacement if signal == "displacement" else (), loss.detach())
@@ -235,12 +245,12 @@ class MetaSGD(MAML):
                 "signal='gradient'"
             )
 
-    def _adapt(self, params: PyTree, support: PyTree, steps: int | None = None) -> PyTree:
+    def _adapt(
+        self, first_order: bool, params: PyTree, support: PyTree, *, steps: int | None = None
+    ) -> PyTree:
         _check_meta_parameters(params)
         inner = InnerSGD(params["lr"], self._steps)
-        return inner(
-            self.loss_fn, params["params"], support, first_order=self.first_order, steps=steps
-        )
+        return inner(self.loss_fn, params["params"], support, first_order=first_order, steps=steps)
 
     def _initial(self, params: PyTree) -> PyTree:
         return params["params"]

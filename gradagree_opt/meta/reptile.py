@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,13 @@ from gradagree_opt.engines.cures import (
     uncompiled,
 )
 from gradagree_opt.engines.kept import left_as_found
-from gradagree_opt.engines.losses import LossFn, Randomness, TaskMap, scalar_loss
+from gradagree_opt.engines.losses import (
+    LossFn,
+    Randomness,
+    ScalarLoss,
+    TaskMap,
+    some_loss_depends,
+)
 from gradagree_opt.engines.meant import naming_what_was_meant
 from gradagree_opt.meta.adapting import adapt_to
 from gradagree_opt.meta.inner import InnerLoop, check_inner, watched
@@ -60,14 +67,26 @@ class Reptile:
         randomness: Randomness = "error",
         compile: bool = False,
     ) -> None:
-        self.loss_fn = scalar_loss(loss_fn)
+        self.loss_fn = ScalarLoss(loss_fn)
         check_inner(inner)
         self.inner = inner
         self._map = TaskMap(chunk_size, randomness, (loss_fn, inner))
         self._compile = compile
-        # Two graphs: a new aggregator need not compile the inner loops again.
-        self._displacements = maybe_compiled(self._displacements_by, compile)
-        self._aggregate = maybe_compiled(_aggregate, compile)
+        self._make_graphs()
+
+    def _make_graphs(self) -> None:
+        # Two: a new aggregator need not compile the inner loops again.
+        self._displacements = maybe_compiled(self._displacements_by, self._compile)
+        self._aggregate = maybe_compiled(_aggregate, self._compile)
+        self._tried = not self._compile
+
+    def __getstate__(self) -> dict[str, Any]:
+        made = ("_displacements", "_aggregate", "_tried")
+        return {name: value for name, value in vars(self).items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._make_graphs()
 
     def step(self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /) -> MetaStep:
         """One outer step, without changing the parameters.
@@ -121,8 +140,13 @@ class Reptile:
             naming_what_was_meant(self.loss_fn, params, tasks["support"], task_map.source),
             explaining("vmap", task_map.at_once(n), task_map.source, cures, without=without),
             statistics_refused(),
+            some_loss_depends(),
             left_as_found(task_map.source),
         ):
+            if not self._tried:  # a graph shows no loss that depends on no parameter
+                with some_loss_depends():
+                    run(task_map)
+                self._tried = True
             result: tuple[PyTree, Tensor] = self._displacements(task_map, params, tasks, n)
             return result
 

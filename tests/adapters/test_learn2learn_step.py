@@ -190,3 +190,40 @@ def test_frozen_and_unused_parameters_that_are_allowed_change_nothing():
         torch.testing.assert_close(results[1].update[name], leaf, rtol=1e-12, atol=0)
     assert not results[1].update["module.spare"].any()
     assert spare[0].weight.grad is None
+
+
+class Spare(nn.Module):
+    """A network with a parameter that it does not use."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.spare = network(), nn.Parameter(torch.ones(2).double())
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("aggregator", [ga.GradientAgreement(), ga.EqualAgreement()], ids=repr)
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("name", ["MAML", "GBML"])
+def test_grad_is_none_where_a_loop_leaves_none(name, first_order, aggregator):
+    looped, stepped = (ALGORITHMS[name](Spare(), first_order, allow_unused=True) for _ in range(2))
+    loop(looped, draw(), aggregator)
+    meta_step(stepped, mse, draw(), aggregator, steps=STEPS)
+    assert_near(grads(stepped), grads(looped), 1e-12)
+    found, expected = (
+        [name for name, p in algorithm.named_parameters() if p.grad is None]
+        for algorithm in (stepped, looped)
+    )
+    assert "module.spare" in expected and found == expected
+
+
+def test_displacements_are_taken_where_the_weights_read_them(monkeypatch):
+    def none_of_them(*_):
+        raise AssertionError("taken")
+
+    monkeypatch.setattr("gradagree_opt.adapters.learn2learn.displacement", none_of_them)
+    maml = l2l.algorithms.MAML(network(), lr=RATE)
+    meta_step(maml, mse, draw(), ga.EqualAgreement())
+    with pytest.raises(AssertionError, match="taken"):
+        meta_step(maml, mse, draw(), ga.GradientAgreement())

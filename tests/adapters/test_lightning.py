@@ -19,6 +19,7 @@ from .lightning_cases import (  # noqa: E402
     CLIP,
     FILTERS,
     PRECISIONS,
+    RATE,
     TASKS,
     Automatic,
     Manual,
@@ -254,3 +255,27 @@ def test_a_step_within_the_backward_pass_is_refused_for_it_would_be_one_of_every
     with pytest.raises(ValueError, match="see the gradient of every task by itself"):
         fit(module, ga.Mean(), tasks=8)
     torch.testing.assert_close(module.state_dict(), before)
+
+
+class WithOwnPart(Automatic):
+    """The third task is NaN, and alone uses ``unused``; or it is left out."""
+
+    def __init__(self, skipped: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.skipped = skipped
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        loss = super().loss(batch)
+        own = self.unused(batch[0][:, :2]).sum()
+        return loss + float("nan") * own if torch.equal(batch[0], data(TASKS)[2][0]) else loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=RATE, weight_decay=0.5)
+
+
+def test_a_dropped_task_leaves_no_trace() -> None:
+    found = fit(WithOwnPart(), ga.GradientAgreement(nonfinite="drop"), tasks=TASKS)
+    expected = fit(WithOwnPart(skipped=(2,)), ga.GradientAgreement(), tasks=TASKS)
+    assert_same(found, expected)
+    assert found.stepped[0].keys() == expected.stepped[0].keys()
+    assert "unused.weight" not in found.stepped[0]

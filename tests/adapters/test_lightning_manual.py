@@ -219,3 +219,12 @@ def test_a_manual_batch_takes_the_module_not_a_part_of_it() -> None:
 def test_a_manual_batch_refuses_ddp() -> None:
     with no_process_group_left(), pytest.raises(ValueError, match="found DDPStrategy"):
         manual(Manual(ga.Mean()), strategy="ddp", devices=1)
+
+
+@pytest.mark.parametrize("module", [Automatic, lambda: Manual(ga.Mean())], ids=["auto", "manual"])
+def test_a_task_optimizer_in_the_place_of_its_own_is_refused(module: Callable[[], Any]) -> None:
+    of_tasks = module()
+    own = of_tasks.configure_optimizers
+    of_tasks.configure_optimizers = lambda: ga.TaskOptimizer(own(), ga.Mean())
+    with pytest.raises(TypeError, match="found TaskOptimizer; give the wrapped one, as configure"):
+        manual(of_tasks)

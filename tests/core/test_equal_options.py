@@ -74,6 +74,16 @@ def test_damping_is_a_positive_number(damping, without_type_checks: None):
 # The family.
 
 
+@pytest.mark.parametrize("zeros", [0, 2, 5])
+@pytest.mark.parametrize("scope", ["global", "leaf"])
+def test_the_power_0_is_the_mean_of_tasks_that_are_zero_too(zeros: int, scope: str):
+    stack = {"w": rows(5, 6), "b": rows(5, 4, seed=1)}
+    for leaf in stack.values():
+        leaf[:zeros] = 0
+    expected = {name: leaf.mean(0) for name, leaf in stack.items()}
+    assert_close(ga.GramianPower(0, scope=scope)(stack), expected)
+
+
 @pytest.mark.parametrize("power", [-2, -1.5, -0.5, 0.5, 1.5, 3])
 def test_powers_are_those_of_the_eigenvalues(power: float):
     signals = rows(5, 8)

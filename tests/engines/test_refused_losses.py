@@ -35,8 +35,8 @@ def of_the_data(w, x):
     return x.sum()
 
 
-def aggregated(engine):
-    return lambda loss: ga.aggregate_gradients(loss, W, X, AGREE, engine=engine)
+def aggregated(**options):
+    return lambda loss: ga.aggregate_gradients(loss, W, X, AGREE, **options)
 
 
 def stepped(make, **options):
@@ -47,13 +47,21 @@ def stepped(make, **options):
 
 
 STEPS = {
-    **{engine: aggregated(engine) for engine in ("auto", "stacked", "matrix_free", "streamed")},
-    "chunks": lambda loss: ga.aggregate_gradients(loss, W, X, AGREE, chunk_size=2),
+    **{name: aggregated(engine=name) for name in ("auto", "stacked", "matrix_free", "streamed")},
+    "chunks": aggregated(chunk_size=2),
+    "one by one": aggregated(chunk_size=1),
+    "matrix-free, one by one": aggregated(engine="matrix_free", chunk_size=1),
     "task_gradients": lambda loss: ga.task_gradients(loss, W, X),
+    "task_gradients, one by one": lambda loss: ga.task_gradients(loss, W, X, chunk_size=1),
     "MAML": stepped(ga.MAML),
     "FOMAML": stepped(ga.MAML, first_order=True),
     "MAML of gradients": stepped(ga.MAML, signal="gradient"),
     "Reptile": stepped(ga.Reptile),
+    **{
+        f"{make.__name__}, one by one": stepped(make, chunk_size=1)
+        for make in (ga.MAML, ga.Reptile)
+    },
+    "MAML, streamed": stepped(ga.MAML, engine="streamed"),
 }
 each_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 
@@ -75,7 +83,30 @@ def test_a_loss_that_is_no_real_number_is_refused(step, dtype):
         step(lambda w, x: (w * x).sum().to(dtype))
 
 
-@pytest.mark.parametrize("options", [{"engine": "streamed"}, {"chunk_size": 1}], ids=str)
+@pytest.mark.parametrize("loss", [own_parameters, detached, constant, without_grad, of_the_data])
+@pytest.mark.parametrize(
+    "step",
+    [
+        aggregated(compile=True),
+        stepped(ga.MAML, compile=True),
+        stepped(ga.MAML, compile=True, chunk_size=1),
+        stepped(ga.Reptile, compile=True),
+        stepped(ga.Reptile, compile=True, chunk_size=1),
+    ],
+    ids=["aggregate_gradients", "MAML", "MAML, one by one", "Reptile", "Reptile, one by one"],
+)
+def test_a_loss_of_no_parameter_is_refused_before_it_is_compiled(step, loss):
+    with pytest.raises(
+        ValueError, match=r"to depend on params, .* take torch.func.functional_call"
+    ):
+        step(loss)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"engine": "streamed"}, {"chunk_size": 1}, {"engine": "matrix_free", "chunk_size": 1}],
+    ids=str,
+)
 def test_a_single_task_may_have_a_loss_of_no_parameter(options):
     def loss(w, x):
         return (w * x).square().sum() if x[0] > 0.7 else x.sum()

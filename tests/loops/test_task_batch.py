@@ -145,3 +145,15 @@ def test_later_changes_of_grad_do_not_reach_the_result():
     before = copy.deepcopy(result.update)
     module.zero_grad(set_to_none=False)
     assert_same(result.update, before, tolerance=0)
+
+
+@pytest.mark.parametrize("aggregator", [ga.GradientAgreement(), ga.EqualAgreement()], ids=repr)
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_loss_that_is_added_twice_is_two_tasks(aggregator, n):
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    batch = ga.TaskBatch([w], aggregator)
+    loss = w.square().sum()
+    for _ in range(n):
+        batch.add(loss)
+    batch.backward()
+    torch.testing.assert_close(w.grad, 2 * w.detach())

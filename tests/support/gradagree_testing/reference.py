@@ -114,11 +114,13 @@ def equal(gram: Array, *, damping: float = 0.01, similarity: str = "cosine") -> 
 
 
 def gramian_power(gram: Array, power: int) -> Array:
-    """(G/λ_max)ᵏ 1/n for whole k ≥ 0, of the n tasks that are not zero."""
+    """(G/λ_max)ᵏ 1/n for whole k > 0, of the n tasks that are not zero; for k = 0 the mean."""
+    if power == 0:
+        return np.full(len(gram), 1 / len(gram))
     norms = relative_norms(gram)
     weights = (norms > 0) / max(1, (norms > 0).sum())
     matrix = cosines(gram) * np.outer(norms, norms)
-    if power and norms.any():
+    if norms.any():
         weights = np.linalg.matrix_power(matrix / np.linalg.eigvalsh(matrix).max(), power) @ weights
     return weights
 
