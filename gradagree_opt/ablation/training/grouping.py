@@ -176,13 +176,13 @@ class OuterStep:
         return self._step(aggregator, rows)
 
     def _all_rows(self, aggregator: ga.Aggregator, rows: StepInputs) -> Result:
-        axes = StepInputs(*[None if part is None else 0 for part in rows])
+        axes = StepInputs._make([None if part is None else 0 for part in rows])
         result: Result = torch.vmap(partial(self._row, aggregator), in_dims=(axes,))(rows)
         return result
 
     def alone(self, aggregator: ga.Aggregator, rows: StepInputs) -> Result:
         """The same of a single run, neither vmapped nor compiled: TorchJD allows neither."""
-        row = StepInputs(*[None if part is None else select(part, 0) for part in rows])
+        row = StepInputs._make(None if part is None else select(part, 0) for part in rows)
         result: Result = stack([self._row(aggregator, row)])
         return result
 
