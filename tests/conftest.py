@@ -34,6 +34,11 @@ def pytest_configure(config: pytest.Config) -> None:
             config.addinivalue_line("filterwarnings", f"ignore:{words}:UserWarning")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("compiled") and torch.__version__ < "2.8":
+        pytest.skip("compile=True needs PyTorch 2.8")
+
+
 def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
     """Switches the checks on: the one hook that runs before other conftest.py are imported."""
     command_line = pluginmanager.get_plugin("pytestconfig").known_args_namespace

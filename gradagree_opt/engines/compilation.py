@@ -8,6 +8,8 @@ import torch
 
 from gradagree_opt.options import check_choice
 
+COMPILES_FROM = "2.8"
+"""The compilers of PyTorch 2.5, 2.6 and 2.7 do not know unions of types, nor _replace of tuples."""
 PROGRAMS = 2**12
 """As many of one function are kept: an ablation hands a step many aggregators, torch stops at 8."""
 
@@ -25,10 +27,19 @@ LIBRARIES = (
 
 
 def maybe_compiled(function: Function, compile: bool, /) -> Function:
-    """The function, compiled as one graph of static shapes where asked for."""
+    """The function, compiled as one graph of static shapes where asked for.
+
+    Raises:
+        ValueError: this PyTorch cannot compile it.
+    """
     check_choice("compile", compile, (True, False))
     if not compile:
         return function
+    if torch.__version__ < COMPILES_FROM:
+        raise ValueError(
+            f"expected PyTorch {COMPILES_FROM} or later for compile=True, found "
+            f"{torch.__version__}; take compile=False, or a newer PyTorch"
+        )
     # Convolutions with weights of each task are grouped. Channels last, which is inductor's choice
     # for all on a CPU and for none that is grouped on a GPU, takes 1.3 times as long (torch 2.14).
     options: dict[str, Any] = {"layout_optimization": False}
