@@ -145,6 +145,31 @@ def replicas() -> None:
     assert moved == [True, True, False, False, True, True, True, True]  # no task used heads[0]
 
 
+def dropped_tasks() -> None:
+    """A head that a dropped task alone uses keeps the ``.grad`` that it has, on every rank."""
+    torch.manual_seed(5)
+    tasks, model = torch.randn(2 * WORLD, 4, 3), Model()
+    tasks[-1] = torch.nan
+
+    def step(aggregator: Any, numbers: range, memory: str) -> list[Tensor | None]:
+        batch = ga.TaskBatch(model, aggregator, memory=memory)
+        for number in numbers:
+            loss = model(tasks[number], head=2 if number == 2 * WORLD - 1 else 1).square().mean()
+            batch.add(loss)
+        model.zero_grad()
+        batch.backward()
+        return [p.grad for p in model.parameters()]
+
+    one, memories = ga.GradientAgreement(nonfinite="drop"), ("graph", "stream")
+    expected = [step(one, range(2 * WORLD), memory) for memory in memories]
+    join()
+    for memory, wanted in zip(memories, expected, strict=True):
+        found = step(ga.distributed(one), range(2 * RANK, 2 * RANK + 2), memory)
+        assert model.heads[2].weight.grad is None
+        assert [each is None for each in found] == [each is None for each in wanted]
+        check_close([a for a in found if a is not None], [a for a in wanted if a is not None])
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]]()
     leave()

@@ -51,6 +51,7 @@ def check(ranks: list[Program]) -> None:
         ("loop", "a_rank_that_runs_out_of_tasks", 2),
         ("loop", "loops", 2),
         ("loop", "replicas", 3),
+        ("loop", "dropped_tasks", 2),
         ("failure", "unlike", 2),
         ("failure", "own_decisions", 3),
         ("failure", "failures", 2),
