@@ -1,6 +1,7 @@
 # make demo   a quick sine study from a fresh clone, in runs/sine-quick
 # make check  lint, types and the fast tests, in minutes
 # make test   everything that has to pass: lint, tests, tests of compiled code
+#             (LONG=no: without those that take minutes, which make test-long runs alone)
 # make lint   ruff and mypy alone
 # make docs   the site, in site/: strict, so that a link that leads nowhere is an error
 # make bench  timings beside other libraries, on an idle machine; writes docs/benchmarks.md
@@ -15,7 +16,7 @@ BIN := $(abspath $(VENV))/bin
 # One process per core, one thread per process.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo check test lint docs bench clean
+.PHONY: demo check test test-long lint docs bench clean
 
 demo: $(VENV)/.study
 	$(BIN)/gradagree ablate sine --quick --out runs/sine-quick
@@ -27,9 +28,12 @@ check: lint
 	$(PYTEST) -m "not slow and not compiled and not fused"
 
 test: lint
-	$(PYTEST)
+	$(PYTEST) $(if $(filter no,$(LONG)),-m "not compiled and not fused and not long")
 	$(BIN)/pytest -n 2 -m compiled
 	DEVICE=$(DEVICE) $(BIN)/pytest -n 2 -m fused tests/core
+
+test-long: $(VENV)/.dev
+	$(PYTEST) -m long
 
 bench: $(VENV)/.bench
 	cd tests && env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks --out ../docs \

@@ -89,6 +89,7 @@ def test_the_studies_whose_pictures_are_looked_at_are_shipped() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", shipped())
 def test_it_leaves_every_artefact_and_each_names_every_method(
     name: str, tmp_path: Path, request: pytest.FixtureRequest

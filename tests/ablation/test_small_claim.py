@@ -27,6 +27,7 @@ CLAIM = {
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_equal_agreement_has_less_than_two_fifths_of_the_tuned_mean_s_error(tmp_path: Path):
     (tmp_path / "claim.yaml").write_text(yaml.safe_dump(CLAIM))
     study = load(str(tmp_path / "claim.yaml"))

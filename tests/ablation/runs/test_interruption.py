@@ -18,6 +18,7 @@ from ..conftest import WriteStudy
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux"),
 ]
 CODE = """
