@@ -35,8 +35,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("compiled") and torch.__version__ < "2.8":
-        pytest.skip("compile=True needs PyTorch 2.8")
+    if item.get_closest_marker("compiled"):
+        from gradagree_opt.engines.compilation import COMPILES_FROM
+
+        if torch.__version__ < COMPILES_FROM:
+            pytest.skip(f"compile=True needs PyTorch {COMPILES_FROM}")
 
 
 def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:

@@ -90,7 +90,7 @@ def own_draws() -> None:
         weights = torch.rand_like(statistics.row_sums)
         return weights / weights.sum()
 
-    drawn.draws_itself = True  # type: ignore[attr-defined]
+    drawn.draws_itself = True  # type: ignore[attr-defined] # as a weighting's class would say
     result = ga.distributed(ga.Aggregator(drawn)).aggregate(torch.eye(2 * WORLD)[2 * RANK :][:2])
     check_close(result.weights, result.update[2 * RANK :][:2])
     torch.testing.assert_close(result.update.sum(), torch.tensor(1.0))

@@ -130,7 +130,8 @@ class Process:
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("forkserver" if FORKS else "spawn")
-        context.set_forkserver_preload(IMPORTED)
+        if FORKS:
+            context.set_forkserver_preload(IMPORTED)
         self.line, self.other_end = context.Pipe()
         beginning = (self.other_end, dict(os.environ))
         self.executor = ProcessPoolExecutor(1, context, Worker.start, beginning)
