@@ -206,13 +206,13 @@ def test_a_study_killed_within_its_runs_goes_on_with_the_same_result(
     start: Start, tmp_path: Path, device: str
 ) -> None:
     study = tmp_path / "tiny.yaml"
-    study.write_text(TINY.replace("iterations: 12", "iterations: 400\ncompile: false"))
+    study.write_text(TINY.replace("iterations: 12", "iterations: 200\ncompile: false"))
     options = ("--jobs", "1", "--checkpoint-seconds", "0")
     undisturbed = start(study, tmp_path / "undisturbed", device, "--jobs", "1")
     out = tmp_path / "out"
     process = start(study, out, device, *options)
     deadline = time.monotonic() + 300
-    while not any(done(path) >= 100 for path in out.glob("runs/*.pt")):
+    while not any(done(path) >= 50 for path in out.glob("runs/*.pt")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
