@@ -138,6 +138,10 @@ def test_a_rank_that_is_lost_is_named_by_all_others(
     check(ranks)
 
 
+def test_a_rank_that_fails_where_others_wait_is_named_by_all_of_them(tmp_path: Path) -> None:
+    check(run("failing", 3, tmp_path, "lost_programs.py"))
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_step_sends_two_vectors_over_the_network(world: int, tmp_path: Path) -> None:
     namespace = ["unshare", "--net", "--map-root-user", "sh", "-c"]
