@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from common import (
+    PARAMS,
     RANK,
     STORE,
     WORLD,
@@ -19,6 +20,7 @@ from common import (
     check_same_bits,
     join,
     leave,
+    loss_of,
 )
 from torch import Tensor
 
@@ -118,6 +120,20 @@ def failing() -> None:
         with pytest.raises(RankLostError, match=f"rank {WORLD - 1} failed in the middle"):
             spread(stack)
     check_same_bits(ga.distributed(ga.GradientAgreement())(stack))
+
+    def fails(_: object, *__: object) -> NoReturn:
+        calls.append(1)
+        raise RuntimeError("own mistake")
+
+    calls, tasks = list[int](), torch.ones(2, 4, 3)
+    maml = ga.MAML(loss_of, ga.InnerSGD(0.1, 1))  # whose steps try a second engine
+    with pytest.MonkeyPatch.context() as patch:
+        if last:
+            patch.setattr(own_part.Part, "sum", fails)
+        with pytest.raises(RuntimeError, match="own mistake" if last else "failed in the middle"):
+            both = {"support": tasks, "query": tasks}
+            maml.step(PARAMS, both, ga.distributed(ga.GradientAgreement()))
+    assert len(calls) == last
 
 
 if __name__ == "__main__":
