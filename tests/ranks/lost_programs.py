@@ -125,14 +125,13 @@ def failing() -> None:
         calls.append(1)
         raise RuntimeError("own mistake")
 
-    calls, tasks = list[int](), torch.ones(2, 4, 3)
+    calls, tasks = list[int](), {name: torch.ones(2, 4, 3) for name in ("support", "query")}
     maml = ga.MAML(loss_of, ga.InnerSGD(0.1, 1))  # whose steps try a second engine
     with pytest.MonkeyPatch.context() as patch:
         if last:
             patch.setattr(own_part.Part, "sum", fails)
         with pytest.raises(RuntimeError, match="own mistake" if last else "failed in the middle"):
-            both = {"support": tasks, "query": tasks}
-            maml.step(PARAMS, both, ga.distributed(ga.GradientAgreement()))
+            maml.step(PARAMS, tasks, ga.distributed(ga.GradientAgreement()))
     assert len(calls) == last
 
 
