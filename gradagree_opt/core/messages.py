@@ -62,8 +62,8 @@ class Messages:
                 "of a process group, which no file and no other process holds; leave the "
                 "aggregator out, and make it anew where it is loaded"
             )
-        anew = {"counts": [], "due": [], "left": None, "left_word": False, "groups": {}}
-        return vars(self) | anew
+        anew: dict[str, Any] = {"counts": [], "due": [], "left": None, "groups": {}}
+        return {**vars(self), **anew, "left_word": False}
 
     def check_group(self) -> None:
         """Raises where there is no process group, or this rank is outside of it.
