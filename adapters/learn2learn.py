@@ -23,9 +23,9 @@ from gradagree_opt.engines.random_state import draws_of_each_task
 from gradagree_opt.engines.reached import reach
 from gradagree_opt.frameworks import require
 from gradagree_opt.functional import call_with
-from gradagree_opt.loops.accumulation import add_to_grad
 from gradagree_opt.loops.adapted import displacement, match, trained
 from gradagree_opt.loops.graphs import check_depends, dependencies
+from gradagree_opt.loops.over_ranks import Used
 from gradagree_opt.meta.steps import MetaStep, check_tasks
 from gradagree_opt.one_process import check_one_process
 from gradagree_opt.options import check_count
@@ -148,11 +148,12 @@ def _meta_step(
             "others, which would get no gradient; make them part of a module with clone() and "
             "adapt(), or freeze them with requires_grad_(False)"
         )
+    used = Used(aggregator, parameters, [{*run.used} for _ in range(n)])
+    used.look_at(directions, None if own else signal)
     aggregation = aggregator.aggregate(directions, None if own else signal)
     check_some_task(aggregation.diagnostics, aggregator.nonfinite)
     statistics.follow(buffers)
-    used = {name: p for name, p in parameters.items() if name in run.used}
-    add_to_grad(used, aggregation.update, over_ranks=aggregator.ranks is not None)
+    used.add_to_grad(aggregation)
     return MetaStep(*aggregation, losses=losses, engine="stacked")
 
 

@@ -135,3 +135,5 @@ def test_importing_the_library_imports_no_framework() -> None:
     assert not [name for name in imported if name.startswith("gradagree_opt.adapters")]
     top = {name.partition(".")[0] for name in imported}
     assert not top & {framework.module for framework in FRAMEWORKS.values()}
+    optional = ("torch.distributed.tensor", "torch.distributed.fsdp")
+    assert not [name for name in imported if name.startswith(optional)]

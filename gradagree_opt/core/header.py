@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
 
 class Header(NamedTuple):
@@ -39,10 +40,18 @@ def words_of(
 ) -> list[str]:
     """What has to be the same on all ranks: options, the last of them names of leaves, and shapes.
 
+    Raises:
+        ValueError: the leaves are those of vmap.
+
     >>> import torch
     >>> words_of([torch.ones(1, 2)], [(2,)], ["Mean()", "w"])
     ['Mean()', 'w', "float32 [2] of 'w'"]
     """
+    if any(map(is_batchedtensor, leaves)):
+        raise ValueError(
+            "expected tensors that can be sent to other ranks, found those of vmap; call the "
+            "aggregation outside of it"
+        )
     # Without the addresses of functions, and the lines of tensors.
     words = [re.sub(r" at 0x[0-9a-f]+|\s*\n", "", option) for option in options]
     names = options[len(options) - len(leaves) :]

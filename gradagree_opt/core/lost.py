@@ -55,6 +55,25 @@ def reduce_over(tensor: Tensor, group: Any, all_of: Any, operation: Any = None, 
     ) from cause
 
 
+def leave_word(group: Any, /) -> None:
+    """Says in the store that this rank has failed where the others wait for a message of it."""
+    size, own = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+    with suppress(RuntimeError, AttributeError):  # of a store that is gone
+        for word in ("failed", "noticed", "told"):
+            _leave(word, own, group)
+        _wait_for(size, "told", group, 3 * LOOK.total_seconds())  # it may go with this process
+
+
+def check_no_word(group: Any, /) -> None:
+    """Raises a RankLostError where a rank has left word: the others have given the step up."""
+    if failed := _keys("failed", group):
+        raise RankLostError(
+            "expected ranks whose messages belong together, found that a step was broken off when "
+            f"rank {', '.join(map(str, failed))} failed in the middle of it; start all of them "
+            "again from the last checkpoint"
+        )
+
+
 def backends(group: Any, /) -> dict[str, str]:
     """Which backend of a process group serves which kind of device."""
     config: str = torch.distributed.get_backend_config(group)
@@ -79,6 +98,11 @@ def _found(group: Any, waited: float) -> str:
     """
     size, own = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
     try:
+        if failed := _keys("failed", group):
+            for word in ("noticed", "told"):
+                _leave(word, own, group)
+            names = ", ".join(map(str, failed))
+            return f"that rank {names} failed in the middle of a step, as its own message says"
         # Who comes to those that have noticed already is perhaps the one that they have waited for.
         if _keys("noticed", group) and waited < LOOK.total_seconds():
             _leave("late", own, group)

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from gradagree_opt.annotations import Float
 from gradagree_opt.core.header import Header
-from gradagree_opt.core.lost import backends, reduce_over
+from gradagree_opt.core.lost import (
+    RankLostError,
+    backends,
+    check_no_word,
+    leave_word,
+    reduce_over,
+)
 
 LIKE_WEIGHTS = 1e-3
 """Weights that differ by less, relative to their size, were rounded and not decided otherwise."""
@@ -27,6 +33,8 @@ class Messages:
         flags: gives what this rank says beside, as many as all do; ``flagged`` has those that any
             rank has raised.
         due: what the others wait for in it, zeros as long as each message that is still to come.
+        owing: whether they wait for a message that is not in ``due``, or that cannot be made;
+            ``left_word``, whether this rank has failed then, so that no message follows.
         groups: process groups of ranks with the same part of sharded parameters.
         left: the batch in which a task has failed before any step, which the others wait for.
     """
@@ -34,7 +42,7 @@ class Messages:
     def __init__(self, group: Any = None) -> None:
         self.group = group
         self.counts: list[int] = []
-        self.inside = self.joined = False
+        self.inside = self.joined = self.owing = self.left_word = False
         self.alike = True
         self.flags: Callable[[], list[bool]] = list
         self.flagged: list[bool] = []
@@ -54,7 +62,8 @@ class Messages:
                 "of a process group, which no file and no other process holds; leave the "
                 "aggregator out, and make it anew where it is loaded"
             )
-        return {**vars(self), "counts": [], "due": [], "left": None, "groups": {}}
+        anew: dict[str, Any] = {"counts": [], "due": [], "left": None, "groups": {}}
+        return {**vars(self), **anew, "left_word": False}
 
     def check_group(self) -> None:
         """Raises where there is no process group, or this rank is outside of it.
@@ -108,7 +117,9 @@ class Messages:
             yield
             return
         self.check_group()
-        self.inside, self.joined, self.due = True, False, []
+        if self.left_word:
+            check_no_word(self.group)
+        self.inside, self.joined, self.owing, self.due = True, False, False, []
         try:
             if self.left not in (None, batch):
                 raise ValueError(
@@ -117,12 +128,17 @@ class Messages:
                 )
             self.left = None
             yield
-        except Exception:
+        except Exception as error:
             self.left = None
-            if not self.joined:
-                self.tell(Header(failed=1))
-            elif self.due:
-                self._send(self.due[:1], self.due[0].new_tensor([1, 0, 0]))
+            try:
+                if not self.joined:
+                    self.tell(Header(failed=1))
+                elif self.due:
+                    self._send(self.due[:1], self.due[0].new_tensor([1, 0, 0]))
+            finally:
+                if self.owing and not isinstance(error, RankLostError):
+                    self.left_word = True
+                    leave_word(self.group)
             raise
         finally:
             self.inside, self.flags = False, list
@@ -221,10 +237,11 @@ class Messages:
         return told
 
     def _send(self, own: Sequence[Tensor], words: Tensor) -> tuple[list[list[float]], Tensor]:
-        self.due = []  # until it has arrived
+        self.due, self.owing = [], True  # until it has arrived
         table = words.new_zeros(self.size, len(words))
         table[self.rank] = words
         message = torch.cat([table.flatten(), words.new_tensor(self.flags()), *own])
+        self.owing = False
         self.reduce(message)
         told, total = torch.tensor_split(message, [len(message) - sum(map(len, own))])
         rows, flags = torch.tensor_split(told.cpu(), [table.numel()])

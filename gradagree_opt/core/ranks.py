@@ -134,6 +134,7 @@ class Ranks(Messages):
                     "expected at least one task, found none on any rank; skip the step when the "
                     "batch has no tasks"
                 )
+            self.owing = True
             none = torch.zeros(len(leaves[0]), dtype=torch.bool, device=leaves[0].device)
             known = none if nonfinite is None else nonfinite
             if self.shards:  # of which another rank may hold the part with the NaN
@@ -238,6 +239,7 @@ class Ranks(Messages):
 
     def _expect(self, statistics: Statistics, decisions: int, updates: int) -> None:
         """Notes how long the messages are that follow a table."""
+        self.owing = False
         sums, scale = statistics.row_sums, statistics.scale
         zero = sums.new_zeros((), dtype=torch.float64)
         decision = zero.expand(decisions * (2 * sums.numel() + scale.numel()))

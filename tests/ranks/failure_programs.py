@@ -234,6 +234,8 @@ def refusals() -> None:
     with_message(lambda: maml.step(PARAMS, x, spread), "compile=False")
     reptile = ga.Reptile(loss_of, ga.InnerSGD(0.1, 1), compile=True)
     with_message(lambda: reptile.step(PARAMS, x, spread), "compile=False")
+    with refused("those of vmap"):
+        torch.func.vmap(ga.distributed(ga.Sum(nonfinite="propagate")))(torch.ones(2, 3, 4))
     for engine in ("streamed", "matrix_free"):
         run = lambda engine=engine: ga.aggregate_gradients(  # noqa: E731 # its only use is a call
             loss_of, PARAMS, x["query"], spread, engine=engine

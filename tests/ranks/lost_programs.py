@@ -3,23 +3,30 @@
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
 import torch.distributed as dist
 from common import (
+    PARAMS,
     RANK,
     STORE,
     WORLD,
     Model,
+    check_same_bits,
     join,
     leave,
+    loss_of,
 )
+from torch import Tensor
 
 import gradagree_opt as ga
+from gradagree_opt.core import own_part, ranks
+from gradagree_opt.core.lost import RankLostError
 
 
 def lost(before: Callable[[], None], timeout: float, gone: int = WORLD - 1) -> None:
@@ -76,6 +83,56 @@ def hanging() -> None:
     """One that comes after the timeout."""
     join(5)
     lost(lambda: time.sleep(10), 5)
+
+
+def failing() -> None:
+    """One whose memory does not suffice where the others wait for it, and which lives on."""
+    join(60)
+    stack, last = torch.ones(2, 2000), RANK == WORLD - 1
+    groups = [dist.new_group([*range(WORLD)]) for _ in range(4)]
+
+    def exhausted(*_: object, **__: object) -> NoReturn:
+        raise MemoryError("own mistake")
+
+    def cat(tensors: Sequence[Tensor], *others: Any) -> Tensor:
+        return exhausted() if len(tensors[-1]) == 2000 and made else whole(tensors, *others)
+
+    whole, made = torch.cat, list[int]()
+    places: list[tuple[ga.Aggregator, Any, str, Any]] = [
+        (ga.GradientAgreement(), own_part.Part, "sum", exhausted),
+        (ga.GradientAgreement(match_norm="mean"), ranks, "statistics_of", exhausted),
+        (ga.EqualAgreement(), ranks, "of_products", exhausted),
+        (ga.EqualAgreement(), torch, "cat", cat),
+    ]
+    for (one, owner, name, instead), group in zip(places, groups, strict=True):
+        spread = ga.distributed(one, group)
+        spread(stack)
+        made.append(1)
+        start = time.monotonic()
+        with pytest.MonkeyPatch.context() as patch:
+            if last:
+                patch.setattr(owner, name, instead)
+            words = "own mistake" if last else f"that rank {WORLD - 1} failed in the middle"
+            with pytest.raises(MemoryError if last else RankLostError, match=words):
+                spread(stack)
+        assert time.monotonic() - start < 10
+        made.clear()
+        with pytest.raises(RankLostError, match=f"rank {WORLD - 1} failed in the middle"):
+            spread(stack)
+    check_same_bits(ga.distributed(ga.GradientAgreement())(stack))
+
+    def fails(_: object, *__: object) -> NoReturn:
+        calls.append(1)
+        raise RuntimeError("own mistake")
+
+    calls, tasks = list[int](), {name: torch.ones(2, 4, 3) for name in ("support", "query")}
+    maml = ga.MAML(loss_of, ga.InnerSGD(0.1, 1))  # whose steps try a second engine
+    with pytest.MonkeyPatch.context() as patch:
+        if last:
+            patch.setattr(own_part.Part, "sum", fails)
+        with pytest.raises(RuntimeError, match="own mistake" if last else "failed in the middle"):
+            maml.step(PARAMS, tasks, ga.distributed(ga.GradientAgreement()))
+    assert len(calls) == last
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from common import (
     RANK,
     STORE,
     WORLD,
+    Model,
     check_close,
     check_same_bits,
     join,
@@ -256,6 +257,41 @@ def learners_of_higher() -> None:
     check_same_bits(found)
     with refused("skip the step" if RANK else "rank 1 failed"):
         filled(ga.distributed(one), tasks[: 0 if RANK else 2])
+
+
+def learners_of_learn2learn() -> None:
+    """Its meta-step on ranks with heads of their own, beside a loop over all tasks."""
+    from gradagree_opt.adapters.learn2learn import meta_step
+    from learn2learn.algorithms import MAML
+
+    def learner() -> MAML:
+        torch.manual_seed(0)
+        return MAML(Model(), lr=0.1, allow_unused=True)
+
+    def loss(learner: Any, task: Tensor, *, head: int) -> Tensor:
+        result: Tensor = learner(task, head).square().mean()
+        return result
+
+    torch.manual_seed(1)
+    tasks, maml = torch.randn(3, 4, 3), learner()
+    batch = ga.TaskBatch(maml, ga.GradientAgreement())
+    for task, head in zip(tasks, (0, 0, 1), strict=True):  # as two ranks have them
+        adapted = maml.clone()
+        adapted.adapt(loss(adapted, task, head=head))
+        batch.add(loss(adapted, task, head=head), adapted=adapted)
+    batch.backward()
+    wanted = {name: p.grad for name, p in maml.named_parameters() if p.grad is not None}
+    join()
+    dropping = ga.GradientAgreement(nonfinite="drop")
+    spoilt = torch.cat([tasks, torch.full_like(tasks[:1], torch.nan)])  # on the second rank
+    for one, drawn in ((ga.GradientAgreement(), tasks), (dropping, spoilt)):
+        share, maml = drawn[2:] if RANK else drawn[:2], learner()
+        both = {"support": share, "query": share}
+        meta_step(maml, partial(loss, head=RANK), both, ga.distributed(one))
+        found = {name: p.grad for name, p in maml.named_parameters() if p.grad is not None}
+        assert found.keys() == wanted.keys()
+        check_close(found, wanted, 1e-5)
+        check_same_bits(found)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,11 @@ def test_weightings_of_torchjd_do_what_they_do_in_one_process(tmp_path: Path) ->
     check(run("weightings_of_torchjd", 2, tmp_path, "odd_programs.py"))
 
 
+def test_learners_of_learn2learn_do_what_a_loop_in_one_process_does(tmp_path: Path) -> None:
+    pytest.importorskip("learn2learn", reason="learn2learn is not installed")
+    check(run("learners_of_learn2learn", 2, tmp_path, "odd_programs.py"))
+
+
 def test_learners_of_higher_do_what_one_process_does(tmp_path: Path) -> None:
     pytest.importorskip("higher", reason="higher is not installed")
     check(run("learners_of_higher", 2, tmp_path, "odd_programs.py"))
@@ -136,6 +141,10 @@ def test_a_rank_that_is_lost_is_named_by_all_others(
     lost = ranks.pop(gone)
     assert lost.finish() == (0 if name == "hanging" else 9), lost.printed()
     check(ranks)
+
+
+def test_a_rank_that_fails_where_others_wait_is_named_by_all_of_them(tmp_path: Path) -> None:
+    check(run("failing", 3, tmp_path, "lost_programs.py"))
 
 
 @pytest.mark.parametrize("world", [2, 4])
