@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Generator
 
-import gradagree_opt as ga
 from gradagree_opt.ablation import ablate
-from gradagree_opt.ablation.conduct import Results, prepare
+from gradagree_opt.ablation.conduct import prepare
 from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.loading import load
 from gradagree_opt.ablation.study.methods import Method
@@ -273,30 +272,3 @@ def refused(study: Path, words: str) -> None:
         name: found for name, found in contents(Path.cwd()).items() if "__pycache__" not in name
     }
     assert after == before
-
-
-@pytest.mark.usefixtures("without_figures")
-def test_from_python_as_from_the_command(write_study: WriteStudy, finished: Path) -> None:
-    results = ablate(finished.parent / "tiny.yaml", out="out", jobs=1)
-    assert isinstance(results, Results) and results.folder == Path("out")
-    for name, table in (("results.csv", results.runs), ("table.csv", results.table)):
-        assert Path("out", name).read_text() == table.to_csv(index=False)
-    assert Path("out/results.csv").read_bytes() == (finished / "results.csv").read_bytes()
-    given = json.loads(Path("out/config.json").read_text())["study"]
-    assert ablate(given, out="out", jobs=1).runs.equals(results.runs)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"iterations": 0}, "the study that is given in 'iterations': "),
-        ({"extends": "sins"}, "expected a study file or a shipped study"),
-        ({"methods": [{"name": "own", "aggregator": ga.Mean}]}, "what a study file may say"),
-    ],
-)
-def test_a_mapping_that_is_no_study_is_refused(changes: dict[str, object], words: str) -> None:
-    given = {"extends": "sine", "name": "given", "title": "Given"} | changes
-    with pytest.raises(StudyError) as caught:
-        ablate(given, out="out", jobs=1)
-    assert words in str(caught.value) and "line" not in str(caught.value)
-    assert not Path("out").exists()

@@ -8,7 +8,8 @@ import gradagree_opt as ga
 from gradagree_opt.engines import candidates
 from gradagree_testing import reference
 
-N = 5
+from .one_graph import N, Net, assert_agrees, backward, flat_grad, naive
+
 ROW_SUMS = {
     "paper": {},
     "clip": {"negative": "clip"},
@@ -51,65 +52,6 @@ class Cut(Through):
     @staticmethod
     def backward(ctx, grad):
         return grad.detach().clone()
-
-
-class Net(nn.Module):
-    """A trunk, what is in the middle of it, and a head a task."""
-
-    def __init__(self, n=N, middle=lambda x: x, dtype=torch.float64):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.inside, self.outside = nn.Linear(3, 6), nn.Linear(6, 6)
-            self.heads = nn.ModuleList(nn.Linear(6, 2) for _ in range(n))
-        self.middle = middle
-        self.to(dtype)
-
-    def losses(self, scale=1.0):
-        generator = torch.Generator().manual_seed(1)
-        x = torch.randn(7, 3, generator=generator, dtype=torch.float64)
-        shared = self.outside(self.middle(torch.tanh(self.inside(x.to(self.inside.weight)))))
-        torch.tanh_(shared)
-        return [
-            scale * (head(shared) - 0.3 * task + (task % 2) * shared[:, :2].sum()).square().mean()
-            for task, head in enumerate(self.heads)
-        ]
-
-
-def naive(module, scale=1.0):
-    """The gradients, stacked and flat, one backward pass each."""
-    params = [*module.parameters()]
-    grads = [
-        torch.autograd.grad(loss, params, retain_graph=True, materialize_grads=True)
-        for loss in module.losses(scale)
-    ]
-    # Detached: in torch 2.5 the zeros that autograd puts in for None require a gradient.
-    rows = [torch.cat([leaf.detach().flatten() for leaf in each]).double() for each in grads]
-    return torch.stack(rows)
-
-
-def flat_grad(module):
-    each = [torch.zeros_like(p) if p.grad is None else p.grad for p in module.parameters()]
-    return torch.cat([grad.flatten() for grad in each]).double()
-
-
-def backward(module, aggregator, scale=1.0):
-    batch = ga.TaskBatch(module, aggregator)
-    for loss in module.losses(scale):
-        batch.add(loss)
-    return batch.backward()
-
-
-def assert_agrees(module, result, options, tolerance=1e-12, scale=1.0):
-    """.grad, the update and the weights are those of the formulas, from the naive gradients."""
-    stack = naive(module, scale)
-    gram = reference.gram(stack.numpy())
-    weights = torch.from_numpy(reference.agreement(gram, **options).astype(float))
-    expected = weights @ stack
-    torch.testing.assert_close(result.weights.double(), weights, rtol=tolerance, atol=tolerance)
-    update = torch.cat([leaf.flatten() for leaf in result.update.values()]).double()
-    for found in (update, flat_grad(module)):
-        assert (found - expected).norm() <= tolerance * expected.norm()
 
 
 @pytest.fixture(params=["held", "streamed"])
@@ -218,67 +160,6 @@ def test_scale_of_the_losses_does_not_matter(aggregator, scale):
     assert (found - flat_grad(plain)).norm() < 1e-5 * flat_grad(plain).norm()
     norm = result.diagnostics.update_norm.double() / scale
     torch.testing.assert_close(norm, flat_grad(plain).norm(), rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("n", [2, N])
-@pytest.mark.parametrize(
-    "aggregator", [ga.Mean(), ga.GradientAgreement(match_norm="mean"), ga.EqualAgreement()]
-)
-def test_accumulation_hooks_run_once_as_after_backward(aggregator, n):
-    module, seen = Net(n), {}
-    module.zero_grad()
-    for p in module.parameters():
-        p.grad = torch.ones_like(p)
-    for name, p in module.named_parameters():
-        p.register_post_accumulate_grad_hook(
-            lambda p, name=name: seen.setdefault(name, []).append(p.grad.clone())
-        )
-    result = backward(module, aggregator)
-    for name, p in module.named_parameters():
-        [grad] = seen[name]
-        torch.testing.assert_close(grad, 1 + result.update[name])
-        torch.testing.assert_close(p.grad, grad)
-
-
-@pytest.mark.parametrize("aggregator", [ga.Mean(), ga.GradientAgreement()])
-def test_an_optimizer_in_the_backward_pass_steps_on_the_update(aggregator):
-    module, plain = Net(), Net()
-    for p in module.parameters():
-        optimizer = torch.optim.SGD([p], lr=0.1)
-
-        def step(p, optimizer=optimizer):
-            optimizer.step()
-            optimizer.zero_grad()
-
-        p.register_post_accumulate_grad_hook(step)
-    result = backward(module, aggregator)
-    for (name, p), before in zip(module.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p, before - 0.1 * result.update[name])
-        assert p.grad is None
-
-
-@pytest.mark.parametrize("aggregator", [ga.Mean(), ga.GradientAgreement()])
-def test_what_is_refused_runs_no_accumulation_hook(aggregator):
-    w = torch.zeros(3, requires_grad=True)
-    w.register_post_accumulate_grad_hook(lambda p: pytest.fail("the hook ran"))
-    batch = ga.TaskBatch([w], aggregator)
-    for loss in (2 * w.sqrt()).unbind():  # of infinite gradient
-        batch.add(loss)
-    with pytest.raises(ValueError, match="NaN or inf"):
-        batch.backward()
-    assert w.grad is None
-
-
-def test_a_hook_on_a_parameter_sees_the_gradient_of_every_task_where_they_are_weighed():
-    module, seen = Net(), []
-    module.inside.weight.register_hook(lambda grad: seen.append(grad) or grad.clamp(-0.01, 0.01))
-    backward(module, ga.GradientAgreement())
-    assert len(seen) == N
-    seen.clear()
-    module.zero_grad()
-    backward(module, ga.Mean())
-    assert len(seen) == 1
-    assert module.inside.weight.grad.abs().max() == 0.01
 
 
 def bad(w, task, n):
