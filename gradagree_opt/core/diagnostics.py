@@ -129,7 +129,7 @@ def diagnose(
 
 def undescribed(like: Float[Tensor, "*groups"], /) -> Diagnostics:
     """Diagnostics that say nothing: NaN in all of their places."""
-    return Diagnostics._make([torch.full_like(like, torch.nan)] * len(Diagnostics._fields))
+    return Diagnostics(*[torch.full_like(like, torch.nan)] * len(Diagnostics._fields))
 
 
 def update_rounding(statistics: Statistics, decision: Decision, /) -> Float[Tensor, ""]:

@@ -61,7 +61,7 @@ OF_OTHERS = frozenset({"cosine_row_sums", "other_row_sums"})
 
 def side_by_side(each: Sequence[Statistics], active: Tensor) -> Statistics:
     """Statistics of several groups of leaves as rows of one."""
-    rows = Statistics._make(_stack(values) for values in zip(*each, strict=True))
+    rows = Statistics(*(_stack(values) for values in zip(*each, strict=True)))
     return rows._replace(finite=rows.finite.all(0), active=active)
 
 

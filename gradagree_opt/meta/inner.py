@@ -105,7 +105,8 @@ class InnerSGD:
         return params
 
     def _rates(self, params: PyTree) -> PyTree:
-        if isinstance(self.lr, float | int) or getattr(self.lr, "ndim", None) == 0:
+        # A tuple: the compiler of PyTorch 2.8 does not trace a union.
+        if isinstance(self.lr, (float, int)) or getattr(self.lr, "ndim", None) == 0:
             rate = self.lr if isinstance(self.lr, Tensor) else float(self.lr)  # NumPy's, too
             return tree_map(lambda _: rate, params)
         if tree_structure(self.lr) != tree_structure(params):

@@ -176,7 +176,7 @@ class OuterStep:
         return self._step(aggregator, rows)
 
     def _all_rows(self, aggregator: ga.Aggregator, rows: StepInputs) -> Result:
-        axes = StepInputs._make([None if part is None else 0 for part in rows])
+        axes = StepInputs(*[None if part is None else 0 for part in rows])
         result: Result = torch.vmap(partial(self._row, aggregator), in_dims=(axes,))(rows)
         return result
 
