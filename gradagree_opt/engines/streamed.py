@@ -57,6 +57,11 @@ def streamed(
             "expected a mode in which autograd can be switched on, found torch.inference_mode(); "
             "take torch.no_grad(), or no such block"
         )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ValueError(
+            "expected a call outside of the transforms of torch.func, found one within, where "
+            "autograd alone cannot differentiate; take engine='stacked'"
+        )
     stream = _Stream(task_loss, params, tasks)
     try:
         if task_loss.signal_is_gradient:
@@ -175,7 +180,11 @@ class _Stream:
         self._random_state = RandomState(params, tasks, source=task_loss.map.source)
         self.model = Model(task_loss.map.source)
         self._losses: Tensor | None = None
-        self._leaves = [leaf.detach().requires_grad_() for leaf in tree_leaves(params)]
+        # A tensor of inference mode cannot require a gradient.
+        self._leaves = [
+            (leaf.clone() if leaf.is_inference() else leaf.detach()).requires_grad_()
+            for leaf in tree_leaves(params)
+        ]
         self._dtype = accumulation_dtype(self._leaves)
 
     def losses_and_signals(self) -> tuple[Tensor, PyTree]:
