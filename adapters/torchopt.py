@@ -5,7 +5,10 @@ Loops over a Meta-optimizer, and optimizers that step on ``.grad``, need nothing
 """
 
 import inspect
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -128,7 +131,7 @@ def inner(transformation: GradientTransformation, steps: int) -> "Inner":
             "torchopt.adam(lr=…) and its like return"
         )
     check_count("steps", steps)
-    return Inner(transformation, steps)
+    return Inner(transformation, steps, tuple(_first_calls(transformation.update)))
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,7 @@ class Inner:
 
     transformation: GradientTransformation
     steps: int
+    first_calls: tuple[CellType, ...] = ()
 
     def __call__(
         self,
@@ -150,6 +154,13 @@ class Inner:
     ) -> PyTree:
         """Adapted parameters of one task; ``steps`` in place of the loop's own number."""
         state = _batched_like(support, self.transformation.init(params))
+        if self.first_calls and torch.compiler.is_compiling():
+            raise ValueError(
+                "expected a momentum without dampening under torch.compile, found one with it, "
+                "which TorchOpt keeps outside of its state; give compile=False"
+            )
+        for cell in self.first_calls:
+            cell.cell_contents = True
         gradient = torch.func.grad(loss_fn)
         for _ in range(self.steps if steps is None else check_count("steps", steps)):
             at = tree_map(torch.Tensor.detach, params) if first_order else params
@@ -181,10 +192,34 @@ def _batched_like(support: PyTree, state: Any) -> Any:
 
     def batched(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            return leaf + zero
+            return leaf + zero.to(leaf.dtype)
         return leaf
 
     return tree_map(batched, state)
+
+
+def _first_calls(update: Callable[..., Any]) -> Iterator[CellType]:
+    """Where a momentum with dampening notes that it was called: outside of its state (0.7.3).
+
+    The first step of a state made anew is not to be dampened.
+    """
+    pending: list[Any] = [update]
+    seen: set[FunctionType] = set()
+    while pending:
+        function = pending.pop()
+        if not isinstance(function, FunctionType) or function in seen:
+            continue
+        seen.add(function)
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+        held = {}
+        for name, cell in cells.items():
+            with suppress(ValueError):  # empty
+                held[name] = cell.cell_contents
+        if held.get("dampening") and "first_call" in held:
+            yield cells["first_call"]
+        for value in held.values():
+            each = value if isinstance(value, tuple | list) else [value]
+            pending += [getattr(one, "update", one) for one in each]
 
 
 class _WrittenOut(TorchFunctionMode):

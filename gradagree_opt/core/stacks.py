@@ -154,9 +154,11 @@ def check_floating(tree: PyTree, /, name: str) -> None:
             f"expected {name} with at least one floating-point tensor, found an empty pytree"
         )
     for index, leaf in enumerate(leaves):
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        if not floating or leaf.dtype.itemsize == 1:  # float8, with which torch does not compute
             found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-            fix = "leave out what has no gradient" if len(leaves) > 1 else "give it as float()"
+            several = len(leaves) > 1 and not floating
+            fix = "leave out what has no gradient" if several else "give it as float()"
             if not isinstance(leaf, Tensor):
                 fix = _instead_of(leaf, stacked=False)
             elif leaf.is_complex():

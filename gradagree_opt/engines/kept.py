@@ -62,6 +62,7 @@ class Model:
 
     def __init__(self, source: object, /) -> None:
         modules, _, holders = reach(source)
+        self.modules = modules
         self._buffers = [_Buffer.of(m, n, b) for m in modules for n, b in m._buffers.items()]
         self._attributes = [(vars(module), dict(vars(module))) for module in modules]
         self._parameters = [(m._parameters, dict(m._parameters)) for m in modules]

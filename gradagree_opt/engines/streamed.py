@@ -20,6 +20,7 @@ from gradagree_opt.engines.kept import Model
 from gradagree_opt.engines.losses import TaskLoss, refuse_independent
 from gradagree_opt.engines.one_gradient import One, by_leaf, dot, measure_one, units_of
 from gradagree_opt.engines.random_state import RandomState, check_same_losses
+from gradagree_opt.engines.recomputed import from_these, refuse_reentrant
 from gradagree_opt.engines.rows import Rows
 
 
@@ -55,6 +56,11 @@ def streamed(
         raise ValueError(
             "expected a mode in which autograd can be switched on, found torch.inference_mode(); "
             "take torch.no_grad(), or no such block"
+        )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ValueError(
+            "expected a call outside of the transforms of torch.func, found one within, where "
+            "autograd alone cannot differentiate; take engine='stacked'"
         )
     stream = _Stream(task_loss, params, tasks)
     try:
@@ -174,7 +180,11 @@ class _Stream:
         self._random_state = RandomState(params, tasks, source=task_loss.map.source)
         self.model = Model(task_loss.map.source)
         self._losses: Tensor | None = None
-        self._leaves = [leaf.detach().requires_grad_() for leaf in tree_leaves(params)]
+        # A tensor of inference mode cannot require a gradient.
+        self._leaves = [
+            (leaf.clone() if leaf.is_inference() else leaf.detach()).requires_grad_()
+            for leaf in tree_leaves(params)
+        ]
         self._dtype = accumulation_dtype(self._leaves)
 
     def losses_and_signals(self) -> tuple[Tensor, PyTree]:
@@ -204,7 +214,10 @@ class _Stream:
         """Zeros where the loss depends on no parameter; notes whether that of any task does."""
         found: Sequence[Tensor | None] = [None] * len(self._leaves)
         if loss.requires_grad:
-            found = torch.autograd.grad(loss, self._leaves, allow_unused=True)
+            with from_these(self._leaves, self.model.modules, loss):
+                found = torch.autograd.grad(loss, self._leaves, allow_unused=True)
+            if any(each is None for each in found):
+                refuse_reentrant([loss])
         self._depends = self._depends or any(each is not None for each in found)
         return [
             torch.zeros_like(leaf, dtype=self._dtype).detach()

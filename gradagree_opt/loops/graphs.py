@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node, get_gradient_edge
 
+from gradagree_opt.engines.recomputed import of_reentrant
+
 
 def dependencies(loss: Tensor, tensors: Sequence[Tensor], /) -> Iterator[int]:
     """Positions of those tensors that a loss was computed from, each as soon as it is found.
@@ -169,6 +171,8 @@ def stale_graphs() -> Iterator[None]:
                 "add every loss once, without backward() of its own, and take memory='graph' "
                 "where the losses of several tasks share a part of their graphs"
             ) from error
+        if "use_reentrant" in str(error):
+            raise of_reentrant() from error
         if "donated buffers" in str(error):
             raise ValueError(
                 "expected losses whose compiled graph can be passed through more than once, found "

@@ -11,6 +11,7 @@ from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.blocks import or_one
 from gradagree_opt.core.results import Combine
 from gradagree_opt.core.stacks import PyTree, accumulation_dtype, is_coarse, tree_norm
+from gradagree_opt.engines.recomputed import refuse_reentrant
 from gradagree_opt.loops.graphs import Survey, gradients, stale_graphs, survey
 
 
@@ -165,6 +166,8 @@ class LossGraph:
 
         ``used``: of the tasks that they are of, which learn what these use.
         """
+        if any(grad is None for grad in found):
+            refuse_reentrant(self._losses)
         total: dict[str, Tensor] = {}
         for (name, _), grad in zip(self._places, found, strict=True):
             if grad is not None:

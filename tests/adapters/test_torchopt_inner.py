@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 import gradagree_opt as ga
 from gradagree_testing.configurations import EQUAL, PAPER
@@ -15,6 +16,7 @@ from .torchopt_cases import (  # noqa: E402
     STEPS,
     assert_same,
     batches,
+    flat,
     loss_of,
     naive_step,
     network,
@@ -43,6 +45,59 @@ def test_maml_on_any_optimizer_equals_the_loop_over_tasks(name, method, constant
     signals, gradients = naive_step(OPTIMIZERS[name](), loss_fn, params, tasks, constant=constant)
     expected = method.weigh_adapted(signals, gradients) @ gradients.double()
     assert_same(result.update, expected, method.tolerance(dtype))
+
+
+def by_torch(loss_fn, params, tasks, **options):
+    """Displacement of every task under an optimizer of PyTorch's, made anew for each."""
+    displacements = []
+    for i in range(len(tasks["query"][0])):
+        at = {name: p.clone().requires_grad_() for name, p in params.items()}
+        optimizer = torch.optim.SGD(at.values(), **options)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            loss_fn(at, task(tasks["support"], i)).backward()
+            optimizer.step()
+        displacements.append(flat(params) - flat(at))
+    return torch.stack(displacements)
+
+
+DAMPENED = {
+    "alone": lambda **options: torchopt.sgd(**options),
+    "in a chain": lambda **options: torchopt.chain(
+        torchopt.nan_to_num(0.0), torchopt.chain(torchopt.sgd(**options))
+    ),
+    "masked": lambda lr, **options: torchopt.chain(
+        torchopt.transform.masked(
+            torchopt.transform.trace(**options), lambda updates: tree_map(lambda _: True, updates)
+        ),
+        torchopt.sgd(lr),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", DAMPENED)
+@pytest.mark.parametrize("chunk_size", [None, 3, 1])
+def test_dampening_spares_the_first_step_of_every_task_of_every_batch(form, chunk_size):
+    net, tasks = network(), batches()
+    loss_fn, params = loss_of(net), parameters_of(net)
+    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3}
+    expected = PAPER.combine(by_torch(loss_fn, params, tasks, **options))
+    loop = inner(DAMPENED[form](**options), STEPS)
+    for _ in range(2):
+        meta = ga.Reptile(loss_fn, loop, chunk_size=chunk_size)
+        assert_same(meta.step(params, tasks, PAPER.make()).update, expected, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_parameter_without_axes_keeps_its_dtype(name, dtype):
+    def loss_fn(params, x):
+        return ((x @ params["w"] + params["b"]) ** 2).mean()
+
+    params = {"w": torch.ones(3, dtype=dtype), "b": torch.tensor(0.5, dtype=dtype)}
+    maml = ga.MAML(loss_fn, inner(OPTIMIZERS[name](), STEPS))
+    adapted = maml.adapt(params, torch.ones(5, 3, dtype=dtype))
+    assert [leaf.dtype for leaf in adapted.values()] == [dtype, dtype]
 
 
 @each_method

@@ -59,6 +59,11 @@ BAD_STACKS = {
         TypeError,
         "expected floating-point {}, found torch.int64 in 'counts'; leave out",
     ),
+    "numbers of eight bits": (
+        {"w": rows(4, 3), "b": rows(4).to(torch.float8_e4m3fn)},
+        TypeError,
+        "expected floating-point {}, found torch.float8_e4m3fn in 'b'; give it as float()",
+    ),
     "booleans": ({"mask": rows(4) > 0}, TypeError, "found torch.bool in 'mask'"),
     "complex numbers": ([rows(4).to(torch.complex64)], TypeError, "found torch.complex64 in '0'"),
     "a number": (
