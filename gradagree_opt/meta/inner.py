@@ -68,7 +68,8 @@ class InnerSGD:
         if batch_size is not None:
             check_count("batch_size", batch_size, least=1)
         for rate in tree_leaves(lr):
-            if not (isinstance(rate, Tensor | Real) or getattr(rate, "ndim", None) == 0):
+            # Tuples, here and below: the compiler of PyTorch 2.8 does not trace a union.
+            if not (isinstance(rate, (Tensor, Real)) or getattr(rate, "ndim", None) == 0):
                 raise TypeError(
                     f"expected lr to be a number, or tensors like the parameters, found "
                     f"{type(rate).__name__}; give float(lr), or torch.as_tensor(…) for each"
@@ -105,7 +106,6 @@ class InnerSGD:
         return params
 
     def _rates(self, params: PyTree) -> PyTree:
-        # A tuple: the compiler of PyTorch 2.8 does not trace a union.
         if isinstance(self.lr, (float, int)) or getattr(self.lr, "ndim", None) == 0:
             rate = self.lr if isinstance(self.lr, Tensor) else float(self.lr)  # NumPy's, too
             return tree_map(lambda _: rate, params)
