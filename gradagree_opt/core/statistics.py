@@ -1,7 +1,7 @@
 """The few numbers that weightings need of n signals, and what follows from their Gram matrix."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -142,7 +142,7 @@ def _row_sums(matrix: Tensor, eps: float) -> Tensor:
     return sums.masked_fill(torch.linalg.vector_norm(sums, ord=1, dim=0) <= rounding, 0)
 
 
-def _stack(values: Sequence[Tensor | None]) -> Tensor | None:
+def _stack(values: Sequence[Tensor | None]) -> Any:
     """The values of all groups, or None where they were not measured."""
     measured = [value for value in values if value is not None]
     return torch.stack(measured) if measured else None

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise, zip_longest
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -176,8 +176,9 @@ class OuterStep:
         return self._step(aggregator, rows)
 
     def _all_rows(self, aggregator: ga.Aggregator, rows: StepInputs) -> Result:
-        axes = StepInputs(*[None if part is None else 0 for part in rows])
-        result: Result = torch.vmap(partial(self._row, aggregator), in_dims=(axes,))(rows)
+        axes: list[Any] = [None if part is None else 0 for part in rows]
+        in_dims = (StepInputs(*axes),)
+        result: Result = torch.vmap(partial(self._row, aggregator), in_dims=in_dims)(rows)
         return result
 
     def alone(self, aggregator: ga.Aggregator, rows: StepInputs) -> Result:
