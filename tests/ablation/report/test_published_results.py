@@ -34,6 +34,7 @@ SECTIONS = {
     "Equal Agreement beside TorchJD's aggregators": "equal-sine-torchjd",
     "Equal Agreement on few-shot images": "equal-omniglot-5way-1shot",
     "Equal Agreement in multi-task learning": "multi-task-digits",
+    "Multi-task learning beside TorchJD's aggregators": "multi-task-digits-torchjd",
     "Sines": "sine",
     "Corrupted tasks": "sine-corrupted",
     "Spruces": "grouped",
