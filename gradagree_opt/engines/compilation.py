@@ -8,8 +8,8 @@ import torch
 
 from gradagree_opt.options import check_choice
 
-COMPILES_FROM = "2.8"
-"""The compilers of PyTorch 2.5, 2.6 and 2.7 do not know unions of types, nor _replace of tuples."""
+COMPILES_FROM = "2.10"
+"""The compilers of PyTorch 2.5 to 2.8 do not trace _replace of named tuples; 2.9 was not tried."""
 PROGRAMS = 2**12
 """As many of one function are kept: an ablation hands a step many aggregators, torch stops at 8."""
 

@@ -68,7 +68,7 @@ class InnerSGD:
         if batch_size is not None:
             check_count("batch_size", batch_size, least=1)
         for rate in tree_leaves(lr):
-            # Tuples, here and below: the compiler of PyTorch 2.8 does not trace a union.
+            # Tuples, here and below: older compilers of PyTorch do not trace a union.
             if not (isinstance(rate, (Tensor, Real)) or getattr(rate, "ndim", None) == 0):
                 raise TypeError(
                     f"expected lr to be a number, or tensors like the parameters, found "
