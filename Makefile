@@ -1,7 +1,7 @@
 # make demo   a quick sine study from a fresh clone, in runs/sine-quick
 # make check  lint, types and the fast tests, in minutes
 # make test   everything that has to pass: lint, tests, tests of compiled code
-#             (LONG=no: without those that take minutes, which make test-long runs alone)
+#             (LONG=no: without those that take long, which make test-long runs alone)
 # make lint   ruff and mypy alone
 # make docs   the site, in site/: strict, so that a link that leads nowhere is an error
 # make bench  timings beside other libraries, on an idle machine; writes docs/benchmarks.md

@@ -159,6 +159,7 @@ def test_every_page_fits_a_desk_and_a_phone_in_both_themes_and_asks_for_nothing_
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_tour_shows_what_it_says() -> None:
     try:
         tour = runpy.run_path(str(DOCS / "tour.py"))

@@ -135,6 +135,7 @@ def end_early(folder: Path, ray_folder: Path, by: signal.Signals) -> Ended:
 
 @needs_linux
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
 def test_a_study_that_is_stopped_says_how_to_go_on_and_leaves_no_cluster(
     tmp_path: Path, ray_folder: Path, by: signal.Signals
@@ -147,6 +148,7 @@ def test_a_study_that_is_stopped_says_how_to_go_on_and_leaves_no_cluster(
 
 @needs_linux
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("without_figures")
 def test_one_that_is_killed_leaves_no_cluster_and_goes_on_without_one(
     tmp_path: Path, ray_folder: Path

@@ -113,6 +113,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("world", [2, 3])
 def test_it_goes_on_after_a_kill_with_as_many_ranks_and_with_more(
     world: int, whole: Path, killed: Path, tmp_path: Path

@@ -145,6 +145,7 @@ def assert_same_runs(out: Path, expected: Path) -> None:
             assert found == other
 
 
+@pytest.mark.long
 @slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that kills")
 @pytest.mark.parametrize("seconds", [300.0, 0.0], ids=["from its start", "from what was saved"])

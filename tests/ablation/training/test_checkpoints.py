@@ -200,6 +200,7 @@ def start() -> Iterator[Start]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
 @each_device
 def test_a_study_killed_within_its_runs_goes_on_with_the_same_result(
