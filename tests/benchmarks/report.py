@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ def machine() -> str:
         for line in (cpu.read_text().splitlines() if cpu.exists() else [])
         if line.startswith("model name")
     ]
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
+    versions = []
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):  # of a peer of other cases
+            versions.append(f"{name} {importlib.metadata.version(name)}")
     module = device_module()
     device = [] if module is None else [module.get_device_name()]
     processor = f"{os.cpu_count()} cores of {models[0] if models else platform.machine()}"
