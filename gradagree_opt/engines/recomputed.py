@@ -47,13 +47,13 @@ def from_these(
         handle.remove()
 
 
-def refuse_reentrant(losses: Sequence[Tensor], /) -> None:
-    """Raises a ValueError where a loss was checkpointed in the way that returns no gradient.
+def refuse_reentrant(nodes: Iterable[Node], /) -> None:
+    """Raises a ValueError where a graph was checkpointed in the way that returns no gradient.
 
     With ``use_reentrant=True`` a part of the graph adds to ``.grad`` by a backward pass of its own,
     and ``torch.autograd.grad`` passes it by where nothing before it is trained.
     """
-    for node in _nodes(losses):
+    for node in nodes:
         if getattr(type(node), "_forward_cls", None) is CheckpointFunction:
             raise of_reentrant()
 
@@ -74,12 +74,12 @@ def _place(tensor: Tensor) -> tuple[object, ...]:
 
 def _variables(loss: Tensor) -> set[int]:
     """What tells the leaves that a loss was computed from."""
-    return {id(node.variable) for node in _nodes([loss]) if hasattr(node, "variable")}
+    return {id(node.variable) for node in nodes_of(loss) if hasattr(node, "variable")}
 
 
-def _nodes(losses: Sequence[Tensor]) -> Iterator[Node]:
-    """The nodes of the graphs, each once."""
-    pending: list[Node | None] = [loss.grad_fn for loss in losses]
+def nodes_of(loss: Tensor, /) -> Iterator[Node]:
+    """The nodes of its graph, each once."""
+    pending: list[Node | None] = [loss.grad_fn]
     seen = set()
     while pending:
         node = pending.pop()

@@ -20,7 +20,7 @@ from gradagree_opt.engines.kept import Model
 from gradagree_opt.engines.losses import TaskLoss, refuse_independent
 from gradagree_opt.engines.one_gradient import One, by_leaf, dot, measure_one, units_of
 from gradagree_opt.engines.random_state import RandomState, check_same_losses
-from gradagree_opt.engines.recomputed import from_these, refuse_reentrant
+from gradagree_opt.engines.recomputed import from_these, nodes_of, refuse_reentrant
 from gradagree_opt.engines.rows import Rows
 
 
@@ -217,7 +217,7 @@ class _Stream:
             with from_these(self._leaves, self.model.modules, loss):
                 found = torch.autograd.grad(loss, self._leaves, allow_unused=True)
             if any(each is None for each in found):
-                refuse_reentrant([loss])
+                refuse_reentrant(nodes_of(loss))
         self._depends = self._depends or any(each is not None for each in found)
         return [
             torch.zeros_like(leaf, dtype=self._dtype).detach()

@@ -167,7 +167,7 @@ class LossGraph:
         ``used``: of the tasks that they are of, which learn what these use.
         """
         if any(grad is None for grad in found):
-            refuse_reentrant(self._losses)
+            refuse_reentrant(self.survey.foreign)
         total: dict[str, Tensor] = {}
         for (name, _), grad in zip(self._places, found, strict=True):
             if grad is not None:

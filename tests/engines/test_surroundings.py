@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.functional import mse_loss
 
 import gradagree_opt as ga
 
@@ -26,8 +27,7 @@ def test_streamed_refuses_the_transforms_of_torch_func(transform):
 
     def step(params):
         tasks = torch.arange(12.0).reshape(4, 3)
-        loss_fn = lambda w, x: ((w - x) ** 2).mean()  # noqa: E731 - short
-        result = ga.aggregate_gradients(loss_fn, params, tasks, aggregator, engine=engine)
+        result = ga.aggregate_gradients(mse_loss, params, tasks, aggregator, engine=engine)
         return result.update
 
     engine = "streamed"

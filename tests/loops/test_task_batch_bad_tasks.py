@@ -123,8 +123,10 @@ def test_the_parameters_themselves_in_place_of_a_learner(batch, model, itself):
 def test_the_loss_of_one_learner_with_another(model, memory):
     batch = ga.TaskBatch(model, ga.GradientAgreement(), memory=memory)
     loss = loss_of(adapted_from(model))
-    add = lambda: batch.add(loss, adapted=adapted_from(model))  # noqa: E731
-    refuses(add, "loss of the adapted parameters, found one for task 0 that depends on none")
+    refuses(
+        lambda: batch.add(loss, adapted=adapted_from(model)),
+        "loss of the adapted parameters, found one for task 0 that depends on none",
+    )
     assert len(batch) == 0
 
 
