@@ -1,57 +1,30 @@
 """Gradient Agreement for meta-learning: aggregate over tasks by how well they agree."""
 
-from gradagree_opt.core.aggregation import Aggregator
-from gradagree_opt.core.agreement import GradientAgreement, agreement_weights
-from gradagree_opt.core.controls import Mean, NormShare, RandomWeights, Sum
-from gradagree_opt.core.diagnostics import Diagnostics
-from gradagree_opt.core.equal import EqualAgreement, GramianPower
-from gradagree_opt.core.results import Aggregation, CollectedTasks
-from gradagree_opt.core.robust import GeometricMedian, NormClipped
-from gradagree_opt.core.spread import distributed, own_share
-from gradagree_opt.core.statistics import Statistics
-from gradagree_opt.core.weightings import Decision, Need, Weighting
-from gradagree_opt.engines import (
-    AggregatedGradients,
-    TaskGradients,
-    aggregate_gradients,
-    task_gradients,
-)
-from gradagree_opt.loops.task_batch import TaskBatch
-from gradagree_opt.loops.task_optimizer import TaskOptimizer
-from gradagree_opt.meta import MAML, InnerSGD, MetaSGD, MetaStep, Reptile
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 __version__ = "0.2.0"
 
-__all__ = [
-    "MAML",
-    "AggregatedGradients",
-    "Aggregation",
-    "Aggregator",
-    "CollectedTasks",
-    "Decision",
-    "Diagnostics",
-    "EqualAgreement",
-    "GeometricMedian",
-    "GradientAgreement",
-    "GramianPower",
-    "InnerSGD",
-    "Mean",
-    "MetaSGD",
-    "MetaStep",
-    "Need",
-    "NormClipped",
-    "NormShare",
-    "RandomWeights",
-    "Reptile",
-    "Statistics",
-    "Sum",
-    "TaskBatch",
-    "TaskGradients",
-    "TaskOptimizer",
-    "Weighting",
-    "aggregate_gradients",
-    "agreement_weights",
-    "distributed",
-    "own_share",
-    "task_gradients",
-]
+if TYPE_CHECKING:
+    from gradagree_opt.public import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> object:
+        """A public name; the first that is asked for imports all of them (PEP 562).
+
+        PyTorch takes seconds to import: a command's ``--help``, the completion of a shell and the
+        doctor of a broken installation do not wait for it.
+        """
+        own = name.startswith("__") and name != "__all__"
+        if not own and find_spec(f"{__name__}.{name}") is None:  # a module is Python's to import
+            from gradagree_opt import public
+
+            globals().update({each: getattr(public, each) for each in public.__all__})
+            globals()["__all__"] = public.__all__
+            if name in globals():
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        __getattr__("__all__")
+        return list(globals())

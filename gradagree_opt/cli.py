@@ -1,7 +1,7 @@
 """The ``gradagree`` command: its options, its help, and how it ends.
 
 What a subcommand does is in :mod:`gradagree_opt.ablation.commands`, which is imported when one
-runs: ``--help``, ``--version`` and the completion of a shell wait for PyTorch alone.
+runs: ``--help``, ``--version`` and the completion of a shell do not wait for PyTorch.
 """
 
 import signal

@@ -1,7 +1,7 @@
 """``gradagree doctor``: tries every optional package in a process of its own, and names the fix.
 
 ``python -m gradagree_opt.doctor`` is the same where the ``gradagree`` command itself cannot start:
-it needs PyTorch and nothing else.
+it needs nothing but Python.
 """
 
 import os

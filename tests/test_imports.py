@@ -14,6 +14,7 @@ ALLOWED = {
     "meta": "engines core batchnorm one_process",
     "tasks": "frameworks",
     "adapters": "meta loops engines core tasks batchnorm functional frameworks one_process",
+    "public": "meta loops engines core",
     "ablation": "adapters tasks meta engines core frameworks",
     "doctor": "frameworks",
     "cli": "ablation doctor",
