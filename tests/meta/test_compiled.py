@@ -15,6 +15,11 @@ from .rules import by_layer, flat
 
 pytestmark = pytest.mark.compiled
 CASE = problem(n=3, shots=2, inputs=2, hidden=2, outputs=1)
+TRACED_ONCE = CASE._replace(
+    params=CASE.params | {"scale2": CASE.params["scale2"].reshape(1)},
+    rates=CASE.rates | {"scale2": CASE.rates["scale2"].reshape(1)},
+)
+"""The same without a 0-d leaf: where there is one in float64, torch traces all of a graph twice."""
 
 
 @pytest.fixture(autouse=True)
@@ -35,16 +40,16 @@ def logged_by_inductor():
     logger.removeHandler(handler)
 
 
-def assert_equals_eager(name, aggregator):
+def assert_equals_eager(name, aggregator, case=CASE):
     """Two steps, so that one runs from the cache; fresh aggregators of equal seeds."""
     algorithm = ALGORITHMS[name]
-    params = CASE.meta(algorithm.learns_rates)
+    params = case.meta(algorithm.learns_rates)
     eager = algorithm.build(loss_fn, 0.1, 1)
     compiled = algorithm.build(loss_fn, 0.1, 1, compile=True)
     aggregators = aggregator(), aggregator()
     for _ in range(2):
-        expected = eager.step(params, CASE.tasks, aggregators[0])
-        result = compiled.step(params, CASE.tasks, aggregators[1])
+        expected = eager.step(params, case.tasks, aggregators[0])
+        result = compiled.step(params, case.tasks, aggregators[1])
         assert_same(result.update, flat(expected.update), tolerance=1e-12)
         for name in ("losses", "weights", "scores"):
             found, wanted = getattr(result, name), getattr(expected, name)
@@ -95,22 +100,22 @@ def random_weights():
     ],
 )
 def test_captured_graph_equals_eager(name, aggregator, without_code_generation):
-    assert_equals_eager(name, aggregator)
+    assert_equals_eager(name, aggregator, TRACED_ONCE)
 
 
 @pytest.mark.parametrize("name", ["MAML", "Reptile"])
 def test_a_divergent_task_still_raises_or_is_dropped(name, without_code_generation):
     meta = ALGORITHMS[name].build(loss_fn, 0.1, 1, compile=True)
     for target in (float("nan"), float("inf")):
-        x, y = CASE.tasks["support"]
+        x, y = TRACED_ONCE.tasks["support"]
         y = y.clone()
         y[1] = target
-        tasks = CASE.tasks | {"support": (x, y)}
+        tasks = TRACED_ONCE.tasks | {"support": (x, y)}
         with pytest.raises(ValueError, match=r"found NaN or inf in tasks \[1\]"):
-            meta.step(CASE.params, tasks, ga.GradientAgreement())
-        dropped = meta.step(CASE.params, tasks, ga.GradientAgreement(nonfinite="drop"))
+            meta.step(TRACED_ONCE.params, tasks, ga.GradientAgreement())
+        dropped = meta.step(TRACED_ONCE.params, tasks, ga.GradientAgreement(nonfinite="drop"))
         others = ALGORITHMS[name].build(loss_fn, 0.1, 1)
-        expected = others.step(CASE.params, CASE.without(1), ga.GradientAgreement())
+        expected = others.step(TRACED_ONCE.params, TRACED_ONCE.without(1), ga.GradientAgreement())
         assert_same(dropped.update, expected.update, tolerance=1e-12)
 
 
