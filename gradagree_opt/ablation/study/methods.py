@@ -3,8 +3,9 @@
 import inspect
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
@@ -80,14 +81,17 @@ class Recipe(Section):
             n for part in self.nested for n in part.references
         ]
 
-    @model_validator(mode="after")
-    def accepted(self) -> "Recipe":
-        if self.references:
-            return self  # imported, and checked, where the study is run
-        # That TorchJD is missing is no mistake in the file: build says so where a study is run.
-        with suppress(ImportError):
-            self.check()
-        return self
+    @model_validator(mode="wrap")
+    @classmethod
+    def accepted(cls, value: Any, validate: Callable[[Any], "Recipe"]) -> "Recipe":
+        if isinstance(value, cls):
+            return value  # as every run of a study has its method
+        recipe = validate(value)
+        if not recipe.references:  # those are imported, and checked, where the study is run
+            # That TorchJD is missing is no mistake in the file: build says so where it is run.
+            with suppress(ImportError):
+                recipe.check()
+        return recipe
 
     @property
     def classes(self) -> list[type[Any]]:
@@ -219,6 +223,7 @@ class Method(Recipe, Named):  # a study is written with the fields of the last b
             raise ValueError(own.told(error)) from None
 
 
+@cache
 def torchjd_aggregators() -> dict[str, type[Any]]:
     """Those of TorchJD's aggregators that plain options are enough to make.
 

@@ -203,6 +203,7 @@ def test_without_torchjd_a_study_is_read_and_its_run_refused_with_the_command(
 ) -> None:
     too_new = frameworks.FRAMEWORKS["torchjd"]._replace(supported=">=99")
     monkeypatch.setitem(frameworks.FRAMEWORKS, "torchjd", too_new)
+    torchjd_aggregators.cache_clear()  # found by other tests
     methods = [{"name": "UPGrad", "aggregator": "torchjd.UPGrad"}]
     study = load(str(write_study(methods=methods, baseline="UPGrad")))
     with pytest.raises(StudyError, match=r"'UPGrad': expected torchjd>=99, .*pip install") as error:
