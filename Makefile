@@ -23,17 +23,19 @@ demo: $(VENV)/.study
 
 # What a file shares is made once.
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Tests with a mark, by the files that have it: to collect all files takes half a minute.
+marked = -m $(1) $$(grep -rl --include='test_*.py' 'mark\.$(1)' tests)
 
 check: lint
 	$(PYTEST) -m "not slow and not compiled and not fused"
 
 test: lint
 	$(PYTEST) $(if $(filter no,$(LONG)),-m "not compiled and not fused and not long")
-	$(BIN)/pytest -n 2 -m compiled
-	DEVICE=$(DEVICE) $(BIN)/pytest -n 2 -m fused tests/core
+	$(BIN)/pytest -n 2 $(call marked,compiled)
+	DEVICE=$(DEVICE) $(BIN)/pytest -n 2 $(call marked,fused)
 
 test-long: $(VENV)/.dev
-	$(PYTEST) -m long
+	$(PYTEST) $(call marked,long)
 
 bench: $(VENV)/.bench
 	cd tests && env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks --out ../docs \
