@@ -13,6 +13,7 @@ from gradagree_opt.core.pipeline import Pipeline
 from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.scopes import check_signal
 from gradagree_opt.core.stacks import PyTree, check_stack, mask_rows, nonfinite_tasks
+from gradagree_opt.core.weightings import draws_itself
 
 
 class Aggregator(Pipeline):
@@ -81,10 +82,10 @@ class Aggregator(Pipeline):
         check_aggregator(self)
         with self.step_of_ranks():
             aggregator = self.for_batch(self._check(directions, signal))
-            # The look that is due finds this sound but at extreme scales. What reads more than row
-            # sums may depend on the scale, or remember what it has seen.
-            once = self.needs & {"gramian", "directions"} or self.ranks is not None
-            if self.nonfinite == "raise" and not once:
+            # The look that is due finds this sound except at extreme scales. A weighting that reads
+            # the Gram matrix may depend on the scale.
+            once = self.ranks is not None or draws_itself(self.weightings)
+            if self.nonfinite == "raise" and not (once or self.needs & {"gramian", "directions"}):
                 result = aggregator._aggregate(directions, signal, scaled=False)
                 if self._complaint(result) is None:
                     return result

@@ -15,7 +15,7 @@ from gradagree_opt.core.combination import Waiting
 from gradagree_opt.core.results import Aggregation, Combine, Measured
 from gradagree_opt.core.stacks import tree_norm
 from gradagree_opt.core.statistics import Statistics
-from gradagree_opt.core.weightings import Decision
+from gradagree_opt.core.weightings import Decision, draws_itself
 
 
 def weighted_loss_refusal(aggregator: Aggregator, /) -> str | None:
@@ -38,6 +38,8 @@ def row_sums_refusal(aggregator: Aggregator, /) -> str | None:
         return f"scope={aggregator.scope!r} needs the row sums of each group"
     if isinstance(aggregator.reference, AgreementWeighting):
         return "match_norm='agreement' needs the norms of the gradients where they cancel"
+    if draws_itself(aggregator.weightings):  # see apply_row_sums
+        return "its weighting draws by itself or remembers, and would be asked twice for a batch"
     return None
 
 

@@ -4,7 +4,7 @@ A weighting works on the last axis, so the same code weights all parameters at o
 of them at a time. Its fields are its options; it holds no state.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
@@ -51,7 +51,8 @@ class Weighting(Protocol):
     and the row sums are NaN. One that is made for the vectors which it combines, as Equal
     Agreement's is, says ``measures_directions = True``: MAML then measures meta-gradients, and not
     displacements. One that draws random numbers by itself, or remembers what it has seen, says
-    ``draws_itself = True``: of several ranks the first then decides for all.
+    ``draws_itself = True``: it is then asked once for every batch, and on several ranks the first
+    one's answer counts.
 
     >>> import torch
     >>> import gradagree_opt as ga
@@ -76,6 +77,11 @@ Weigh = Weighting | Callable[[Statistics], Decision | Tensor]
 def needs_of(weighting: object, /) -> frozenset[Need]:
     """What a weighting needs; a plain function, nothing but the row sums."""
     return getattr(weighting, "needs", frozenset())
+
+
+def draws_itself(weightings: Sequence[object], /) -> bool:
+    """Whether one of them draws by itself or remembers, and is to be asked once for a batch."""
+    return any(getattr(weighting, "draws_itself", False) for weighting in weightings)
 
 
 def check_weighting(weighting: object, /) -> None:
