@@ -71,7 +71,6 @@ def measured_by(
         nonfinite: the tasks whose loss is not finite.
         aggregator: that weights them.
     """
-    draws = aggregator.for_batch(len(row_sums)).drawn
     statistics = Statistics(
         row_sums=row_sums,
         squared_norms=None,
@@ -79,9 +78,8 @@ def measured_by(
         finite=~nonfinite,
         active=torch.ones_like(nonfinite),
         scale=scale,
-        draws=None if draws is None else draws.to(row_sums),
     )
-    return Measured(statistics, nonfinite, None)
+    return Measured(aggregator.with_draws(statistics), nonfinite, None)
 
 
 def apply_row_sums(

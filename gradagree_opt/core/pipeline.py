@@ -21,6 +21,7 @@ from gradagree_opt.core.ranks import Ranks
 from gradagree_opt.core.results import Aggregation, Combine, Decided, Measured
 from gradagree_opt.core.scopes import Scope, group_indices, measure_by_group
 from gradagree_opt.core.stacks import PyTree, full_precision, leaf_paths, leaves_of
+from gradagree_opt.core.statistics import Statistics
 from gradagree_opt.core.weightings import Decision, Need, Weigh, check_weighting, decide, needs_of
 from gradagree_opt.options import check_choice
 
@@ -111,9 +112,7 @@ class Pipeline:
         else:
             active = torch.ones(n, dtype=torch.bool, device=leaves[0].device)
         statistics = measure_by_group(leaves, groups, active, self.needs, scaled=scaled)
-        draws = self.for_batch(n).drawn
-        if draws is not None:
-            statistics = statistics._replace(draws=draws.to(statistics.row_sums))
+        statistics = self.with_draws(statistics)
         found = ~statistics.finite
         bad = found if nonfinite is None else nonfinite | found
         return Measured(statistics, bad, groups, scaled, signal_is_direction=directions is None)
@@ -206,6 +205,13 @@ class Pipeline:
         held = copy.copy(self)
         held.drawn = draws
         return held
+
+    def with_draws(self, statistics: Statistics, /) -> Statistics:
+        """The statistics, with random numbers for a weighting that needs some."""
+        draws = self.for_batch(len(statistics.active)).drawn
+        if draws is None:
+            return statistics
+        return statistics._replace(draws=draws.to(statistics.row_sums))
 
     def draw(self, n: int, /) -> Float[Tensor, " n"]:
         """Random numbers for one aggregation of n tasks, for a weighting that needs some."""

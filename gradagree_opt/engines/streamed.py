@@ -153,7 +153,6 @@ def measured_in_two_passes(stream: Gradients, aggregator: Aggregator, /) -> tupl
             cosines.append(product.unsqueeze(0))
             del units
         del gradient, kept  # before the next one is made
-    draws = aggregator.for_batch(stream.n).drawn
     squared_norms = torch.where(shares == 0, shares, shares.square() * squares.stack).movedim(0, -1)
     statistics = Statistics(
         row_sums=dots.stack.movedim(0, -1).to(squared_norms),
@@ -162,11 +161,10 @@ def measured_in_two_passes(stream: Gradients, aggregator: Aggregator, /) -> tupl
         finite=finite.stack,
         active=active,
         scale=scale,
-        draws=None if draws is None else draws.to(squared_norms),
         other_row_sums=other_dots.stack.movedim(0, -1).to(squared_norms) if others else None,
         nonzero=(squares.stack != 0).movedim(0, -1) if cosine else None,
     )
-    return Measured(statistics, ~finite.stack, groups), losses.stack
+    return Measured(aggregator.with_draws(statistics), ~finite.stack, groups), losses.stack
 
 
 class _Stream:
