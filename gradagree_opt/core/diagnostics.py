@@ -114,7 +114,7 @@ def diagnose(
         weight_sum=weights.sum(-1),
         smallest_weight=torch.where(count > 0, least, torch.nan),
         negative_share=(weights < 0).sum(-1).to(weights.dtype) / count,
-        effective_tasks=size.square() / torch.where(squares > 0, squares, 1.0),
+        effective_tasks=size.square() / or_one(squares),
         cancellation=total / or_one(lengths),
         update_norm=update_norm,
         update_to_mean=torch.where(mean_norm > 0, update_norm / mean_norm, torch.nan),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gradagree_opt.annotations import Float
 from gradagree_opt.core.aggregation import Aggregator
+from gradagree_opt.core.blocks import or_one
 from gradagree_opt.core.pipeline import Nonfinite
 from gradagree_opt.core.positive_definite import diagonal
 from gradagree_opt.core.scopes import Scope
@@ -47,8 +48,7 @@ class GeometricMedianWeighting:
             square = (weights * products).sum(-1, keepdim=True)
             distances = (squares - 2 * products + square).clamp(min=self.smoothing**2).sqrt()
             closeness = torch.where(active, distances.reciprocal(), 0)
-            total = closeness.sum(-1, keepdim=True)
-            weights = closeness / torch.where(total == 0, 1, total)
+            weights = closeness / or_one(closeness.sum(-1, keepdim=True))
         return plain_decision(weights, statistics)
 
 
