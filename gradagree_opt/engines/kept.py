@@ -221,7 +221,8 @@ def _restore(holder: Any, before: Any, is_meant: Callable[[Any], bool]) -> None:
     elif isinstance(holder, list | deque):
         now, base = entries(holder), base_of(holder)
         same = len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
-        if not same and is_meant([each for each in now if not any(each is b for b in before)]):
+        known = {id(each) for each in before}
+        if not same and is_meant([each for each in now if id(each) not in known]):
             base.clear(holder)
             base.extend(holder, before)
     else:
