@@ -177,11 +177,11 @@ class AgreementCallback(pl.Callback):
         self, parameters: dict[str, nn.Parameter], used: list[set[str]], factor: float
     ) -> dict[str, Tensor]:
         """The gradients of the window; of all parameters where another rank may use them."""
-        over_ranks = self.aggregator.ranks is not None
+        needed = set(parameters) if self.aggregator.ranks is not None else set().union(*used)
         return {
             name: torch.stack([_take(task, name, p) for task in self._tasks]).mul_(factor)
             for name, p in parameters.items()
-            if over_ranks or any(name in names for names in used)
+            if name in needed
         }
 
     def _forget(self) -> None:

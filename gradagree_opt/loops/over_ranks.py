@@ -140,7 +140,8 @@ class Used:
         return {name: parameter for (name, parameter), flag in pairs if flag}
 
     def _flags(self) -> list[bool]:
-        return [any(name in names for names in self._used) for name in self._parameters]
+        used = set().union(*self._used)
+        return [name in used for name in self._parameters]
 
     def _leave_out(self, dropped: Tensor) -> None:
         for names, out in zip(self._used, dropped.tolist(), strict=True):
