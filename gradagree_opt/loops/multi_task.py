@@ -65,7 +65,7 @@ def aggregate_losses(
 
 def _unread(graph: LossGraph, nonfinite: Tensor, aggregator: Aggregator) -> Aggregation:
     """The mean and its like: one backward pass of the weighted loss, nothing measured."""
-    unknown = graph.weights * torch.nan
+    unknown = graph.ones * torch.nan
     measured = measured_by(unknown, unknown.new_ones(()), nonfinite, aggregator)
     combined = graph.combined_for(aggregator)
     if aggregator.nonfinite != "propagate":
