@@ -17,7 +17,7 @@ from gradagree_opt.core.few_passes import (
 )
 from gradagree_opt.core.results import Aggregation
 from gradagree_opt.engines.candidates import are_large
-from gradagree_opt.engines.streamed import measured_in_two_passes, weighted_sum
+from gradagree_opt.engines.one_at_a_time import measured_in_two_passes, weighted_sum
 from gradagree_opt.loops.loss_graph import LossGraph
 
 FEW = 2
