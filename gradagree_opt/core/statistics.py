@@ -9,10 +9,7 @@ from torch import Tensor
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.core.blocks import or_one
 from gradagree_opt.core.positive_definite import diagonal
-from gradagree_opt.core.stacks import (
-    accumulation_dtype,
-    full_precision,
-)
+from gradagree_opt.core.stacks import accumulation_dtype, full_precision
 
 
 class Statistics(NamedTuple):
