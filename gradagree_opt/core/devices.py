@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
+
+from gradagree_opt.core.transforms import in_forward_mode, in_tracer, in_transform, is_wrapped
 
 FUSED_DEVICES = {"cuda"}
 """Kinds of device that the fused kernels run on, where Triton is installed."""
@@ -31,12 +32,11 @@ def fused_kernels(leaves: Sequence[Tensor], /, *, gramian: bool = False) -> Any:
     device, n = first.device, first.shape[0]
     if device.type not in FUSED_DEVICES or n > (FUSED_GRAMIAN_TASKS if gramian else FUSED_TASKS):
         return None
-    if torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
+    if in_tracer() or in_forward_mode():
         return None
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None  # the table of pointers is a copy from the host
     graph = torch.is_grad_enabled()
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     for leaf in leaves:
         if (
             type(leaf) not in (Tensor, Parameter)
@@ -46,7 +46,7 @@ def fused_kernels(leaves: Sequence[Tensor], /, *, gramian: bool = False) -> Any:
             or leaf.is_neg()
             or (graph and leaf.requires_grad)
             or (gramian and leaf.dtype == torch.float64)
-            or wrapped(leaf)
+            or is_wrapped(leaf)
         ):
             return None
     return _fused(device.type)
@@ -61,8 +61,8 @@ def runs_at_once(tensor: Tensor, /) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(tensor) is Tensor
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._len_torch_dispatch_stack()
+        and not in_transform()
+        and not in_tracer()
         and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 

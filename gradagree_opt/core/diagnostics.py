@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.core.blocks import or_one
 from gradagree_opt.core.statistics import Statistics
+from gradagree_opt.core.transforms import is_wrapped
 from gradagree_opt.core.weightings import Decision
 
 
@@ -208,7 +208,7 @@ def _read(values: Tensor) -> list[float]:
     try:
         return values.tolist()
     except RuntimeError as error:
-        if not (values.is_meta or is_functorch_wrapped_tensor(values)):
+        if not (values.is_meta or is_wrapped(values)):
             raise
         raise ValueError(
             "expected tensors whose values can be looked at, found those of vmap, functionalize or "

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor
+
+from gradagree_opt.core.transforms import is_batched
 
 
 class Header(NamedTuple):
@@ -47,7 +48,7 @@ def words_of(
     >>> words_of([torch.ones(1, 2)], [(2,)], ["Mean()", "w"])
     ['Mean()', 'w', "float32 [2] of 'w'"]
     """
-    if any(map(is_batchedtensor, leaves)):
+    if any(map(is_batched, leaves)):
         raise ValueError(
             "expected tensors that can be sent to other ranks, found those of vmap; call the "
             "aggregation outside of it"

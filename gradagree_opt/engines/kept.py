@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from gradagree_opt.batchnorm import ChangedBufferError
+from gradagree_opt.core.transforms import is_wrapped
 from gradagree_opt.engines.reached import Names, base_of, entries, reach
 
 
@@ -243,7 +243,7 @@ def _restore(holder: Any, before: Any, is_meant: Callable[[Any], bool]) -> None:
 def _holds_wrapped(value: Any, depth: int = 3) -> bool:
     """Whether it is, or holds, a tensor of a transform of torch.func."""
     if isinstance(value, Tensor):
-        return is_functorch_wrapped_tensor(value)
+        return is_wrapped(value)
     if depth == 0:
         return False
     if isinstance(value, Mapping):

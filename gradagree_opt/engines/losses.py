@@ -8,11 +8,10 @@ from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_unwrapped, is_batchedtensor
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.core.stacks import PyTree, is_coarse
+from gradagree_opt.core.transforms import count_vmaps, without_vmap
 from gradagree_opt.engines.kept import no_data_set
 from gradagree_opt.engines.normalization import AffineApart
 from gradagree_opt.engines.random_state import RandomState, draws_of_each_task
@@ -83,25 +82,15 @@ class ScalarLoss:
         depends, seen = _has_graph(loss), _DEPENDS.get()
         if not any(map(_has_graph, tree_leaves(params))):
             return
-        if not depends and _in_vmap():
+        if not depends and count_vmaps():  # all tasks are run at once
             refuse_independent()
         if seen is not None:
             seen.append(depends)
 
 
-def _in_vmap() -> bool:
-    """Whether all tasks are run at once."""
-    levels = retrieve_all_functorch_interpreters()
-    return any(level.key() == TransformType.Vmap for level in levels)
-
-
 def _has_graph(value: object) -> bool:
     """Whether it is a tensor that requires a gradient, seen through the task axes of vmap."""
-    if not isinstance(value, Tensor):
-        return False
-    while is_batchedtensor(value):
-        value = get_unwrapped(value)
-    return value.requires_grad
+    return isinstance(value, Tensor) and without_vmap(value).requires_grad
 
 
 def refuse_independent() -> NoReturn:

@@ -12,6 +12,7 @@ from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.shards import of_no_task
 from gradagree_opt.core.stacks import PyTree, accumulation_dtype, task_count
+from gradagree_opt.core.transforms import in_transform
 from gradagree_opt.engines.kept import Model
 from gradagree_opt.engines.losses import TaskLoss, refuse_independent
 from gradagree_opt.engines.one_at_a_time import measured_in_two_passes, weighted_sum
@@ -53,7 +54,7 @@ def streamed(
             "expected a mode in which autograd can be switched on, found torch.inference_mode(); "
             "take torch.no_grad(), or no such block"
         )
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if in_transform():
         raise ValueError(
             "expected a call outside of the transforms of torch.func, found one within, where "
             "autograd alone cannot differentiate; take engine='stacked'"
