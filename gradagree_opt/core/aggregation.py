@@ -30,12 +30,12 @@ class Aggregator(Pipeline):
         generator: source of randomness of a weighting that draws.
 
     Raises:
-        TypeError, ValueError: the weighting is none, needs what there is not, or an option has none
-            of its values.
+        TypeError, ValueError: the weighting is not one or needs what does not exist, or an option
+            has a value that it does not take.
     """
 
     def __repr__(self) -> str:
-        """What the constructor takes, but for its defaults and for what it does not keep."""
+        """The constructor's arguments, without defaults and without those that are not kept."""
         owners = (self, getattr(self, "weighting", None))
         options, complete = [], True
         for name, parameter in inspect.signature(type(self)).parameters.items():
@@ -177,7 +177,7 @@ _NOWHERE = object()
 
 
 def _kept(name: str, owners: tuple[object, ...]) -> object:
-    """The option of that name, where the first owner has it that does; a method is no option."""
+    """The option of that name, from the first owner that has it; a method is no option."""
     for owner in owners:
         value = getattr(owner, name, _NOWHERE)
         if value is not _NOWHERE and getattr(value, "__self__", None) is not owner:
@@ -186,7 +186,7 @@ def _kept(name: str, owners: tuple[object, ...]) -> object:
 
 
 def _differs(value: object, default: object) -> bool:
-    """Whether it is another; arrays that cannot say it in one word are."""
+    """Whether it is not the default; arrays, which compare entry by entry, count as different."""
     try:
         return value is not default and bool(value != default)
     except Exception:  # whatever the class of a user's option raises
@@ -194,7 +194,7 @@ def _differs(value: object, default: object) -> bool:
 
 
 def check_aggregator(aggregator: object, /) -> None:
-    """Raises a TypeError unless it is an aggregator of ours, and made."""
+    """Raises a TypeError unless it is an instance of :class:`Aggregator`, with a weighting."""
     expected = "an aggregator as gradagree_opt.GradientAgreement()"
     check_made(aggregator, expected)
     if not isinstance(aggregator, Aggregator):

@@ -53,10 +53,9 @@ def fused_kernels(leaves: Sequence[Tensor], /, *, gramian: bool = False) -> Any:
 
 
 def runs_at_once(tensor: Tensor, /) -> bool:
-    """Whether what is computed from it later is what would be computed from it now.
+    """Whether it makes no difference if something is computed from the tensor now or later.
 
-    Not so inside a transform, under a compiler or a tracer, and in a graph of CUDA's that is being
-    captured.
+    It does inside a transform, under a compiler or a tracer, and while a CUDA graph is captured.
     """
     return (
         not torch.compiler.is_compiling()

@@ -228,14 +228,14 @@ def complaint(
 
     One host synchronisation, or none if nothing is asked for.
 
-    Raises:
-        ValueError: something is asked for, and a transform or the meta device hides it.
-
     Args:
         diagnostics: of the aggregation.
-        finite: whether a task or an update that is not finite is to be raised.
-        agreement: whether scores that cancel are.
+        finite: whether it complains of a task or an update that is not finite.
+        agreement: whether it complains of scores that cancel.
         name: what the sentence calls tasks of these numbers.
+
+    Raises:
+        ValueError: something is asked for, and a transform or the meta device hides it.
     """
     flags = []
     if finite:

@@ -1,7 +1,7 @@
 """Which aggregations few backward passes can serve, and what is to be known of their signals.
 
-Beside the stack of all gradients stand two ways that form none of a single task: one backward pass
-of the weighted loss, once the weights are known; and the row sums s = J (Jᵀ 1) to find them by.
+Two ways form no gradient of a single task, and so hold no stack of them: one backward pass of the
+weighted loss, once the weights are known; and the row sums s = J (Jᵀ 1), by which to find these.
 """
 
 import torch
@@ -63,7 +63,7 @@ def measured_by(
     aggregator: Aggregator,
     /,
 ) -> Measured:
-    """What is known of signals whose norms are not.
+    """What is measured of signals whose norms nobody knows.
 
     Args:
         row_sums: in units of scale²; NaN where no weighting reads them.
@@ -94,8 +94,8 @@ def apply_row_sums(
 ) -> Aggregation:
     """:meth:`Aggregator.apply` where Σ g_j may be made of rounding, which no norm tells.
 
-    Row sums of rounding give an update of the gradients' own length: there it becomes zero, and the
-    rest that of row sums that are zero.
+    Row sums that are rounding would give an update as long as the gradients. It becomes zero then,
+    and the weights and scores are those of row sums of zero.
 
     Args:
         aggregator: one that :func:`row_sums_refusal` finds nothing against.

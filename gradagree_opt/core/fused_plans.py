@@ -45,6 +45,7 @@ def plan(
     device: torch.device,
     _: int,
 ) -> Plan:
+    """The plan for leaves of these shapes, strides, dtypes and groups, on one stream."""
     layouts, copied = [], []
     for leaf, (shape, stride) in enumerate(zip(shapes, strides, strict=True)):
         layout = _collapsed(shape, stride)
@@ -120,7 +121,7 @@ def _collapsed(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, i
 
 @lru_cache(maxsize=256)
 def table(numbers: tuple[int, ...], device: torch.device, _: int) -> Tensor:
-    """The numbers on the device, for one stream: copied once, where memory is used again."""
+    """The numbers on the device, for one stream; where memory is reused, they are copied once."""
     return _on_device(numbers, device)
 
 

@@ -159,7 +159,7 @@ def _measure_fused(
     active: Tensor,
     needs: frozenset[str],
 ) -> Statistics:
-    """Statistics by kernels that read all leaves in one launch, and scale them for nothing."""
+    """Statistics by kernels that read all leaves in one launch, and scale them at no cost."""
     if needs & (OF_GRAMIAN | OF_OTHERS):
         units, products = kernels.inner_products(leaves, groups)
         eps = torch.finfo(products.dtype).eps

@@ -53,7 +53,7 @@ class GeometricMedianWeighting:
 
 
 def clipped(statistics: Statistics, /) -> Float[Tensor, "*groups n"]:
-    """Weights under which no norm is above its median, and the mean is taken."""
+    """The weights of the mean, with every norm above the median cut to it."""
     norms = statistics.relative_norms
     assert norms is not None
     return uniform(statistics) / torch.where(norms < 1, 1, norms)  # NaN stays, unlike by clamp

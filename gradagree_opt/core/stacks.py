@@ -147,7 +147,7 @@ def check_stack(stack: PyTree, /, name: str = "gradients", *, least: int = 1) ->
 
 
 def check_floating(tree: PyTree, /, name: str) -> None:
-    """TypeError or ValueError in one sentence unless every leaf is a dense tensor of floats."""
+    """Raises a TypeError or ValueError unless every leaf is a dense tensor of floats."""
     leaves = leaves_of(tree)
     if not leaves:
         raise ValueError(

@@ -51,9 +51,9 @@ class Statistics(NamedTuple):
 
 
 OF_GRAMIAN = frozenset({"gramian", "cosines"})
-"""The statistics that come with the Gram matrix, and relative norms with them."""
+"""The statistics that need the Gram matrix; the relative norms come with it."""
 OF_OTHERS = frozenset({"cosine_row_sums", "other_row_sums"})
-"""Those that it tells too, where they are asked for."""
+"""The statistics that follow from the Gram matrix too, if a weighting asks for them."""
 
 
 def side_by_side(each: Sequence[Statistics], active: Tensor) -> Statistics:

@@ -1,7 +1,7 @@
-"""What a forward pass leaves in the model, which a pass over all tasks at once must not.
+"""What a forward pass leaves in the model, and a pass over all tasks at once must not leave there.
 
-Under the transforms of torch.func a tensor that forward assigns is none that outlives them: neither
-the module could run nor be saved with it.
+A tensor that forward assigns under the transforms of torch.func does not outlive them: the module
+could neither run nor be saved with it.
 """
 
 from collections import deque
@@ -121,7 +121,10 @@ class _Buffer(NamedTuple):
         return f"{self.name!r} of {type(self.module).__name__}"
 
     def restore(self, *, always: bool) -> bool:
-        """Whether it has changed, as far as PyTorch notes it: of batch_norm's own it does not."""
+        """Restores it, and says whether it had changed.
+
+        Of a change by batch_norm's own kernel it cannot tell: PyTorch does not note it.
+        """
         now = self.module._buffers.get(self.name)
         replaced = now is not self.tensor
         if replaced:

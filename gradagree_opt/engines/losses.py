@@ -42,10 +42,10 @@ def some_loss_depends() -> Iterator[None]:
 
 
 class ScalarLoss:
-    """The loss function, which answers anything but a scalar of its parameters with one sentence.
+    """The loss function, which raises one sentence if its result is no scalar of its parameters.
 
-    That a loss depends on none is said at once under vmap, where it holds of all tasks: one task
-    among others may have a constant loss.
+    A loss that depends on no parameter is refused at once under vmap, where this holds for all
+    tasks; elsewhere, one task among others may have a constant loss.
 
     Raises:
         TypeError: it is no function.
@@ -94,7 +94,7 @@ def _has_graph(value: object) -> bool:
 
 
 def refuse_independent() -> NoReturn:
-    """ValueError where no task has a gradient."""
+    """Raises a ValueError: no task has a gradient."""
     raise ValueError(
         "expected loss_fn(params, batch) to depend on params, found a loss that depends on none of "
         "them, as that of a module called with its own parameters; take "
@@ -103,13 +103,13 @@ def refuse_independent() -> NoReturn:
 
 
 def refuse_coarse(tensors: Sequence[Tensor], /) -> None:
-    """RuntimeError where a sum over tasks in the tensors' own dtype would not be as in float32."""
+    """Raises a RuntimeError where the tensors' own dtype is too coarse for a sum over tasks."""
     if is_coarse(tensors):
         raise RuntimeError("parameters or losses of less than float32, in which it would add")
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """The gradient of a sparse embedding as the others are."""
+    """The tensor as a dense one: the gradient of a sparse embedding is sparse."""
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
@@ -137,7 +137,7 @@ class TaskMap:
         check_choice("randomness", self.randomness, ("error", "different", "same"))
 
     def walked(self) -> "TaskMap":
-        """The same, what its source reaches looked up once for all that asks for it in a step."""
+        """A copy that has looked up what its source reaches, once for the whole step."""
         return replace(self, source=reach(self.source))
 
     @property
@@ -233,7 +233,7 @@ class TaskLoss:
     plain_loss: LossFn | None = None
 
     def walked(self) -> "TaskLoss":
-        """The same with :meth:`TaskMap.walked`."""
+        """A copy whose map is :meth:`TaskMap.walked`."""
         return replace(self, map=self.map.walked())
 
     @classmethod

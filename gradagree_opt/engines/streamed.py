@@ -47,7 +47,11 @@ def streamed(
 
     Three backward passes a task, for Σ g_j, for every g_i · Σ_j g_j and for Σ w_i g_i: the weights
     are known only when all scores are. Where the signal is known from the forward pass, its stack
-    is held, and one backward pass a task does.
+    is held, and one backward pass a task is enough.
+
+    Raises:
+        ValueError: autograd cannot be switched on, or cannot differentiate here; the losses depend
+            on no parameter, or another pass finds other ones.
     """
     if torch.is_inference_mode_enabled():
         raise ValueError(

@@ -93,8 +93,8 @@ def task_of(batch: object, aggregator: Aggregator, /) -> Iterator[None]:
 class Used:
     """Which parameters a task of any rank uses; the messages of the aggregation tell it.
 
-    A task that the aggregator drops uses none, but of sharded parameters: of these no rank knows
-    which numbers its tasks have.
+    A task that the aggregator drops uses none. Where parameters are sharded it counts all the same,
+    because no rank knows which numbers its tasks have.
 
     Args:
         aggregator: of one process or of several ranks, whose step has begun.
