@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ FUSED_GRAMIAN_TASKS = 64
 DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
 
-def fused_kernels(leaves: Sequence[Tensor], /, *, gramian: bool = False) -> Any:
+def fused_kernels(leaves: Sequence[Tensor], /, *, gramian: bool = False) -> ModuleType | None:
     """:mod:`gradagree_opt.core.fused` if it can read these task-stacked leaves, else None.
 
     It reads memory: nothing that a transform, a tracer or autograd looks at passes through it.

@@ -6,7 +6,7 @@ ask for it and no others: s = J (Jᵀ 1).
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -147,13 +147,13 @@ def measure_groups(
     return side_by_side([measure(group, active, needs, scaled=scaled) for group in groups], active)
 
 
-def _kernels(leaves: Sequence[Tensor], needs: frozenset[str]) -> Any:
+def _kernels(leaves: Sequence[Tensor], needs: frozenset[str]) -> ModuleType | None:
     """The fused kernels, if they can measure these leaves, else None."""
     return fused_kernels(leaves, gramian=bool(needs & (OF_GRAMIAN | OF_OTHERS)))
 
 
 def _measure_fused(
-    kernels: Any,
+    kernels: ModuleType,
     leaves: Sequence[Tensor],
     groups: Sequence[int] | None,
     active: Tensor,
