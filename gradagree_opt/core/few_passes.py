@@ -37,7 +37,7 @@ def row_sums_refusal(aggregator: Aggregator, /) -> str | None:
     if aggregator.scope != "global":
         return f"scope={aggregator.scope!r} needs the row sums of each group"
     if isinstance(aggregator.reference, AgreementWeighting):
-        return "match_norm='agreement' needs the norms of the gradients where they cancel"
+        return "Gradient Agreement as match_norm needs the norms of the gradients where they cancel"
     if draws_itself(aggregator.weightings):  # see apply_row_sums
         return "its weighting draws by itself or remembers, and would be asked twice for a batch"
     return None
