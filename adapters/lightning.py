@@ -265,10 +265,11 @@ class ManualTaskBatch(TaskBatch):
         result = super().backward()
         if total is not None:
             trainer.precision_plugin.post_backward(total, self._module)
-        norm = result.diagnostics.update_norm / loss_scale(trainer)
+        scale = loss_scale(trainer)
+        norm = result.diagnostics.update_norm / scale
         _log(self._module, self._name, result.diagnostics._replace(update_norm=norm))
-        losses = result.losses
-        return result._replace(losses=None if losses is None else losses / loss_scale(trainer))
+        losses = None if result.losses is None else result.losses / scale
+        return result._replace(losses=losses)
 
     def clear(self) -> None:
         """Forgets the tasks added so far, and their graphs."""
