@@ -114,7 +114,7 @@ def _meta_step(
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, first_order: bool) -> None:
-    """One sentence where higher would show a tensor, or adapt a frozen parameter in silence."""
+    """Raises where higher would only print a tensor, or silently adapt a frozen parameter."""
     if not (isinstance(model, nn.Module) and isinstance(optimizer, torch.optim.Optimizer)):
         raise TypeError(
             f"expected a module and an optimizer of torch.optim, found {type(model).__name__} and "

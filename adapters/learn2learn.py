@@ -72,7 +72,7 @@ def meta_step(
         The update by name of the parameter, the losses after adaptation and the weights.
 
     Raises:
-        TypeError: the algorithm or the aggregator is none.
+        TypeError: the algorithm or the aggregator is not one.
         ValueError: the tasks are not task-stacked; a parameter is frozen or unused and the
             algorithm does not allow it; a module is recurrent; the loss has parameters that are not
             the learner's, or none; several ranks train; or the aggregator refuses the tasks.
@@ -221,7 +221,7 @@ def _check_algorithm(algorithm: object, steps: int) -> None:
 
 
 def _check_adaptable(learner: Any, loss: Tensor) -> None:
-    """One sentence where learn2learn prints a traceback and goes on without gradients."""
+    """Raises a ValueError where learn2learn prints a traceback and goes on without gradients."""
     if not isinstance(learner, MAML | MetaSGD | GBML):
         return
     names, parameters = zip(*learner.module.named_parameters(), strict=True)

@@ -177,11 +177,11 @@ class AgreementCallback(pl.Callback):
         self, parameters: dict[str, nn.Parameter], used: list[set[str]], factor: float
     ) -> dict[str, Tensor]:
         """The gradients of the window; of all parameters where another rank may use them."""
-        over_ranks = self.aggregator.ranks is not None
+        needed = set(parameters) if self.aggregator.ranks is not None else set().union(*used)
         return {
             name: torch.stack([_take(task, name, p) for task in self._tasks]).mul_(factor)
             for name, p in parameters.items()
-            if over_ranks or any(name in names for names in used)
+            if name in needed
         }
 
     def _forget(self) -> None:
@@ -265,10 +265,11 @@ class ManualTaskBatch(TaskBatch):
         result = super().backward()
         if total is not None:
             trainer.precision_plugin.post_backward(total, self._module)
-        norm = result.diagnostics.update_norm / loss_scale(trainer)
+        scale = loss_scale(trainer)
+        norm = result.diagnostics.update_norm / scale
         _log(self._module, self._name, result.diagnostics._replace(update_norm=norm))
-        losses = result.losses
-        return result._replace(losses=None if losses is None else losses / loss_scale(trainer))
+        losses = None if result.losses is None else result.losses / scale
+        return result._replace(losses=losses)
 
     def clear(self) -> None:
         """Forgets the tasks added so far, and their graphs."""

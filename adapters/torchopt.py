@@ -236,7 +236,7 @@ class _WrittenOut(TorchFunctionMode):
 
 
 def _check_first() -> None:
-    """One sentence where a chain has called the ``init`` of another transformation before.
+    """Raises a ValueError where a chain has called the ``init`` of another transformation first.
 
     What stands before would work on the stack, and most stop in the midst of it. Of its place in a
     chain TorchOpt tells a transformation nothing; the frames that call it do.

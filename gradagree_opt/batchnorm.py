@@ -67,7 +67,7 @@ class ChangedBufferError(RuntimeError):
 
 @contextmanager
 def statistics_refused() -> Iterator[None]:
-    """One sentence where torch.func finds that a function changes what it was not given.
+    """Raises one sentence where torch.func finds that a function changes what it was not given.
 
     Raises:
         ValueError: in place of torch.func's error, or of a :class:`ChangedBufferError`.

@@ -50,7 +50,7 @@ class Framework(NamedTuple):
         return " && ".join(self.install)
 
     def mend_command(self, reason: str, /) -> str:
-        """The commands for an installation whose import fails: for what it lacks, or it anew.
+        """The commands that mend one whose import fails: they install what it lacks, or it anew.
 
         Args:
             reason: the error of the import.

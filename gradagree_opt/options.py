@@ -1,4 +1,4 @@
-"""Options that are none of their choices, in one sentence."""
+"""Checks of options: each raises one sentence that says what is expected and what was found."""
 
 import operator
 import sys
@@ -6,7 +6,7 @@ from typing import TypeGuard
 
 
 def check_choice(option: str, value: object, choices: tuple[object, ...], /, *others: str) -> None:
-    """ValueError in one sentence unless the value is one of the choices.
+    """Raises a ValueError unless the value is one of the choices.
 
     ``others`` say in words what else the caller takes, and has looked for.
     """
@@ -23,7 +23,7 @@ def _is_one_of(value: object, choices: tuple[object, ...]) -> bool:
 
 
 def check_callable(name: str, value: object, advice: str, /) -> None:
-    """TypeError in one sentence, which ends in the advice, unless it can be called."""
+    """Raises a TypeError, which ends in the advice, unless it can be called."""
     if not callable(value):
         raise TypeError(
             f"expected {name} to be a function, found {type(value).__name__}; give {advice}"
@@ -31,7 +31,7 @@ def check_callable(name: str, value: object, advice: str, /) -> None:
 
 
 def check_positive(option: str, value: object, /) -> None:
-    """ValueError in one sentence unless the value is a positive finite number."""
+    """Raises a ValueError unless the value is a positive finite number."""
     if not is_finite_number(value) or not value > 0:
         raise ValueError(
             f"expected a positive number for {option}, found {value!r}; give an int or a float "

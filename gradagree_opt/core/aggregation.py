@@ -13,6 +13,7 @@ from gradagree_opt.core.pipeline import Pipeline
 from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.scopes import check_signal
 from gradagree_opt.core.stacks import PyTree, check_stack, mask_rows, nonfinite_tasks
+from gradagree_opt.core.weightings import draws_itself
 
 
 class Aggregator(Pipeline):
@@ -29,12 +30,12 @@ class Aggregator(Pipeline):
         generator: source of randomness of a weighting that draws.
 
     Raises:
-        TypeError, ValueError: the weighting is none, needs what there is not, or an option has none
-            of its values.
+        TypeError, ValueError: the weighting is not one or needs what does not exist, or an option
+            has a value that it does not take.
     """
 
     def __repr__(self) -> str:
-        """What the constructor takes, but for its defaults and for what it does not keep."""
+        """The constructor's arguments, without defaults and without those that are not kept."""
         owners = (self, getattr(self, "weighting", None))
         options, complete = [], True
         for name, parameter in inspect.signature(type(self)).parameters.items():
@@ -81,10 +82,10 @@ class Aggregator(Pipeline):
         check_aggregator(self)
         with self.step_of_ranks():
             aggregator = self.for_batch(self._check(directions, signal))
-            # The look that is due finds this sound but at extreme scales. What reads more than row
-            # sums may depend on the scale, or remember what it has seen.
-            once = self.needs & {"gramian", "directions"} or self.ranks is not None
-            if self.nonfinite == "raise" and not once:
+            # The look that is due finds this sound except at extreme scales. A weighting that reads
+            # the Gram matrix may depend on the scale.
+            once = self.ranks is not None or draws_itself(self.weightings)
+            if self.nonfinite == "raise" and not (once or self.needs & {"gramian", "directions"}):
                 result = aggregator._aggregate(directions, signal, scaled=False)
                 if self._complaint(result) is None:
                     return result
@@ -176,7 +177,7 @@ _NOWHERE = object()
 
 
 def _kept(name: str, owners: tuple[object, ...]) -> object:
-    """The option of that name, where the first owner has it that does; a method is no option."""
+    """The option of that name, from the first owner that has it; a method is no option."""
     for owner in owners:
         value = getattr(owner, name, _NOWHERE)
         if value is not _NOWHERE and getattr(value, "__self__", None) is not owner:
@@ -185,7 +186,7 @@ def _kept(name: str, owners: tuple[object, ...]) -> object:
 
 
 def _differs(value: object, default: object) -> bool:
-    """Whether it is another; arrays that cannot say it in one word are."""
+    """Whether it is not the default; arrays, which compare entry by entry, count as different."""
     try:
         return value is not default and bool(value != default)
     except Exception:  # whatever the class of a user's option raises
@@ -193,7 +194,7 @@ def _differs(value: object, default: object) -> bool:
 
 
 def check_aggregator(aggregator: object, /) -> None:
-    """Raises a TypeError unless it is an aggregator of ours, and made."""
+    """Raises a TypeError unless it is an instance of :class:`Aggregator`, with a weighting."""
     expected = "an aggregator as gradagree_opt.GradientAgreement()"
     check_made(aggregator, expected)
     if not isinstance(aggregator, Aggregator):

@@ -106,7 +106,7 @@ def _limits(leaf: Tensor) -> tuple[int, int]:
 
 
 def _side_by_side(part: list[Tensor], joined: int) -> list[Tensor]:
-    """The blocks, those of up to so many entries as one."""
+    """The blocks, with those of at most ``joined`` entries put into one."""
     small = [block for block in part if block.numel() <= joined]
     if len(small) < 2:
         return part

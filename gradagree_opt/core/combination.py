@@ -52,7 +52,7 @@ class Combination:
         return is_coarse(leaves_of(self.stack))
 
     def wide(self, weights: Float[Tensor, "*groups n"], groups: Sequence[int] | None, /) -> PyTree:
-        """:func:`combine` of the stack, in what it is accumulated in: as a part of a larger sum."""
+        """:func:`combine` of the stack, in the dtype of its sums: as a part of a larger sum."""
         if not self.is_coarse:
             return self(weights, groups)
         return combine(self.stack, weights, groups, wide=True)

@@ -7,6 +7,7 @@ import torch
 
 from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.agreement import GradientAgreement
+from gradagree_opt.core.blocks import or_one
 from gradagree_opt.core.matching import AN_AGGREGATOR, check_made
 from gradagree_opt.core.pipeline import Nonfinite, check_generator
 from gradagree_opt.core.scopes import Scope
@@ -76,7 +77,7 @@ class NormShareWeighting:
         norms = statistics.squared_norms
         assert norms is not None
         total = norms.sum(-1, keepdim=True)
-        shares = norms / torch.where(total == 0, torch.ones_like(total), total)
+        shares = norms / or_one(total)
         return plain_decision(torch.where(total == 0, uniform(statistics), shares), statistics)
 
 

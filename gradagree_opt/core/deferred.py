@@ -46,7 +46,7 @@ class Deferred(Diagnostics):
     """
 
     def __new__(cls, *values: Tensor) -> Diagnostics:  # type: ignore[misc] # of the class above
-        """Plain diagnostics, as pytrees are put together."""
+        """Plain diagnostics: pytrees call it to put one together again."""
         return Diagnostics(*values)
 
     @classmethod

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
+
+from gradagree_opt.core.transforms import in_forward_mode, in_tracer, in_transform, is_wrapped
 
 FUSED_DEVICES = {"cuda"}
 """Kinds of device that the fused kernels run on, where Triton is installed."""
@@ -20,7 +20,7 @@ FUSED_GRAMIAN_TASKS = 64
 DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
 
-def fused_kernels(leaves: Sequence[Tensor], /, *, gramian: bool = False) -> Any:
+def fused_kernels(leaves: Sequence[Tensor], /, *, gramian: bool = False) -> ModuleType | None:
     """:mod:`gradagree_opt.core.fused` if it can read these task-stacked leaves, else None.
 
     It reads memory: nothing that a transform, a tracer or autograd looks at passes through it.
@@ -31,12 +31,11 @@ def fused_kernels(leaves: Sequence[Tensor], /, *, gramian: bool = False) -> Any:
     device, n = first.device, first.shape[0]
     if device.type not in FUSED_DEVICES or n > (FUSED_GRAMIAN_TASKS if gramian else FUSED_TASKS):
         return None
-    if torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
+    if in_tracer() or in_forward_mode():
         return None
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None  # the table of pointers is a copy from the host
     graph = torch.is_grad_enabled()
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     for leaf in leaves:
         if (
             type(leaf) not in (Tensor, Parameter)
@@ -46,23 +45,22 @@ def fused_kernels(leaves: Sequence[Tensor], /, *, gramian: bool = False) -> Any:
             or leaf.is_neg()
             or (graph and leaf.requires_grad)
             or (gramian and leaf.dtype == torch.float64)
-            or wrapped(leaf)
+            or is_wrapped(leaf)
         ):
             return None
     return _fused(device.type)
 
 
 def runs_at_once(tensor: Tensor, /) -> bool:
-    """Whether what is computed from it later is what would be computed from it now.
+    """Whether it makes no difference if something is computed from the tensor now or later.
 
-    Not so inside a transform, under a compiler or a tracer, and in a graph of CUDA's that is being
-    captured.
+    It does inside a transform, under a compiler or a tracer, and while a CUDA graph is captured.
     """
     return (
         not torch.compiler.is_compiling()
         and type(tensor) is Tensor
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._len_torch_dispatch_stack()
+        and not in_transform()
+        and not in_tracer()
         and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.core.blocks import or_one
 from gradagree_opt.core.statistics import Statistics
+from gradagree_opt.core.transforms import is_wrapped
 from gradagree_opt.core.weightings import Decision
 
 
@@ -114,7 +114,7 @@ def diagnose(
         weight_sum=weights.sum(-1),
         smallest_weight=torch.where(count > 0, least, torch.nan),
         negative_share=(weights < 0).sum(-1).to(weights.dtype) / count,
-        effective_tasks=size.square() / torch.where(squares > 0, squares, 1.0),
+        effective_tasks=size.square() / or_one(squares),
         cancellation=total / or_one(lengths),
         update_norm=update_norm,
         update_to_mean=torch.where(mean_norm > 0, update_norm / mean_norm, torch.nan),
@@ -208,7 +208,7 @@ def _read(values: Tensor) -> list[float]:
     try:
         return values.tolist()
     except RuntimeError as error:
-        if not (values.is_meta or is_functorch_wrapped_tensor(values)):
+        if not (values.is_meta or is_wrapped(values)):
             raise
         raise ValueError(
             "expected tensors whose values can be looked at, found those of vmap, functionalize or "
@@ -228,14 +228,14 @@ def complaint(
 
     One host synchronisation, or none if nothing is asked for.
 
-    Raises:
-        ValueError: something is asked for, and a transform or the meta device hides it.
-
     Args:
         diagnostics: of the aggregation.
-        finite: whether a task or an update that is not finite is to be raised.
-        agreement: whether scores that cancel are.
+        finite: whether it complains of a task or an update that is not finite.
+        agreement: whether it complains of scores that cancel.
         name: what the sentence calls tasks of these numbers.
+
+    Raises:
+        ValueError: something is asked for, and a transform or the meta device hides it.
     """
     flags = []
     if finite:

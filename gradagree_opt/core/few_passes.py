@@ -1,7 +1,7 @@
 """Which aggregations few backward passes can serve, and what is to be known of their signals.
 
-Beside the stack of all gradients stand two ways that form none of a single task: one backward pass
-of the weighted loss, once the weights are known; and the row sums s = J (Jᵀ 1) to find them by.
+Two ways form no gradient of a single task, and so hold no stack of them: one backward pass of the
+weighted loss, once the weights are known; and the row sums s = J (Jᵀ 1), by which to find these.
 """
 
 import torch
@@ -15,7 +15,7 @@ from gradagree_opt.core.combination import Waiting
 from gradagree_opt.core.results import Aggregation, Combine, Measured
 from gradagree_opt.core.stacks import tree_norm
 from gradagree_opt.core.statistics import Statistics
-from gradagree_opt.core.weightings import Decision
+from gradagree_opt.core.weightings import Decision, draws_itself
 
 
 def weighted_loss_refusal(aggregator: Aggregator, /) -> str | None:
@@ -37,7 +37,9 @@ def row_sums_refusal(aggregator: Aggregator, /) -> str | None:
     if aggregator.scope != "global":
         return f"scope={aggregator.scope!r} needs the row sums of each group"
     if isinstance(aggregator.reference, AgreementWeighting):
-        return "match_norm='agreement' needs the norms of the gradients where they cancel"
+        return "Gradient Agreement as match_norm needs the norms of the gradients where they cancel"
+    if draws_itself(aggregator.weightings):  # see apply_row_sums
+        return "its weighting draws by itself or remembers, and would be asked twice for a batch"
     return None
 
 
@@ -61,7 +63,7 @@ def measured_by(
     aggregator: Aggregator,
     /,
 ) -> Measured:
-    """What is known of signals whose norms are not.
+    """What is measured of signals whose norms nobody knows.
 
     Args:
         row_sums: in units of scale²; NaN where no weighting reads them.
@@ -69,7 +71,6 @@ def measured_by(
         nonfinite: the tasks whose loss is not finite.
         aggregator: that weights them.
     """
-    draws = aggregator.for_batch(len(row_sums)).drawn
     statistics = Statistics(
         row_sums=row_sums,
         squared_norms=None,
@@ -77,9 +78,8 @@ def measured_by(
         finite=~nonfinite,
         active=torch.ones_like(nonfinite),
         scale=scale,
-        draws=None if draws is None else draws.to(row_sums),
     )
-    return Measured(statistics, nonfinite, None)
+    return Measured(aggregator.with_draws(statistics), nonfinite, None)
 
 
 def apply_row_sums(
@@ -94,8 +94,8 @@ def apply_row_sums(
 ) -> Aggregation:
     """:meth:`Aggregator.apply` where Σ g_j may be made of rounding, which no norm tells.
 
-    Row sums of rounding give an update of the gradients' own length: there it becomes zero, and the
-    rest that of row sums that are zero.
+    Row sums that are rounding would give an update as long as the gradients. It becomes zero then,
+    and the weights and scores are those of row sums of zero.
 
     Args:
         aggregator: one that :func:`row_sums_refusal` finds nothing against.

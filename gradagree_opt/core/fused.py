@@ -169,7 +169,7 @@ class _Stack:
 def _launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, of: tuple[Any, ...]) -> None:
     """Launches a kernel of these constants, without a look at its arguments once it is known.
 
-    The kernels are compiled for no certain numbers nor alignments, only for the dtypes.
+    The kernels are compiled for the dtypes alone, and not for certain numbers or alignments.
     """
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     device = tensors[0].device

@@ -1,6 +1,7 @@
 """Which program of a launch reads which piece of which leaf: worked out once for like shapes."""
 
 import math
+from collections import defaultdict
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ def plan(
     device: torch.device,
     _: int,
 ) -> Plan:
+    """The plan for leaves of these shapes, strides, dtypes and groups, on one stream."""
     layouts, copied = [], []
     for leaf, (shape, stride) in enumerate(zip(shapes, strides, strict=True)):
         layout = _collapsed(shape, stride)
@@ -56,20 +58,20 @@ def plan(
     number = max(of_leaf) + 1
     blocks = [-(-width // columns) for width, _, _ in layouts]
     limit = programs * _multiprocessors(device) / max(1, sum(blocks))
+    members = defaultdict(list)
+    for leaf, place in enumerate(zip(kinds, of_leaf, strict=True)):
+        members[place].append(leaf)
     segments: list[tuple[int, int, int]] = []
     firsts, ranges, launches = [0], [], []
     for kind in dict.fromkeys(kinds):
         first = len(firsts) - 1
         for group in range(number):
             start = len(firsts) - 1
-            members = [
-                leaf for leaf, of in enumerate(of_leaf) if of == group and kinds[leaf] == kind
-            ]
-            count = sum(blocks[leaf] for leaf in members)
+            count = sum(blocks[leaf] for leaf in members[kind, group])
             share = min(count, max(1, int(limit * count)))
             ends = [count * (program + 1) // share for program in range(share)]
             at = 0  # blocks of the group so far
-            for leaf in members:
+            for leaf in members[kind, group]:
                 done, width = 0, layouts[leaf][0]
                 while done < blocks[leaf]:
                     end = ends[len(firsts) - 1 - start]
@@ -119,7 +121,7 @@ def _collapsed(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, i
 
 @lru_cache(maxsize=256)
 def table(numbers: tuple[int, ...], device: torch.device, _: int) -> Tensor:
-    """The numbers on the device, for one stream: copied once, where memory is used again."""
+    """The numbers on the device, for one stream; where memory is reused, they are copied once."""
     return _on_device(numbers, device)
 
 

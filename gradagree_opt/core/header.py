@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor
+
+from gradagree_opt.core.transforms import is_batched
 
 
 class Header(NamedTuple):
@@ -19,8 +20,8 @@ class Header(NamedTuple):
         form: 2 where the directions are others than the signals, 1 where not, 0 without a task.
         layout: a digest of how long its last message is: shapes and dtypes of its part of the
             directions.
-        rounding: what it rounds as, and what its weighting draws by itself; where two differ in
-            this, they need not decide alike.
+        rounding: a digest of what its rounding depends on, or a number that no other rank has if
+            its weighting draws by itself: where two differ in this, they need not decide alike.
         block, part: ``block`` and ``index`` of :class:`gradagree_opt.core.shards.Shards`.
     """
 
@@ -47,7 +48,7 @@ def words_of(
     >>> words_of([torch.ones(1, 2)], [(2,)], ["Mean()", "w"])
     ['Mean()', 'w', "float32 [2] of 'w'"]
     """
-    if any(map(is_batchedtensor, leaves)):
+    if any(map(is_batched, leaves)):
         raise ValueError(
             "expected tensors that can be sent to other ranks, found those of vmap; call the "
             "aggregation outside of it"
@@ -61,7 +62,7 @@ def words_of(
 
 
 def digest(value: object, /) -> int:
-    """A number that other values hardly have."""
+    """A number that another value is unlikely to have."""
     return zlib.crc32(str(value).encode())
 
 

@@ -19,7 +19,7 @@ AN_AGGREGATOR = "an aggregator as gradagree_opt.Sum()"
 
 
 def check_made(aggregator: Any, expected: str, /) -> None:
-    """TypeError in one sentence where it is a class, or an aggregator without our constructor."""
+    """Raises a TypeError where it is a class, or an aggregator that was never constructed."""
     if isinstance(aggregator, type):
         raise TypeError(f"expected {expected}, found the class {aggregator.__name__}; call it")
     if hasattr(aggregator, "aggregate_unchecked") and not hasattr(aggregator, "weighting"):
@@ -37,7 +37,7 @@ def reference_of(method: Any, scope: Scope, /) -> Weigh | None:
         scope: of the aggregator that is given it.
 
     Raises:
-        TypeError: it is an aggregator that was not made.
+        TypeError: it is an aggregator that was never constructed.
         ValueError: it is none of these, or an aggregator whose weights do not tell a length here.
     """
     check_made(method, f"match_norm with {AN_AGGREGATOR}")
@@ -71,7 +71,7 @@ def reference_of(method: Any, scope: Scope, /) -> Weigh | None:
 def factor_to(
     length: Float[Tensor, ""], norm: Float[Tensor, ""], decided: Decided, measured: Measured, /
 ) -> Float[Tensor, ""]:
-    """From an update of that norm to one of that length; 1 where the update is rounding."""
+    """What brings an update of that norm to that length; 1 where the update is rounding."""
     rounding: Tensor | int = 0
     if measured.signal_is_direction:
         rounding = update_rounding(measured.statistics, decided.decision)

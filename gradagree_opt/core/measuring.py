@@ -6,7 +6,7 @@ ask for it and no others: s = J (Jᵀ 1).
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -147,19 +147,19 @@ def measure_groups(
     return side_by_side([measure(group, active, needs, scaled=scaled) for group in groups], active)
 
 
-def _kernels(leaves: Sequence[Tensor], needs: frozenset[str]) -> Any:
+def _kernels(leaves: Sequence[Tensor], needs: frozenset[str]) -> ModuleType | None:
     """The fused kernels, if they can measure these leaves, else None."""
     return fused_kernels(leaves, gramian=bool(needs & (OF_GRAMIAN | OF_OTHERS)))
 
 
 def _measure_fused(
-    kernels: Any,
+    kernels: ModuleType,
     leaves: Sequence[Tensor],
     groups: Sequence[int] | None,
     active: Tensor,
     needs: frozenset[str],
 ) -> Statistics:
-    """Statistics by kernels that read all leaves in one launch, and scale them for nothing."""
+    """Statistics by kernels that read all leaves in one launch, and scale them at no cost."""
     if needs & (OF_GRAMIAN | OF_OTHERS):
         units, products = kernels.inner_products(leaves, groups)
         eps = torch.finfo(products.dtype).eps

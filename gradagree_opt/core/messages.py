@@ -27,12 +27,12 @@ class Messages:
     """What the ranks of a process group tell each other, by all-reduces alone.
 
     Attributes:
-        counts: tasks of each rank in the step at hand.
-        inside: whether there is a step at hand; ``joined`` says if the ranks have met in it.
+        counts: how many tasks each rank has in the current step.
+        inside: whether a step is under way; ``joined``, whether the ranks have met in it.
         alike: whether every rank decides as the first one does.
-        flags: gives what this rank says beside, as many as all do; ``flagged`` has those that any
-            rank has raised.
-        due: what the others wait for in it, zeros as long as each message that is still to come.
+        flags: gives this rank's flags, as many as every other rank has; ``flagged`` says which of
+            them any rank has raised.
+        due: the messages that the others still wait for in it, as vectors of zeros of their length.
         owing: whether they wait for a message that is not in ``due``, or that cannot be made;
             ``left_word``, whether this rank has failed then, so that no message follows.
         groups: process groups of ranks with the same part of sharded parameters.
@@ -210,6 +210,7 @@ class Messages:
         return "others in a way that their words do not show"
 
     def check_none(self, failed: list[int]) -> None:
+        """Raises a ValueError where some ranks have failed."""
         if failed:
             names = ", ".join(map(str, failed))
             raise ValueError(

@@ -58,7 +58,7 @@ class Part:
         return result
 
     def chunks(self, width: int) -> Iterator[Float[Tensor, "n columns"]]:
-        """The rows in their units, as many columns at a time, but fewer at the end."""
+        """The rows in their units, ``width`` columns at a time; the last ones may be fewer."""
         held: list[Tensor] = []
         room = width
         for leaf in self.leaves:

@@ -21,6 +21,7 @@ from gradagree_opt.core.ranks import Ranks
 from gradagree_opt.core.results import Aggregation, Combine, Decided, Measured
 from gradagree_opt.core.scopes import Scope, group_indices, measure_by_group
 from gradagree_opt.core.stacks import PyTree, full_precision, leaf_paths, leaves_of
+from gradagree_opt.core.statistics import Statistics
 from gradagree_opt.core.weightings import Decision, Need, Weigh, check_weighting, decide, needs_of
 from gradagree_opt.options import check_choice
 
@@ -86,8 +87,8 @@ class Pipeline:
 
         Args:
             signal: task-stacked pytree, every leaf ``[n, *shape]``.
-            directions: task-stacked pytree like what is combined, of any number of tasks, where
-                that is something else than the signal.
+            directions: task-stacked pytree, of any number of tasks, with the shapes and dtypes of
+                what is combined; None where that is the signal.
             nonfinite: tasks already known to be non-finite; "drop" gives them weight 0 and wants
                 zeros in place of their signals.
             scaled: False saves the scaling, and marks all tasks as not finite where it was needed.
@@ -111,9 +112,7 @@ class Pipeline:
         else:
             active = torch.ones(n, dtype=torch.bool, device=leaves[0].device)
         statistics = measure_by_group(leaves, groups, active, self.needs, scaled=scaled)
-        draws = self.for_batch(n).drawn
-        if draws is not None:
-            statistics = statistics._replace(draws=draws.to(statistics.row_sums))
+        statistics = self.with_draws(statistics)
         found = ~statistics.finite
         bad = found if nonfinite is None else nonfinite | found
         return Measured(statistics, bad, groups, scaled, signal_is_direction=directions is None)
@@ -196,16 +195,23 @@ class Pipeline:
         return self.answer(measured, decided, update, norm)
 
     def for_batch(self: Steps, n: int, /) -> Steps:
-        """The same, holding what is to be drawn at random for n tasks: itself where nothing is."""
+        """A copy that holds the random numbers for n tasks; itself where it needs none."""
         if self.drawn is not None or self.ranks is not None or "draws" not in self.needs:
             return self
         return self.holding(self.draw(n))
 
     def holding(self: Steps, draws: Float[Tensor, " n"], /) -> Steps:
-        """The same, for one batch whose random numbers are these: under vmap and torch.compile."""
+        """A copy that takes these random numbers: vmap and torch.compile allow no others."""
         held = copy.copy(self)
         held.drawn = draws
         return held
+
+    def with_draws(self, statistics: Statistics, /) -> Statistics:
+        """The statistics, with random numbers for a weighting that needs some."""
+        draws = self.for_batch(len(statistics.active)).drawn
+        if draws is None:
+            return statistics
+        return statistics._replace(draws=draws.to(statistics.row_sums))
 
     def draw(self, n: int, /) -> Float[Tensor, " n"]:
         """Random numbers for one aggregation of n tasks, for a weighting that needs some."""
@@ -218,18 +224,18 @@ class Pipeline:
         return 1 if self.ranks is None else 0
 
     def step_of_ranks(self, batch: object = None) -> AbstractContextManager[None]:
-        """Around a step of several ranks: what fails in it before they meet fails on all."""
+        """Goes around a step: what fails in it on one rank before all have met fails on all."""
         return nullcontext() if self.ranks is None else self.ranks.step(batch)
 
     def of_one_process(self: Steps) -> Steps:
-        """The same, of the tasks of this rank alone."""
+        """A copy that aggregates the tasks of this rank alone."""
         alone = copy.copy(self)
         alone.ranks = None
         return alone
 
 
 def check_generator(generator: object, /) -> None:
-    """TypeError in one sentence unless it is a generator of torch's."""
+    """Raises a TypeError unless it is a generator of torch's."""
     if not isinstance(generator, torch.Generator):
         raise TypeError(
             f"expected a torch.Generator, found {type(generator).__name__}; "

@@ -48,7 +48,7 @@ from gradagree_opt.core.stacks import (
 )
 from gradagree_opt.core.statistics import OF_GRAMIAN, Statistics, of_products, side_by_side
 from gradagree_opt.core.summed import Summed
-from gradagree_opt.core.weightings import Need, UniformWeighting, Weigh, needs_of
+from gradagree_opt.core.weightings import Need, UniformWeighting, Weigh, draws_itself, needs_of
 
 GATHERED_ENTRIES = 2**22
 """Entries of all tasks that are held at once for a Gram matrix: 16 MiB of float32."""
@@ -218,14 +218,13 @@ class Ranks(Messages):
         words = words_of(leaves, shapes, options)
         combined = leaves if directions is None else directions
         self.layout = [(leaf.shape[1:], leaf.dtype) for leaf in combined]
-        draws_itself = any(getattr(each, "draws_itself", False) for each in weightings)
         own = Header(
             n=n,
             d=sum(torch.Size(shape).numel() for shape in shapes),
             options=digest(words),
             form=0 if n == 0 else 1 if directions is None else 2,
             layout=digest((self.layout, len(self.flags()))),
-            rounding=-1 - self.rank if draws_itself else digest(rounding_of(device)),
+            rounding=-1 - self.rank if draws_itself(weightings) else digest(rounding_of(device)),
             block=self.shards.block,
             part=self.shards.index,
         )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gradagree_opt.annotations import Float
 from gradagree_opt.core.aggregation import Aggregator
+from gradagree_opt.core.blocks import or_one
 from gradagree_opt.core.pipeline import Nonfinite
 from gradagree_opt.core.positive_definite import diagonal
 from gradagree_opt.core.scopes import Scope
@@ -47,13 +48,12 @@ class GeometricMedianWeighting:
             square = (weights * products).sum(-1, keepdim=True)
             distances = (squares - 2 * products + square).clamp(min=self.smoothing**2).sqrt()
             closeness = torch.where(active, distances.reciprocal(), 0)
-            total = closeness.sum(-1, keepdim=True)
-            weights = closeness / torch.where(total == 0, 1, total)
+            weights = closeness / or_one(closeness.sum(-1, keepdim=True))
         return plain_decision(weights, statistics)
 
 
 def clipped(statistics: Statistics, /) -> Float[Tensor, "*groups n"]:
-    """Weights under which no norm is above its median, and the mean is taken."""
+    """The weights of the mean, with every norm above the median cut to it."""
     norms = statistics.relative_norms
     assert norms is not None
     return uniform(statistics) / torch.where(norms < 1, 1, norms)  # NaN stays, unlike by clamp

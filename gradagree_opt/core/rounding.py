@@ -33,7 +33,7 @@ def _machine() -> str:
 
 
 def _precisions() -> list[str]:
-    """Of products of float32; the older way to ask is refused after the newer way to set it."""
+    """Those of float32 products; torch refuses the older question after the newer setting."""
     backends = [torch.backends.cuda, torch.backends.mkldnn]
     found = [getattr(getattr(each, "matmul", None), "fp32_precision", "") for each in backends]
     return found if any(found) else [torch.get_float32_matmul_precision()]  # torch 2.8 and older

@@ -43,7 +43,7 @@ def by_group(leaves: Sequence[Tensor], groups: list[int] | None, /) -> list[list
 
 
 def check_signal(signal: PyTree, directions: PyTree, n: int, scope: Scope, /) -> None:
-    """ValueError or TypeError in one sentence unless the signal is that of the n directions."""
+    """Raises a ValueError or TypeError unless the signal is that of the n directions."""
     n_signal = check_stack(signal, "signal", least=min(n, 1))
     if n_signal != n:
         raise ValueError(

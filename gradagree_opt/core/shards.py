@@ -67,11 +67,11 @@ class Shards:
             self.index = ranks.index(torch.distributed.get_rank())
 
     def __bool__(self) -> bool:
-        """Whether there are any: without, each rank holds its tasks whole."""
+        """Whether there are any; if not, each rank holds its tasks whole."""
         return self._mesh is not None
 
     def shapes(self, leaves: Sequence[Tensor]) -> list[tuple[int, ...]]:
-        """Of one task, in whole."""
+        """Shapes of the leaves of one task, over all ranks that share it."""
         return [tuple(leaf.shape[1:]) for leaf in (self._leaves if self else leaves)]
 
     def meet(self, table: Sequence[Header], groups: dict[tuple[int, ...], Any]) -> list[int]:
@@ -137,7 +137,7 @@ class Shards:
             part.lengths = self.sum(squares).sqrt()
 
     def norm(self, leaves: Sequence[Tensor]) -> Tensor:
-        """Over all parts of a vector, of which these are what this rank counts."""
+        """Norm of a vector over all its parts; these are the ones that this rank counts."""
         own = tree_norm([*leaves])
         if not self:
             return own
@@ -145,11 +145,11 @@ class Shards:
         return unit * self.sum((own / unit).square()).sqrt()
 
     def largest(self, tensor: Tensor) -> Tensor:
-        """Entry by entry over the ranks that share the tasks."""
+        """The largest of each entry, over the ranks that share the tasks."""
         return self._reduced(tensor, torch.distributed.ReduceOp.MAX)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Entry by entry over the ranks that share the tasks."""
+        """The sum of each entry, over the ranks that share the tasks."""
         return self._reduced(tensor, torch.distributed.ReduceOp.SUM)
 
     def _reduced(self, tensor: Tensor, operation: Any) -> Tensor:

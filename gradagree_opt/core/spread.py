@@ -15,13 +15,14 @@ AnAggregator = TypeVar("AnAggregator", bound=Aggregator)
 def distributed(aggregator: AnAggregator, /, group: Any = None) -> AnAggregator:
     """The aggregator, over the tasks of all ranks of a process group.
 
-    Every rank gives its own tasks, as many as it has, none too. The update and the diagnostics are
+    Every rank gives its own tasks, however many, even none. The update and the diagnostics are
     those of the tasks of all, the same bits on every rank; weights, scores and losses are those of
-    the rank's own tasks. It goes wherever the aggregator goes, but for ``compile=True``, TorchOpt's
-    ``weighted_loss`` and those of TorchJD that need the gradients themselves. Replicas stay equal
-    if they begin equal: by the same seed, a broadcast or DistributedDataParallel.
+    the rank's own tasks. It can stand wherever the aggregator can, except with ``compile=True``, in
+    TorchOpt's ``weighted_loss`` and for those of TorchJD that need the gradients themselves.
+    In learn2learn's and higher's ``meta_step`` every rank needs a task. Replicas stay equal if they
+    begin equal: by the same seed, a broadcast or DistributedDataParallel.
 
-    Each call of an aggregation is one that all ranks make. Where one fails beforehand, all raise.
+    All ranks have to make every call of an aggregation. If one fails before it, all raise.
     The process group of all ranks may be made later, as by Lightning, but before the first step.
 
     Args:
@@ -30,7 +31,7 @@ def distributed(aggregator: AnAggregator, /, group: Any = None) -> AnAggregator:
 
     Raises:
         TypeError: it is no aggregator; or, when it is pickled, it has a group of its own.
-        ValueError: this rank is not of the group, or the aggregator needs the gradients of all
+        ValueError: this rank is not in the group, or the aggregator needs the gradients of all
             tasks on one rank; or, at a step, there is no process group.
 
     >>> import tempfile
@@ -66,7 +67,7 @@ def own_share(tasks: PyTree, /, group: Any = None) -> PyTree:
         group: process group; None for all ranks.
 
     Raises:
-        ValueError: there is no process group, this rank is not of it, or the task axes differ.
+        ValueError: there is no process group, this rank is not in it, or the task axes differ.
 
     >>> import torch
     >>> from torch.distributed import HashStore, destroy_process_group, init_process_group

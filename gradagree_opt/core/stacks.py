@@ -19,12 +19,7 @@ from torch.utils._pytree import (
 )
 
 from gradagree_opt.annotations import Bool, Float
-from gradagree_opt.core.blocks import (
-    absolute_maxima,
-    blocks_of_all,
-    or_one,
-    unit_parts,
-)
+from gradagree_opt.core.blocks import absolute_maxima, blocks_of_all, or_one, unit_parts
 from gradagree_opt.core.devices import fused_kernels
 
 PyTree = Any
@@ -32,17 +27,22 @@ PyTree = Any
 
 
 def leaves_of(tree: PyTree, /) -> list[Any]:
-    """The leaves in order: ``tree_leaves``, whose walk takes longer than a launch on a GPU."""
-    if type(tree) is dict and all(isinstance(leaf, Tensor) for leaf in tree.values()):
+    """The leaves in order, as ``tree_leaves`` gives them."""
+    if _is_flat(tree):
         return list(tree.values())
     return tree_leaves(tree)
 
 
 def like(tree: PyTree, leaves: list[Tensor], /) -> PyTree:
     """The leaves in the structure of the tree."""
-    if type(tree) is dict and all(isinstance(leaf, Tensor) for leaf in tree.values()):
+    if _is_flat(tree):
         return dict(zip(tree, leaves, strict=True))
     return tree_unflatten(leaves, tree_structure(tree))
+
+
+def _is_flat(tree: PyTree) -> bool:
+    """Whether it is a dict of tensors; torch's walk through it would outlast a launch on a GPU."""
+    return type(tree) is dict and all(isinstance(leaf, Tensor) for leaf in tree.values())
 
 
 def leaf_paths(tree: PyTree, /) -> list[str]:
@@ -147,7 +147,7 @@ def check_stack(stack: PyTree, /, name: str = "gradients", *, least: int = 1) ->
 
 
 def check_floating(tree: PyTree, /, name: str) -> None:
-    """TypeError or ValueError in one sentence unless every leaf is a dense tensor of floats."""
+    """Raises a TypeError or ValueError unless every leaf is a dense tensor of floats."""
     leaves = leaves_of(tree)
     if not leaves:
         raise ValueError(

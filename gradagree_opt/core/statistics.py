@@ -9,10 +9,7 @@ from torch import Tensor
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.core.blocks import or_one
 from gradagree_opt.core.positive_definite import diagonal
-from gradagree_opt.core.stacks import (
-    accumulation_dtype,
-    full_precision,
-)
+from gradagree_opt.core.stacks import accumulation_dtype, full_precision
 
 
 class Statistics(NamedTuple):
@@ -54,9 +51,9 @@ class Statistics(NamedTuple):
 
 
 OF_GRAMIAN = frozenset({"gramian", "cosines"})
-"""The statistics that come with the Gram matrix, and relative norms with them."""
+"""The statistics that need the Gram matrix; the relative norms come with it."""
 OF_OTHERS = frozenset({"cosine_row_sums", "other_row_sums"})
-"""Those that it tells too, where they are asked for."""
+"""The statistics that follow from the Gram matrix too, if a weighting asks for them."""
 
 
 def side_by_side(each: Sequence[Statistics], active: Tensor) -> Statistics:

@@ -4,7 +4,7 @@ A weighting works on the last axis, so the same code weights all parameters at o
 of them at a time. Its fields are its options; it holds no state.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
@@ -44,14 +44,17 @@ statistic: no weights tell the update, so the aggregator reads the directions on
 class Weighting(Protocol):
     """From the statistics of n tasks to their weights: what an aggregator asks of a weighting.
 
-    A function will do, where it reads the row sums alone; and one that returns the weights ``[n]``,
-    numbers or a choice of tasks, in the place of a :class:`Decision`. It works on the last axis, so
-    that it serves every scope. One whose weights do not depend on the signals says so by an
-    attribute ``reads_signal = False``: nothing is measured for it then, where that saves a pass,
-    and the row sums are NaN. One that is made for the vectors which it combines, as Equal
-    Agreement's is, says ``measures_directions = True``: MAML then measures meta-gradients, and not
-    displacements. One that draws random numbers by itself, or remembers what it has seen, says
-    ``draws_itself = True``: of several ranks the first then decides for all.
+    A function will do if it reads the row sums alone. The answer may also be the weights ``[n]``
+    themselves, as numbers or as a choice of tasks. A weighting works on the last axis, so that it
+    serves every scope. It may have three attributes:
+
+    - ``reads_signal = False``: the weights do not depend on the signals. Where that saves a pass,
+      nothing is measured, and the row sums are NaN.
+    - ``measures_directions = True``: the weights are made for the vectors that they combine, as
+      Equal Agreement's are. MAML then measures meta-gradients, and not displacements.
+    - ``draws_itself = True``: the weighting draws random numbers by itself, or remembers what it
+      has seen. It is then asked once for every batch, and on several ranks the first one's answer
+      counts for all.
 
     >>> import torch
     >>> import gradagree_opt as ga
@@ -78,8 +81,13 @@ def needs_of(weighting: object, /) -> frozenset[Need]:
     return getattr(weighting, "needs", frozenset())
 
 
+def draws_itself(weightings: Sequence[object], /) -> bool:
+    """Whether one of them draws by itself or remembers, and is to be asked once for a batch."""
+    return any(getattr(weighting, "draws_itself", False) for weighting in weightings)
+
+
 def check_weighting(weighting: object, /) -> None:
-    """TypeError or ValueError in one sentence unless it is a weighting, of needs that there are."""
+    """Raises a TypeError or ValueError unless it is a weighting, with needs that exist."""
     if isinstance(weighting, type) or not callable(weighting):
         found = repr(weighting)
         if isinstance(weighting, type):
@@ -150,7 +158,7 @@ def uniform(statistics: Statistics, /) -> Float[Tensor, "*groups n"]:
 
 
 def in_squared_units(values: Tensor, statistics: Statistics, /) -> Tensor:
-    """Values in units of scale² in those of the signals; scale² itself may overflow."""
+    """Brings values from units of scale² to those of the signals; scale² itself may overflow."""
     scale = statistics.scale.unsqueeze(-1)
     return values * scale * scale
 

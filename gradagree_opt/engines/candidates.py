@@ -17,7 +17,7 @@ from gradagree_opt.engines.streamed import streamed, streamed_refusal
 EngineName = Literal["auto", "stacked", "streamed", "matrix_free", "one_backward"]
 
 STACK_BYTES = 2**24
-"""Size of all gradients together from which on not to hold them is faster as well."""
+"""If all gradients together are larger than this, it is also faster not to hold them."""
 GPU_STACK_BYTES = 2**30
 """The same on a GPU, roughly: at 0.7 GiB, holding them took 0.6 of the time."""
 
@@ -88,7 +88,7 @@ def candidates(
 
 
 def are_large(leaves: Sequence[Tensor], n: int, /) -> bool:
-    """Whether not to hold the gradients of n tasks is faster."""
+    """Whether the gradients of n tasks are so large that it is faster not to hold them."""
     size: int = n * sum(leaf.numel() * leaf.element_size() for leaf in leaves)
     limit = STACK_BYTES if leaves[0].device.type == "cpu" else GPU_STACK_BYTES
     return size > limit

@@ -1,4 +1,4 @@
-"""Which engine runs: the one that was asked for, or the first of those that suit that can."""
+"""Which engine runs: the one that was asked for, or the first suitable one that can."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -68,8 +68,8 @@ class Runner:
         engine: "auto" takes the first engine that suits the aggregator and the size of the stack
             of gradients, and the next one where the model cannot be run by it.
         compile: torch.compile every engine but "streamed", which is a loop and not taken then.
-        signal_like: from the parameters to what a task's signal is shaped like; nothing where it is
-            the gradient.
+        signal_like: from the parameters to what a task's signal is shaped like; to an empty tuple
+            where that is the gradient.
 
     Raises:
         ValueError: the engine is none of its choices, or cannot be compiled.
@@ -179,13 +179,13 @@ class Runner:
         tasks: PyTree,
         aggregator: Aggregator,
     ) -> None:
-        """Runs an engine uncompiled, on other terms."""
+        """Runs an engine uncompiled, for a trial of another task loss or engine."""
         knows = name == "streamed" and not task_loss.adapts
         with nullcontext() if knows else left_as_found(task_loss.map.source):
             _constants(ENGINES[name].run, task_loss, params, tasks, aggregator)
 
     def unchecked(self, params: PyTree, tasks: PyTree, aggregator: Aggregator, /) -> Aggregation:
-        """The aggregation by the engine that suits best, not looked at and with no other tried."""
+        """The aggregation by the most suitable engine, unchecked, and without trying another."""
         name = self._candidates(self.task_loss, params, task_count(tasks, "tasks"), aggregator)[0]
         aggregation, _ = self._engines[name](self.task_loss, params, tasks, aggregator)
         return aggregation
@@ -217,7 +217,7 @@ class Runner:
     def _left_as_found(
         self, name: str, task_map: TaskMap, params: PyTree, tasks: PyTree
     ) -> AbstractContextManager[None]:
-        """What the loss function reaches is as it was after the block, or it says why not."""
+        """Goes around a run: what the loss function reaches is as before, or it says why not."""
         if name == "streamed" and not self.task_loss.adapts:
             return nullcontext()  # which knows its passes
         if not self._compile:
@@ -246,7 +246,7 @@ class Runner:
 
 
 def check_ranks(params: PyTree, aggregator: Aggregator, compile: bool, /) -> None:
-    """Raises a ValueError where several ranks train and their aggregator or a graph does not."""
+    """Raises a ValueError where several ranks train without ``ga.distributed``, or compiled."""
     over_ranks = aggregator.ranks is not None
     check_one_process(tree_leaves(params), over_ranks=over_ranks)
     if over_ranks and compile:
@@ -262,7 +262,7 @@ def _constants(
     params: PyTree,
     *others: Any,
 ) -> tuple[Aggregation, Tensor]:
-    """What an engine answers, without a graph, whatever requires a gradient."""
+    """An engine's answer as constants, even if the parameters require a gradient."""
     answer = run(task_loss, tree_map(torch.Tensor.detach, params), *others)
     result: tuple[Aggregation, Tensor] = tree_map(torch.Tensor.detach, answer)
     return result

@@ -11,7 +11,7 @@ from gradagree_opt.options import check_choice
 COMPILES_FROM = "2.10"
 """The compilers of PyTorch 2.5 to 2.8 do not trace _replace of named tuples; 2.9 was not tried."""
 PROGRAMS = 2**12
-"""As many of one function are kept: an ablation hands a step many aggregators, torch stops at 8."""
+"""Graphs that are kept of one function: a study gives a step many aggregators; torch keeps 8."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -23,7 +23,7 @@ LIBRARIES = (
     "G['__import_torch_dot_",
     "__import__('torch')",
 )
-"""How the guards on what belongs to torch and to this library begin."""
+"""How the names of guards on torch and on this library begin (torch 2.14)."""
 
 
 def maybe_compiled(function: Function, compile: bool, /) -> Function:
@@ -56,8 +56,8 @@ def maybe_compiled(function: Function, compile: bool, /) -> Function:
 
 
 def _guards_on_others(guards: Sequence[Any]) -> list[bool]:
-    """Leaves out the look, at every step, whether the libraries are as they were: a tenth of it.
+    """Leaves out the guards on the libraries, which would take a tenth of every step.
 
-    What is the user's is looked at: the loss function, all that it reaches, parameters and tasks.
+    The user's own is guarded: the loss function, all that it reaches, parameters and tasks.
     """
     return [not guard.name.startswith(LIBRARIES) for guard in guards]

@@ -1,4 +1,4 @@
-"""What to do about a model that cannot be run over many tasks at once: what runs when tried."""
+"""What to do about a model that cannot run over many tasks at once: the first cure that works."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ MATH = (
     "step"
 )
 FEW = 2
-"""As many tasks is a cure tried on."""
+"""Tasks that a cure is tried on."""
 
 
 class Cure(NamedTuple):

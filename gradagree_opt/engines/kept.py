@@ -1,7 +1,7 @@
-"""What a forward pass leaves in the model, which a pass over all tasks at once must not.
+"""What a forward pass leaves in the model, and a pass over all tasks at once must not leave there.
 
-Under the transforms of torch.func a tensor that forward assigns is none that outlives them: neither
-the module could run nor be saved with it.
+A tensor that forward assigns under the transforms of torch.func does not outlive them: the module
+could neither run nor be saved with it.
 """
 
 from collections import deque
@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from gradagree_opt.batchnorm import ChangedBufferError
+from gradagree_opt.core.transforms import is_wrapped
 from gradagree_opt.engines.reached import Names, base_of, entries, reach
 
 
@@ -121,7 +121,10 @@ class _Buffer(NamedTuple):
         return f"{self.name!r} of {type(self.module).__name__}"
 
     def restore(self, *, always: bool) -> bool:
-        """Whether it has changed, as far as PyTorch notes it: of batch_norm's own it does not."""
+        """Restores it, and says whether it had changed.
+
+        Of a change by batch_norm's own kernel it cannot tell: PyTorch does not note it.
+        """
         now = self.module._buffers.get(self.name)
         replaced = now is not self.tensor
         if replaced:
@@ -221,7 +224,8 @@ def _restore(holder: Any, before: Any, is_meant: Callable[[Any], bool]) -> None:
     elif isinstance(holder, list | deque):
         now, base = entries(holder), base_of(holder)
         same = len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
-        if not same and is_meant([each for each in now if not any(each is b for b in before)]):
+        known = {id(each) for each in before}
+        if not same and is_meant([each for each in now if id(each) not in known]):
             base.clear(holder)
             base.extend(holder, before)
     else:
@@ -242,7 +246,7 @@ def _restore(holder: Any, before: Any, is_meant: Callable[[Any], bool]) -> None:
 def _holds_wrapped(value: Any, depth: int = 3) -> bool:
     """Whether it is, or holds, a tensor of a transform of torch.func."""
     if isinstance(value, Tensor):
-        return is_functorch_wrapped_tensor(value)
+        return is_wrapped(value)
     if depth == 0:
         return False
     if isinstance(value, Mapping):

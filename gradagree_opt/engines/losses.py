@@ -8,11 +8,10 @@ from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_unwrapped, is_batchedtensor
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.core.stacks import PyTree, is_coarse
+from gradagree_opt.core.transforms import count_vmaps, without_vmap
 from gradagree_opt.engines.kept import no_data_set
 from gradagree_opt.engines.normalization import AffineApart
 from gradagree_opt.engines.random_state import RandomState, draws_of_each_task
@@ -43,10 +42,10 @@ def some_loss_depends() -> Iterator[None]:
 
 
 class ScalarLoss:
-    """The loss function, which answers anything but a scalar of its parameters with one sentence.
+    """The loss function, which raises one sentence if its result is no scalar of its parameters.
 
-    That a loss depends on none is said at once under vmap, where it holds of all tasks: one task
-    among others may have a constant loss.
+    A loss that depends on no parameter is refused at once under vmap, where this holds for all
+    tasks; elsewhere, one task among others may have a constant loss.
 
     Raises:
         TypeError: it is no function.
@@ -83,29 +82,19 @@ class ScalarLoss:
         depends, seen = _has_graph(loss), _DEPENDS.get()
         if not any(map(_has_graph, tree_leaves(params))):
             return
-        if not depends and _in_vmap():
+        if not depends and count_vmaps():  # all tasks are run at once
             refuse_independent()
         if seen is not None:
             seen.append(depends)
 
 
-def _in_vmap() -> bool:
-    """Whether all tasks are run at once."""
-    levels = retrieve_all_functorch_interpreters()
-    return any(level.key() == TransformType.Vmap for level in levels)
-
-
 def _has_graph(value: object) -> bool:
     """Whether it is a tensor that requires a gradient, seen through the task axes of vmap."""
-    if not isinstance(value, Tensor):
-        return False
-    while is_batchedtensor(value):
-        value = get_unwrapped(value)
-    return value.requires_grad
+    return isinstance(value, Tensor) and without_vmap(value).requires_grad
 
 
 def refuse_independent() -> NoReturn:
-    """ValueError where no task has a gradient."""
+    """Raises a ValueError: no task has a gradient."""
     raise ValueError(
         "expected loss_fn(params, batch) to depend on params, found a loss that depends on none of "
         "them, as that of a module called with its own parameters; take "
@@ -114,13 +103,13 @@ def refuse_independent() -> NoReturn:
 
 
 def refuse_coarse(tensors: Sequence[Tensor], /) -> None:
-    """RuntimeError where a sum over tasks in the tensors' own dtype would not be as in float32."""
+    """Raises a RuntimeError where the tensors' own dtype is too coarse for a sum over tasks."""
     if is_coarse(tensors):
         raise RuntimeError("parameters or losses of less than float32, in which it would add")
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """The gradient of a sparse embedding as the others are."""
+    """The tensor as a dense one: the gradient of a sparse embedding is sparse."""
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
@@ -148,7 +137,7 @@ class TaskMap:
         check_choice("randomness", self.randomness, ("error", "different", "same"))
 
     def walked(self) -> "TaskMap":
-        """The same, what its source reaches looked up once for all that asks for it in a step."""
+        """A copy that has looked up what its source reaches, once for the whole step."""
         return replace(self, source=reach(self.source))
 
     @property
@@ -244,7 +233,7 @@ class TaskLoss:
     plain_loss: LossFn | None = None
 
     def walked(self) -> "TaskLoss":
-        """The same with :meth:`TaskMap.walked`."""
+        """A copy whose map is :meth:`TaskMap.walked`."""
         return replace(self, map=self.map.walked())
 
     @classmethod

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.nn import functional
 
+from gradagree_opt.core.transforms import count_vmaps
 from gradagree_opt.engines.kept import NoDataSet
 
 
@@ -66,10 +65,7 @@ def _batch_norm(
 
 def _written_out() -> bool:
     """Whether torch's own is slow (compiled) or has no second derivative (in two vmaps)."""
-    if torch.compiler.is_compiling():
-        return True
-    levels = [level.key() for level in retrieve_all_functorch_interpreters()]
-    return levels.count(TransformType.Vmap) > 1
+    return torch.compiler.is_compiling() or count_vmaps() > 1
 
 
 def _normal(

@@ -24,7 +24,10 @@ class One(NamedTuple):
 
 
 def measure_one(gradient: Sequence[Tensor], groups: list[int] | None, *, waits: bool) -> One:
-    """``waits``: whether the host may wait to learn that no scale is needed, which is faster."""
+    """What is known of a gradient, by its leaves and the group of each.
+
+    ``waits``: whether the host may wait to learn that no scale is needed, which is faster.
+    """
     rows = [leaf.unsqueeze(0) for leaf in gradient]
     active = torch.ones(1, dtype=torch.bool, device=rows[0].device)
     measured = measure_by_group(rows, groups, active, frozenset(), scaled=not waits)

@@ -31,7 +31,9 @@ class RandomState:
     def __init__(self, *trees: PyTree, source: object = None) -> None:
         devices = {leaf.device for leaf in tree_leaves(trees) if leaf.device.type != "cpu"}
         self._cpu = torch.get_rng_state()
-        self._others = [(device, _module_of(device).get_rng_state(device)) for device in devices]
+        self._others = [
+            (device, torch.get_device_module(device).get_rng_state(device)) for device in devices
+        ]
         self._generators: list[tuple[Any, Any]] = []
         if not torch.compiler.is_compiling():
             own = [each for each in reach(source).generators if isinstance(each, torch.Generator)]
@@ -41,7 +43,7 @@ class RandomState:
         """Sets the generators back to it."""
         torch.set_rng_state(self._cpu)
         for device, state in self._others:
-            _module_of(device).set_rng_state(state, device)
+            torch.get_device_module(device).set_rng_state(state, device)
         for generator, state in self._generators:
             _set_state(generator, state)
 
@@ -129,8 +131,3 @@ def _set_state(generator: Any, state: Any) -> None:
             getattr(generator, name)(state)
             return
     generator.bit_generator.state = state
-
-
-def _module_of(device: torch.device) -> Any:
-    """torch.cuda, torch.xpu, …: what holds the generators of the devices of a type."""
-    return torch.get_device_module(device)

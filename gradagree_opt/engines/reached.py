@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 MOST = 1000
-"""Containers of more entries are data, and so is what lies behind as many objects times ten."""
+"""A container of more entries is data; and the walk ends after ten times as many objects."""
 
 _LIBRARIES = ("torch", "numpy", "functorch", "builtins", "typing", "collections", "functools")
 _CHECKERS = ("jaxtyping", "beartype")
@@ -35,7 +35,7 @@ class Names(NamedTuple):
 
 
 class Reached(NamedTuple):
-    """Modules, generators of random numbers, and what behind a module holds other objects."""
+    """Modules, generators of random numbers, and the containers that modules hold."""
 
     modules: list[nn.Module]
     generators: list[Any]
@@ -52,7 +52,7 @@ def reach(*sources: object) -> Reached:
     if len(sources) == 1 and isinstance(sources[0], Reached):
         return sources[0]
     found = Reached([], [], [])
-    outside = found._replace(holders=[])  # what the loss function keeps is its own
+    outside = found._replace(holders=[])  # the loss function may keep what it likes
     pending = deque((source, outside) for source in sources)
     seen: dict[int, object] = {}
     while pending and len(seen) < 10 * MOST:
@@ -70,7 +70,7 @@ _LEAVES = (str, bytes, int, float, complex, Tensor, type, CodeType, torch.dtype,
 
 
 def _is_leaf(thing: object) -> bool:
-    """Whether nothing is behind it, as a weak proxy of what is gone."""
+    """Whether nothing is behind it; nothing is behind a weak proxy of what is gone."""
     try:
         return isinstance(thing, _LEAVES)
     except ReferenceError:

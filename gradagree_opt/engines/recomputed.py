@@ -51,7 +51,8 @@ def refuse_reentrant(nodes: Iterable[Node], /) -> None:
     """Raises a ValueError where a graph was checkpointed in the way that returns no gradient.
 
     With ``use_reentrant=True`` a part of the graph adds to ``.grad`` by a backward pass of its own,
-    and ``torch.autograd.grad`` passes it by where nothing before it is trained.
+    and ``torch.autograd.grad`` passes it by where nothing before it is trained. Its nodes are known
+    by a private name (torch 2.5 to 2.14).
     """
     for node in nodes:
         if getattr(type(node), "_forward_cls", None) is CheckpointFunction:

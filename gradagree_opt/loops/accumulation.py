@@ -11,7 +11,8 @@ def add_to_grad(
 ) -> None:
     """Adds an update to ``.grad`` as ``backward`` would, and runs what hangs on that.
 
-    ``over_ranks``: but for DistributedDataParallel, which would average what is the same on all.
+    ``over_ranks``: passes by the hooks of DistributedDataParallel, which would average what is the
+    same on all ranks.
     """
     accumulated = {}
     for name, parameter in parameters.items():

@@ -52,6 +52,7 @@ def trained(parameters: Mapping[str, Tensor], /) -> dict[str, Tensor]:
             f"{len(parameters)} that do not; call requires_grad_() on those to train"
         )
     names: dict[int, str] = {}
+    first_name, device = next((name, tensor.device) for name, tensor in found.items())
     for name, tensor in found.items():
         if tensor.is_complex():
             raise TypeError(
@@ -63,16 +64,15 @@ def trained(parameters: Mapping[str, Tensor], /) -> dict[str, Tensor]:
                 f"expected the parameters to train, found {name!r} computed from other tensors; "
                 "give the model itself, before it adapts, and no clone of it"
             )
-        device = next(iter(found.values())).device
         if tensor.device != device:
             raise ValueError(
-                f"expected parameters on one device, found {device} in {next(iter(found))!r} and "
+                f"expected parameters on one device, found {device} in {first_name!r} and "
                 f"{tensor.device} in {name!r}; give each device a TaskBatch of its own"
             )
-        first = names.setdefault(id(tensor), name)
-        if first != name:
+        other = names.setdefault(id(tensor), name)
+        if other != name:
             raise ValueError(
-                f"expected every parameter once, found {first!r} again as {name!r}; leave it out "
+                f"expected every parameter once, found {other!r} again as {name!r}; leave it out "
                 "there, and in the adapted parameters too"
             )
     return found

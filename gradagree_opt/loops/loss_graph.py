@@ -57,7 +57,7 @@ class LossGraph:
         return survey(self._losses)
 
     @property
-    def weights(self) -> Tensor:
+    def ones(self) -> Tensor:
         """Ones ``[n]``, of the dtype and on the device of an aggregation."""
         dtype = accumulation_dtype([*self._losses, *self._tensors])
         return torch.ones(self.n, dtype=dtype, device=self._tensors[0].device)
@@ -131,7 +131,7 @@ class LossGraph:
         handles = [node.register_hook(_refuse_cut) for node in self.survey.foreign]
         try:
             with torch.enable_grad():
-                weights = self.weights.requires_grad_()
+                weights = self.ones.requires_grad_()
                 cotangents = self._cotangents(weights)
             with stale_graphs():
                 found = torch.autograd.grad(

@@ -1,4 +1,4 @@
-"""A vector of task losses, looked at."""
+"""A vector of task losses, and its checks."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -11,7 +11,7 @@ Losses = Float[Tensor, " n"] | Sequence[Tensor]
 
 
 def loss_vector(losses: Losses, /, *, least: int = 1) -> list[Tensor]:
-    """The losses of n tasks, each looked at.
+    """The losses of n tasks, each checked.
 
     Args:
         losses: ``[n]`` tensor, or iterable of n scalars.

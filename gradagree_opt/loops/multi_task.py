@@ -17,13 +17,13 @@ from gradagree_opt.core.few_passes import (
 )
 from gradagree_opt.core.results import Aggregation
 from gradagree_opt.engines.candidates import are_large
-from gradagree_opt.engines.streamed import measured_in_two_passes, weighted_sum
+from gradagree_opt.engines.one_at_a_time import measured_in_two_passes, weighted_sum
 from gradagree_opt.loops.loss_graph import LossGraph
 
 FEW = 2
 """So many gradients take no more backward passes than their row sums do."""
 TOLERANCE = 0.01
-"""How far Σ_i g_i · S may be from S · S, a share of it: what is further off is no row sum."""
+"""The share of S · S by which Σ_i g_i · S may differ from it if these are row sums."""
 
 
 def aggregate_losses(
@@ -31,8 +31,8 @@ def aggregate_losses(
 ) -> Aggregation | None:
     """The aggregation of the gradients of n losses, by few passes over their graph.
 
-    Weights that read no gradient take one backward pass, those that read row sums alone three. What
-    is left takes two of each task, and one more, where holding their gradients is slower.
+    Weights that read no gradient take one backward pass, those that read row sums alone three. The
+    others take two for each task, and one more, if holding all gradients would be slower.
 
     Args:
         graph: of the losses; alive afterwards where the answer is None.
@@ -65,7 +65,7 @@ def aggregate_losses(
 
 def _unread(graph: LossGraph, nonfinite: Tensor, aggregator: Aggregator) -> Aggregation:
     """The mean and its like: one backward pass of the weighted loss, nothing measured."""
-    unknown = graph.weights * torch.nan
+    unknown = graph.ones * torch.nan
     measured = measured_by(unknown, unknown.new_ones(()), nonfinite, aggregator)
     combined = graph.combined_for(aggregator)
     if aggregator.nonfinite != "propagate":

@@ -93,8 +93,8 @@ def task_of(batch: object, aggregator: Aggregator, /) -> Iterator[None]:
 class Used:
     """Which parameters a task of any rank uses; the messages of the aggregation tell it.
 
-    A task that the aggregator drops uses none, but of sharded parameters: of these no rank knows
-    which numbers its tasks have.
+    A task that the aggregator drops uses none. Where parameters are sharded it counts all the same,
+    because no rank knows which numbers its tasks have.
 
     Args:
         aggregator: of one process or of several ranks, whose step has begun.
@@ -140,7 +140,8 @@ class Used:
         return {name: parameter for (name, parameter), flag in pairs if flag}
 
     def _flags(self) -> list[bool]:
-        return [any(name in names for names in self._used) for name in self._parameters]
+        used = set().union(*self._used)
+        return [name in used for name in self._parameters]
 
     def _leave_out(self, dropped: Tensor) -> None:
         for names, out in zip(self._used, dropped.tolist(), strict=True):

@@ -38,7 +38,7 @@ def watched(inner: InnerLoop, /) -> AbstractContextManager[Any]:
 
 
 def check_inner(inner: object, /) -> None:
-    """TypeError in one sentence unless it can be an inner loop."""
+    """Raises a TypeError unless it can be an inner loop."""
     check_callable("inner", inner, "gradagree_opt.InnerSGD(lr, steps), or a function like it")
 
 

@@ -104,8 +104,8 @@ class Reptile:
             RuntimeError: vmap cannot run the model, or memory does not suffice.
         """
         check_aggregator(aggregator)
-        check_ranks(params, aggregator, self._compile)
         with aggregator.step_of_ranks():
+            check_ranks(params, aggregator, self._compile)
             n = check_tasks(params, tasks, "support", least=aggregator.fewest)
             if n:
                 displacements, losses = self._explained_displacements(params, tasks, n)

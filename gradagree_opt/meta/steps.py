@@ -10,7 +10,7 @@ MetaStep: TypeAlias = AggregatedGradients
 
 
 def check_tasks(params: PyTree, tasks: PyTree, /, *sets: str, least: int = 1) -> int:
-    """Number of tasks, or one sentence unless the tasks hold the named sets.
+    """The number of tasks, which have to hold the named sets.
 
     Raises:
         TypeError: a parameter is not floating-point, or the tasks are not a dict.

@@ -1,5 +1,6 @@
 """A weighting of one's own: taken as it is, or refused in one sentence when it is given."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,55 @@ def test_a_function_serves_every_engine_and_as_the_length_of_another():
         torch.testing.assert_close(update, take(ga.GradientAgreement()).update)
     length = ga.Mean(match_norm=ga.Aggregator(scores))(STACK).norm()
     torch.testing.assert_close(length, ga.GradientAgreement()(STACK).norm())
+
+
+class Remembering:
+    """Weights by all scores that it has ever seen."""
+
+    needs = frozenset()
+    draws_itself = True
+
+    def __init__(self):
+        self.seen: list[torch.Tensor] = []
+
+    def __call__(self, statistics: ga.Statistics) -> torch.Tensor:
+        self.seen.append(statistics.row_sums * statistics.scale.square())
+        total = torch.stack(self.seen).sum(0)
+        return total / total.abs().sum()
+
+
+def seen_by(step: Callable[[ga.Aggregator], object], **options: Any) -> list[torch.Tensor]:
+    weighting = Remembering()
+    step(ga.Aggregator(weighting, **options))
+    return weighting.seen
+
+
+def collected(aggregator: ga.Aggregator) -> ga.CollectedTasks:
+    """The tasks' losses on one graph, whose gradients are the rows of the stack."""
+    w = torch.zeros(2, requires_grad=True)
+    shared, batch = 1.0 * w, ga.TaskBatch([w], aggregator)
+    for row in STACK:
+        batch.add(shared @ row)
+    return batch.backward()
+
+
+def test_a_weighting_that_remembers_is_asked_once_for_a_batch_and_of_its_own_scores():
+    scores_of = STACK @ STACK.sum(0)
+    steps: dict[str, Callable[[ga.Aggregator], object]] = {
+        "stack": lambda aggregator: aggregator(STACK),
+        "graph": collected,
+        "engines": lambda aggregator: ga.aggregate_gradients(
+            torch.dot, torch.zeros(2), STACK, aggregator
+        ),
+    }
+    for name, step in steps.items():
+        for nonfinite in ("raise", "propagate"):
+            (seen,) = seen_by(step, nonfinite=nonfinite)
+            assert torch.allclose(seen, scores_of), (name, nonfinite)
+    assert len(seen_by(lambda aggregator: aggregator(1e-17 * STACK))) == 1
+    take = partial(ga.aggregate_gradients, torch.dot, torch.zeros(2), STACK)
+    with pytest.raises(ValueError, match="asked twice"):
+        take(ga.Aggregator(Remembering()), engine="matrix_free")
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)

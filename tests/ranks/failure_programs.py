@@ -144,6 +144,9 @@ def failures() -> None:
         ga.aggregate_gradients(broken, PARAMS, x, agree)
     with refused("own mistake" if last == RANK else f"rank {last}"):
         ga.Reptile(broken, ga.InnerSGD(0.1, 1)).step(PARAMS, {"support": x}, agree)
+    compiled = ga.Reptile(loss_of, ga.InnerSGD(0.1, 1), compile=last == RANK)
+    with refused("compile=False" if last == RANK else f"rank {last}"):
+        compiled.step(PARAMS, {"support": x}, agree)
     late_failure(agree, last, x, 1)
     for passes in (1, 2):
         late_failure(ga.distributed(ga.Mean(match_norm="agreement")), last, x, passes)
