@@ -68,6 +68,13 @@ def test_wrapped_modules_and_copies_do_what_one_process_does(name: str, tmp_path
     check(run(name, 2, tmp_path, "wrapped_programs.py"))
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_mean_over_ranks_is_that_of_distributed_data_parallel_to_the_bit(
+    world: int, tmp_path: Path
+) -> None:
+    check(run("plain_mean", world, tmp_path, "wrapped_programs.py"))
+
+
 def test_weightings_of_torchjd_do_what_they_do_in_one_process(tmp_path: Path) -> None:
     pytest.importorskip("torchjd", reason="TorchJD is not installed")
     check(run("weightings_of_torchjd", 2, tmp_path, "odd_programs.py"))
