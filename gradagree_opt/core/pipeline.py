@@ -217,9 +217,9 @@ class Pipeline:
         """Fewest tasks of an aggregation here: one, or none on one of several ranks."""
         return 1 if self.ranks is None else 0
 
-    def step_of_ranks(self, batch: object = None) -> AbstractContextManager[None]:
+    def step_of_ranks(self, batch: object = None, call: int = 0) -> AbstractContextManager[None]:
         """Around a step of several ranks: what fails in it before they meet fails on all."""
-        return nullcontext() if self.ranks is None else self.ranks.step(batch)
+        return nullcontext() if self.ranks is None else self.ranks.step(batch, call)
 
     def of_one_process(self: Steps) -> Steps:
         """The same, of the tasks of this rank alone."""

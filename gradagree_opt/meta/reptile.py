@@ -105,7 +105,7 @@ class Reptile:
         """
         check_aggregator(aggregator)
         check_ranks(params, aggregator, self._compile)
-        with aggregator.step_of_ranks():
+        with aggregator.step_of_ranks(call=2):
             n = check_tasks(params, tasks, "support", least=aggregator.fewest)
             if n:
                 displacements, losses = self._explained_displacements(params, tasks, n)
