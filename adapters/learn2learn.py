@@ -92,7 +92,7 @@ def meta_step(
     (torch.Size([1, 1]), torch.Size([4]))
     """
     check_aggregator(aggregator)
-    with aggregator.step_of_ranks():
+    with aggregator.step_of_ranks(call=3):
         return _meta_step(algorithm, loss_fn, tasks, aggregator, steps, chunk_size)
 
 

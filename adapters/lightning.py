@@ -156,7 +156,7 @@ class AgreementCallback(pl.Callback):
     def _aggregate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         scale = loss_scale(trainer)
         parameters = named(trainer, pl_module)
-        with self.aggregator.step_of_ranks():
+        with self.aggregator.step_of_ranks(call=1):
             # Lightning has divided the loss by N, and a GradScaler has multiplied it.
             names = [set(task) for task in self._tasks]
             stack = self._stack(parameters, names, trainer.accumulate_grad_batches / scale)

@@ -21,6 +21,10 @@ OMNIGLOT = Path(
 )
 ITERATIONS = 40
 
+LINES = {"ranks": 5}
+"""Where a pair takes more than three: processes meet and part."""
+PAGES = {"ranks": ROOT / "docs" / "scaling.md"}
+
 each_pair = pytest.mark.parametrize("pair", PAIRS)
 
 
@@ -71,12 +75,14 @@ def test_every_adapter_has_a_pair() -> None:
 @each_pair
 def test_three_lines_bring_gradient_agreement_in(pair: str) -> None:
     signs = [line[0] for line in changes(pair)]
-    assert 0 < max(signs.count("+"), signs.count("-")) <= 3, "\n".join(changes(pair))
+    most = LINES.get(pair, 3)
+    assert 0 < max(signs.count("+"), signs.count("-")) <= most, "\n".join(changes(pair))
 
 
 @each_pair
 def test_the_page_of_the_adapter_shows_the_diff(pair: str) -> None:
-    page = ROOT / "docs" / "adapters" / f"{pair.split('_')[0]}.md"
+    own = ROOT / "docs" / "adapters" / f"{pair.split('_')[0]}.md"
+    page = PAGES.get(pair, own)
     blocks = re.findall(r"```diff\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert any(is_the_diff(block, pair) for block in blocks), "\n".join(changes(pair))
 
@@ -84,7 +90,7 @@ def test_the_page_of_the_adapter_shows_the_diff(pair: str) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # what a framework warns of is tested with its adapter
 @pytest.mark.parametrize("side", ["before", "after"])
-@each_pair
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair != "ranks"])  # see tests/ranks
 def test_the_loop_learns(pair: str, side: str) -> None:
     name = pair.split("_")[0]
     framework = FRAMEWORKS.get("lightning" if name == "fabric" else name)

@@ -30,6 +30,7 @@ class Messages:
         counts: how many tasks each rank has in the current step.
         inside: whether a step is under way; ``joined``, whether the ranks have met in it.
         alike: whether every rank decides as the first one does.
+        call: what the tasks of the step are: a place in CALLS.
         flags: gives this rank's flags, as many as every other rank has; ``flagged`` says which of
             them any rank has raised.
         due: the messages that the others still wait for in it, as vectors of zeros of their length.
@@ -44,6 +45,7 @@ class Messages:
         self.counts: list[int] = []
         self.inside = self.joined = self.owing = self.left_word = False
         self.alike = True
+        self.call = 0
         self.flags: Callable[[], list[bool]] = list
         self.flagged: list[bool] = []
         self.due: list[Tensor] = []
@@ -108,18 +110,20 @@ class Messages:
         return torch.distributed.get_world_size(self.group)
 
     @contextmanager
-    def step(self, batch: object = None) -> Iterator[None]:
+    def step(self, batch: object = None, call: int = 0) -> Iterator[None]:
         """Around an aggregation and what leads to it: tells the others where this rank fails.
 
-        ``batch``: whose step it is, that a task may have failed in.
+        ``batch``: whose step it is, that a task may have failed in; ``call``: what its tasks are.
         """
         if self.inside:  # as an aggregation in the step of an adapter
+            self.call = call or self.call
             yield
             return
         self.check_group()
         if self.left_word:
             check_no_word(self.group)
         self.inside, self.joined, self.owing, self.due = True, False, False, []
+        self.call = call
         try:
             if self.left not in (None, batch):
                 raise ValueError(

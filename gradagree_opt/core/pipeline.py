@@ -223,9 +223,9 @@ class Pipeline:
         """Fewest tasks of an aggregation here: one, or none on one of several ranks."""
         return 1 if self.ranks is None else 0
 
-    def step_of_ranks(self, batch: object = None) -> AbstractContextManager[None]:
+    def step_of_ranks(self, batch: object = None, call: int = 0) -> AbstractContextManager[None]:
         """Goes around a step: what fails in it on one rank before all have met fails on all."""
-        return nullcontext() if self.ranks is None else self.ranks.step(batch)
+        return nullcontext() if self.ranks is None else self.ranks.step(batch, call)
 
     def of_one_process(self: Steps) -> Steps:
         """A copy that aggregates the tasks of this rank alone."""

@@ -65,7 +65,7 @@ buffers, as BatchNorm's running statistics, end as of one pass |
     (tensor(-4.6667), 'stacked')
     """
     check_aggregator(aggregator)
-    with aggregator.step_of_ranks():
+    with aggregator.step_of_ranks(call=1):
         check_floating(params, "parameters")
         check_choice("compile", compile, (True, False))
         make = _compiled_runner if compile else _runner

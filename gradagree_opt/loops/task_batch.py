@@ -176,7 +176,7 @@ class TaskBatch:
         if len(self) < self.aggregator.fewest:
             raise ValueError("expected at least one task, found an empty batch; call add() first")
         try:
-            with self.aggregator.step_of_ranks(self):
+            with self.aggregator.step_of_ranks(self, self._form[0] + 2 * self._form[1]):
                 if not len(self):
                     self._look_anew()
                 self._check_same_parameters()

@@ -112,7 +112,8 @@ class MAML:
                 signals, or several ranks train.
         """
         check_aggregator(aggregator)
-        with aggregator.step_of_ranks(), statistics_refused():
+        call = 1 if self.signal == "gradient" else 3
+        with aggregator.step_of_ranks(call=call), statistics_refused():
             self._check(params, aggregator)
             n = check_tasks(params, tasks, "support", "query", least=aggregator.fewest)
             source = (self.loss_fn, self.inner)

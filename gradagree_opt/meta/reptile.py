@@ -104,7 +104,7 @@ class Reptile:
             RuntimeError: vmap cannot run the model, or memory does not suffice.
         """
         check_aggregator(aggregator)
-        with aggregator.step_of_ranks():
+        with aggregator.step_of_ranks(call=2):
             check_ranks(params, aggregator, self._compile)
             n = check_tasks(params, tasks, "support", least=aggregator.fewest)
             if n:

@@ -1,6 +1,7 @@
 """Programs of ranks that are to be refused, or of which one fails."""
 
 import sys
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -59,6 +60,51 @@ def unlike() -> None:
     stack = {"a": torch.randn(4, 3), "b": torch.randn(4, 2).double() * 1e200, "c": a.new_ones(4, 0)}
     check_close(mixed(ga.own_share(stack)), ga.EqualAgreement(scope="leaf")(stack), 1e-4)
     check_close(spread(a), 2 * WORLD * a[0] / (2 * WORLD))
+
+
+def unlike_steps() -> None:
+    """What pairs by its shapes and is no step of one method: refused on all, one without tasks too.
+
+    Displacements would be added to gradients otherwise, and some tasks adapted and others not.
+    """
+    x, model, tasks = torch.ones(4, 3), Model(), torch.ones(1, 4, 3)
+    both = {"support": tasks, "query": tasks}
+    start = {name: torch.full_like(p, 0.3) for name, p in PARAMS.items()}
+    reptile, last = ga.Reptile(loss_of, ga.InnerSGD(0.1, 1)), RANK == WORLD - 1
+    wanted = reptile.step(start, both, ga.Mean()).update
+    join()
+    mean = ga.distributed(ga.Mean())
+
+    def add(batch: Any, form: str) -> None:
+        adapted = {name: 0.9 * p for name, p in model.named_parameters()}
+        loss = functional_call(model, adapted if "adapted" in form else {}, (x,)).square().mean()
+        batch.add(*[loss] * ("loss" in form), **{"adapted": adapted} if "=" in form else {})
+
+    def functional(form: str, tasks: dict[str, Tensor], aggregator: Any) -> Any:
+        inner = ga.InnerSGD(0.1, 1)
+        if form == "Reptile":
+            return ga.Reptile(loss_of, inner).step(PARAMS, tasks, aggregator)
+        if form == "MAML":
+            return ga.MAML(loss_of, inner).step(PARAMS, tasks, aggregator)
+        return ga.aggregate_gradients(loss_of, PARAMS, tasks["query"], aggregator)
+
+    for one in (ga.GradientAgreement(), ga.EqualAgreement(), ga.Mean(match_norm="agreement")):
+        spread = ga.distributed(one)
+        for forms in permutations(("add(loss)", "add(adapted=…)", "add(loss, adapted=…)"), 2):
+            batch = ga.TaskBatch(model, spread)
+            if RANK or WORLD == 2:  # a rank without tasks is of no form
+                add(batch, forms[last])
+            with refused(*forms, f"on rank {WORLD - 1}; call the same step"):
+                batch.backward()
+        assert all(p.grad is None for p in model.parameters())
+        for names in permutations(("Reptile", "MAML", "add(loss)"), 2):
+            share = {name: leaf[:RANK] for name, leaf in both.items()}  # none on the first rank
+            with refused(*names, "call the same step"):
+                functional(names[last], share, spread)
+    # A batch by hand is of no form, and goes with any.
+    by_hand = {name: leaf[None] for name, leaf in wanted.items()}
+    result = mean.aggregate(by_hand) if RANK else reptile.step(start, both, mean)
+    check_close(result.update, wanted)
 
 
 def own_decisions() -> None:

@@ -145,6 +145,37 @@ def replicas() -> None:
     assert moved == [True, True, False, False, True, True, True, True]  # no task used heads[0]
 
 
+def adapting_in_bfloat16() -> None:
+    """Learners in bfloat16 of a model in float32, beside a rank without tasks: as one process."""
+    torch.manual_seed(5)
+    tasks = torch.randn(3, 4, 3)
+
+    def step(aggregator: Any, tasks: Tensor, form: str, memory: str) -> list[Any]:
+        torch.manual_seed(1)
+        model = Model()
+        batch = ga.TaskBatch(model, aggregator, memory=memory)
+        for task in tasks:
+            adapted = {n: ((1 - task.mean()) * p).bfloat16() for n, p in model.named_parameters()}
+            call = functional_call(model, adapted, (task.bfloat16(),))
+            losses = [call.square().mean()] * ("loss" in form)
+            batch.add(*losses, **{"adapted": adapted} if "adapted" in form else {})
+        result = batch.backward()
+        used = [p.grad for p in model.parameters() if p.grad is not None]
+        return [used, result.update, result.diagnostics.update_norm]
+
+    aggregators = (ga.GradientAgreement(), ga.EqualAgreement(), ga.Mean(match_norm="agreement"))
+    forms = [(f, m) for f in ("loss", "adapted", "loss, adapted") for m in ("graph", "stream")]
+    cases = [(one, *form) for one in aggregators for form in forms]
+    expected = [step(one, tasks, *form) for one, *form in cases]
+    join()
+    for empty in range(WORLD):
+        mine = tasks[:0] if empty == RANK else tasks
+        for (one, *form), wanted in zip(cases, expected, strict=True):
+            found = step(ga.distributed(one), mine, *form)
+            check_close(found, wanted, 1e-4)
+            check_same_bits(found)
+
+
 def dropped_tasks() -> None:
     """A head that a dropped task alone uses keeps the ``.grad`` that it has, on every rank."""
     torch.manual_seed(5)

@@ -172,7 +172,16 @@ def bad_tasks(model: nn.Module, mine: list[Tensor], first: int, tasks_group: Any
     maml = ga.MAML(lambda params, x: x.sum(), ga.InnerSGD(0.1, 1))
     with pytest.raises(ValueError, match="found DTensor"):
         maml.step(params, tasks, ga.distributed(ga.Mean()))
+    trunk = model.trunk
+    trunk.set_requires_gradient_sync(False)  # type: ignore[operator, union-attr] # FSDP's
+    with refused("FSDPSequential that gathers", "set_requires_gradient_sync(True)"):
+        ga.TaskBatch(model, agree)
+    trunk.set_requires_gradient_sync(True)  # type: ignore[operator, union-attr]
+    batch = ga.TaskBatch(model, ga.distributed(ga.Mean()))
     model.set_requires_gradient_sync(False)  # type: ignore[operator] # FSDP's
+    with refused("set_requires_gradient_sync(True)"):
+        batch.add(model(mine[0]).mean())
+        batch.backward()
     with refused("set_requires_gradient_sync(True)"):
         collected(model, ga.distributed(ga.Mean()), mine)
 

@@ -52,7 +52,10 @@ def check(ranks: list[Program]) -> None:
         ("loop", "loops", 2),
         ("loop", "replicas", 3),
         ("loop", "dropped_tasks", 2),
+        ("loop", "adapting_in_bfloat16", 2),
         ("failure", "unlike", 2),
+        ("failure", "unlike_steps", 2),
+        ("failure", "unlike_steps", 3),
         ("failure", "own_decisions", 3),
         ("failure", "failures", 2),
         ("failure", "left_alone", 2),
@@ -66,6 +69,13 @@ def test_ranks_do_what_one_process_does(about: str, name: str, world: int, tmp_p
 @pytest.mark.parametrize("name", ["wrapped", "functional_through_the_wrapper", "copies"])
 def test_wrapped_modules_and_copies_do_what_one_process_does(name: str, tmp_path: Path) -> None:
     check(run(name, 2, tmp_path, "wrapped_programs.py"))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_mean_over_ranks_is_that_of_distributed_data_parallel_to_the_bit(
+    world: int, tmp_path: Path
+) -> None:
+    check(run("plain_mean", world, tmp_path, "wrapped_programs.py"))
 
 
 def test_weightings_of_torchjd_do_what_they_do_in_one_process(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from common import (
 )
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
 import gradagree_opt as ga
 
@@ -97,6 +98,66 @@ def wrapped() -> None:
         ddp(x[RANK]).square().mean().backward()
         check_same_bits([p.grad for p in ddp.parameters() if p.grad is not None])
         ddp.zero_grad()
+
+
+def stepped(model: nn.Module, by: str, tasks: Tensor) -> list[list[Tensor]]:
+    """Parameters after each step of SGD, on one task a rank."""
+    wrapped = nn.parallel.DistributedDataParallel(model) if "DDP" in by else model
+    sgd, mean = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5), ga.distributed(ga.Mean())
+    after = []
+    for task in tasks:
+        sgd.zero_grad()
+        loss = wrapped(task).square().mean() if task.is_floating_point() else wrapped(task).sum()
+        if by == "DDP":
+            loss.backward()
+            sgd.step()
+        elif by == "TaskOptimizer":
+            ga.TaskOptimizer(sgd, mean).step([loss])
+        else:
+            batch = ga.TaskBatch(wrapped, mean)
+            batch.add(loss)
+            batch.backward()
+            sgd.step()
+        after.append([p.detach().clone() for p in model.parameters()])
+    return after
+
+
+def plain_mean() -> None:
+    """DistributedDataParallel's own mean of one task a rank is that of ga.Mean(), to the bit.
+
+    It holds where an addition of W numbers has one result. With more than two ranks gloo's ring
+    begins at another rank in each piece of a message, and DistributedDataParallel cuts its message
+    elsewhere than a step does: then sums differ by their rounding, and are looked at in float64.
+    """
+    join()
+    torch.manual_seed(7)
+    deep = nn.Sequential(
+        nn.Linear(30, 200), nn.Tanh(), nn.Linear(200, 7), nn.Tanh(), nn.Linear(7, 1)
+    )
+    random, counts = torch.randn(6, WORLD, 8, 30), torch.randint(50, (6, WORLD, 60))
+    forms = ("TaskBatch", "TaskOptimizer", "TaskBatch of DDP")
+    # The gradient of a row is how often it is asked for: such numbers are added up exactly.
+    cases: list[tuple[nn.Module, Tensor]] = [(nn.Embedding(50, 40), counts)]
+    cases += [(deep, random)] * (WORLD == 2)
+    for start, tasks in cases:
+        wanted = stepped(copy.deepcopy(start), "DDP", tasks[:, RANK])
+        for by in forms:
+            found = stepped(copy.deepcopy(start), by, tasks[:, RANK])
+            assert all(map(torch.equal, tree_leaves(found), tree_leaves(wanted))), by
+        assert not torch.equal(wanted[0][0], wanted[-1][0])
+    exact = copy.deepcopy(deep).double()
+    grads = []
+    for task in random[0].double():
+        exact.zero_grad()
+        exact(task).square().mean().backward()
+        grads.append([p.grad for p in exact.parameters()])
+    for by in ("DDP", *forms):
+        found = stepped(copy.deepcopy(deep), by, random[:1, RANK])[0]
+        for p, start, *each in zip(found, deep.parameters(), *grads, strict=True):
+            stack = torch.stack(each)
+            size = start.abs() + 0.1 * stack.abs().amax()
+            off = (p.double() - (start.double() - 0.1 * stack.mean(0))).abs()
+            assert bool((off <= 2e-6 * size).all()), by
 
 
 def functional_through_the_wrapper() -> None:

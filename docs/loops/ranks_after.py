@@ -1,9 +1,6 @@
-"""Reptile over any number of ranks, which goes on after it was killed: sine curves or Omniglot.
+"""Reptile that goes on after it was killed, on sine curves or Omniglot: FOLDER [STEPS] [OMNIGLOT].
 
-    torchrun --nproc-per-node 2 docs/train_on_ranks.py FOLDER [STEPS] [OMNIGLOT.npz]
-
-Every rank draws the batch of a step from the step's own seed and takes its share of it, so that
-another number of ranks trains on the same tasks. A checkpoint holds tensors only; reading one
+A step draws its batch from a seed of its own. A checkpoint holds tensors only; reading one
 unpickles its metadata, so read none that you do not trust.
 """
 
@@ -46,16 +43,14 @@ def complete(folder: Path) -> list[Path]:
 def save(folder: Path, state: dict[str, Tensor], step: int) -> None:
     """One folder a checkpoint, of which two are kept."""
     dcp.save(state, checkpoint_id=folder / f"step-{step:06d}")
-    if dist.get_rank() == 0:
-        for old in complete(folder)[:-2]:
-            shutil.rmtree(old)
-    dist.barrier()
+    for old in complete(folder)[:-2]:
+        shutil.rmtree(old, ignore_errors=True)  # another process may do so too
 
 
 def main(folder: Path, steps: int, drawings: Path | None) -> None:
     dist.init_process_group("gloo")
-    torch.manual_seed(0)  # the same parameters on every rank
-    # In float64 another number of ranks changes the last digits alone.
+    torch.manual_seed(0)  # the same parameters in every process
+    # In float64, sums in another order change the last digits alone.
     tasks: Sine | Omniglot
     if drawings is None:
         model, criterion = regression(), mse_loss
@@ -78,7 +73,8 @@ def main(folder: Path, steps: int, drawings: Path | None) -> None:
     aggregator = ga.distributed(ga.EqualAgreement())
     for index in range(int(step), steps):
         batch = tasks.sample(TASKS, generator=torch.Generator().manual_seed(index))
-        result = reptile.step(params, ga.own_share({"support": batch["support"]}), aggregator)
+        batch = ga.own_share(batch)
+        result = reptile.step(params, {"support": batch["support"]}, aggregator)
         for name, p in params.items():
             velocity[f"velocity.{name}"].mul_(0.5).add_(result.update[name])
             p.sub_(rate * velocity[f"velocity.{name}"])
