@@ -162,7 +162,7 @@ def print_citation(folder: Path) -> None:
         raise refusal(mistake) from None
     try:
         read_results(folder, config)
-    except StudyError as unfinished:
+    except (OSError, StudyError) as unfinished:
         warn(f"this text is of the finished study: {unfinished}")
     typer.echo(methods_text(config))
     typer.echo(bibtex(config), nl=False)

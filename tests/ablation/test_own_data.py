@@ -10,6 +10,7 @@ import torch
 from gradagree_opt.ablation import ablate
 from gradagree_opt.ablation.kinds.own import OwnTasks
 from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.training.problem import build_problem, data_digest
 
 PAGE = Path(__file__).parents[2] / "docs" / "studies.md"
 
@@ -42,6 +43,24 @@ def test_the_pages_function_makes_a_task_of_each_group_of_a_file(
         undone = y.double() * distribution.y_scale.deviation + distribution.y_scale.mean
         fields.append(set((undone.round().long() // 100).flatten().tolist()))
     assert sorted(field for each in fields for field in each) == [0, 1, 2, 3, 4]
+
+
+def test_every_change_of_the_file_is_another_digest_though_few_groups_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fields.py").write_text(shown("python", "from_frame"))
+    (tmp_path / "fields.yaml").write_text(shown("yaml", "fields:fields"))
+    rows = [(f"field {row // 12}", row % 7, row % 11, float(row)) for row in range(600)]
+    frame = pd.DataFrame(rows, columns=["field", "rain", "sun", "crop"])
+    digests = set()
+    for changed in range(-1, 50):
+        edited = frame.copy()
+        if changed >= 0:
+            edited.loc[12 * changed, "crop"] += 5
+        edited.to_csv("crops.csv", index=False)
+        digests.add(data_digest(build_problem(load("fields.yaml"), Path("crops.csv"))))
+    assert len(digests) == 51
 
 
 @pytest.mark.usefixtures("without_type_checks")

@@ -29,6 +29,8 @@ class Kind(Section, ABC):
         images: Whose images those are, for the methods text.
         usual_network: Whose a ``conv4`` network is that does not say.
         packages: Those that have its data.
+        drawn_alone: Whether only drawn tasks are seen of its data; a file given as ``--data`` is
+            part of the hash then.
     """
 
     multi_task: ClassVar[bool] = False
@@ -37,6 +39,7 @@ class Kind(Section, ABC):
     images: ClassVar[str] = "Omniglot"
     usual_network: ClassVar[Network] = "nichol"
     packages: ClassVar[tuple[str, ...]] = ()
+    drawn_alone: ClassVar[bool] = False
 
     @property
     @abstractmethod

@@ -1,7 +1,7 @@
 """Tasks of the user's own, for regression or classes, from what the study names."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
@@ -28,6 +28,7 @@ class OwnTasks(Kind):
         way: Classes of a task, of each of which there are so many shots; None for regression.
     """
 
+    drawn_alone: ClassVar[bool] = True
     kind: Literal["own"]
     make: Reference
     options: Options = Field(default_factory=dict)

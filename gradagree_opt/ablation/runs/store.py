@@ -141,11 +141,11 @@ def finished(
     records = {}
     for run in runs:
         try:
-            record = store.read(run.key(study, digest))
+            record = store.read(run, study, digest)
         except DamagedRecordError:
             continue  # missing, to all that read it
         if record is not None:
-            records[run.label] = record.model_copy(update={"run": run})
+            records[run.label] = record
     return records
 
 

@@ -79,7 +79,10 @@ def candidates(study: Study, method: Method, records: Records) -> list[float]:
         if best not in (rising[0], rising[-1]):
             break
         neighbour = rising[1] if best == rising[0] else rising[-2]
-        rates.append(float(f"{best * best / neighbour:.4g}"))  # 0.3333 is easily typed again
+        beyond = float(f"{best * best / neighbour:.4g}")  # 0.3333 is easily typed again
+        if beyond in rates or not 0 < beyond < math.inf:  # four digits lead no further
+            break
+        rates.append(beyond)
     return rates
 
 
@@ -273,8 +276,7 @@ class Sweep:
 
     def finished(self, run: Run) -> RunRecord | None:
         try:
-            record = self.store.read(run.key(self.study, self.digest))
+            return self.store.read(run, self.study, self.digest)
         except DamagedRecordError as damage:
             self.warn(str(damage))
             return None
-        return record and record.model_copy(update={"run": run})  # the method may have been renamed

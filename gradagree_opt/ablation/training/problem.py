@@ -67,6 +67,7 @@ class Problem:
         chunk_size: The most tasks that are adapted at once, None for all.
         transductive: Whether the examples of a query set are predicted as one batch.
         device: Where runs are trained and tested.
+        data: What is given as ``--data``.
         drawn: Blocks of training tasks that several groups of runs on a GPU are about to read.
     """
 
@@ -83,6 +84,7 @@ class Problem:
     transductive: bool = True
     device: torch.device = CPU
     drawn: Drawn = field(default_factory=dict)
+    data: Path | None = None
 
 
 def build_problem(study: Study, data: Path | None, device: torch.device = CPU) -> Problem:
@@ -105,6 +107,7 @@ def build_problem(study: Study, data: Path | None, device: torch.device = CPU) -
         chunk_size=tasks_at_once(study),
         transductive=study.test.transductive,
         device=device,
+        data=data,
     )
     if study.references():
         try_network(study, problem)
@@ -138,12 +141,13 @@ def tasks_at_once(study: Study) -> int:
 
 def data_digest(problem: Problem) -> str | None:
     """A hash of the data and of how they are split; None for tasks that are made up."""
-    tensors = data_tensors(problem.tasks, problem.training)
-    if not tensors:
+    if not (tensors := data_tensors(problem.tasks, problem.training)):
         return None
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.flatten().numpy().data)  # no copy: photographs take a gigabyte
+    if problem.tasks.drawn_alone and problem.data is not None and problem.data.is_file():
+        digest.update(problem.data.read_bytes())
     return digest.hexdigest()
 
 

@@ -3,15 +3,16 @@
 import hashlib
 import io
 import json
+import math
 import os
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from gradagree_opt.ablation.study.methods import Method
@@ -26,6 +27,16 @@ LATER_KEYS: dict[str, dict[str, Any]] = {  # than the first records
     "inner": {"optimizer": "sgd", "betas": None},
 }
 FORMAT = 1  # raise it when the same study would give other numbers
+
+
+def number(score: float) -> float:
+    """The score, unless it is NaN: a run that diverged has an infinite one."""
+    if math.isnan(score):
+        raise ValueError("expected a number or infinity, found NaN")
+    return score
+
+
+Score: TypeAlias = Annotated[float, AfterValidator(number)]
 
 
 class Run(BaseModel):
@@ -106,12 +117,26 @@ class RunRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
     run: Run
-    validation: float
-    test: Annotated[dict[int, float], Field(min_length=1)]
-    curve: list[CurvePoint]
+    validation: Score
+    test: dict[int, Score]
+    curve: Annotated[list[CurvePoint], Field(min_length=1)]
     agreement: list[list[float]] | None = None
     hardware: Hardware | None = None
-    seconds: float
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+    def is_of(self, run: Run, study: Study) -> bool:
+        """Whether it is what the run would leave: no other one, by another name of its file.
+
+        A method may have been renamed since, and its rates and its optimizer may stand elsewhere.
+        """
+        renamed = {"name", "rates", "outer"}
+        mine, wanted = (each.model_dump(exclude={"method": renamed}) for each in (self.run, run))
+        rows = self.agreement or []
+        return (
+            mine == wanted
+            and list(self.test) == study.test.steps
+            and all(len(row) == len(rows) == study.meta_batch for row in rows)
+        )
 
 
 class Store:
@@ -120,19 +145,25 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "runs"
 
-    def read(self, key: str) -> RunRecord | None:
+    def read(self, run: Run, study: Study, data: str | None) -> RunRecord | None:
         """A finished run, whose parameters may have been thrown away, or None if there is none.
 
+        Args:
+            data: As :meth:`Run.key` takes it.
+
         Raises:
-            DamagedRecordError: The record cannot be read.
+            DamagedRecordError: The record cannot be read, or is not of this run.
         """
-        path = self.folder / f"{key}.json"
+        path = self.folder / f"{run.key(study, data)}.json"
         try:
-            return RunRecord.model_validate_json(path.read_bytes())
+            record = RunRecord.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             return None
         except ValidationError:
             raise DamagedRecordError(f"{path} is cut off or no record; redoing its run") from None
+        if not record.is_of(run, study):
+            raise DamagedRecordError(f"{path} is not the record of its run; redoing that run")
+        return record.model_copy(update={"run": run})  # the method may have been renamed
 
     def write(self, key: str, record: RunRecord, params: bytes) -> None:
         """Parameters, as :func:`archive` gives them, first: what has a record is finished."""

@@ -11,12 +11,18 @@ from rich.console import Console
 from gradagree_opt.ablation.report.display import Display
 from gradagree_opt.ablation.study.sections import CorruptionSection
 from gradagree_opt.ablation.study.study import Study
-from gradagree_opt.ablation.training.run import Run, RunRecord
+from gradagree_opt.ablation.training.run import CurvePoint, Run, RunRecord
 
 
 def record(study: Study, place: int, rate: float, seed: int, loss: float) -> RunRecord:
     run = Run(method=study.methods[place], rate=rate, seed=seed)
-    return RunRecord(run=run, validation=loss, test={1: 0.0}, curve=[], seconds=0.0)
+    return RunRecord(
+        run=run,
+        validation=loss,
+        test={1: 0.0},
+        curve=[CurvePoint(iteration=0, loss=loss, diagnostics={})],
+        seconds=0.0,
+    )
 
 
 def shown(display: Display) -> list[str]:

@@ -148,6 +148,14 @@ def test_a_study_that_is_not_finished_can_be_cited_and_is_told_so(copied: Path) 
     )
 
 
+def test_a_study_whose_records_cannot_be_read_can_be_cited_and_is_told_so(copied: Path) -> None:
+    shutil.rmtree(copied / "runs")
+    (copied / "runs").touch()
+    result = CliRunner().invoke(app, ["cite", str(copied)])
+    assert result.exit_code == 0 and "runs" in result.stderr
+    assert result.stdout.startswith((copied / "methods.md").read_text())
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     LATEX is None,

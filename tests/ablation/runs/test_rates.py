@@ -125,6 +125,21 @@ def test_a_rate_beyond_is_further_by_the_ratio_of_the_last_two_there(
     assert sweep(thirds, tmp_path / "down").candidates("mean") == [0.01111, 0.03333, 0.1, 0.3]
 
 
+@pytest.mark.parametrize(
+    ("rates", "optimum"),
+    [([1.0, 1.00001], 2.0), ([1e-200, 1e-190], 1e-250), ([1e190, 1e200], 1e250)],
+)
+def test_an_edge_beyond_which_four_digits_lead_nowhere_is_not_extended_and_no_run_is_missing(
+    study: Study, tmp_path: Path, pretended: Pretended, rates: list[float], optimum: float
+) -> None:
+    outer = study.outer.model_copy(update={"rates": rates})
+    study = extending(study.model_copy(update={"outer": outer}), 2)
+    pretended.loss = near(optimum)
+    results = sweep(study, tmp_path)
+    assert results.candidates("mean") == rates
+    assert len(results.records) == number_of_runs(study, results.records)
+
+
 def test_every_method_is_extended_by_itself_as_far_as_the_others_may_be(
     study: Study, tmp_path: Path, pretended: Pretended
 ) -> None:

@@ -28,12 +28,13 @@ from gradagree_opt.ablation.runs.workers import Workers, execute
 from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.methods import Method
 from gradagree_opt.ablation.study.study import Study
-from gradagree_opt.ablation.training.run import Run, RunRecord
+from gradagree_opt.ablation.training.run import CurvePoint, Run, RunRecord
 from gradagree_testing.jobs import Failing, Marking, task_of
 
 
 def record(run: Run, validation: float, test: float = 0.0) -> RunRecord:
-    return RunRecord(run=run, validation=validation, test={1: test}, curve=[], seconds=0.0)
+    point = CurvePoint(iteration=0, loss=validation, diagnostics={})
+    return RunRecord(run=run, validation=validation, test={1: test}, curve=[point], seconds=0.0)
 
 
 def ignore(_: object) -> None:

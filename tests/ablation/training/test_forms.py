@@ -23,7 +23,7 @@ from gradagree_opt.ablation.training.problem import (
     evaluation_tasks,
     scores_after,
 )
-from gradagree_opt.ablation.training.run import Run, RunRecord, Store, archive
+from gradagree_opt.ablation.training.run import CurvePoint, Run, RunRecord, Store, archive
 from gradagree_opt.ablation.training.training import train_runs
 from gradagree_opt.cli import app
 
@@ -216,7 +216,13 @@ def test_parameters_and_rates_are_read_as_they_were_written(
     assert params.keys() == {"params", "lr"}
     assert all((rate == 0.02).all() for rate in params["lr"].values())
     store = Store(tmp_path)
-    record = RunRecord(run=runs_of(study)[0], validation=1.0, test={0: 1.0}, curve=[], seconds=0.0)
+    record = RunRecord(
+        run=runs_of(study)[0],
+        validation=1.0,
+        test={0: 1.0},
+        curve=[CurvePoint(iteration=0, loss=1.0, diagnostics={})],
+        seconds=0.0,
+    )
     store.write("key", record, archive(params))
     torch.testing.assert_close(store.params("key"), params, rtol=0, atol=0)
 

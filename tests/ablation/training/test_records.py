@@ -1,6 +1,7 @@
 """Records: what a run's key depends on, and what becomes of files that were cut off."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -37,13 +38,16 @@ RECORD = RunRecord(
     seconds=1.0,
 )
 CORRUPTION = CorruptionSection(kind="shuffled_labels", fraction=0.3)
+STUDY = load("sine")
+STUDY = STUDY.model_copy(update={"test": STUDY.test.model_copy(update={"steps": [0, 1]})})
+KEY = RUN.key(STUDY, None)
 PARAMS = {"weight": torch.tensor([[1 / 3, -2.0]]), "bias": torch.tensor(0.25)}
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     store = Store(tmp_path)
-    store.write("key", RECORD, archive(PARAMS))
+    store.write(KEY, RECORD, archive(PARAMS))
     return store
 
 
@@ -57,47 +61,82 @@ def lengths(path: Path) -> Iterator[int]:
 
 
 def test_a_record_and_its_parameters_are_read_as_they_were_written(store: Store) -> None:
-    read = store.read("key")
+    read = store.read(RUN, STUDY, None)
     assert read is not None
     assert repr(read) == repr(RECORD)  # NaN and infinity included
-    params = store.params("key")
+    params = store.params(KEY)
     assert params.keys() == PARAMS.keys()
     assert all(torch.equal(params[name], PARAMS[name]) for name in PARAMS)
 
 
 def test_a_run_that_is_not_there_is_none(store: Store) -> None:
-    assert store.read("other") is None
+    assert store.read(RUN, STUDY, "other data") is None
 
 
 def test_a_record_cut_off_anywhere_is_damaged_never_wrong(store: Store) -> None:
-    for _ in lengths(store.folder / "key.json"):
-        with pytest.raises(DamagedRecordError, match=r"key\.json is cut off"):
-            store.read("key")
-    assert store.read("key") is not None
+    for _ in lengths(store.folder / f"{KEY}.json"):
+        with pytest.raises(DamagedRecordError, match=rf"{KEY}\.json is cut off"):
+            store.read(RUN, STUDY, None)
+    assert store.read(RUN, STUDY, None) is not None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"validation": "NaN"},
+        {"test": {"0": 4.0, "1": "NaN"}},
+        {"test": {"0": 4.0}},
+        {"test": {"0": 4.0, "1": 4.0, "5": 4.0}},
+        {"curve": []},
+        {"agreement": [[1.0], [1.0, 0.5]]},
+        {"seconds": "NaN"},
+        {"seconds": -1.0},
+        {"run": RUN.model_copy(update={"rate": 0.25}).model_dump()},
+        {"run": RUN.model_copy(update={"seed": 4}).model_dump()},
+        {"run": Run(method=Method(name="mean", aggregator="sum"), rate=0.5, seed=3).model_dump()},
+    ],
+)
+def test_a_record_that_is_whole_but_not_what_its_run_leaves_is_damaged(
+    store: Store, changes: dict[str, Any]
+) -> None:
+    path = store.folder / f"{KEY}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(DamagedRecordError, match=rf"{KEY}\.json is "):
+        store.read(RUN, STUDY, None)
+
+
+def test_a_record_is_found_by_a_method_renamed_or_with_rates_and_optimizer_of_its_own(
+    store: Store,
+) -> None:
+    optimizer = STUDY.outer.optimizer
+    method = Method(name="plain", aggregator="mean", rates=[0.5], outer=optimizer)
+    run = Run(method=method, rate=0.5, seed=3)
+    found = store.read(run, STUDY, None)
+    assert found is not None and found.run == run and found.test == RECORD.test
 
 
 def test_parameters_cut_off_anywhere_are_none_never_wrong(store: Store) -> None:
-    for _ in lengths(store.folder / "key.npz"):
-        assert store.params("key") is None
-    assert store.params("key") is not None
+    for _ in lengths(store.folder / f"{KEY}.npz"):
+        assert store.params(KEY) is None
+    assert store.params(KEY) is not None
 
 
 def test_parameters_with_a_flipped_byte_are_none_or_read_and_never_an_accident(
     store: Store,
 ) -> None:
-    path = store.folder / "key.npz"
+    path = store.folder / f"{KEY}.npz"
     whole = path.read_bytes()
     damaged = 0
     for place in range(len(whole)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
-        damaged += store.params("key") is None
+        damaged += store.params(KEY) is None
     assert damaged > len(whole) / 2
 
 
 def test_a_record_stands_without_its_parameters(store: Store) -> None:
-    (store.folder / "key.npz").unlink()
-    assert repr(store.read("key")) == repr(RECORD)
-    assert store.params("key") is None
+    (store.folder / f"{KEY}.npz").unlink()
+    assert repr(store.read(RUN, STUDY, None)) == repr(RECORD)
+    assert store.params(KEY) is None
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
