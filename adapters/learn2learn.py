@@ -15,6 +15,7 @@ from gradagree_opt.batchnorm import RunningStatistics, statistics_refused
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.diagnostics import check_some_task
 from gradagree_opt.core.few_passes import measures_directions
+from gradagree_opt.core.header import TaskForm
 from gradagree_opt.core.stacks import PyTree, task_count
 from gradagree_opt.engines.cures import Cure, explaining, few, of_the_kernel
 from gradagree_opt.engines.kept import NoDataSet, left_as_found
@@ -92,7 +93,7 @@ def meta_step(
     (torch.Size([1, 1]), torch.Size([4]))
     """
     check_aggregator(aggregator)
-    with aggregator.step_of_ranks(call=3):
+    with aggregator.step_of_ranks(form=TaskForm.LOSSES | TaskForm.DISPLACEMENTS):
         return _meta_step(algorithm, loss_fn, tasks, aggregator, steps, chunk_size)
 
 

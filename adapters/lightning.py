@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gradagree_opt.annotations import Float
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.diagnostics import Diagnostics, check_some_task
+from gradagree_opt.core.header import TaskForm
 from gradagree_opt.core.results import CollectedTasks
 from gradagree_opt.frameworks import require
 from gradagree_opt.loops.accumulation import check_no_accumulation_hooks
@@ -156,7 +157,7 @@ class AgreementCallback(pl.Callback):
     def _aggregate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         scale = loss_scale(trainer)
         parameters = named(trainer, pl_module)
-        with self.aggregator.step_of_ranks(call=1):
+        with self.aggregator.step_of_ranks(form=TaskForm.LOSSES):
             # Lightning has divided the loss by N, and a GradScaler has multiplied it.
             names = [set(task) for task in self._tasks]
             stack = self._stack(parameters, names, trainer.accumulate_grad_batches / scale)

@@ -3,19 +3,27 @@
 import re
 import zlib
 from collections.abc import Callable, Sequence
+from enum import IntFlag
 from typing import NamedTuple
 
 from torch import Tensor
 
 from gradagree_opt.core.transforms import is_batched
 
-CALLS = (
-    "",
-    "losses, as of add(loss)",
-    "displacements, as of add(adapted=…) and Reptile",
-    "losses with displacements, as of add(loss, adapted=…) and MAML",
-)
-"""What the tasks of a loop or an engine are, which shapes do not tell."""
+
+class TaskForm(IntFlag):
+    """What a loop or an engine has of its tasks, which shapes do not tell."""
+
+    UNKNOWN = 0
+    LOSSES = 1
+    DISPLACEMENTS = 2
+
+    def __str__(self) -> str:
+        """In the words of a message."""
+        return {
+            TaskForm.LOSSES: "losses, as of add(loss)",
+            TaskForm.DISPLACEMENTS: "displacements, as of add(adapted=…) and Reptile",
+        }.get(self, "losses with displacements, as of add(loss, adapted=…) and MAML")
 
 
 class Header(NamedTuple):
@@ -26,7 +34,7 @@ class Header(NamedTuple):
         failed: 1 where it takes no part in the step.
         options: a digest of what has to be the same on all ranks.
         form: 2 where the directions are others than the signals, 1 where not, 0 without a task.
-        call: place in CALLS of what its tasks are, 0 where it cannot tell.
+        tasks: the :class:`TaskForm` of its tasks.
         layout: a digest of how long its last message is: shapes and dtypes of its part of the
             directions.
         rounding: a digest of what its rounding depends on, or a number that no other rank has if
@@ -39,7 +47,7 @@ class Header(NamedTuple):
     failed: int = 0
     options: int = 0
     form: int = 0
-    call: int = 0
+    tasks: int = 0
     layout: int = 0
     rounding: int = 0
     block: int = -1
@@ -88,12 +96,15 @@ def check_alike(table: Sequence[Header], differences: Callable[[], str], /) -> N
             "expected the same parameters and options of the aggregator on all ranks, found "
             f"{differences()}; build model and aggregator alike on every rank"
         )
-    calls = {header.call: f"{CALLS[header.call]}, on rank {at}" for at, header in enumerate(table)}
-    calls.pop(0, None)
-    if len(calls) > 1:
+    found = {
+        form: f"{form}, on rank {rank}"
+        for rank, header in enumerate(table)
+        if (form := TaskForm(header.tasks))
+    }
+    if len(found) > 1:
         raise ValueError(
             "expected tasks of one form on all ranks, found "
-            f"{' and '.join(calls.values())}; call the same step on every rank"
+            f"{' and '.join(found.values())}; call the same step on every rank"
         )
     forms = [header.form for header in table]
     if {1, 2} <= {*forms}:

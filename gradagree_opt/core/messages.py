@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Float
-from gradagree_opt.core.header import Header
+from gradagree_opt.core.header import Header, TaskForm
 from gradagree_opt.core.lost import (
     RankLostError,
     backends,
@@ -30,7 +30,7 @@ class Messages:
         counts: how many tasks each rank has in the current step.
         inside: whether a step is under way; ``joined``, whether the ranks have met in it.
         alike: whether every rank decides as the first one does.
-        call: what the tasks of the step are: a place in CALLS.
+        form: of the tasks of the step.
         flags: gives this rank's flags, as many as every other rank has; ``flagged`` says which of
             them any rank has raised.
         due: the messages that the others still wait for in it, as vectors of zeros of their length.
@@ -45,7 +45,7 @@ class Messages:
         self.counts: list[int] = []
         self.inside = self.joined = self.owing = self.left_word = False
         self.alike = True
-        self.call = 0
+        self.form = TaskForm.UNKNOWN
         self.flags: Callable[[], list[bool]] = list
         self.flagged: list[bool] = []
         self.due: list[Tensor] = []
@@ -110,20 +110,20 @@ class Messages:
         return torch.distributed.get_world_size(self.group)
 
     @contextmanager
-    def step(self, batch: object = None, call: int = 0) -> Iterator[None]:
+    def step(self, batch: object = None, form: TaskForm = TaskForm.UNKNOWN) -> Iterator[None]:
         """Around an aggregation and what leads to it: tells the others where this rank fails.
 
-        ``batch``: whose step it is, that a task may have failed in; ``call``: what its tasks are.
+        ``batch``: whose step it is, that a task may have failed in; ``form``: of its tasks.
         """
         if self.inside:  # as an aggregation in the step of an adapter
-            self.call = call or self.call
+            self.form = form or self.form
             yield
             return
         self.check_group()
         if self.left_word:
             check_no_word(self.group)
         self.inside, self.joined, self.owing, self.due = True, False, False, []
-        self.call = call
+        self.form = form
         try:
             if self.left not in (None, batch):
                 raise ValueError(

@@ -16,6 +16,7 @@ from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.core.combination import Combination, with_norm
 from gradagree_opt.core.deferred import describe
 from gradagree_opt.core.diagnostics import undescribed
+from gradagree_opt.core.header import TaskForm
 from gradagree_opt.core.matching import factor_to, reference_of, rescaled
 from gradagree_opt.core.ranks import Ranks
 from gradagree_opt.core.results import Aggregation, Combine, Decided, Measured
@@ -223,9 +224,11 @@ class Pipeline:
         """Fewest tasks of an aggregation here: one, or none on one of several ranks."""
         return 1 if self.ranks is None else 0
 
-    def step_of_ranks(self, batch: object = None, call: int = 0) -> AbstractContextManager[None]:
+    def step_of_ranks(
+        self, batch: object = None, form: TaskForm = TaskForm.UNKNOWN
+    ) -> AbstractContextManager[None]:
         """Goes around a step: what fails in it on one rank before all have met fails on all."""
-        return nullcontext() if self.ranks is None else self.ranks.step(batch, call)
+        return nullcontext() if self.ranks is None else self.ranks.step(batch, form)
 
     def of_one_process(self: Steps) -> Steps:
         """A copy that aggregates the tasks of this rank alone."""

@@ -223,7 +223,7 @@ class Ranks(Messages):
             d=sum(torch.Size(shape).numel() for shape in shapes),
             options=digest(words),
             form=0 if n == 0 else 1 if directions is None else 2,
-            call=self.call,
+            tasks=self.form,
             layout=digest((self.layout, len(self.flags()))),
             rounding=-1 - self.rank if draws_itself(weightings) else digest(rounding_of(device)),
             block=self.shards.block,

@@ -4,6 +4,7 @@ from collections.abc import Hashable
 from functools import lru_cache
 
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
+from gradagree_opt.core.header import TaskForm
 from gradagree_opt.core.stacks import PyTree, check_floating, task_count
 from gradagree_opt.engines.candidates import EngineName
 from gradagree_opt.engines.choice import AggregatedGradients, Runner
@@ -65,7 +66,7 @@ buffers, as BatchNorm's running statistics, end as of one pass |
     (tensor(-4.6667), 'stacked')
     """
     check_aggregator(aggregator)
-    with aggregator.step_of_ranks(call=1):
+    with aggregator.step_of_ranks(form=TaskForm.LOSSES):
         check_floating(params, "parameters")
         check_choice("compile", compile, (True, False))
         make = _compiled_runner if compile else _runner

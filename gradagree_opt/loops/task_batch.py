@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.diagnostics import check_some_task
 from gradagree_opt.core.few_passes import measures_directions, weighted_loss_refusal
+from gradagree_opt.core.header import TaskForm
 from gradagree_opt.core.results import Aggregation, CollectedTasks
 from gradagree_opt.core.shards import are_sharded, of_no_task, stack_tasks
 from gradagree_opt.core.stacks import PyTree, is_coarse
@@ -175,8 +176,9 @@ class TaskBatch:
         """
         if len(self) < self.aggregator.fewest:
             raise ValueError("expected at least one task, found an empty batch; call add() first")
+        form = TaskForm(self._form[0] + 2 * self._form[1])
         try:
-            with self.aggregator.step_of_ranks(self, self._form[0] + 2 * self._form[1]):
+            with self.aggregator.step_of_ranks(self, form):
                 if not len(self):
                     self._look_anew()
                 self._check_same_parameters()

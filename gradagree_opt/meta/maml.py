@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_map
 from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.few_passes import measures_directions
+from gradagree_opt.core.header import TaskForm
 from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.candidates import EngineName
@@ -112,8 +113,10 @@ class MAML:
                 signals, or several ranks train.
         """
         check_aggregator(aggregator)
-        call = 1 if self.signal == "gradient" else 3
-        with aggregator.step_of_ranks(call=call), statistics_refused():
+        form = TaskForm.LOSSES
+        if self.signal != "gradient":
+            form |= TaskForm.DISPLACEMENTS
+        with aggregator.step_of_ranks(form=form), statistics_refused():
             self._check(params, aggregator)
             n = check_tasks(params, tasks, "support", "query", least=aggregator.fewest)
             source = (self.loss_fn, self.inner)

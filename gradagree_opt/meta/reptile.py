@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gradagree_opt.batchnorm import statistics_refused
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
+from gradagree_opt.core.header import TaskForm
 from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.shards import of_no_task
 from gradagree_opt.core.stacks import PyTree, task_count
@@ -104,7 +105,7 @@ class Reptile:
             RuntimeError: vmap cannot run the model, or memory does not suffice.
         """
         check_aggregator(aggregator)
-        with aggregator.step_of_ranks(call=2):
+        with aggregator.step_of_ranks(form=TaskForm.DISPLACEMENTS):
             check_ranks(params, aggregator, self._compile)
             n = check_tasks(params, tasks, "support", least=aggregator.fewest)
             if n:
