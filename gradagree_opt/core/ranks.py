@@ -45,7 +45,6 @@ from gradagree_opt.core.stacks import (
     leaves_of,
     like,
     mask_rows,
-    tree_norm,
 )
 from gradagree_opt.core.statistics import OF_GRAMIAN, Statistics, of_products, side_by_side
 from gradagree_opt.core.summed import Summed
@@ -129,7 +128,8 @@ class Ranks(Messages):
         needs = frozenset[Need]().union(*map(needs_of, weightings))
         with full_precision(leaves[0].device):
             own, apart = self._join(leaves, directions, weightings, options)
-            if (n := sum(self.counts)) == 0:
+            n = sum(self.counts)
+            if n == 0:
                 raise ValueError(
                     "expected at least one task, found none on any rank; skip the step when the "
                     "batch has no tasks"
@@ -146,14 +146,14 @@ class Ranks(Messages):
             gathers = bool(needs & OF_GRAMIAN)
             counts = float(not self.shards.index)  # products are added up over the parts
             columns = [[part.units * counts, part.lengths * counts] for part in parts]
-            # Equal weights are told of by the sum that comes in any case.
-            tells = isinstance(weightings[-1], UniformWeighting) and weightings[1:] and not apart
-            norms, each = list[Tensor](), list[Statistics]()
+            total_norm = None
             if not gathers:
                 totals = self._totals(parts, needs)
                 for column, told in zip(columns, self._products(parts, totals, needs), strict=True):
                     column += told
-                norms += [self.shards.norm(totals[: len(parts)])] if tells else []
+                # Equal weights are told of by the sum that has come.
+                if isinstance(weightings[-1], UniformWeighting) and weightings[1:] and not apart:
+                    total_norm = self.shards.norm(totals[: len(parts)]).to(parts[0].dtype)
             table = [known, none, *(each for column in columns for each in column)]
             draws = draw(n) if "draws" in needs else None
             rows = self.table(torch.stack([each.double() for each in table], 1), own, n, draws)
@@ -161,11 +161,11 @@ class Ranks(Messages):
             known_bad = marks != 0
             active = ~known_bad if drop else torch.ones_like(known_bad)
             width = len(columns[0])
+            each = []
             for index, part in enumerate(parts):
                 told_of = rest[index * width : (index + 1) * width]
                 if gathers:
-                    products, norm = self._inner_products(part, told_of[0], own)
-                    norms += [norm]
+                    products = self._inner_products(part, told_of[0], own)
                     eps = torch.finfo(products.dtype).eps
                     each.append(of_products(told_of[0], products, eps, active, needs))
                 else:
@@ -173,8 +173,8 @@ class Ranks(Messages):
             statistics = each[0] if groups is None else side_by_side(each, active)
             if draws is not None:
                 statistics = statistics._replace(draws=draws_of_first)
-            self._expect(statistics, len(weightings), len(weightings) - bool(tells))
-            total_norm = tree_norm(norms).to(parts[0].dtype) if tells else None
+            decisions = len(weightings)
+            self._expect(statistics, decisions, decisions - (total_norm is not None))
             bad = known_bad | ~statistics.finite
             return Measured(statistics, bad, groups, True, not apart, total_norm, own)
 
@@ -285,15 +285,13 @@ class Ranks(Messages):
             results.append(each)
         return results
 
-    def _inner_products(self, part: Part, units: Tensor, own: slice) -> tuple[Tensor, Tensor]:
-        """(g_i / unit_i) · (g_j / unit_j) of the tasks of all ranks, by blocks, and ‖Σ_j g_j‖."""
-        n, unit = len(units), or_one(units.amax())
-        products = units.new_zeros(n + 1, n + 1)
+    def _inner_products(self, part: Part, units: Tensor, own: slice) -> Float[Tensor, "n n"]:
+        """(g_i / unit_i) · (g_j / unit_j) of the tasks of all ranks, by blocks of columns."""
+        n = len(units)
+        products = units.new_zeros(n, n)
         for block in part.chunks(max(1, GATHERED_ENTRIES // n)):
             matrix = units.new_zeros(n, block.shape[1])
             matrix[own] = block.to(units.dtype)
             self.shards.add_up(matrix)
-            matrix = torch.cat([matrix, (units / unit)[None] @ matrix])
             products = torch.addmm(products, matrix, matrix.T)
-        products = self.of_first(self.shards.sum(products))
-        return products[:-1, :-1], unit * products[-1, -1].sqrt()
+        return self.of_first(self.shards.sum(products))

@@ -33,7 +33,6 @@ AGGREGATORS = (
     ga.GradientAgreement(normalization="softmax", match_norm=ga.Sum()),
     ga.EqualAgreement(),
     ga.EqualAgreement(similarity="inner", scope="leaf"),
-    ga.EqualAgreement(scope="leaf", match_norm="mean"),
     ga.GramianPower(2),
     ga.Mean(),
     ga.Mean(match_norm=ga.EqualAgreement()),

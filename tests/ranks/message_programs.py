@@ -43,9 +43,7 @@ def messages() -> None:
             (ga.GradientAgreement(similarity="cosine", match_norm=ga.Sum()), 3, 4),
             (ga.Mean(match_norm="agreement"), 3, 5),
             (ga.EqualAgreement(), N + 1, 4),
-            (ga.EqualAgreement(match_norm="mean"), N + 1, 4),
-            (ga.EqualAgreement(scope="leaf", match_norm="mean"), N + 1, 4),
-            (ga.EqualAgreement(match_norm=ga.GradientAgreement()), N + 2, 5),
+            (ga.EqualAgreement(match_norm="mean"), N + 2, 5),
         )
     )
     model = Model()
