@@ -18,6 +18,12 @@ class TaskForm(IntFlag):
     LOSSES = 1
     DISPLACEMENTS = 2
 
+    @property
+    def call(self) -> str:
+        """How a ``TaskBatch`` is given such a task."""
+        names = {TaskForm.LOSSES: "loss", TaskForm.DISPLACEMENTS: "adapted=…"}
+        return f"add({', '.join(name for form, name in names.items() if form in self)})"
+
     def __str__(self) -> str:
         """In the words of a message."""
         return {

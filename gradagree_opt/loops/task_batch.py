@@ -144,11 +144,11 @@ class TaskBatch:
                 "expected a loss, adapted parameters or both, found neither; call "
                 "add(loss), add(adapted=…), or add(loss, adapted=…)"
             )
-        form = (loss is not None, adapted is not None)
+        form = TaskForm((loss is not None) + 2 * (adapted is not None))
         if len(self) and form != self._form:
             raise ValueError(
-                f"expected every task of a batch in one form, found add{_call(form)} after "
-                f"add{_call(self._form)}; call backward() first"
+                f"expected every task of a batch in one form, found {form.call} after "
+                f"{self._form.call}; call backward() first"
             )
         if not len(self):
             self._look_anew()
@@ -176,9 +176,8 @@ class TaskBatch:
         """
         if len(self) < self.aggregator.fewest:
             raise ValueError("expected at least one task, found an empty batch; call add() first")
-        form = TaskForm(self._form[0] + 2 * self._form[1])
         try:
-            with self.aggregator.step_of_ranks(self, form):
+            with self.aggregator.step_of_ranks(self, self._form):
                 if not len(self):
                     self._look_anew()
                 self._check_same_parameters()
@@ -227,8 +226,9 @@ class TaskBatch:
                 )
 
     @property
-    def _form(self) -> tuple[bool, bool]:
-        return bool(self._losses or self._directions), bool(self._displacements)
+    def _form(self) -> TaskForm:
+        has_losses = bool(self._losses or self._directions)
+        return TaskForm(has_losses + 2 * bool(self._displacements))
 
     def _add_loss(self, loss: Tensor, after: Mapping[str, Tensor]) -> None:
         advice = advice_on_loss(after, self._all)
@@ -252,7 +252,7 @@ class TaskBatch:
     def _aggregate(self, used: Used) -> Aggregation:
         if not len(self):  # on one of several ranks
             return self.aggregator.aggregate_unchecked(of_no_task(self._trained))
-        if not self._form[0]:
+        if TaskForm.LOSSES not in self._form:
             self._used[:] = [{*self._trained} for _ in self._displacements]
             return self.aggregator.aggregate_unchecked(stack_tasks(self._displacements))
         signal = stack_tasks(self._displacements) if any(self._displacements) else None
@@ -295,8 +295,3 @@ class TaskBatch:
         gradient = graph.gradient(0, retain_graph=retain_graph)
         self._used += graph.used
         return gradient
-
-
-def _call(form: tuple[bool, bool]) -> str:
-    parts = [name for name, there in zip(("loss", "adapted=…"), form, strict=True) if there]
-    return f"({', '.join(parts)})"

@@ -58,12 +58,13 @@ def trained(model: nn.Module, aggregator: Any, tasks: list[Tensor], optimizes: b
 def wrapped() -> None:
     """What DistributedDataParallel wraps and its wrapper: three steps of uneven tasks are exact."""
     torch.manual_seed(3)
-    x, last = torch.randn(3, 4, 3), WORLD - 1
+    # In float64: three steps with BatchNorm make thousands of times as much of rounding.
+    x, last = torch.randn(3, 4, 3).double(), WORLD - 1
     options: list[dict[str, Any]] = [{}, {"find_unused_parameters": True}]
     options += [{"gradient_as_bucket_view": True}]
     cases = []
     for make in (Normalised, Model):
-        start = make()
+        start = make().double()
         for one in (ga.EqualAgreement(), ga.GradientAgreement()):
             for optimizes in (False, True):
                 model = copy.deepcopy(start)
@@ -78,8 +79,8 @@ def wrapped() -> None:
             for model in (ddp, inner):
                 spread = ga.distributed(one)
                 found, own_losses = trained(model, spread, [*ga.own_share(x)], optimizes)
-                check_close(own_losses, own(losses), 1e-4)
-                check_close(found, wanted, 1e-4)
+                check_close(own_losses, own(losses), 1e-9)
+                check_close(found, wanted, 1e-9)
                 check_same_bits(found)
     sends = nn.parallel.DistributedDataParallel(Normalised())
     with_message(lambda: ga.TaskBatch(sends, spread), "broadcast_buffers=False")
@@ -87,7 +88,7 @@ def wrapped() -> None:
     with_message(lambda: ga.TaskBatch(static, spread), "static_graph")
     with_message(lambda: ga.TaskBatch(ddp, ga.Mean()), "ga.distributed")
     # Between steps, DistributedDataParallel's own backward pass averages as ever.
-    ddp = nn.parallel.DistributedDataParallel(Model(), find_unused_parameters=True)
+    ddp = nn.parallel.DistributedDataParallel(Model().double(), find_unused_parameters=True)
     for _ in range(2):
         batch = ga.TaskBatch(ddp, spread)
         for task in x[: 1 + (last == RANK)]:
