@@ -26,7 +26,10 @@ def latex(report: Report) -> str:
     body: str = style.to_latex(
         hrules=True, column_format="l" * left + "r" * (len(style.columns) - left)
     )
-    body = body.replace("±", r"$\pm$").replace(EDGE, r"$^\dagger$").replace("< 0", "$<$ 0")
+    body = body.replace("±", r"$\pm$").replace(EDGE, r"$^\dagger$")
+    body = re.sub(r"[<>|]", r"$\g<0>$", body)
+    # In front of a name, so that it is no argument of the line break before it.
+    body = re.sub(r"^(?=[\[*])", "{}", body, flags=re.MULTILINE)
     body = re.sub(r"(?<=& )-(?=\d)", "$-$", body)
     lines, rows = body.splitlines(keepends=True), len(report.parts[0].rates)
     first = lines.index("\\midrule\n") + 1

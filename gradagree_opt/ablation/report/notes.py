@@ -67,7 +67,8 @@ def notes(parts: Sequence[Part]) -> list[str]:
         if len(study.outer.rates) > 1
         else "Outer rate not tuned"
     )
-    trained = f"{chosen}; {study.iterations} iterations of {counted(study.meta_batch, 'task')}."
+    iterations = counted(study.iterations, "iteration")
+    trained = f"{chosen}; {iterations} of {counted(study.meta_batch, 'task')}."
     if others := other_optimizers(study):
         trained += f" Outer optimizer {study.outer.optimizer}; {others}."
     compared = f"Minus {study.baseline}: difference{after(study, tuning.steps)}, paired by seed."

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +13,9 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from gradagree_opt.ablation.report.citations import methods_text
-from gradagree_opt.ablation.runs.store import Config
+from gradagree_opt.ablation.report.layouts import latex
+from gradagree_opt.ablation.report.report import build_report
+from gradagree_opt.ablation.runs.store import Config, read_config, read_results
 from gradagree_opt.ablation.study.loading import load, shipped
 from gradagree_opt.ablation.study.sections import CorruptionSection
 from gradagree_opt.cli import app
@@ -156,6 +159,18 @@ def test_a_study_whose_records_cannot_be_read_can_be_cited_and_is_told_so(copied
     assert result.stdout.startswith((copied / "methods.md").read_text())
 
 
+def test_signs_in_the_names_of_methods_are_the_same_signs_in_latex(finished: Path) -> None:
+    report = build_report(read_results(finished, read_config(finished)))
+    names = ["[0<p>1] first", "*|x|* & 50 %"]
+    rest = report.summary["method"].tolist()[len(names) :]
+    signs = replace(report, summary=report.summary.assign(method=names + rest))
+    rows = [line for line in latex(signs).splitlines() if line.startswith("{}")]
+    assert [row.split(" & ")[0] for row in rows] == [
+        "{}[0$<$p$>$1] first",
+        r"{}*$|$x$|$* \& 50 \%",
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     LATEX is None,
@@ -175,8 +190,8 @@ def test_the_table_compiles_with_the_references(
     if LATEX == "tectonic":  # which calls BibTeX itself
         commands = [["tectonic", "paper.tex"]]
     else:
-        latex = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
-        commands = [latex, ["bibtex", "paper"], latex]
+        pdflatex = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+        commands = [pdflatex, ["bibtex", "paper"], pdflatex]
     for command in commands:
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-2000:]
