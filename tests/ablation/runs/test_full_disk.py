@@ -14,7 +14,7 @@ from gradagree_opt.tasks import MiniImageNet
 from gradagree_testing.command import TIMED, gradagree
 from gradagree_testing.photographs import write_photographs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 PAGE = 4096
 
 
