@@ -17,7 +17,6 @@ from gradagree_opt.ablation.training.run import RunRecord
 from ..conftest import WriteStudy
 
 pytestmark = [
-    pytest.mark.long,
     pytest.mark.slow,
     pytest.mark.long,
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux"),
