@@ -89,6 +89,7 @@ def test_a_package_that_imports_but_does_not_run_is_broken(install: Install) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_every_installed_package_is_found_working(name: str) -> None:
     if FRAMEWORKS[name].installed_version() is None:

@@ -88,6 +88,7 @@ def test_the_page_of_the_adapter_shows_the_diff(pair: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # what a framework warns of is tested with its adapter
 @pytest.mark.parametrize("side", ["before", "after"])
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair != "ranks"])  # see tests/ranks

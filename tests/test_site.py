@@ -138,6 +138,7 @@ def test_every_group_of_messages_has_some_and_every_file_a_group() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium to look at the site with")
 def test_every_page_fits_a_desk_and_a_phone_in_both_themes_and_asks_for_nothing_else(
     pages: dict[Path, Page], tmp_path: Path
