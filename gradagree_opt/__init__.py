@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from gradagree_opt.public import *  # noqa: F403
+    from gradagree_opt.public import *  # noqa: F403 - its __all__ names them
 else:
 
     def __getattr__(name: str) -> object:

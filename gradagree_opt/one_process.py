@@ -88,25 +88,35 @@ def inside(module: Any, /) -> Any:
 def reshard(module: object, /) -> None:
     """Puts the parameters of FSDP2 back into their parts: the root shows whole ones after a call.
 
-    Raises:
-        ValueError: some are told to gather gradients, so that a backward pass fills no ``.grad``.
-
     >>> reshard(nn.Linear(1, 1))
     """
+    for part in _fsdp_modules(module):
+        part.reshard()
+
+
+def check_fills_grad(module: object, /) -> None:
+    """Raises a ValueError where FSDP2 gathers gradients, so that backward() fills no ``.grad``.
+
+    >>> check_fills_grad(nn.Linear(1, 1))
+    """
+    for part in _fsdp_modules(module):
+        # PyTorch has no public way to ask, and another name from one version to the next: where
+        # there is none of these (2.14), a batch of which no parameter has a gradient is refused.
+        state = part._get_fsdp_state() if hasattr(part, "_get_fsdp_state") else None
+        groups = getattr(state, "_fsdp_param_groups", None)
+        for group in groups or [getattr(state, "_fsdp_param_group", None)]:
+            if not getattr(group, "reduce_grads", True):
+                raise ValueError(
+                    "expected FSDP modules that fill .grad in a backward pass, found a "
+                    f"{type(part).__name__} that gathers gradients; call "
+                    "set_requires_gradient_sync(True), backward() and zero_grad() first"
+                )
+
+
+def _fsdp_modules(module: object) -> list[Any]:
     parts = getattr(_imported("torch.distributed.fsdp"), "FSDPModule", ())
-    for part in module.modules() if isinstance(module, nn.Module) else ():
-        if isinstance(part, parts):
-            part.reshard()
-            # PyTorch has no public way to ask, and another name from one version to the next.
-            state = part._get_fsdp_state() if hasattr(part, "_get_fsdp_state") else None
-            groups = getattr(state, "_fsdp_param_groups", None)
-            for group in groups or [getattr(state, "_fsdp_param_group", None)]:
-                if not getattr(group, "reduce_grads", True):
-                    raise ValueError(
-                        "expected FSDP modules that fill .grad in a backward pass, found a "
-                        f"{type(part).__name__} that gathers gradients; call "
-                        "set_requires_gradient_sync(True), backward() and zero_grad() first"
-                    )
+    modules = module.modules() if isinstance(module, nn.Module) else ()
+    return [each for each in modules if isinstance(each, parts)]
 
 
 def _check_sends_nothing(wrapper: nn.parallel.DistributedDataParallel) -> None:

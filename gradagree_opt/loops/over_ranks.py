@@ -14,18 +14,19 @@ from gradagree_opt.core.shards import are_sharded
 from gradagree_opt.core.stacks import PyTree, nonfinite_tasks
 from gradagree_opt.loops.accumulation import add_to_grad, check_no_accumulation_hooks
 from gradagree_opt.loops.graphs import stale_graphs
-from gradagree_opt.one_process import check_one_process, inside, reshard
+from gradagree_opt.one_process import check_fills_grad, check_one_process, inside, reshard
 
 
 def unwrapped(parameters: Any, aggregator: Aggregator, /) -> Any:
     """What a TaskBatch was given, without the wrapper of DistributedDataParallel.
 
     Raises:
-        ValueError: several ranks train, or a wrapper sends more than gradients.
+        ValueError: several ranks train, or a wrapper sends more than gradients, or gathers them.
     """
     over_ranks = aggregator.ranks is not None
     check_one_process((), parameters, over_ranks=over_ranks, wrapped=True)
     reshard(parameters)
+    check_fills_grad(parameters)
     return inside(parameters)
 
 

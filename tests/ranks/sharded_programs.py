@@ -176,7 +176,7 @@ def bad_tasks(model: nn.Module, mine: list[Tensor], first: int, tasks_group: Any
     trunk.set_requires_gradient_sync(False)  # type: ignore[operator, union-attr] # FSDP's
     with refused("FSDPSequential that gathers", "set_requires_gradient_sync(True)"):
         ga.TaskBatch(model, agree)
-    trunk.set_requires_gradient_sync(True)  # type: ignore[operator, union-attr]
+    trunk.set_requires_gradient_sync(True)  # type: ignore[operator, union-attr] # FSDP's
     batch = ga.TaskBatch(model, ga.distributed(ga.Mean()))
     model.set_requires_gradient_sync(False)  # type: ignore[operator] # FSDP's
     with refused("set_requires_gradient_sync(True)"):
