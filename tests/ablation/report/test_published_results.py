@@ -60,6 +60,7 @@ COLUMNS = {  # of tables that compare studies
     "three in ten tasks foreign": "equal-sine-torchjd-foreign",
     "noise on all targets": "equal-sine-torchjd-noise",
     "one in ten tasks large": "equal-sine-torchjd-scale",
+    "one in ten tasks flipped": "equal-sine-torchjd-flipped",
     "Adam outside": "equal-sine-torchjd-adam",
     "Finn's sines, MAML with Adam": "equal-sine-torchjd-maml",
     "a tenth flipped": "equal-sine-flipped",
