@@ -4,7 +4,7 @@ import csv
 import json
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +120,38 @@ def test_what_is_paired_has_begun_alike(folder: Path) -> None:
         for seed, record in runs.items():
             losses[seed].add(record["curve"][0]["loss"])
     assert len(losses) >= 5 and {len(each) for each in losses.values()} == {1}
+
+
+EQUAL, LENGTH = "equal agreement", "mean at equal agreement's length"
+ON_SINES = [
+    f"equal-sine-torchjd{setting}" for setting in ("", "-corrupted", "-foreign", "-noise", "-scale")
+]
+TORCHJD = ("UPGrad", "PCGrad", "CAGrad", "Aligned-MTL")
+SAID = [  # of pairs without the mean, which no table has: on docs/results.md
+    ("equal-sine", EQUAL, LENGTH, 0, 0.001),
+    ("equal-sine-maml", "equal agreement with SGD", "mean with SGD", 0, 0.001),
+    ("multi-task-digits", "equal agreement with momentum", "mean with momentum", 0, 0.001),
+    ("equal-sine-torchjd", "UPGrad", LENGTH, 0, 0.01),
+    ("equal-sine-torchjd", "PCGrad", LENGTH, 0, 0.01),
+    *((study, EQUAL, other, 0, 0.01) for study, other in product(ON_SINES, TORCHJD)),
+    ("equal-sine-torchjd", EQUAL, "MGDA", 0, 0.01),
+    ("equal-sine-torchjd-maml", EQUAL, "UPGrad", 0.05, 1),
+    ("equal-sine-torchjd-maml", EQUAL, "PCGrad", 0.05, 1),
+    ("equal-sine-torchjd-maml", EQUAL, "Aligned-MTL", 0.05, 1),
+    ("damping", "λ = 0.1", "λ = 0.01", 0.05, 1),
+    ("gramian-powers", "k = -0.5", "k = -1", 0.05, 1),
+]
+
+
+@pytest.mark.parametrize(("study", "one", "other", "least", "most"), SAID)
+def test_what_is_said_of_two_methods_is_that_of_their_paired_runs(
+    study: str, one: str, other: str, least: float, most: float
+) -> None:
+    config = read(RESULTS / study / "config.json")["study"]
+    runs: dict[str, dict[int, float]] = defaultdict(dict)
+    with (RESULTS / study / "results.csv").open(encoding="utf-8") as file:
+        for method, _, seed, chosen, _, steps, score in csv.reader(file):
+            if chosen == "True" and steps == str(config["tuning"]["steps"]):
+                runs[method][int(seed)] = float(score)
+    pairs = [(runs[one][seed], runs[other][seed]) for seed in config["seeds"]]
+    assert least < stats.ttest_rel(*zip(*pairs, strict=True)).pvalue < most
