@@ -43,6 +43,18 @@ def tuning_seeds_text(study: Study) -> str:
     return f"{counted(count, 'seed')} of their own" if own else f"{count} of the seeds"
 
 
+def diverged_text(parts: Sequence[Part]) -> str:
+    """From how many of its seeds each method diverged, where it did; of several parts, in which."""
+    found = []
+    for part in parts:
+        share = f" at {100 * part.study.fraction:g} %" if len(parts) > 1 else ""
+        for name in part.rates:
+            lost = sum(math.inf in record.test.values() for record in part.final(name))
+            if lost:
+                found.append(f'"{name}" from {lost} of {len(part.study.seeds)} seeds{share}')
+    return ", ".join(found)
+
+
 def notes(parts: Sequence[Part]) -> list[str]:
     """What a reader of the table must know."""
     study = parts[-1].study
@@ -84,6 +96,8 @@ def notes(parts: Sequence[Part]) -> list[str]:
             "Folds: no group that a seed tests on is in its training; but groups that validate at "
             "one seed, which the rate is chosen by, test at another."
         )
+    if diverged := diverged_text(parts):
+        lines.append(f"Diverged: {diverged}.")
     if any(part.at_edge(name) for part in parts for name in part.rates):
         lines.append(f"{EDGE} at the edge of the candidate rates: a better one may lie beyond it.")
     return lines

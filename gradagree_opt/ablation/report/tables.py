@@ -113,6 +113,11 @@ def summary_of(results: Part, compared: Mapping[str, Comparison]) -> pd.DataFram
     def show(value: Interval, sign: str = "") -> str:
         return format(value.scaled(measure.factor), sign + measure.digits)
 
+    def minus(comparison: Comparison) -> str:
+        if comparison.difference.mean == -math.inf:  # the method has not diverged
+            return f"{study.baseline} diverged"
+        return show(comparison.difference, "+")
+
     rows = []
     for name in ranked(results):
         records = results.final(name)
@@ -123,7 +128,7 @@ def summary_of(results: Part, compared: Mapping[str, Comparison]) -> pd.DataFram
                 interval(list(scores(records, count).values()))
             )
         comparison = compared.get(name)
-        row[f"minus {study.baseline}"] = show(comparison.difference, "+") if comparison else ""
+        row[f"minus {study.baseline}"] = minus(comparison) if comparison else ""
         row[ADJUSTED_P] = p_text(comparison.adjusted_p) if comparison else ""
         row[EFFECT_SIZE] = size_text(comparison.effect_size) if comparison else ""
         rows.append(row)

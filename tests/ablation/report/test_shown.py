@@ -1,5 +1,7 @@
 """What a table and the figure of an unseen sine show, from numbers made up or worked out here."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,29 @@ def test_accuracies_are_in_percent_the_best_first() -> None:
     # the seeds lie 0.01 apart: s = 0.0158, and t at 4 degrees of freedom 2.776
     assert [*table["5 steps"]] == ["50.0 ± 2.0", "37.5 ± 2.0", "25.0 ± 2.0"]
     assert [cell.split(" ")[0] for cell in table["minus mean"]] == ["+25.0", "+12.5", ""]
+
+
+def test_a_method_that_did_not_diverge_is_not_called_diverged_because_the_mean_has() -> None:
+    shipped = load("sine")
+    methods = [method for method in shipped.methods if method.name in ACCURACIES]
+    study = shipped.model_copy(update={"methods": methods})
+    lost = {("mean", 1), ("mean", 4), ("clipped", 1), ("clipped", 2)}
+    records: dict[Label, RunRecord] = {}
+    for method in methods:
+        for seed in study.seeds:
+            error = math.inf if (method.name, seed) in lost else 0.25
+            record = RunRecord(
+                run=Run(method=method, rate=1.0, seed=seed),
+                validation=1.0,
+                test=dict.fromkeys(study.test.steps, error),
+                curve=[CurvePoint(iteration=0, loss=1.0, diagnostics={})],
+                seconds=1.0,
+            )
+            records[record.run.label] = record
+    report = build_report([Part(study, records, dict.fromkeys(ACCURACIES, 1.0))])
+    rows = report.summary.set_index("method")["minus mean"]
+    assert dict(rows) == {"agreement": "mean diverged", "mean": "", "clipped": "diverged"}
+    assert 'Diverged: "mean" from 2 of 5 seeds, "clipped" from 2 of 5 seeds.' in report.notes
 
 
 def test_a_method_is_shown_after_steps_on_the_support_points_alone(study: Study) -> None:
