@@ -25,6 +25,7 @@ from gradagree_opt.ablation.training.grouping import compiles, group_size
 from gradagree_opt.ablation.training.problem import build_problem, data_digest
 from gradagree_opt.ablation.training.run import DamagedRecordError, Run, RunRecord, Store
 from gradagree_opt.ablation.training.training import Report
+from gradagree_opt.ablation.training.trial import try_problem
 
 if TYPE_CHECKING:
     from gradagree_opt.ablation.runs.cluster import Cluster
@@ -176,6 +177,7 @@ class Sweep:
         self.store = Store(folder)
         check_methods(study)
         problem = build_problem(study, data)
+        try_problem(study, problem)
         self.digest = data_digest(problem)
         self.group_size = group_size(study, problem.module)
         self.records: dict[Label, RunRecord] = {}
