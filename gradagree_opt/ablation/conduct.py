@@ -19,7 +19,7 @@ from gradagree_opt.ablation.report.artefacts import (
 from gradagree_opt.ablation.report.report import Report, build_report
 from gradagree_opt.ablation.report.tables import counted
 from gradagree_opt.ablation.runs.expected import TIMED_STEPS, duration, expect
-from gradagree_opt.ablation.runs.store import Config
+from gradagree_opt.ablation.runs.store import Config, one_writer
 from gradagree_opt.ablation.runs.sweep import CHECKPOINT_SECONDS, Ended, Sweep
 from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.study import Study
@@ -29,6 +29,8 @@ from gradagree_opt.options import check_choice
 
 if TYPE_CHECKING:
     from gradagree_opt.ablation.runs.cluster import Cluster
+
+MOST_JOBS = 1000
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Prepared:
         """
         count = count_jobs(jobs, self.sweeps[0])
         report = build_report([sweep.run(count, advance, ended) for sweep in self.sweeps])
-        write_artefacts(self.folder, report, self.config)
+        with one_writer(self.folder):
+            write_artefacts(self.folder, report, self.config)
         return Results(self.folder, report, self.config)
 
 
@@ -179,8 +182,11 @@ def connected(engine: str, address: str | None, jobs: int | None) -> "Iterator[C
         jobs: As for :func:`count_jobs`.
 
     Raises:
-        StudyError: It is neither, or no cluster answers, or Ray is not installed.
+        StudyError: It is neither, or no cluster answers, or Ray is not installed; or there are more
+            jobs than any machine has room for.
     """
+    if jobs is not None and jobs > MOST_JOBS:
+        raise StudyError(f"expected --jobs to be at most {MOST_JOBS}, found {jobs}; leave it out")
     try:
         check_choice("the engine", engine, ("local", "ray"))
     except ValueError as mistake:

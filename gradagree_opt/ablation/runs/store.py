@@ -1,7 +1,10 @@
 """A study read back from its output folder: nothing is trained, and its data is not needed."""
 
 import json
+import os
 import shlex
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,6 +71,22 @@ class Config(BaseModel):
 def needed_packages(study: Study) -> list[str]:
     """Those whose versions every configuration of the study has."""
     return [*PACKAGES, *["torchjd"] * any(method.of_torchjd for method in study.methods)]
+
+
+@contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """While it lasts no other process is in here, so that all files tell of one configuration.
+
+    Where the system or the file system has no such locks, nothing is waited for.
+    """
+    with ExitStack() as opened:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            opened.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def read_config(folder: Path) -> Config:
@@ -139,7 +158,8 @@ def finished(
 ) -> dict[Label, RunRecord]:
     """Those of the runs that have a record."""
     records = {}
-    for run in runs:
+    there = any(store.folder.glob("*.json"))
+    for run in runs if there else ():  # else a million names would be looked for
         try:
             record = store.read(run, study, digest)
         except DamagedRecordError:

@@ -17,8 +17,9 @@ from gradagree_opt.ablation.kinds.distributions import (
     distributions,
     draw,
 )
+from gradagree_opt.ablation.kinds.files import hashed
 from gradagree_opt.ablation.kinds.kind import Kind
-from gradagree_opt.ablation.section import Optimizer
+from gradagree_opt.ablation.section import Optimizer, StudyError
 from gradagree_opt.ablation.study.sections import DRAWING, MAMLForm, MetaSGDForm
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.checkpoint import State
@@ -122,14 +123,22 @@ def tasks_at_once(study: Study) -> int:
 
 
 def data_digest(problem: Problem) -> str | None:
-    """A hash of the data and of how they are split; None for tasks that are made up."""
+    """A hash of the data and of how they are split; None for tasks that are made up.
+
+    Raises:
+        StudyError: A file of the data cannot be read.
+    """
     if not (tensors := data_tensors(problem.tasks, problem.training)):
         return None
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.flatten().numpy().data)  # no copy: photographs take a gigabyte
-    if problem.tasks.drawn_alone and problem.data is not None and problem.data.is_file():
-        digest.update(problem.data.read_bytes())
+    if problem.tasks.drawn_alone and problem.data is not None:
+        try:
+            for part in hashed(problem.data):
+                digest.update(part)
+        except OSError as error:
+            raise StudyError(f"--data {problem.data}: {error}") from None
     return digest.hexdigest()
 
 
