@@ -4,12 +4,15 @@ import importlib.metadata
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gradagree_opt.ablation import ablate
+from gradagree_opt.ablation.runs import sweep
 from gradagree_opt.ablation.runs.sweep import tuning_runs
 from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.training.run import Run
 from gradagree_testing.command import contents, gradagree
 
 from .conftest import TINY
@@ -88,6 +91,25 @@ def test_a_dry_run_times_a_few_steps_and_leaves_nothing(tiny: Path, tmp_path: Pa
         r"about \d+ s with 2 processes, by \d+ timed steps of mean, agree", result.stdout
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_of_a_million_runs_names_none_of_them(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = ", ".join(str(1 + rate) for rate in range(33))
+    study = TINY.replace("0.25, 0.5, 4.0", rates).replace("seeds: 1,", "seeds: 3,")
+    tiny.write_text(study.replace("seeds: 3,", f"seeds: {[*range(10, 10_010)]},"))
+    made: list[Run] = []
+
+    def make(**keys: Any) -> Run:
+        made.append(Run(**keys))
+        return made[-1]
+
+    monkeypatch.setattr(sweep, "Run", make)
+    result = run(tiny, "--out", tmp_path / "out", "--dry-run", "--jobs", 1)
+    # three methods at 33 rates from ten thousand seeds, which are not those of the final runs
+    assert result.stdout.startswith("990009 runs, of which 0 are finished. "), result.output
+    assert 0 < len(made) < 10_000
 
 
 @pytest.mark.usefixtures("without_figures")

@@ -139,6 +139,8 @@ def read_results(folder: Path, config: Config) -> list[Part]:
 
 def recorded(store: Store, study: Study, digest: str | None) -> Part:
     """What is finished of a part of the study."""
+    if not any(store.folder.glob("*.json")):  # else a million names may be looked for
+        return Part(study, {}, {})
     find = partial(finished, store, study, digest)
     records: dict[Label, RunRecord] = {}
     for _ in range(1 + study.outer.extend):
@@ -158,8 +160,7 @@ def finished(
 ) -> dict[Label, RunRecord]:
     """Those of the runs that have a record."""
     records = {}
-    there = any(store.folder.glob("*.json"))
-    for run in runs if there else ():  # else a million names would be looked for
+    for run in runs:
         try:
             record = store.read(run, study, digest)
         except DamagedRecordError:
