@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeAlias
+from typing import TextIO, TypeAlias, cast
 
 import typer
 from rich.console import Console
@@ -20,6 +20,7 @@ from gradagree_opt.ablation.conduct import (
     foresee,
     prepare,
 )
+from gradagree_opt.ablation.output import Errors
 from gradagree_opt.ablation.report import layouts
 from gradagree_opt.ablation.report.artefacts import check_text, write_artefacts
 from gradagree_opt.ablation.report.beside import compare_folders
@@ -36,7 +37,9 @@ from gradagree_opt.stopping import status
 
 EventWriter: TypeAlias = Callable[[Path, Study, RunRecord], None]
 
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
+errors = Console(file=cast(TextIO, Errors()), soft_wrap=True, highlight=False)
+NARROWEST = 40
+"""Characters in a line of a table; a narrower terminal breaks the lines."""
 
 
 def list_studies() -> None:
@@ -216,6 +219,7 @@ def warn(sentence: str) -> None:
 def show(report: Report, written: Path | None) -> None:
     """Prints the table, and where all of it is written."""
     console = Console()
+    console.width = max(console.width, NARROWEST)
     console.print(layouts.terminal(report))
     if written is not None:
         console.print(f"written to {written}", markup=False, soft_wrap=True)

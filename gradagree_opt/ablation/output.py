@@ -34,6 +34,31 @@ class Command(TyperGroup):
             sys.exit(1)
 
 
+class Errors:
+    """Standard error; what finds no room there is left out, and is no reason to end a study."""
+
+    @property
+    def stream(self) -> Any:
+        """The real one, where Rich has put another in its place to print above a moving bar."""
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            if self.stream is not None:
+                self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            if self.stream is not None:
+                self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "rich_proxied_file":  # which is asked of what has taken its place
+            raise AttributeError(name)
+        return getattr(self.stream, name)
+
+
 def discard_output() -> None:
     """Has what Python still holds of it, and writes at its end, go nowhere."""
     with suppress(OSError):  # no file, as in a test

@@ -1,6 +1,7 @@
 """What the command prints, on a full disk and to a reader who has gone: one sentence, status 1."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TextIO
 import pytest
 
 from gradagree_opt.cli import app
-from gradagree_testing.command import TIMED, contents
+from gradagree_testing.command import TIMED, contents, gradagree
 
 FULL = Path("/dev/full")
 
@@ -62,6 +63,36 @@ def test_a_study_whose_table_cannot_be_printed_has_all_its_files(
     assert {k: v for k, v in again.items() if k not in timed} == {
         k: v for k, v in written.items() if k not in timed
     }
+
+
+@KINDS
+@pytest.mark.usefixtures("without_figures")
+def test_a_study_whose_progress_cannot_be_written_is_run_to_its_end(
+    finished: Path, tiny: Path, tmp_path: Path, kind: str
+) -> None:
+    with pytest.MonkeyPatch.context() as patch, unwritable(kind) as file:
+        patch.setattr(sys, "stderr", file)
+        with pytest.raises(SystemExit) as end:
+            app(["ablate", str(tiny), "--out", str(tmp_path / "out"), "--jobs", "1"])
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # what it holds goes there
+    assert end.value.code == 0
+    assert (tmp_path / "out/table.md").read_bytes() == (finished / "table.md").read_bytes()
+
+
+@pytest.mark.usefixtures("without_figures")
+@pytest.mark.parametrize("columns", ["0", "1", "25"])
+def test_a_narrow_terminal_loses_no_digit(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    narrow = digits(gradagree("report", finished).stdout)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert narrow == digits(gradagree("report", finished).stdout) and len(narrow) > 50
+
+
+def digits(shown: str) -> list[str]:
+    """Those of the table, in no order: a narrow one has them below each other."""
+    return sorted(re.findall(r"\d", shown.partition("Tiny")[0]))
 
 
 @pytest.mark.slow

@@ -144,3 +144,32 @@ def test_a_dry_run_counts_the_rates_beyond_an_edge(tmp_path: Path) -> None:
     study.write_text(TINY.replace("schedule: linear", "schedule: linear, extend: 2"))
     nothing = run(study, "--out", tmp_path / "out", "--dry-run", "--jobs", 1)
     assert "15 runs, of which 0 are finished; up to 6 more" in nothing.stdout
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (
+            "seeds: [3, 5, 6]",
+            f"seeds: {[*range(10_001)]}",
+            "at most 10000 in the list, found 10001",
+        ),
+        (
+            "steps: [0, 1, 2]",
+            f"steps: [0, 1, {10**30}]",
+            "less than or equal to 1000000, found 1000",
+        ),
+        ("steps: 2}", f"steps: {10**30}}}", "in 'inner.steps': expected less than or equal to"),
+        ("meta_batch: 3", f"meta_batch: {10**12}", "expected less than or equal to 10000, found"),
+        ("hidden: [8]", f"hidden: [{10**19}]", "expected less than or equal to 1000000000, found"),
+        ("hidden: [8]", f"hidden: [{10**9}, {10**9}]", "expected a study that fits into memory"),
+        ("support_shots: 10}", f"support_shots: {10**13}}}", "can't allocate memory"),
+    ],
+)
+def test_sizes_that_no_machine_holds_are_refused_in_one_sentence(
+    tiny: Path, tmp_path: Path, before: str, after: str, words: str
+) -> None:
+    tiny.write_text(TINY.replace(before, after, 1))
+    result = run(tiny, "--out", tmp_path / "out", "--dry-run")
+    assert result.exit_code == 2
+    assert words in result.stderr and result.stderr.count("\n") == 1

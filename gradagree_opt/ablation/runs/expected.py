@@ -88,9 +88,9 @@ def time_runs(sweep: Sweep, methods: Sequence[str]) -> dict[str, float]:
         test = whole.test.model_copy(update={"tasks": 1})
         bare = whole.model_copy(update={"tuning": tuning, "test": test})
 
-    few = whole.tuning.model_copy(update={"seeds": whole.tuning_seeds[: sweep.group_size]})
+    fewer = whole.tuning.model_copy(update={"seeds": whole.tuning_seeds[: sweep.group_size]})
     first: dict[str, list[Run]] = {}  # no group has more seeds than that
-    for group in groups(tuning_runs(whole.model_copy(update={"tuning": few})), sweep.group_size):
+    for group in groups(tuning_runs(whole.model_copy(update={"tuning": fewer})), sweep.group_size):
         first.setdefault(group[0].method.name, group)
 
     def time_run(study: Study, name: str, steps: int) -> float:
