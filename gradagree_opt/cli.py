@@ -37,6 +37,8 @@ def unavailable(error: ImportError) -> SystemExit:
 
 try:
     import typer
+
+    from gradagree_opt.ablation.output import Command
 except ImportError as missing:
     raise unavailable(missing) from None
 
@@ -61,6 +63,7 @@ def examples(*lines: str) -> str:
 
 
 app = typer.Typer(
+    cls=Command,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     epilog="\n\n".join(

@@ -1,11 +1,13 @@
 """What each subcommand of ``gradagree`` does, apart from reading its command line."""
 
+import re
+import reprlib
 import shlex
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeAlias
+from typing import TextIO, TypeAlias, cast
 
 import typer
 from rich.console import Console
@@ -18,15 +20,16 @@ from gradagree_opt.ablation.conduct import (
     foresee,
     prepare,
 )
+from gradagree_opt.ablation.output import Errors
 from gradagree_opt.ablation.report import layouts
 from gradagree_opt.ablation.report.artefacts import check_text, write_artefacts
 from gradagree_opt.ablation.report.beside import compare_folders
 from gradagree_opt.ablation.report.citations import bibtex, methods_text
 from gradagree_opt.ablation.report.display import Display
 from gradagree_opt.ablation.report.report import Report, build_report
-from gradagree_opt.ablation.runs.store import read_config, read_results
+from gradagree_opt.ablation.runs.store import one_writer, read_config, read_results
 from gradagree_opt.ablation.runs.sweep import CHECKPOINT_SECONDS
-from gradagree_opt.ablation.section import StudyError
+from gradagree_opt.ablation.section import MOST_SEEDS, StudyError
 from gradagree_opt.ablation.study.loading import load, read, shipped
 from gradagree_opt.ablation.study.study import Study, named_device
 from gradagree_opt.ablation.training.run import RunRecord, write_atomically
@@ -34,7 +37,9 @@ from gradagree_opt.stopping import status
 
 EventWriter: TypeAlias = Callable[[Path, Study, RunRecord], None]
 
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
+errors = Console(file=cast(TextIO, Errors()), soft_wrap=True, highlight=False)
+NARROWEST = 40
+"""Characters in a line of a table; a narrower terminal breaks the lines."""
 
 
 def list_studies() -> None:
@@ -55,10 +60,15 @@ def parse_seeds(text: str | None) -> list[int] | None:
         return None
     seeds: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if not first.strip().isdecimal() or (dash and not last.strip().isdecimal()):
-            raise StudyError(f"expected --seeds as 0,1,2 or 0-4, found {text!r}")
-        seeds += range(int(first), int(last if dash else first) + 1)
+        ends = re.fullmatch(r"\s*(\d{1,19})\s*(?:-\s*(\d{1,19})\s*)?", part)
+        if ends is None:
+            raise StudyError(f"expected --seeds as 0,1,2 or 0-4, found {reprlib.repr(text)}")
+        found = range(int(ends[1]), int(ends[2] or ends[1]) + 1)
+        if not found:
+            raise StudyError(f"expected --seeds that rise, as 0-4, found {part!r}")
+        if (count := len(seeds) + found.stop - found.start) > MOST_SEEDS:
+            raise StudyError(f"expected at most {MOST_SEEDS} --seeds, found {count}")
+        seeds += found
     return seeds
 
 
@@ -143,9 +153,10 @@ def write_report(folders: list[Path], out: Path | None) -> None:
         if out is not None:
             raise StudyError("--out is for several folders; one is written to itself")
         [folder] = folders
-        config = read_config(folder)
-        found = build_report(read_results(folder, config))
-        write_artefacts(folder, found, config)
+        with one_writer(folder):
+            config = read_config(folder)
+            found = build_report(read_results(folder, config))
+            write_artefacts(folder, found, config)
     except StudyError as mistake:
         raise refusal(mistake) from None
     except OSError as failure:
@@ -208,6 +219,7 @@ def warn(sentence: str) -> None:
 def show(report: Report, written: Path | None) -> None:
     """Prints the table, and where all of it is written."""
     console = Console()
+    console.width = max(console.width, NARROWEST)
     console.print(layouts.terminal(report))
     if written is not None:
         console.print(f"written to {written}", markup=False, soft_wrap=True)

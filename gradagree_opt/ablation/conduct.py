@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from gradagree_opt.ablation.own import told
 from gradagree_opt.ablation.report.artefacts import (
     check_text,
     other_versions,
@@ -19,16 +20,19 @@ from gradagree_opt.ablation.report.artefacts import (
 from gradagree_opt.ablation.report.report import Report, build_report
 from gradagree_opt.ablation.report.tables import counted
 from gradagree_opt.ablation.runs.expected import TIMED_STEPS, duration, expect
-from gradagree_opt.ablation.runs.store import Config
+from gradagree_opt.ablation.runs.store import Config, one_writer
 from gradagree_opt.ablation.runs.sweep import CHECKPOINT_SECONDS, Ended, Sweep
 from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.devices import choose_device
 from gradagree_opt.ablation.training.grouping import compiles, is_compiled
+from gradagree_opt.engines.errors import is_out_of_memory
 from gradagree_opt.options import check_choice
 
 if TYPE_CHECKING:
     from gradagree_opt.ablation.runs.cluster import Cluster
+
+MOST_JOBS = 1000
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,11 @@ class Prepared:
             ended: Called for each run, as it ends or is found finished.
         """
         count = count_jobs(jobs, self.sweeps[0])
-        report = build_report([sweep.run(count, advance, ended) for sweep in self.sweeps])
-        write_artefacts(self.folder, report, self.config)
+        with within_memory():
+            parts = [sweep.run(count, advance, ended) for sweep in self.sweeps]
+        report = build_report(parts)
+        with one_writer(self.folder):
+            write_artefacts(self.folder, report, self.config)
         return Results(self.folder, report, self.config)
 
 
@@ -101,10 +108,25 @@ def build_sweeps(
     """
     choose = choose_device if cluster is None else cluster.choose_device
     place = choose(study.device)
-    return [
-        Sweep(part, folder, data, warn, place, checkpoint_seconds, cluster)
-        for part in study.with_code().parts()
-    ]
+    with within_memory():
+        return [
+            Sweep(part, folder, data, warn, place, checkpoint_seconds, cluster)
+            for part in study.with_code().parts()
+        ]
+
+
+@contextmanager
+def within_memory() -> Iterator[None]:
+    """Raises a StudyError where what is done in it finds no memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        raise StudyError(
+            f"expected a study that fits into memory, found {told(error)}; give it a smaller "
+            "network, fewer tasks or examples, or fewer jobs"
+        ) from error
 
 
 def foresee(sweeps: Sequence[Sweep], jobs: int | None) -> str:
@@ -179,8 +201,11 @@ def connected(engine: str, address: str | None, jobs: int | None) -> "Iterator[C
         jobs: As for :func:`count_jobs`.
 
     Raises:
-        StudyError: It is neither, or no cluster answers, or Ray is not installed.
+        StudyError: It is neither, or no cluster answers, or Ray is not installed; or there are more
+            jobs than any machine has room for.
     """
+    if jobs is not None and jobs > MOST_JOBS:
+        raise StudyError(f"expected --jobs to be at most {MOST_JOBS}, found {jobs}; leave it out")
     try:
         check_choice("the engine", engine, ("local", "ray"))
     except ValueError as mistake:

@@ -1,6 +1,7 @@
 """What the parts of a study file share, and how a mistake in one says where it is."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeAlias
@@ -10,7 +11,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeInt,
     PositiveFloat,
     model_validator,
 )
@@ -72,9 +72,9 @@ def meant(name: str, known: Iterable[str]) -> str:
 
 def unique(entries: list[Any]) -> list[Any]:
     """The entries, unless two of them are equal or have one name."""
-    names = [getattr(entry, "name", entry) for entry in entries]
-    for name in names:
-        if names.count(name) > 1:
+    names = Counter(getattr(entry, "name", entry) for entry in entries)
+    for name, count in names.items():
+        if count > 1:
             raise ValueError(f"{name!r} is given more than once")
     return entries
 
@@ -91,4 +91,8 @@ Plain: TypeAlias = bool | int | float | str
 Options: TypeAlias = dict[str, Plain | list[Plain] | None]
 Rate: TypeAlias = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
 Rates: TypeAlias = Annotated[list[Rate], Field(min_length=1), AfterValidator(unique)]
-Seeds: TypeAlias = Annotated[list[NonNegativeInt], Field(min_length=1), AfterValidator(unique)]
+MOST_SEEDS = 10_000
+Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
+Seeds: TypeAlias = Annotated[
+    list[Seed], Field(min_length=1, max_length=MOST_SEEDS), AfterValidator(unique)
+]

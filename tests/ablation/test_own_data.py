@@ -1,5 +1,6 @@
 """A study of a table of one's own, as the page of studies shows it."""
 
+import os
 import re
 from pathlib import Path
 
@@ -8,9 +9,13 @@ import pytest
 import torch
 
 from gradagree_opt.ablation import ablate
+from gradagree_opt.ablation.kinds import files
 from gradagree_opt.ablation.kinds.own import OwnTasks
 from gradagree_opt.ablation.study.loading import load
 from gradagree_opt.ablation.training.problem import build_problem, data_digest
+from gradagree_testing.command import gradagree
+
+from .conftest import WriteStudy
 
 PAGE = Path(__file__).parents[2] / "docs" / "studies.md"
 
@@ -68,3 +73,74 @@ def test_a_frame_in_the_place_of_a_file_is_named_and_nothing_is_written(tmp_path
     with pytest.raises(TypeError, match="expected data to be a path, found DataFrame; write it to"):
         ablate("sine", out=tmp_path / "out", data=pd.DataFrame())  # type: ignore[arg-type] # refused
     assert not (tmp_path / "out").exists()
+
+
+FOLDER = """
+from pathlib import Path
+
+from gradagree_opt.tasks import Sine
+
+
+def tasks(support_shots, query_shots, root):
+    assert sorted(Path(root).iterdir())
+    return Sine(support_shots=support_shots, query_shots=query_shots)
+"""
+
+
+def test_every_change_of_a_file_in_a_folder_is_another_digest_and_hidden_files_are_none(
+    write_study: WriteStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder_tasks.py").write_text(FOLDER)
+    data = tmp_path / "data"
+    (data / "deep/er").mkdir(parents=True)
+    (data / "a.csv").write_text("1,2")
+    (data / "deep/er/b.csv").write_text("3")
+    (data / "circle").symlink_to(data)
+    tasks = {"kind": "own", "make": "folder_tasks:tasks", "support_shots": 10}
+    study = load(str(write_study(tasks=tasks)))
+
+    def digest() -> str | None:
+        return data_digest(build_problem(study, data))
+
+    first = digest()
+    (data / ".git").mkdir()
+    (data / ".git/index").write_text("other")
+    (data / "__pycache__").mkdir()
+    (data / "__pycache__/x.pyc").write_text("other")
+    os.utime(data / "a.csv", (1, 1))
+    assert digest() == first
+    digests = [first]
+    (data / "a.csv").write_text("1,3")
+    digests.append(digest())
+    (data / "deep/er/b.csv").write_text("4")
+    digests.append(digest())
+    (data / "deep/er/b.csv").rename(data / "deep/er/c.csv")
+    digests.append(digest())
+    (data / "deep/er/c.csv").rename(data / "deep/c.csv")
+    digests.append(digest())
+    (data / "empty").touch()
+    digests.append(digest())
+    assert len(set(digests)) == len(digests)
+
+    # of a large folder, sizes and times of change are looked at, and no bytes
+    monkeypatch.setattr(files, "READ", 3)
+    monkeypatch.setattr(files, "bytes_of", None)
+    large = digest()
+    os.utime(data / "a.csv", (5, 5))
+    moved = digest()
+    (data / "a.csv").write_text("1,33")
+    os.utime(data / "a.csv", (5, 5))
+    assert len({*digests, large, moved, digest()}) == len(digests) + 3
+
+
+def test_an_output_folder_among_the_data_is_refused(
+    write_study: WriteStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder_tasks.py").write_text(FOLDER)
+    tasks = {"kind": "own", "make": "folder_tasks:tasks", "support_shots": 10}
+    result = gradagree("ablate", write_study(tasks=tasks), "--data", ".", "--out", "runs/x")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "--data . holds the output folder runs/x" in result.stderr
+    assert not Path("runs").exists()

@@ -87,6 +87,14 @@ class Wrong:
                    "few": (x[:, :-1], y[:, :-1]), "none": None}
         return tasks | ({"query": changed[wrong]} if wrong in changed else {})
 
+class Tired:
+    calls = 0
+    def __call__(self, statistics):
+        Tired.calls += 1
+        if Tired.calls > 9:
+            raise LookupError("no more\\nfor today")
+        return uniform(statistics)
+
 def read_item(statistics):
     return statistics.row_sums / statistics.row_sums.sum().item()
 
@@ -260,6 +268,20 @@ def test_methods_that_are_none_are_refused_in_one_sentence(
     write_study: WriteStudy, keys: dict[str, object], words: str
 ) -> None:
     refused(write_study(methods=[{"name": "own", **keys}], baseline="own"), words)
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_method_that_raises_in_a_later_step_ends_the_study_in_one_sentence(
+    write_study: WriteStudy,
+) -> None:
+    methods = [{"name": "mean", "aggregator": "mean"}, {"name": "own", "aggregator": "ours:Tired"}]
+    study = write_study(methods=methods, compile=False)
+    result = gradagree("ablate", study, "--out", "out", "--jobs", 1)
+    assert result.exit_code == 1
+    sentence = result.stderr.strip().splitlines()[-1]
+    assert sentence.startswith("gradagree: the method 'own': expected an update in each of the")
+    assert "LookupError: no more; see" in sentence
+    assert sentence.endswith("the finished runs are in out")
 
 
 def refused(study: Path, words: str) -> None:

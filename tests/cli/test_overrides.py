@@ -4,12 +4,15 @@ import importlib.metadata
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gradagree_opt.ablation import ablate
+from gradagree_opt.ablation.runs import sweep
 from gradagree_opt.ablation.runs.sweep import tuning_runs
 from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.training.run import Run
 from gradagree_testing.command import contents, gradagree
 
 from .conftest import TINY
@@ -57,7 +60,14 @@ def test_the_command_and_python_take_them(tiny: Path, tmp_path: Path) -> None:
     [
         (["--seeds", "0,x"], "expected --seeds as 0,1,2 or 0-4, found '0,x'"),
         (["--seeds", "3-"], "found '3-'"),
-        (["--seeds", "5-3"], "expected at least 1 in the list, found 0, under --seeds"),
+        (["--seeds", "5-3"], "expected --seeds that rise, as 0-4, found '5-3'"),
+        (["--seeds", "0,5-3"], "found '5-3'"),
+        (["--seeds", "0-999999999999"], "at most 10000 --seeds, found 1000000000000"),
+        (["--seeds", "0-9999,10000"], "at most 10000 --seeds, found 10001"),
+        (["--seeds", f"0-{'9' * 5000}"], "expected --seeds as 0,1,2 or 0-4, found '0-99"),
+        (["--seeds", "9" * 19], "expected less than 9223372036854775808, found"),
+        (["--iterations", "9" * 30], "expected less than or equal to 1000000000, found"),
+        (["--jobs", "1000000"], "expected --jobs to be at most 1000, found 1000000"),
         (["--seeds", "1,1"], "given more than once, under --seeds"),
         (["--iterations", "0"], "found 0, under --iterations"),
     ],
@@ -81,6 +91,25 @@ def test_a_dry_run_times_a_few_steps_and_leaves_nothing(tiny: Path, tmp_path: Pa
         r"about \d+ s with 2 processes, by \d+ timed steps of mean, agree", result.stdout
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_of_a_million_runs_names_none_of_them(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = ", ".join(str(1 + rate) for rate in range(33))
+    study = TINY.replace("0.25, 0.5, 4.0", rates).replace("seeds: 1,", "seeds: 3,")
+    tiny.write_text(study.replace("seeds: 3,", f"seeds: {[*range(10, 10_010)]},"))
+    made: list[Run] = []
+
+    def make(**keys: Any) -> Run:
+        made.append(Run(**keys))
+        return made[-1]
+
+    monkeypatch.setattr(sweep, "Run", make)
+    result = run(tiny, "--out", tmp_path / "out", "--dry-run", "--jobs", 1)
+    # three methods at 33 rates from ten thousand seeds, which are not those of the final runs
+    assert result.stdout.startswith("990009 runs, of which 0 are finished. "), result.output
+    assert 0 < len(made) < 10_000
 
 
 @pytest.mark.usefixtures("without_figures")
@@ -115,3 +144,32 @@ def test_a_dry_run_counts_the_rates_beyond_an_edge(tmp_path: Path) -> None:
     study.write_text(TINY.replace("schedule: linear", "schedule: linear, extend: 2"))
     nothing = run(study, "--out", tmp_path / "out", "--dry-run", "--jobs", 1)
     assert "15 runs, of which 0 are finished; up to 6 more" in nothing.stdout
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (
+            "seeds: [3, 5, 6]",
+            f"seeds: {[*range(10_001)]}",
+            "at most 10000 in the list, found 10001",
+        ),
+        (
+            "steps: [0, 1, 2]",
+            f"steps: [0, 1, {10**30}]",
+            "less than or equal to 1000000, found 1000",
+        ),
+        ("steps: 2}", f"steps: {10**30}}}", "in 'inner.steps': expected less than or equal to"),
+        ("meta_batch: 3", f"meta_batch: {10**12}", "expected less than or equal to 10000, found"),
+        ("hidden: [8]", f"hidden: [{10**19}]", "expected less than or equal to 1000000000, found"),
+        ("hidden: [8]", f"hidden: [{10**9}, {10**9}]", "expected a study that fits into memory"),
+        ("support_shots: 10}", f"support_shots: {10**13}}}", "can't allocate memory"),
+    ],
+)
+def test_sizes_that_no_machine_holds_are_refused_in_one_sentence(
+    tiny: Path, tmp_path: Path, before: str, after: str, words: str
+) -> None:
+    tiny.write_text(TINY.replace(before, after, 1))
+    result = run(tiny, "--out", tmp_path / "out", "--dry-run")
+    assert result.exit_code == 2
+    assert words in result.stderr and result.stderr.count("\n") == 1

@@ -18,7 +18,7 @@ from gradagree_opt.ablation.study.sections import CorruptionSection
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.tasks import Corrupted, GroupedRegression, Lines, Sine, TaskDistribution
 from gradagree_opt.tasks.grouped import Dataset
-from gradagree_opt.tasks.protocol import Split
+from gradagree_opt.tasks.protocol import Batch, Split
 
 SOURCES = grouped.SOURCES | {"lines": "[@finn2018probabilistic]"}
 """Whose foreign tasks are, for the methods text."""
@@ -84,6 +84,32 @@ def check_task(study: Study, distribution: TaskDistribution, split: Split) -> No
             check_examples(study, x, y, each)
         except ValueError as error:
             raise StudyError(f"the {part} examples of a {split} task: {error}") from None
+
+
+def draw(
+    distribution: TaskDistribution, n_tasks: int, split: Split, generator: torch.Generator
+) -> dict[str, Batch]:
+    """So many tasks of a split.
+
+    Raises:
+        StudyError: The user's code raises anything, or a number is not finite: as a loss it would
+            look like that of a method that diverges.
+    """
+    try:
+        tasks = distribution.sample(n_tasks, split=split, generator=generator)
+    except Exception as error:  # as above
+        raise StudyError(f"{n_tasks} {split} tasks cannot be drawn: {told(error)}") from None
+    for part, batch in tasks.items():
+        for name, leaf in zip(("inputs", "targets"), batch, strict=True):
+            if (finite := leaf.isfinite()).all():
+                continue
+            bad = (~finite).flatten(1).any(1).sum()
+            raise StudyError(
+                f"the {part} {name} of {split} tasks: expected finite numbers, found "
+                f"{leaf[~finite][0].item()} in {bad} of {n_tasks} tasks; correct the data, or what "
+                "draws or corrupts the tasks"
+            )
+    return tasks
 
 
 def check_batch(batch: Any) -> tuple[Tensor, Tensor]:

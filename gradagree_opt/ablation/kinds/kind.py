@@ -29,8 +29,8 @@ class Kind(Section, ABC):
         images: Whose images those are, for the methods text.
         usual_network: Whose a ``conv4`` network is that does not say.
         packages: Those that have its data.
-        drawn_alone: Whether only drawn tasks are seen of its data; a file given as ``--data`` is
-            part of the hash then.
+        drawn_alone: Whether only drawn tasks are seen of its data; what is given as ``--data``, a
+            file or a folder, is part of the hash then.
     """
 
     multi_task: ClassVar[bool] = False

@@ -2,7 +2,7 @@
 
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 from torch import Tensor
@@ -25,6 +25,7 @@ class Learn2LearnTasks(Kind):
     """
 
     kind: Literal["learn2learn"]
+    drawn_alone: ClassVar[bool] = True
     tasksets: Reference
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     inputs: PositiveInt = DRAWING

@@ -147,16 +147,25 @@ def write_config(
         hardware=hardware,
         packages=versions(study),
     )
-    text = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
-    text = NOT_IN_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-    write_first(folder / CONFIG, text.encode())
+    write_first(folder / CONFIG, encoded(config))
     check_owner(folder, study)
-    write_atomically(folder / CONFIG, text.encode())
+    write_atomically(folder / CONFIG, encoded(config))
     return config
 
 
+def encoded(config: Config) -> bytes:
+    """What ``config.json`` holds."""
+    text = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+    return NOT_IN_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode()
+
+
 def write_artefacts(folder: Path, report: Report, config: Config) -> None:
-    """Tables, figures, the page and what to cite; the same runs give the same files."""
+    """Tables, figures, the page and what to cite; the same runs give the same files.
+
+    The configuration is written with them: by now that of another process may be there, which has
+    begun the study with other seeds.
+    """
+    write_atomically(folder / CONFIG, encoded(config))
     write_atomically(folder / "results.csv", report.runs.to_csv(index=False).encode())
     write_atomically(folder / "table.csv", report.numbers.to_csv(index=False).encode())
     write_atomically(folder / "table.md", layouts.markdown(report).encode())

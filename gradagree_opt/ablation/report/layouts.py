@@ -3,6 +3,7 @@
 import re
 
 from rich.box import SIMPLE_HEAD
+from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -57,7 +58,8 @@ def terminal(report: Report) -> Table:
         padding=0,
     )
     for column in table.columns:
-        shown.add_column(Text(column), justify="left" if column == "method" else "right")
+        justify: JustifyMethod = "left" if column == "method" else "right"
+        shown.add_column(Text(column), justify=justify, overflow="fold")  # no digit is lost
     for place, row in enumerate(table.to_numpy().tolist()):
         if place % len(study.methods) == 0:
             shown.add_section()

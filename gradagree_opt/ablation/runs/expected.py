@@ -11,7 +11,7 @@ from gradagree_opt.ablation.study.methods import Method
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.grouping import groups
 from gradagree_opt.ablation.training.problem import build_problem
-from gradagree_opt.ablation.training.run import RunRecord
+from gradagree_opt.ablation.training.run import Run, RunRecord
 from gradagree_opt.ablation.training.training import CURVE_POINTS, train_runs
 
 TIMED_STEPS = 3
@@ -88,11 +88,14 @@ def time_runs(sweep: Sweep, methods: Sequence[str]) -> dict[str, float]:
         test = whole.test.model_copy(update={"tasks": 1})
         bare = whole.model_copy(update={"tuning": tuning, "test": test})
 
+    fewer = whole.tuning.model_copy(update={"seeds": whole.tuning_seeds[: sweep.group_size]})
+    first: dict[str, list[Run]] = {}  # no group has more seeds than that
+    for group in groups(tuning_runs(whole.model_copy(update={"tuning": fewer})), sweep.group_size):
+        first.setdefault(group[0].method.name, group)
+
     def time_run(study: Study, name: str, steps: int) -> float:
-        runs = [run for run in tuning_runs(study) if run.method.name == name]
         shortened = study.model_copy(update={"iterations": steps})
-        group = groups(runs, sweep.group_size)[0]
-        [(record, _), *_] = train_runs(shortened, problem, group, lambda _: None)
+        [(record, _), *_] = train_runs(shortened, problem, first[name], lambda _: None)
         return record.seconds
 
     time_run(bare, methods[0], 1)  # what is done once

@@ -1,7 +1,10 @@
 """A study read back from its output folder: nothing is trained, and its data is not needed."""
 
 import json
+import os
 import shlex
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,6 +73,22 @@ def needed_packages(study: Study) -> list[str]:
     return [*PACKAGES, *["torchjd"] * any(method.of_torchjd for method in study.methods)]
 
 
+@contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """While it lasts no other process is in here, so that all files tell of one configuration.
+
+    Where the system or the file system has no such locks, nothing is waited for.
+    """
+    with ExitStack() as opened:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            opened.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
 def read_config(folder: Path) -> Config:
     """The configuration that a study left in its output folder.
 
@@ -120,6 +139,8 @@ def read_results(folder: Path, config: Config) -> list[Part]:
 
 def recorded(store: Store, study: Study, digest: str | None) -> Part:
     """What is finished of a part of the study."""
+    if not any(store.folder.glob("*.json")):  # else a million names may be looked for
+        return Part(study, {}, {})
     find = partial(finished, store, study, digest)
     records: dict[Label, RunRecord] = {}
     for _ in range(1 + study.outer.extend):

@@ -25,6 +25,7 @@ from gradagree_opt.ablation.training.grouping import compiles, group_size
 from gradagree_opt.ablation.training.problem import build_problem, data_digest
 from gradagree_opt.ablation.training.run import DamagedRecordError, Run, RunRecord, Store
 from gradagree_opt.ablation.training.training import Report
+from gradagree_opt.ablation.training.trial import try_problem
 
 if TYPE_CHECKING:
     from gradagree_opt.ablation.runs.cluster import Cluster
@@ -149,6 +150,15 @@ def check_methods(study: Study) -> None:
             raise StudyError(f"the method {method.name!r}: {error}") from None
 
 
+def check_apart(data: Path, out: Path) -> None:
+    """Raises a StudyError where records would be written among the data that are hashed."""
+    if data.is_dir() and out.resolve().is_relative_to(data.resolve()):
+        raise StudyError(
+            f"--data {data} holds the output folder {out}, so that every record would change the "
+            "data; give a folder that has the data alone, or another --out"
+        )
+
+
 class Sweep:
     """The runs of a study in its output folder, those that are finished left as they are.
 
@@ -175,7 +185,10 @@ class Sweep:
         self.checkpoint_seconds, self.cluster = checkpoint_seconds, cluster
         self.store = Store(folder)
         check_methods(study)
+        if data is not None and study.tasks.drawn_alone:
+            check_apart(data, folder)
         problem = build_problem(study, data)
+        try_problem(study, problem)
         self.digest = data_digest(problem)
         self.group_size = group_size(study, problem.module)
         self.records: dict[Label, RunRecord] = {}

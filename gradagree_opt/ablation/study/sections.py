@@ -31,6 +31,9 @@ NEEDED_OPTIONS = {
 }
 """The kinds of corruption that each of its further keys goes with."""
 Network = Literal["finn", "nichol"]
+Steps = Annotated[int, Field(ge=0, le=10**6)]
+Size = Annotated[int, Field(gt=0, le=10**9)]
+"""More than that, and products of them, numbers of the machine do not hold."""
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -77,7 +80,7 @@ class CorruptionSection(Section):
 
 class MLP(Section):
     kind: Literal["mlp"]
-    hidden: list[PositiveInt]
+    hidden: list[Size]
     activation: Literal["relu", "tanh"] = "relu"
     batch_norm: bool = False
 
@@ -86,7 +89,7 @@ class Conv4(Section):
     """Finn et al.'s or Nichol et al.'s network for such tasks, or the study's usual one."""
 
     kind: Literal["conv4"]
-    filters: PositiveInt = 32
+    filters: Size = 32
     network: Network | None = None
 
 
@@ -126,7 +129,7 @@ class Inner(Section):
 
     optimizer: Literal["sgd", "adam"] = "sgd"
     lr: PositiveFloat
-    steps: PositiveInt
+    steps: Annotated[Steps, Field(gt=0)]
     batch_size: PositiveInt | None = None
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] | None = None
 
@@ -151,8 +154,8 @@ class Tuning(Section):
         Annotated[PositiveInt, Tag("one")] | Annotated[Seeds, Tag("list")],
         Discriminator(one_or_list),
     ]
-    tasks: PositiveInt
-    steps: NonNegativeInt
+    tasks: Size
+    steps: Steps
 
 
 class Test(Section):
@@ -160,8 +163,8 @@ class Test(Section):
 
     __test__ = False  # not a test class, whatever pytest thinks of its name
 
-    tasks: PositiveInt
-    support_shots: PositiveInt = 1
-    query_shots: PositiveInt
-    steps: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    tasks: Size
+    support_shots: Size = 1
+    query_shots: Size
+    steps: Annotated[list[Steps], Field(min_length=1)]
     transductive: bool = True

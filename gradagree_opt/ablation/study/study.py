@@ -71,8 +71,8 @@ class Study(Section):
     inner: Inner | None = None
     outer: Outer
     corruption: CorruptionSection | None = None
-    iterations: PositiveInt
-    meta_batch: PositiveInt
+    iterations: Annotated[PositiveInt, Field(le=10**9)]
+    meta_batch: Annotated[PositiveInt, Field(le=10**4)]
     compile: Literal["auto", True, False] = "auto"
     device: Annotated[str, AfterValidator(named_device)] = "auto"
     tf32: bool = False

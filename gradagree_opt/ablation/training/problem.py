@@ -10,9 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gradagree_opt.ablation.kinds.distributions import Source, at_seed, data_tensors, distributions
+from gradagree_opt.ablation.kinds.distributions import (
+    Source,
+    at_seed,
+    data_tensors,
+    distributions,
+    draw,
+)
+from gradagree_opt.ablation.kinds.files import hashed
 from gradagree_opt.ablation.kinds.kind import Kind
-from gradagree_opt.ablation.own import told
 from gradagree_opt.ablation.section import Optimizer, StudyError
 from gradagree_opt.ablation.study.sections import DRAWING, MAMLForm, MetaSGDForm
 from gradagree_opt.ablation.study.study import Study
@@ -32,7 +38,6 @@ from gradagree_opt.ablation.training.networks import (
     build_module,
     criterion,
     generator,
-    initial_params,
     network_params,
     predict,
     predict_apart,
@@ -92,7 +97,7 @@ def build_problem(study: Study, data: Path | None, device: torch.device = CPU) -
     loss = batch_loss(study, module)
     trainer = learner(study, loss, module)
     training, evaluation = distributions(study, data)
-    problem = Problem(
+    return Problem(
         tasks=study.tasks,
         training=training,
         evaluation=evaluation,
@@ -109,28 +114,6 @@ def build_problem(study: Study, data: Path | None, device: torch.device = CPU) -
         device=device,
         data=data,
     )
-    if study.references():
-        try_network(study, problem)
-    return problem
-
-
-def try_network(study: Study, problem: Problem) -> None:
-    """Adapts once as the test does: the network, or the tasks, are the user's own.
-
-    Raises:
-        StudyError: It is no function of a batch, cannot be vmapped, or raises anything.
-    """
-    params, seed = initial_params(study, study.seeds[0]), study.seeds[0]
-    tasks = evaluation_tasks(problem, study.meta_batch, "validation", seed)
-    try:
-        outputs = query_outputs(problem, before_adaptation(params, study.meta_batch), tasks)
-        expected = [*tasks["query"][0].shape[:2], study.outputs]
-        if list(outputs.shape) != expected:
-            raise ValueError(f"expected outputs {expected[1:]}, found {list(outputs.shape[1:])}")
-        scores_after(problem, problem.loss, params, tasks, [1])
-    except Exception as error:  # as much as the user's code may raise
-        name = getattr(study.model, "make", study.model.kind)
-        raise StudyError(f"the model {name} on a task of the study: {told(error)}") from None
 
 
 def tasks_at_once(study: Study) -> int:
@@ -140,14 +123,22 @@ def tasks_at_once(study: Study) -> int:
 
 
 def data_digest(problem: Problem) -> str | None:
-    """A hash of the data and of how they are split; None for tasks that are made up."""
+    """A hash of the data and of how they are split; None for tasks that are made up.
+
+    Raises:
+        StudyError: A file of the data cannot be read.
+    """
     if not (tensors := data_tensors(problem.tasks, problem.training)):
         return None
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.flatten().numpy().data)  # no copy: photographs take a gigabyte
-    if problem.tasks.drawn_alone and problem.data is not None and problem.data.is_file():
-        digest.update(problem.data.read_bytes())
+    if problem.tasks.drawn_alone and problem.data is not None:
+        try:
+            for part in hashed(problem.data):
+                digest.update(part)
+        except OSError as error:
+            raise StudyError(f"--data {problem.data}: {error}") from None
     return digest.hexdigest()
 
 
@@ -218,7 +209,7 @@ class TrainingTasks:
 
     def draw_anew(self) -> TrainingBatch:
         n_tasks = self.steps * self.meta_batch
-        drawn = self.distribution.sample(n_tasks, split="train", generator=self.generator)
+        drawn = draw(self.distribution, n_tasks, "train", self.generator)
         block: TrainingBatch = {part: drawn[part] for part in self.parts}
         if self.flip is not None:
             spoilt = torch.rand(n_tasks, generator=self.flips) < self.fraction
@@ -233,8 +224,7 @@ def pinned(leaf: Tensor, device: torch.device) -> Tensor:
 
 def evaluation_tasks(problem: Problem, n_tasks: int, split: Split, seed: int) -> Tasks:
     """The tasks of the test protocol for one seed, drawn on the CPU, brought to the device."""
-    distribution = at_seed(problem.evaluation, seed)
-    tasks = distribution.sample(n_tasks, split=split, generator=generator(seed, split))
+    tasks = draw(at_seed(problem.evaluation, seed), n_tasks, split, generator(seed, split))
     placed: Tasks = tree_map(lambda leaf: leaf.to(problem.device), tasks)
     return placed
 

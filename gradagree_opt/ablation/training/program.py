@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gradagree_opt as ga
+from gradagree_opt.ablation.own import told
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.captured import NotCapturedError, captured
 from gradagree_opt.ablation.training.checkpoint import State
@@ -98,15 +100,31 @@ class Program:
         return [*tree_leaves([self.params, self.state]), self.position]
 
     def advance(self, upto: int) -> None:
-        """Does the outer steps up to a number of them, not beyond the end of the block."""
+        """Does the outer steps up to a number of them, not beyond the end of the block.
+
+        Raises:
+            StudyError: A method, a network or tasks that are not this library's raise anything.
+        """
         if self.at_end_of_block:
             self.load()
+        try:
+            self.do_steps(upto)
+        except Exception as error:
+            if not self.method.of_torchjd and not self.study.references(self.method):
+                raise
+            raise StudyError(
+                f"the method {self.method.name!r}: expected an update in each of the outer steps "
+                f"{self.done + 1} to {upto}, found {told(error)}; see whether the gradients of "
+                "tasks are zero there, or leave the method out"
+            ) from error
+        self.done = upto
+
+    def do_steps(self, upto: int) -> None:
         if not self._steps:
             self.make_steps()
         for _ in range(self.done, upto - 1):
             self._steps[False]()
         self._steps[True]()
-        self.done = upto
 
     def make_steps(self) -> None:
         """The step, by whether its diagnostics are read: on a GPU, those before it go without."""

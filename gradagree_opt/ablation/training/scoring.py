@@ -1,5 +1,6 @@
 """What trained parameters are worth: scores and agreement of a group of runs on their own tasks."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.training.grouping import select, stack
 from gradagree_opt.ablation.training.networks import Criterion, Params
 from gradagree_opt.ablation.training.problem import Problem, agreement_matrix, scores_after
@@ -32,6 +34,19 @@ def scores_of_runs(
 
     found: dict[int, Tensor] = each_run(problem, means, params, tasks)
     return found
+
+
+def check_untrained(loss: float, steps: int, seed: int) -> None:
+    """Raises a StudyError where the validation loss is not finite before the first outer step.
+
+    No method has had a part in it, so that none has diverged.
+    """
+    if not math.isfinite(loss):
+        raise StudyError(
+            f"the validation tasks of seed {seed}: expected a finite loss of the untrained network "
+            f"after {steps} gradient step{'s' * (steps != 1)}, found {loss}; correct the tasks or "
+            "the network, or take a smaller inner lr"
+        )
 
 
 def matrices_of_runs(problem: Problem, params: Params, tasks: Sequence[PyTree]) -> Tensor:

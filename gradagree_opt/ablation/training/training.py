@@ -24,7 +24,11 @@ from gradagree_opt.ablation.training.problem import (
 )
 from gradagree_opt.ablation.training.program import Program, Tell
 from gradagree_opt.ablation.training.run import CurvePoint, Run, RunRecord
-from gradagree_opt.ablation.training.scoring import matrices_of_runs, scores_of_runs
+from gradagree_opt.ablation.training.scoring import (
+    check_untrained,
+    matrices_of_runs,
+    scores_of_runs,
+)
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.engines.compilation import PROGRAMS
 
@@ -216,6 +220,8 @@ class Group:
         yield
         diagnostics = tree_map(lambda leaf: leaf.cpu(), self.program.diagnostics) if done else None
         for index, (row, loss) in enumerate(zip(self.alive, scores[steps].tolist(), strict=True)):
+            if diagnostics is None:
+                check_untrained(loss, steps, self.rows[row].run.seed)
             logged = {} if diagnostics is None else select(diagnostics, row).log()
             point = CurvePoint(iteration=done, loss=loss, diagnostics=logged)
             self.rows[row].curve.append(point)

@@ -19,6 +19,7 @@ from gradagree_opt.ablation.training.networks import Params, derived_seed, initi
 from gradagree_opt.ablation.training.problem import TrainingTasks, build_problem
 from gradagree_opt.ablation.training.run import Run
 from gradagree_opt.ablation.training.training import train_runs
+from gradagree_testing.command import gradagree
 
 from ..conftest import WriteStudy
 
@@ -221,3 +222,20 @@ def test_a_study_of_others_does_not_import_torchjd(study_file: Path) -> None:
         "assert 'torchjd' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_nash_mtl_on_gradients_of_zero_ends_the_study_in_one_sentence(
+    write_study: WriteStudy, tmp_path: Path
+) -> None:
+    method = {"name": "nash", "aggregator": "torchjd.NashMTL", "options": {"n_tasks": 3}}
+    study = write_study(
+        methods=[{"name": "mean", "aggregator": "mean"}, method],
+        inner={"lr": 1e-44, "steps": 1},  # by which no parameter moves
+    )
+    result = gradagree("ablate", study, "--out", tmp_path / "out", "--jobs", 1)
+    assert result.exit_code == 1
+    sentence = result.stderr.strip().splitlines()[-1]
+    assert "the method 'nash': expected an update in each of the outer steps 1 to 1" in sentence
+    assert "gradients of tasks are zero" in sentence and "the finished runs are in" in sentence
+    assert len(list(tmp_path.glob("out/runs/*.json"))) == 2  # of the mean, at two rates

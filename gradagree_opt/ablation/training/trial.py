@@ -1,0 +1,45 @@
+"""What is tried before a study is trained, where it could draw or compute what is not finite."""
+
+from gradagree_opt.ablation.own import told
+from gradagree_opt.ablation.section import StudyError
+from gradagree_opt.ablation.study.study import Study
+from gradagree_opt.ablation.training.networks import before_adaptation, initial_params
+from gradagree_opt.ablation.training.problem import (
+    Problem,
+    TrainingTasks,
+    evaluation_tasks,
+    query_outputs,
+    scores_after,
+)
+from gradagree_opt.ablation.training.scoring import check_untrained
+
+
+def try_problem(study: Study, problem: Problem) -> None:
+    """Draws what the first of its runs draws, and adapts as the test does.
+
+    Raises:
+        StudyError: Tasks are not finite; or the network is no function of a batch, cannot be
+            vmapped, raises anything, or has a loss that is not finite.
+    """
+    own = study.tasks.drawn_alone or study.references()
+    if not own and study.corruption is None:  # those of the library are checked where they are read
+        return
+    seed, n_tasks = study.tuning_seeds[0], study.tuning.tasks
+    TrainingTasks(study, problem, seed).draw_anew()
+    evaluation_tasks(problem, study.test.tasks, "test", seed)
+    tasks, params = (
+        evaluation_tasks(problem, n_tasks, "validation", seed),
+        initial_params(study, seed),
+    )
+    name = getattr(study.model, "make", study.model.kind)
+    try:
+        outputs = query_outputs(problem, before_adaptation(params, n_tasks), tasks)
+        expected = [*tasks["query"][0].shape[:2], study.outputs]
+        if list(outputs.shape) != expected:
+            raise ValueError(f"expected outputs {expected[1:]}, found {list(outputs.shape[1:])}")
+        steps = sorted({1, study.tuning.steps})
+        losses = scores_after(problem, problem.loss, params, tasks, steps)
+    except Exception as error:  # as much as the user's code may raise
+        raise StudyError(f"the model {name} on a task of the study: {told(error)}") from None
+    for step, values in losses.items():
+        check_untrained(float(values.mean()), step, seed)
