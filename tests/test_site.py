@@ -1,5 +1,6 @@
 """The site: it builds strictly, loads nothing from elsewhere, and lists what there is."""
 
+import importlib
 import importlib.util
 import re
 import runpy
@@ -14,6 +15,7 @@ import torch
 import yaml
 
 import gradagree_opt as ga
+from gradagree_opt import tasks
 from gradagree_testing.browser import EXECUTABLE, Browser
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +111,10 @@ def test_no_page_of_the_repository_links_to_what_is_not_there() -> None:
 def test_every_public_name_is_in_the_reference(pages: dict[Path, Page], site: Path) -> None:
     names = pages[site / "api.html"].names
     assert {f"gradagree_opt.{name}" for name in ga.__all__} <= names
+    assert {f"gradagree_opt.tasks.{name}" for name in tasks.__all__} <= names
+    for file in (ROOT / "adapters").glob("*.py"):
+        for name in getattr(importlib.import_module(f"adapters.{file.stem}"), "__all__", ()):
+            assert any(re.fullmatch(rf".*\.{name}", each) for each in names), f"{file.stem}.{name}"
 
 
 def test_the_page_of_messages_is_that_of_the_source() -> None:
