@@ -23,6 +23,7 @@ OUTSIDE = {
     "index.md": "README.md",
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
+    "sine.yaml": "gradagree_opt/ablation/studies/sine.yaml",
 }
 """Pages of the site, and what each is in the repository."""
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]*)(#[^)\s]*)?\)")
