@@ -14,6 +14,8 @@ from gradagree_opt.loops.adapted import trained
 from gradagree_opt.loops.task_optimizer import check_optimizer
 from gradagree_opt.meta import MetaStep
 
+__all__ = ["train"]
+
 TaskSource = Callable[[int], PyTree]
 """From the number of the iteration to its task-stacked tasks."""
 Callback = Callable[[int, MetaStep], bool | None]

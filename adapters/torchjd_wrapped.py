@@ -12,6 +12,7 @@ from gradagree_opt.core import weightings
 from gradagree_opt.core.aggregation import Aggregator as OurAggregator
 from gradagree_opt.core.agreement import GradientAgreement
 from gradagree_opt.core.blocks import or_one
+from gradagree_opt.core.matching import check_made
 from gradagree_opt.core.results import Aggregation, Combine, Measured
 from gradagree_opt.core.stacks import PyTree
 from gradagree_opt.core.statistics import Statistics
@@ -77,10 +78,12 @@ def from_torchjd(
     >>> from_torchjd(MGDA()).aggregate(gradients).weights
     tensor([0.2000, 0.8000])
     """
+    check_made(aggregator, "a TorchJD aggregator as UPGrad()")
     if not isinstance(aggregator, Aggregator):
         raise TypeError(
-            f"expected a TorchJD aggregator as UPGrad(), found {type(aggregator).__name__}; call "
-            "the class, or wrap a weighting as GramianWeightedAggregator(weighting)"
+            f"expected a TorchJD aggregator as UPGrad(), found {type(aggregator).__name__} of "
+            f"{type(aggregator).__module__}; wrap a weighting as "
+            "GramianWeightedAggregator(weighting), and take an aggregator of this library as it is"
         )
     if isinstance(aggregator, GramianWeightedAggregator):
         weigh: Callable[[Tensor], Tensor] = aggregator.gramian_weighting

@@ -5,8 +5,10 @@ repository; here the links of those outside docs/ are made relative to the site,
 file that the site does not have becomes its text.
 """
 
+import ast
 import posixpath
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ import griffe
 from mkdocs.structure.files import File, Files
 
 import gradagree_opt as ga
+from gradagree_opt import tasks
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = {
     "index.md": "README.md",
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
+    "sine.yaml": "gradagree_opt/ablation/studies/sine.yaml",
 }
 """Pages of the site, and what each is in the repository."""
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]*)(#[^)\s]*)?\)")
@@ -28,11 +32,29 @@ CODE = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)
 
 def api() -> str:
     """The page of all public names, from their docstrings."""
-    lines = ["# API reference", "", "Everything here is `import gradagree_opt as ga`.", ""]
-    for name in sorted(ga.__all__, key=str.lower):
-        lines += [f"::: gradagree_opt.{name}", ""]
-    lines += ["::: gradagree_opt.ablation.ablate", "", "::: adapters.plain.train", ""]
+    lines = ["# API reference", "", "`ga` is `gradagree_opt` in all examples.", ""]
+    for title, names in public():
+        lines += [f"## {title}", "", *(f"::: {name}\n" for name in names)]
     return "\n".join(lines)
+
+
+def public() -> Iterator[tuple[str, list[str]]]:
+    """The title of each part, and where its names are defined."""
+    for module, exported in (("gradagree_opt", ga.__all__), ("gradagree_opt.tasks", tasks.__all__)):
+        yield module, [f"{module}.{name}" for name in sorted(exported, key=str.lower)]
+    yield "gradagree_opt.ablation", ["gradagree_opt.ablation.ablate"]
+    # Adapters are read, not imported: their frameworks may be absent.
+    for file in sorted((ROOT / "adapters").glob("*.py")):
+        text = file.read_text("utf-8")
+        names = re.search(r"^__all__ = (\[.*?\])", text, re.DOTALL | re.MULTILINE)
+        if names is not None:
+            module = f"gradagree_opt.adapters.{file.stem}"
+            places = []
+            for name in ast.literal_eval(names[1]):
+                other = re.search(rf"^from (\S+) import .*\b{name}\b", text, re.MULTILINE)
+                place = module if other is None else other[1]
+                places.append(re.sub(r"^gradagree_opt\.(?=adapters)", "", f"{place}.{name}"))
+            yield module, places
 
 
 def tour() -> str:

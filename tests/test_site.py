@@ -1,5 +1,6 @@
 """The site: it builds strictly, loads nothing from elsewhere, and lists what there is."""
 
+import ast
 import importlib.util
 import re
 import runpy
@@ -14,6 +15,7 @@ import torch
 import yaml
 
 import gradagree_opt as ga
+from gradagree_opt import tasks
 from gradagree_testing.browser import EXECUTABLE, Browser
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +111,12 @@ def test_no_page_of_the_repository_links_to_what_is_not_there() -> None:
 def test_every_public_name_is_in_the_reference(pages: dict[Path, Page], site: Path) -> None:
     names = pages[site / "api.html"].names
     assert {f"gradagree_opt.{name}" for name in ga.__all__} <= names
+    assert {f"gradagree_opt.tasks.{name}" for name in tasks.__all__} <= names
+    last = {each.rpartition(".")[2] for each in names if each.startswith(("adapters.", "gradag"))}
+    for file in (ROOT / "adapters").glob("*.py"):
+        for node in ast.parse(file.read_text("utf-8")).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                assert set(ast.literal_eval(node.value)) <= last, file.stem
 
 
 def test_the_page_of_messages_is_that_of_the_source() -> None:

@@ -200,6 +200,7 @@ def check_aggregator(aggregator: object, /) -> None:
     if not isinstance(aggregator, Aggregator):
         raise TypeError(
             f"expected {expected}, found {type(aggregator).__name__} of "
-            f"{type(aggregator).__module__}; wrap TorchJD's aggregators by "
+            f"{type(aggregator).__module__}; wrap a weighting of your own by "
+            "gradagree_opt.Aggregator, and TorchJD's aggregators by "
             "gradagree_opt.adapters.torchjd.from_torchjd"
         )

@@ -250,7 +250,7 @@ def complaint(
     if finite and tasks:
         return (
             f"expected finite values for every task, found NaN or inf in tasks {name(tasks)}; "
-            "lower the inner rate, or give nonfinite='drop' to leave such tasks out"
+            "lower the inner or the outer rate, or give nonfinite='drop' to leave such tasks out"
         )
     if agreement and diagnostics.degenerate.any():
         return (

@@ -96,6 +96,13 @@ def check_weighting(weighting: object, /) -> None:
             "expected a weighting as a function from gradagree_opt.Statistics to n weights, found "
             f"{found}"
         )
+    owner = type(weighting).__module__
+    if hasattr(weighting, "aggregate_unchecked") or owner.startswith("torchjd."):
+        raise TypeError(
+            "expected a weighting as a function from gradagree_opt.Statistics to n weights, found "
+            f"{type(weighting).__name__} of {owner}; take an aggregator of this library as it is, "
+            "and TorchJD's by gradagree_opt.adapters.torchjd.from_torchjd"
+        )
     unknown = set(getattr(weighting, "needs", ())).difference(get_args(Need))
     if unknown:
         raise ValueError(

@@ -16,10 +16,11 @@ from gradagree_opt.loops.task_batch import TaskBatch
 class TaskOptimizer:
     """Wraps an optimizer: ``step(losses)`` aggregates the gradients of n task losses, then steps.
 
-    Everything else (``zero_grad``, ``state_dict``, ``param_groups``) is the wrapped optimizer's;
-    a learning-rate scheduler is given that one. A GradScaler could not undo its scale before the
-    step: take a :class:`gradagree_opt.TaskBatch` there. As with ``backward``, the update is added
-    to a ``.grad`` that is already there.
+    ``zero_grad``, ``state_dict``, ``load_state_dict`` and ``param_groups`` are the wrapped
+    optimizer's. Give that one to a learning-rate scheduler, and register hooks and add groups
+    there. A GradScaler could not undo its scale before the step: take a
+    :class:`gradagree_opt.TaskBatch` with it. As with ``backward``, the update is added to a
+    ``.grad`` that is already there.
 
     Args:
         optimizer: one that steps on ``.grad``, as those of torch.optim and ``torchopt.Optimizer``.

@@ -42,12 +42,11 @@ class Corrupted:
             not above 0 for ``"label_noise"``, or ``foreign`` is given for another kind or not for
             its own.
 
-    Example:
-        >>> from gradagree_opt.tasks import Sine
-        >>> spoilt = Corrupted(Sine(amplitude=(1.0, 1.0)), kind="outlier_scale", fraction=0.5)
-        >>> tasks = spoilt.sample(100, generator=torch.Generator().manual_seed(0))
-        >>> 30 < (tasks["query"][1].abs().amax((1, 2)) > 1).sum() < 70
-        tensor(True)
+    >>> from gradagree_opt.tasks import Sine
+    >>> spoilt = Corrupted(Sine(amplitude=(1.0, 1.0)), kind="outlier_scale", fraction=0.5)
+    >>> tasks = spoilt.sample(100, generator=torch.Generator().manual_seed(0))
+    >>> 30 < (tasks["query"][1].abs().amax((1, 2)) > 1).sum() < 70
+    tensor(True)
     """
 
     def __init__(

@@ -58,12 +58,11 @@ class DigitPairs:
     Source: Sabour et al. 2017 (arXiv:1710.09829), MultiMNIST, and Sener and Koltun 2018
     (arXiv:1810.04650), for the first two tasks.
 
-    Example:
-        >>> drawings, digits = torch.rand(30, 8, 8), torch.arange(30) % 10
-        >>> pairs = DigitPairs(drawings, digits, torch.arange(30) % 3, support_shots=4)
-        >>> tasks = pairs.sample(6, generator=torch.Generator().manual_seed(0))
-        >>> [tensor.shape for tensor in tasks["support"]]
-        [torch.Size([6, 4, 1, 12, 12]), torch.Size([6, 4])]
+    >>> drawings, digits = torch.rand(30, 8, 8), torch.arange(30) % 10
+    >>> pairs = DigitPairs(drawings, digits, torch.arange(30) % 3, support_shots=4)
+    >>> tasks = pairs.sample(6, generator=torch.Generator().manual_seed(0))
+    >>> [tensor.shape for tensor in tasks["support"]]
+    [torch.Size([6, 4, 1, 12, 12]), torch.Size([6, 4])]
     """
 
     def __init__(

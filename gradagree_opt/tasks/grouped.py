@@ -65,13 +65,12 @@ class GroupedRegression:
             unknown, there is no training group, a column is constant in them, a count is below 1,
             or a split has no group of ``support_shots + query_shots`` rows.
 
-    Example:
-        >>> x, groups = torch.arange(60.0).unsqueeze(1), torch.arange(60) % 6
-        >>> y, splits = (x[:, 0] * (1 + groups)).sqrt(), torch.tensor([0, 0, 0, 1, 2, 2])
-        >>> grouped = GroupedRegression(x, y, groups, splits, support_shots=3, query_shots=7)
-        >>> tasks = grouped.sample(4, split="test", generator=torch.Generator().manual_seed(0))
-        >>> [x.shape for x in tasks["support"]], tasks["query"][0].shape
-        ([torch.Size([4, 3, 1]), torch.Size([4, 3, 1])], torch.Size([4, 7, 1]))
+    >>> x, groups = torch.arange(60.0).unsqueeze(1), torch.arange(60) % 6
+    >>> y, splits = (x[:, 0] * (1 + groups)).sqrt(), torch.tensor([0, 0, 0, 1, 2, 2])
+    >>> grouped = GroupedRegression(x, y, groups, splits, support_shots=3, query_shots=7)
+    >>> tasks = grouped.sample(4, split="test", generator=torch.Generator().manual_seed(0))
+    >>> [x.shape for x in tasks["support"]], tasks["query"][0].shape
+    ([torch.Size([4, 3, 1]), torch.Size([4, 3, 1])], torch.Size([4, 7, 1]))
     """
 
     def __init__(
@@ -155,17 +154,16 @@ class GroupedRegression:
                 three groups, one of ``folds`` and ``fold`` is given alone or they are none of the
                 data; and whatever the class raises.
 
-        Example:
-            >>> import pandas
-            >>> frame = pandas.DataFrame({
-            ...     "field": ["north", "south", "east", "west", "hill"] * 10,
-            ...     "rain": range(50), "crop": [0.1 * row**2 for row in range(50)],
-            ... })
-            >>> fields = GroupedRegression.from_frame(
-            ...     frame, inputs=["rain"], target="crop", group="field", query_shots=2
-            ... )
-            >>> {split: len(groups) for split, groups in fields.rows.items()}
-            {'train': 3, 'validation': 1, 'test': 1}
+        >>> import pandas
+        >>> frame = pandas.DataFrame({
+        ...     "field": ["north", "south", "east", "west", "hill"] * 10,
+        ...     "rain": range(50), "crop": [0.1 * row**2 for row in range(50)],
+        ... })
+        >>> fields = GroupedRegression.from_frame(
+        ...     frame, inputs=["rain"], target="crop", group="field", query_shots=2
+        ... )
+        >>> {split: len(groups) for split, groups in fields.rows.items()}
+        {'train': 3, 'validation': 1, 'test': 1}
         """
         rows = read_frame(frame, inputs=inputs, target=target, group=group)
         if len(rows.names) < FEWEST_FOLDS:

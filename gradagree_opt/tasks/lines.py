@@ -25,12 +25,11 @@ class Lines:
 
     Source: Finn, Xu and Levine 2018, section 5 (sines and lines, both from U[-3, 3]).
 
-    Example:
-        >>> tasks = Lines().sample(4, generator=torch.Generator().manual_seed(0))
-        >>> x, y = tasks["support"]
-        >>> torch.allclose(y[:, 2] - y[:, 0], (x[:, 2] - x[:, 0]) * (y[:, 1] - y[:, 0])
-        ...     / (x[:, 1] - x[:, 0]), atol=1e-3)
-        True
+    >>> tasks = Lines().sample(4, generator=torch.Generator().manual_seed(0))
+    >>> x, y = tasks["support"]
+    >>> torch.allclose(y[:, 2] - y[:, 0], (x[:, 2] - x[:, 0]) * (y[:, 1] - y[:, 0])
+    ...     / (x[:, 1] - x[:, 0]), atol=1e-3)
+    True
     """
 
     slope: tuple[float, float] = (-3.0, 3.0)

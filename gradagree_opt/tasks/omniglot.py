@@ -61,14 +61,13 @@ class Omniglot:
     Source: Lake et al. 2015 (data, background split); Vinyals et al. 2016 (protocol, rotations);
     Finn et al. 2017 (28×28 images, ink 1).
 
-    Example:
-        >>> images = torch.zeros(30, 20, 28, 28, dtype=torch.uint8)
-        >>> omniglot = Omniglot(images, torch.arange(30) % 3, way=5, shot=1, query_shots=15)
-        >>> tasks = omniglot.sample(4, split="test", generator=torch.Generator().manual_seed(0))
-        >>> [x.shape for x in tasks["support"]]
-        [torch.Size([4, 5, 1, 28, 28]), torch.Size([4, 5])]
-        >>> [x.shape for x in tasks["query"]]
-        [torch.Size([4, 75, 1, 28, 28]), torch.Size([4, 75])]
+    >>> images = torch.zeros(30, 20, 28, 28, dtype=torch.uint8)
+    >>> omniglot = Omniglot(images, torch.arange(30) % 3, way=5, shot=1, query_shots=15)
+    >>> tasks = omniglot.sample(4, split="test", generator=torch.Generator().manual_seed(0))
+    >>> [x.shape for x in tasks["support"]]
+    [torch.Size([4, 5, 1, 28, 28]), torch.Size([4, 5])]
+    >>> [x.shape for x in tasks["query"]]
+    [torch.Size([4, 75, 1, 28, 28]), torch.Size([4, 75])]
     """
 
     def __init__(

@@ -55,11 +55,10 @@ class Sine:
 
     Source: Gradient Agreement (2018), section on sine regression; Finn et al. 2017, section 5.1.
 
-    Example:
-        >>> tasks = Sine().sample(4, generator=torch.Generator().manual_seed(0))
-        >>> x, y = tasks["support"]
-        >>> x.shape, y.shape, tasks["query"][0].shape
-        (torch.Size([4, 10, 1]), torch.Size([4, 10, 1]), torch.Size([4, 50, 1]))
+    >>> tasks = Sine().sample(4, generator=torch.Generator().manual_seed(0))
+    >>> x, y = tasks["support"]
+    >>> x.shape, y.shape, tasks["query"][0].shape
+    (torch.Size([4, 10, 1]), torch.Size([4, 10, 1]), torch.Size([4, 50, 1]))
     """
 
     amplitude: tuple[float, float] = (0.1, 5.0)

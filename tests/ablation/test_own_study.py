@@ -59,6 +59,9 @@ class Power:
     def __call__(self, statistics):
         return statistics.squared_norms**self.power
 
+def filed(support_shots, query_shots, root):
+    return sines(support_shots, query_shots)
+
 class Blobs:
     """Points around places that the classes of a task have."""
     def __init__(self, support_shots, query_shots, way=3, dtype=torch.float32, classes=None):
@@ -217,6 +220,7 @@ def test_classes_are_scored_by_accuracy_and_known_by_their_tasks(write_study: Wr
         ({"make": "ours:number"}, "not callable"),
         ({"make": "ours:refusing"}, "RuntimeError: no network today"),
         ({"make": "ours:sines", "options": {"colour": 1}}, "unexpected keyword argument 'colour'"),
+        ({"make": "ours:filed"}, "'root'; give --data, the path that root is to be"),
         ({"make": "ours:network", "options": {"inputs": 1, "outputs": 1}}, "unexpected keyword"),
         ({"make": "ours:Wrong", "options": {"wrong": "raise"}}, "LookupError: the server is down"),
         ({"make": "ours:Wrong", "options": {"wrong": "part"}}, "KeyError: 'query'"),

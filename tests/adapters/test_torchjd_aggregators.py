@@ -146,12 +146,23 @@ def test_batch_without_a_finite_task_gives_a_zero_update(name):
 # -- misuse ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", [jd.MGDAWeighting(), jd.MGDA, ga.GradientAgreement()])
-def test_what_is_no_torchjd_aggregator_is_refused(wrong, without_type_checks):
-    with pytest.raises(
-        TypeError, match=r"aggregator as UPGrad\(\), found .*; call the class, or wrap"
-    ):
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        (jd.MGDAWeighting(), "MGDAWeighting of torchjd.*; wrap a weighting as Gramian"),
+        (jd.MGDA, "the class MGDA; call it"),
+        (ga.GradientAgreement(), "GradientAgreement of gradagree_opt.*library as it is"),
+    ],
+)
+def test_what_is_no_torchjd_aggregator_is_refused(wrong, found, without_type_checks):
+    with pytest.raises(TypeError, match=rf"aggregator as UPGrad\(\), found {found}"):
         from_torchjd(wrong)
+
+
+@pytest.mark.parametrize("wrong", [jd.UPGrad(), jd.TrimmedMean(1), jd.MGDAWeighting()])
+def test_what_is_torchjds_is_no_weighting_as_it_is(wrong):
+    with pytest.raises(TypeError, match=f"found {type(wrong).__name__} of torchjd.*from_torchjd"):
+        ga.Aggregator(wrong)
 
 
 @pytest.mark.parametrize("option", [{"match_norm": "mean"}, {"scale_free": True}])

@@ -129,6 +129,7 @@ class Misspelt:
         (AgreementWeighting, TypeError, ("a weighting", "the class AgreementWeighting", "call it")),
         ("agreement", TypeError, ("a weighting", "'agreement'")),
         (None, TypeError, ("a weighting", "None")),
+        (ga.EqualAgreement(), TypeError, ("a weighting", "EqualAgreement of", "as it is")),
         (Misspelt(), ValueError, ("squared_norms", "found 'squared_norm'")),
     ],
 )

@@ -66,7 +66,9 @@ class OwnTasks(Kind):
                 self.call(data, test.support_shots, test.query_shots),
             )
         except ValueError as error:
-            raise StudyError(f"the tasks of {self.make}: {error}") from None
+            lacks = data is None and "argument: 'root'" in str(error)
+            cure = "; give --data, the path that root is to be" if lacks else ""
+            raise StudyError(f"the tasks of {self.make}: {error}{cure}") from None
 
     def call(self, data: Path | None, support_shots: int, query_shots: int) -> TaskDistribution:
         """Tasks of so many shots, by what the study names."""
