@@ -15,6 +15,8 @@ BIN := $(abspath $(VENV))/bin
 
 # One process per core, one thread per process.
 export OMP_NUM_THREADS := 1
+# Where it is set, as in many containers, every process of the tests compiles every module anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo check test test-long lint docs bench clean
 

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import hypothesis
@@ -65,14 +65,26 @@ def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
 def _if_it_has_shapes(decorate: Any, of: Any = None, *, typechecker: Any) -> Any:
     """jaxtyping's decorator, for signatures with shapes alone: a sixth of the time otherwise.
 
-    What has none is mypy's to check.
+    What has none is mypy's to check. Arguments are checked once, where jaxtyping alone would check
+    them again with the result.
     """
     if of is None:
         return partial(_if_it_has_shapes, decorate, typechecker=typechecker)
-    signature = of.__init__ if dataclasses.is_dataclass(of) else of
-    annotations = repr(getattr(signature, "__annotations__", {}))
-    shapes = re.search(r"jaxtyping|\b(Bool|Float|Int)\[", annotations)
-    return decorate(of, typechecker=typechecker) if shapes else of
+    if dataclasses.is_dataclass(of):
+        of.__init__ = _if_it_has_shapes(decorate, of.__init__, typechecker=typechecker)
+        return of
+    annotations = repr(getattr(of, "__annotations__", {}))
+    if isinstance(of, type) or not re.search(r"jaxtyping|\b(Bool|Float|Int)\[", annotations):
+        return of
+    checked = typechecker(of)
+
+    @wraps(of)
+    def switched(*args: Any, **options: Any) -> Any:
+        return (of if jaxtyping.config.jaxtyping_disable else checked)(*args, **options)
+
+    decorated = decorate(switched, typechecker=None)
+    decorated.__wrapped__ = of
+    return decorated
 
 
 def _give_beartype_numbers_of_its_own() -> None:

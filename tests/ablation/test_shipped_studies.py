@@ -38,6 +38,7 @@ PICTURED = {  # a study of each kind: to draw takes as long as to train
     "multi-task-digits",
     "omniglot-5way-1shot",
 }
+FILED = "equal-sine-corrupted"  # every figure there is, also as files: those of others are alike
 UNADAPTED = {
     "inner": None,
     "tuning": {"seeds": 1, "tasks": 6, "steps": 0},
@@ -96,6 +97,8 @@ def test_it_leaves_every_artefact_and_each_names_every_method(
 ) -> None:
     if name not in PICTURED:
         request.getfixturevalue("without_figures")
+    elif name != FILED:
+        request.getfixturevalue("without_pictures")
     study = load(name)
     if any(method.of_torchjd for method in study.methods):
         pytest.importorskip("torchjd", reason="torchjd is not installed")
@@ -123,6 +126,8 @@ def assert_pictured(study: Study, out: Path) -> None:
     extra |= {"adaptation"} if study.tasks.kind == "sine" else set()
     page = (out / "report.html").read_text(encoding="utf-8")
     for figure in {*FIGURES, *extra}:
-        assert (out / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
-        assert (out / f"{figure}.pdf").read_bytes().startswith(b"%PDF-")
+        png, pdf = ((out / f"{figure}.{kind}").read_bytes() for kind in ("png", "pdf"))
+        if study.name == FILED:
+            assert png.startswith(b"\x89PNG")
+            assert pdf.startswith(b"%PDF-")
         assert f'id="figure-{figure}"' in page

@@ -17,7 +17,7 @@ CLAIM = {
     "compile": False,
     "outer": {"rates": [0.5, 1.0, 2.0, 4.0], "extend": 0},
     "seeds": [0],
-    "tuning": {"seeds": [101], "tasks": 200, "steps": 5},
+    "tuning": {"seeds": 1, "tasks": 200, "steps": 5},  # the seed above, so no run is trained twice
     "test": {"tasks": 500, "steps": [5]},
     "methods": [
         {"name": "mean", "aggregator": "mean"},
@@ -28,7 +28,9 @@ CLAIM = {
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_equal_agreement_has_less_than_two_fifths_of_the_tuned_mean_s_error(tmp_path: Path):
+def test_equal_agreement_has_less_than_two_fifths_of_the_tuned_mean_s_error(
+    tmp_path: Path, without_type_checks: None
+):
     (tmp_path / "claim.yaml").write_text(yaml.safe_dump(CLAIM))
     study = load(str(tmp_path / "claim.yaml"))
     sweep = Sweep(study, tmp_path, None, pytest.fail)

@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 import jaxtyping
 import pytest
 import torch
+from beartype import beartype
+from beartype.roar import BeartypeCallHintViolation
+from jaxtyping import Float
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves, tree_structure
@@ -83,10 +86,20 @@ def at_least_2d(leaf: Tensor) -> Tensor:
 
 
 def test_shapes_and_dtypes_are_checked_while_the_tests_run():
-    with pytest.raises(jaxtyping.TypeCheckError):
+    with pytest.raises(BeartypeCallHintViolation):
         rows(torch.zeros(3, 2, dtype=torch.int64))
-    with pytest.raises(jaxtyping.TypeCheckError):
+    with pytest.raises(BeartypeCallHintViolation):
         mask_rows(leaf(2), torch.ones(N, 1, dtype=torch.bool))
+
+
+def test_a_result_has_the_sizes_that_its_arguments_gave():
+    @jaxtyping.jaxtyped(typechecker=beartype)
+    def first_rows(stack: Float[Tensor, "n d"], count: int) -> Float[Tensor, "n d"]:
+        return stack[:count]
+
+    first_rows(torch.zeros(3, 2), 3)
+    with pytest.raises(BeartypeCallHintViolation):
+        first_rows(torch.zeros(3, 2), 2)
 
 
 def test_leaves_are_named_by_their_path():
