@@ -5,7 +5,7 @@ task and weighted before does not pass there, so the replicas would drift apart 
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -94,23 +94,37 @@ def reshard(module: object, /) -> None:
         part.reshard()
 
 
-def check_fills_grad(module: object, /) -> None:
+def check_fills_grad(parameters: Mapping[str, Tensor], /) -> None:
     """Raises a ValueError where FSDP2 gathers gradients, so that backward() fills no ``.grad``.
 
-    >>> check_fills_grad(nn.Linear(1, 1))
+    >>> check_fills_grad({"w": torch.zeros(2)})
     """
-    for part in _fsdp_modules(module):
-        # PyTorch has no public way to ask, and another name from one version to the next: where
-        # there is none of these (2.14), a batch of which no parameter has a gradient is refused.
-        state = part._get_fsdp_state() if hasattr(part, "_get_fsdp_state") else None
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    # PyTorch has no public way to ask. These names are its own since 2.5; where there is none of
+    # them, a batch is refused only if no parameter has a gradient.
+    module = _imported("torch.distributed._composable_state")
+    for held in [*getattr(module, "_module_state_mapping", {}).values()]:
+        state = held() if callable(held) else held
         groups = getattr(state, "_fsdp_param_groups", None)
         for group in groups or [getattr(state, "_fsdp_param_group", None)]:
-            if not getattr(group, "reduce_grads", True):
+            each = getattr(group, "fsdp_params", [])
+            own = [names[at] for param in each if (at := id(param.sharded_param)) in names]
+            sends = getattr(group, "reduce_grads", True) and getattr(
+                group, "all_reduce_grads", True
+            )
+            if own and not (sends and all(map(_is_empty, [group, *each]))):
                 raise ValueError(
-                    "expected FSDP modules that fill .grad in a backward pass, found a "
-                    f"{type(part).__name__} that gathers gradients; call "
-                    "set_requires_gradient_sync(True), backward() and zero_grad() first"
+                    "expected FSDP modules that fill .grad in a backward pass, found one that "
+                    f"gathers the gradient of {own[0]!r}; call set_requires_gradient_sync(True), "
+                    "backward() and zero_grad() first"
                 )
+
+
+def _is_empty(holder: object) -> bool:
+    """Whether FSDP2 holds no gradient there that it has gathered and not yet sent."""
+    unsharded = getattr(getattr(holder, "_unsharded_param", None), "grad", None)
+    names = ("unsharded_accumulated_grad", "_partial_reduce_output")
+    return unsharded is None and all(getattr(holder, name, None) is None for name in names)
 
 
 def _fsdp_modules(module: object) -> list[Any]:

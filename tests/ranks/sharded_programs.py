@@ -172,18 +172,34 @@ def bad_tasks(model: nn.Module, mine: list[Tensor], first: int, tasks_group: Any
     maml = ga.MAML(lambda params, x: x.sum(), ga.InnerSGD(0.1, 1))
     with pytest.raises(ValueError, match="found DTensor"):
         maml.step(params, tasks, ga.distributed(ga.Mean()))
-    trunk = model.trunk
-    trunk.set_requires_gradient_sync(False)  # type: ignore[operator, union-attr] # FSDP's
-    with refused("FSDPSequential that gathers", "set_requires_gradient_sync(True)"):
-        ga.TaskBatch(model, agree)
-    trunk.set_requires_gradient_sync(True)  # type: ignore[operator, union-attr] # FSDP's
-    batch = ga.TaskBatch(model, ga.distributed(ga.Mean()))
-    model.set_requires_gradient_sync(False)  # type: ignore[operator] # FSDP's
-    with refused("set_requires_gradient_sync(True)"):
-        batch.add(model(mine[0]).mean())
-        batch.backward()
-    with refused("set_requires_gradient_sync(True)"):
-        collected(model, ga.distributed(ga.Mean()), mine)
+    gathered(model, mine)
+
+
+def gathered(model: Any, mine: list[Tensor]) -> None:
+    """FSDP gathers gradients, of a part of the modules too: refused, and nothing is changed."""
+    mean, sgd = ga.distributed(ga.Mean()), torch.optim.SGD(model.parameters(), lr=0.1)
+    before = full(p.detach().clone() for p in model.parameters())
+
+    def step() -> None:
+        ga.TaskOptimizer(sgd, mean).step([model(x).square().mean() for x in mine])
+
+    for part in (model, model.trunk):
+        batch = ga.TaskBatch(model, mean, memory="stream")
+        part.set_requires_gradient_sync(False)
+        with refused("gathers the gradient of", "set_requires_gradient_sync(True)"):
+            step()
+        with refused("gathers the gradient of"):
+            batch.add(model(mine[0]).square().mean())
+        with refused("found none on any rank"):
+            batch.backward()
+        model(mine[0]).mean().backward()
+        part.set_requires_gradient_sync(True)
+        with refused("gathers the gradient of"):  # which would be added to the first task's
+            step()
+        model(mine[0]).mean().backward()
+        sgd.zero_grad()
+    check_close(full(model.parameters()), before, 0)
+    step()
 
 
 def replicated() -> None:
@@ -196,6 +212,9 @@ def replicated() -> None:
     parts = sharded(copy.deepcopy(model), mesh)
     for one, each in zip(AGGREGATORS[4:8], wanted, strict=True):
         check_step(parts, one, each, [*x], 0)
+    parts.set_requires_all_reduce(False)  # type: ignore[operator] # FSDP's
+    with refused("gathers the gradient of"):
+        collected(parts, ga.distributed(ga.Mean()), [*x])
 
 
 def half_precision() -> None:
