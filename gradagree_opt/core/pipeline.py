@@ -142,7 +142,7 @@ class Pipeline:
             combine_directions: linear map from weights to Σ_i w_i · direction_i.
         """
         if self.ranks is not None and measured.own is not None:
-            combine_directions = self.ranks.summed(combine_directions, measured.own)
+            combine_directions = self.ranks.summed(combine_directions, measured)
         if decided.reference is None and not self.describes:
             return combine_directions(decided.decision.weights, measured.groups), None, decided
         if decided.reference is None:

@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 class Summed:
     """Σ_i w_i · direction_i over the tasks of all ranks as a function of the weights."""
 
-    def __init__(self, ranks: "Ranks", combine_directions: Combine, own: slice) -> None:
+    def __init__(self, ranks: "Ranks", combine_directions: Combine, measured: Measured) -> None:
         self._ranks = ranks
+        self._measured = measured
+        self._stack: PyTree = None
         if isinstance(combine_directions, Combination):
             # One rank's part may be larger than its dtype can hold.
-            combine_directions = combine_directions.wide
+            self._stack, combine_directions = combine_directions.stack, combine_directions.wide
         self._combine = combine_directions
-        self._own = own
 
     def __call__(self, weights: Tensor, groups: list[int] | None, /) -> PyTree:
         """The update, as far as this rank holds it.
@@ -32,14 +33,17 @@ class Summed:
             ValueError: another rank has failed, or has taken other weights.
         """
         ranks = self._ranks
-        update = self._combine(weights[..., self._own], groups)
-        parts = [leaf.flatten().to(ranks.update_dtype) for leaf in tree_leaves(update)]
-        if ranks.shards:  # whose words are for all, and whose numbers for some
-            flat = torch.cat(parts)
-            ranks.send([flat[:0]], weights)
-            ranks.shards.add_up(flat)
+        if self._measured.total is not None:
+            update, flat = self._stack, weights.amax() * self._measured.total
         else:
-            flat = ranks.send(parts, weights)
+            update = self._combine(weights[..., self._measured.own], groups)
+            parts = [leaf.flatten().to(ranks.update_dtype) for leaf in tree_leaves(update)]
+            if ranks.shards:  # whose words are for all, and whose numbers for some
+                flat = torch.cat(parts)
+                ranks.send([flat[:0]], weights)
+                ranks.shards.add_up(flat)
+            else:
+                flat = ranks.send(parts, weights)
         totals = torch.split(flat, [shape.numel() for shape, _ in ranks.layout])
         pairs = zip(totals, ranks.layout, strict=True)
         return like(update, [total.reshape(shape).to(dtype) for total, (shape, dtype) in pairs])
