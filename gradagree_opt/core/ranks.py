@@ -35,7 +35,7 @@ from gradagree_opt.core.header import Header, check_alike, digest, words_of
 from gradagree_opt.core.lost import backends
 from gradagree_opt.core.messages import Messages
 from gradagree_opt.core.own_part import Part, statistics_of
-from gradagree_opt.core.results import Aggregation, Combine, Measured
+from gradagree_opt.core.results import Aggregation, Measured
 from gradagree_opt.core.rounding import rounding_of
 from gradagree_opt.core.scopes import by_group
 from gradagree_opt.core.shards import Shards, own_part
@@ -48,7 +48,6 @@ from gradagree_opt.core.stacks import (
     mask_rows,
 )
 from gradagree_opt.core.statistics import OF_GRAMIAN, Statistics, of_products, side_by_side
-from gradagree_opt.core.summed import Summed
 from gradagree_opt.core.weightings import Need, UniformWeighting, Weigh, draws_itself, needs_of
 
 GATHERED_ENTRIES = 2**22
@@ -155,10 +154,6 @@ class Ranks(Messages):
             self._expect(statistics, len(equal), len(equal) - (total_norm is not None) - is_update)
             bad, total = known_bad | ~statistics.finite, totals[0] if is_update else None
             return Measured(statistics, bad, groups, True, not apart, total_norm, own, total)
-
-    def summed(self, combine_directions: Combine, measured: Measured, /) -> Summed:
-        """Σ_i w_i · direction_i over the tasks of all ranks, from this one's."""
-        return Summed(self, combine_directions, measured)
 
     def decided(self, parts: list[Tensor], /) -> list[Tensor]:
         """What is decided on every rank: what this one has, or where they are unlike, the first.

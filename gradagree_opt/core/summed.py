@@ -15,11 +15,17 @@ if TYPE_CHECKING:
 
 
 class Summed:
-    """Σ_i w_i · direction_i over the tasks of all ranks as a function of the weights."""
+    """Σ_i w_i · direction_i over the tasks of all ranks as a function of the weights.
 
-    def __init__(self, ranks: "Ranks", combine_directions: Combine, measured: Measured) -> None:
+    ``wide``: leaves the sums in float32 or better.
+    """
+
+    def __init__(
+        self, ranks: "Ranks", combine_directions: Combine, measured: Measured, *, wide: bool
+    ) -> None:
         self._ranks = ranks
         self._measured = measured
+        self._wide = wide
         self._stack: PyTree = None
         if isinstance(combine_directions, Combination):
             # One rank's part may be larger than its dtype can hold.
@@ -45,8 +51,11 @@ class Summed:
             else:
                 flat = ranks.send(parts, weights)
         totals = torch.split(flat, [shape.numel() for shape, _ in ranks.layout])
-        pairs = zip(totals, ranks.layout, strict=True)
-        return like(update, [total.reshape(shape).to(dtype) for total, (shape, dtype) in pairs])
+        leaves = []
+        for total, (shape, dtype) in zip(totals, ranks.layout, strict=True):
+            dtype = torch.promote_types(dtype, torch.float32) if self._wide else dtype
+            leaves.append(total.reshape(shape).to(dtype))
+        return like(update, leaves)
 
     def and_norm(self, weights: Tensor, measured: Measured, /) -> tuple[PyTree, Tensor]:
         """The update, and its norm over all parts of it."""

@@ -126,6 +126,15 @@ def half_precision() -> None:
             found = ga.distributed(one).aggregate(ga.own_share(stack))
             assert wanted.update.isfinite().all()
             check_close(found.update, wanted.update, torch.finfo(dtype).eps)
+        # An update of more than float16 holds before it has its length, and one that is rounded.
+        one = ga.Aggregator(
+            lambda statistics: torch.ones_like(statistics.row_sums), match_norm="mean"
+        )
+        for each in (torch.full((4, 1), 6e4), stack.float() / 7):
+            wanted, given = one.aggregate(each.to(dtype)), ga.own_share(each.to(dtype))
+            found = ga.distributed(one).aggregate(given)
+            check_close(found.update, wanted.update, torch.finfo(dtype).eps)
+            check_close(found.weights, own(wanted.weights))
     with refused("rank"):
         ga.distributed(ga.Sum())(stack.half() if RANK else stack)
 
