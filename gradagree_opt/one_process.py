@@ -5,7 +5,7 @@ task and weighted before does not pass there, so the replicas would drift apart 
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -100,24 +100,46 @@ def check_fills_grad(parameters: Mapping[str, Tensor], /) -> None:
     >>> check_fills_grad({"w": torch.zeros(2)})
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
-    # PyTorch has no public way to ask. These names are its own since 2.5; where there is none of
-    # them, a batch is refused only if no parameter has a gradient.
+    for group in _fsdp_groups():
+        own = [names[at] for each in group.fsdp_params if (at := id(each.sharded_param)) in names]
+        switches = (getattr(group, f"{name}_grads", True) for name in ("reduce", "all_reduce"))
+        if own and not (all(switches) and all(map(_is_empty, [group, *group.fsdp_params]))):
+            raise ValueError(
+                "expected FSDP modules that fill .grad in a backward pass, found one that gathers "
+                f"the gradient of {own[0]!r}; call set_requires_gradient_sync(True), backward() "
+                "and zero_grad() first"
+            )
+
+
+def check_not_unsharded(parameters: Mapping[str, Tensor], /) -> None:
+    """Raises a ValueError for what FSDP2 shows between passes, whose ``.grad`` no optimizer sees.
+
+    >>> check_not_unsharded({"w": torch.zeros(2)})
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for group in _fsdp_groups():
+        for each in group.fsdp_params:
+            if name := names.get(id(getattr(each, "_unsharded_param", None))):
+                raise ValueError(
+                    f"expected parameters as the optimizer has them, found {name!r} as FSDP puts "
+                    "it together for a forward pass; give the module itself, and build optimizers "
+                    "and lists of parameters before the first forward pass"
+                )
+
+
+def _fsdp_groups() -> Iterator[Any]:
+    """The groups of parameters that FSDP2 sends together, of all modules of this process.
+
+    PyTorch has no public way to ask. These names are its own since 2.5; where there is none of
+    them, a batch is refused only if no parameter has a gradient.
+    """
     module = _imported("torch.distributed._composable_state")
     for held in [*getattr(module, "_module_state_mapping", {}).values()]:
         state = held() if callable(held) else held
         groups = getattr(state, "_fsdp_param_groups", None)
         for group in groups or [getattr(state, "_fsdp_param_group", None)]:
-            each = getattr(group, "fsdp_params", [])
-            own = [names[at] for param in each if (at := id(param.sharded_param)) in names]
-            sends = getattr(group, "reduce_grads", True) and getattr(
-                group, "all_reduce_grads", True
-            )
-            if own and not (sends and all(map(_is_empty, [group, *each]))):
-                raise ValueError(
-                    "expected FSDP modules that fill .grad in a backward pass, found one that "
-                    f"gathers the gradient of {own[0]!r}; call set_requires_gradient_sync(True), "
-                    "backward() and zero_grad() first"
-                )
+            if hasattr(group, "fsdp_params"):
+                yield group
 
 
 def _is_empty(holder: object) -> bool:

@@ -14,7 +14,13 @@ from gradagree_opt.core.shards import are_sharded
 from gradagree_opt.core.stacks import PyTree, nonfinite_tasks
 from gradagree_opt.loops.accumulation import add_to_grad, check_no_accumulation_hooks
 from gradagree_opt.loops.graphs import stale_graphs
-from gradagree_opt.one_process import check_fills_grad, check_one_process, inside, reshard
+from gradagree_opt.one_process import (
+    check_fills_grad,
+    check_not_unsharded,
+    check_one_process,
+    inside,
+    reshard,
+)
 
 
 def unwrapped(parameters: Any, aggregator: Aggregator, /) -> Any:
@@ -35,6 +41,7 @@ def check_ranks(
     """Raises a ValueError where several ranks train what the aggregator or the form cannot."""
     over_ranks = aggregator.ranks is not None
     check_one_process(parameters.values(), over_ranks=over_ranks, wrapped=True)
+    check_not_unsharded(parameters)
     if adapts and are_sharded(parameters):
         raise ValueError(
             "expected losses alone of sharded parameters, found adapted ones, through whose "

@@ -117,6 +117,7 @@ def test_ranks_that_are_unlike_do_what_one_process_does(
         ("fsdp", 3),
         ("data_by_shards", 2),
         ("tasks_by_shards", 4),
+        ("another_process_group", 4),
         ("replicated", 4),
         ("half_precision", 2),
     ],
