@@ -218,7 +218,7 @@ class Ranks(Messages):
 
     def _expect(self, statistics: Statistics, decisions: int, updates: int) -> None:
         """Notes how long the messages are that follow a table."""
-        self.owing = False
+        self.owing = not updates  # no message would tell of a failure, but a word
         sums, scale = statistics.row_sums, statistics.scale
         zero = sums.new_zeros((), dtype=torch.float64)
         decision = zero.expand(decisions * (2 * sums.numel() + scale.numel()))
@@ -256,7 +256,9 @@ class Ranks(Messages):
         if "cosine_row_sums" in needs:
             sums += [part.unit_sum().to(wide) for part in parts]
         if is_update:
-            return [self.send(sums)]
+            total = self.send(sums)
+            self.owing = True  # the table
+            return [total]
         self.shards.add_up(flat := torch.cat(sums))
         return torch.split(flat, [len(each) for each in sums])
 

@@ -41,6 +41,7 @@ class Summed:
         ranks = self._ranks
         if self._measured.total is not None:
             update, flat = self._stack, weights.amax() * self._measured.total
+            ranks.owing = False
         else:
             update = self._combine(weights[..., self._measured.own], groups)
             parts = [leaf.flatten().to(ranks.update_dtype) for leaf in tree_leaves(update)]
