@@ -26,10 +26,9 @@ class Summed:
         self._ranks = ranks
         self._measured = measured
         self._wide = wide
-        self._stack: PyTree = None
         if isinstance(combine_directions, Combination):
             # One rank's part may be larger than its dtype can hold.
-            self._stack, combine_directions = combine_directions.stack, combine_directions.wide
+            combine_directions = combine_directions.wide
         self._combine = combine_directions
 
     def __call__(self, weights: Tensor, groups: list[int] | None, /) -> PyTree:
@@ -38,19 +37,20 @@ class Summed:
         Raises:
             ValueError: another rank has failed, or has taken other weights.
         """
-        ranks = self._ranks
-        if self._measured.total is not None:
-            update, flat = self._stack, weights.amax() * self._measured.total
+        ranks, total = self._ranks, self._measured.total
+        update = self._combine(weights[..., self._measured.own], groups)
+        parts = [leaf.flatten().to(ranks.update_dtype) for leaf in tree_leaves(update)]
+        if total is not None:
+            flat = torch.cat(parts)
+            with torch.no_grad():  # as a message does: the graph is that of the own part
+                flat.copy_(weights.amax() * total)
             ranks.owing = False
+        elif ranks.shards:  # whose words are for all, and whose numbers for some
+            flat = torch.cat(parts)
+            ranks.send([flat[:0]], weights)
+            ranks.shards.add_up(flat)
         else:
-            update = self._combine(weights[..., self._measured.own], groups)
-            parts = [leaf.flatten().to(ranks.update_dtype) for leaf in tree_leaves(update)]
-            if ranks.shards:  # whose words are for all, and whose numbers for some
-                flat = torch.cat(parts)
-                ranks.send([flat[:0]], weights)
-                ranks.shards.add_up(flat)
-            else:
-                flat = ranks.send(parts, weights)
+            flat = ranks.send(parts, weights)
         totals = torch.split(flat, [shape.numel() for shape, _ in ranks.layout])
         leaves = []
         for total, (shape, dtype) in zip(totals, ranks.layout, strict=True):

@@ -45,6 +45,7 @@ def check(ranks: list[Program]) -> None:
         ("aggregation", "draws", 2),
         ("aggregation", "own_draws", 2),
         ("aggregation", "cancelling", 2),
+        ("aggregation", "graphs", 2),
         ("aggregation", "half_precision", 2),
         ("message", "messages", 2),
         ("message", "messages_of_the_first_rank", 3),
