@@ -4,11 +4,10 @@ A loop over ``innerloop_ctx`` needs nothing from here: :class:`gradagree_opt.Tas
 functional modules.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from gradagree_opt.core.aggregation import Aggregator, check_aggregator
@@ -17,7 +16,7 @@ from gradagree_opt.engines.losses import ScalarLoss
 from gradagree_opt.frameworks import require
 from gradagree_opt.loops.graphs import check_depends
 from gradagree_opt.loops.task_batch import TaskBatch
-from gradagree_opt.meta.steps import MetaStep, check_tasks
+from gradagree_opt.meta.steps import LearnerLoss, MetaStep, check_tasks
 from gradagree_opt.options import check_count
 
 require("higher")
@@ -25,9 +24,6 @@ require("higher")
 import higher  # noqa: E402 - after require, whose error names the install command
 
 __all__ = ["meta_step"]
-
-LearnerLoss = Callable[[Any, PyTree], Tensor]
-"""``loss_fn(learner, batch) -> scalar`` of one task."""
 
 
 def meta_step(
@@ -95,7 +91,8 @@ def _meta_step(
 ) -> MetaStep:
     check_count("steps", steps, least=1)
     _check_optimizer(model, optimizer, first_order)
-    n = check_tasks(dict(model.named_parameters()), tasks, "support", "query")
+    parameters = dict(model.named_parameters())
+    n = check_tasks(parameters, tasks, "support", "query", least=aggregator.fewest)
     loss_fn = ScalarLoss(loss_fn)
     batch = TaskBatch(model, aggregator, memory=memory)
     for i in range(n):

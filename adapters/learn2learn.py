@@ -4,7 +4,7 @@ A loop over ``clone()`` and ``adapt()`` needs nothing from here: :class:`gradagr
 takes the learners.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.diagnostics import check_some_task
 from gradagree_opt.core.few_passes import measures_directions
 from gradagree_opt.core.header import TaskForm
+from gradagree_opt.core.shards import of_no_task
 from gradagree_opt.core.stacks import PyTree, task_count
 from gradagree_opt.engines.cures import Cure, explaining, few, of_the_kernel
 from gradagree_opt.engines.kept import NoDataSet, left_as_found
@@ -27,7 +28,7 @@ from gradagree_opt.functional import call_with
 from gradagree_opt.loops.adapted import displacement, match, trained
 from gradagree_opt.loops.graphs import check_depends, dependencies
 from gradagree_opt.loops.over_ranks import Used
-from gradagree_opt.meta.steps import MetaStep, check_tasks
+from gradagree_opt.meta.steps import LearnerLoss, MetaStep, check_tasks
 from gradagree_opt.one_process import check_one_process
 from gradagree_opt.options import check_count
 from gradagree_opt.tasks.tasksets import Tasksets
@@ -37,9 +38,6 @@ require("learn2learn")
 from learn2learn.algorithms import GBML, MAML, MetaSGD  # noqa: E402 - require says how to install it
 
 __all__ = ["Tasksets", "meta_step"]
-
-LearnerLoss = Callable[[Any, PyTree], Tensor]
-"""``loss_fn(learner, batch) -> scalar`` of one task."""
 
 
 def meta_step(
@@ -109,7 +107,7 @@ def _meta_step(
     parameters = trained(dict(algorithm.named_parameters()))
     over_ranks = aggregator.ranks is not None
     check_one_process(parameters.values(), algorithm, over_ranks=over_ranks)
-    n = check_tasks(parameters, tasks, "support", "query")
+    n = check_tasks(parameters, tasks, "support", "query", least=aggregator.fewest)
     statistics = RunningStatistics(algorithm)
     own = measures_directions(aggregator)
     run = _Task(algorithm, ScalarLoss(loss_fn), steps, moves=not own)
@@ -138,11 +136,13 @@ def _meta_step(
         yield Cure(without, lambda: _loop(run, tasks))
 
     by, without = "learn2learn.meta_step", "a loop over clone() and adapt() with TaskBatch"
-    with (
-        statistics_refused(),
-        explaining(by, min(n, chunk_size or n), reached, cures, without=without),
-    ):
-        directions, (signal, losses, buffers) = run_all(tasks)
+    if n:
+        chunk = min(n, chunk_size or n)
+        with statistics_refused(), explaining(by, chunk, reached, cures, without=without):
+            directions, (signal, losses, buffers) = run_all(tasks)
+    else:  # on one of several ranks
+        directions = signal = of_no_task(params)
+        losses = next(iter(directions.values())).new_zeros(0)
     if losses.requires_grad:
         raise ValueError(
             "expected a loss whose trained parameters are all the algorithm's, found one with "
@@ -153,7 +153,8 @@ def _meta_step(
     used.look_at(directions, None if own else signal)
     aggregation = aggregator.aggregate(directions, None if own else signal)
     check_some_task(aggregation.diagnostics, aggregator.nonfinite)
-    statistics.follow(buffers)
+    if n:
+        statistics.follow(buffers)
     used.add_to_grad(aggregation)
     return MetaStep(*aggregation, losses=losses, engine="stacked")
 

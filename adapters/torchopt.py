@@ -60,9 +60,9 @@ def aggregate(aggregator: Aggregator, /) -> GradientTransformation:
 
     Raises:
         TypeError: ``aggregator`` is no aggregator.
-        ValueError: in ``init``, where another transformation comes before it in a chain; in
-            ``update``, where the leaves are no stack of the parameters' shapes, or the aggregator
-            refuses the gradients.
+        ValueError: in ``init``, where another transformation comes before it in a chain, or a mask
+            leaves parameters out; in ``update``, where the leaves are no stack of the parameters'
+            shapes, or the aggregator refuses the gradients.
 
     >>> import gradagree_opt as ga
     >>> optimizer = torchopt.chain(aggregate(ga.GradientAgreement()), torchopt.sgd(lr=0.1))
@@ -79,6 +79,7 @@ def aggregate(aggregator: Aggregator, /) -> GradientTransformation:
 
     def init(params: PyTree) -> AggregateState:
         _check_first()
+        _check_unmasked(params)
         leaves = pytree.tree_leaves(params, none_is_leaf=True)
         return AggregateState(tuple(torch.Size(getattr(leaf, "shape", ())) for leaf in leaves))
 
@@ -252,6 +253,19 @@ def _check_first() -> None:
                 "the stack of gradients; put it first in torchopt.chain(…)"
             )
         frame = caller
+
+
+def _check_unmasked(params: PyTree) -> None:
+    """Raises a ValueError in a ``masked`` that passes stacks by, for an optimizer to broadcast."""
+
+    def is_masked(node: object) -> bool:  # TorchOpt does not export the class
+        return type(node).__name__ == "MaskedNode"
+
+    if any(map(is_masked, pytree.tree_leaves(params, is_leaf=is_masked))):
+        raise ValueError(
+            "expected aggregate(…) of all parameters, found it in a mask, past which the others' "
+            "stacks would go; put it first in torchopt.chain(…), and mask what follows"
+        )
 
 
 def _check_stacked(

@@ -5,7 +5,7 @@ task and weighted before does not pass there, so the replicas would drift apart 
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -94,23 +94,59 @@ def reshard(module: object, /) -> None:
         part.reshard()
 
 
-def check_fills_grad(module: object, /) -> None:
+def check_fills_grad(parameters: Mapping[str, Tensor], /) -> None:
     """Raises a ValueError where FSDP2 gathers gradients, so that backward() fills no ``.grad``.
 
-    >>> check_fills_grad(nn.Linear(1, 1))
+    >>> check_fills_grad({"w": torch.zeros(2)})
     """
-    for part in _fsdp_modules(module):
-        # PyTorch has no public way to ask, and another name from one version to the next: where
-        # there is none of these (2.14), a batch of which no parameter has a gradient is refused.
-        state = part._get_fsdp_state() if hasattr(part, "_get_fsdp_state") else None
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for group in _fsdp_groups():
+        own = [names[at] for each in group.fsdp_params if (at := id(each.sharded_param)) in names]
+        switches = (getattr(group, f"{name}_grads", True) for name in ("reduce", "all_reduce"))
+        if own and not (all(switches) and all(map(_is_empty, [group, *group.fsdp_params]))):
+            raise ValueError(
+                "expected FSDP modules that fill .grad in a backward pass, found one that gathers "
+                f"the gradient of {own[0]!r}; call set_requires_gradient_sync(True), backward() "
+                "and zero_grad() first"
+            )
+
+
+def check_not_unsharded(parameters: Mapping[str, Tensor], /) -> None:
+    """Raises a ValueError for what FSDP2 shows between passes, whose ``.grad`` no optimizer sees.
+
+    >>> check_not_unsharded({"w": torch.zeros(2)})
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for group in _fsdp_groups():
+        for each in group.fsdp_params:
+            if name := names.get(id(getattr(each, "_unsharded_param", None))):
+                raise ValueError(
+                    f"expected parameters as the optimizer has them, found {name!r} as FSDP puts "
+                    "it together for a forward pass; give the module itself, and build optimizers "
+                    "and lists of parameters before the first forward pass"
+                )
+
+
+def _fsdp_groups() -> Iterator[Any]:
+    """The groups of parameters that FSDP2 sends together, of all modules of this process.
+
+    PyTorch has no public way to ask. These names are its own since 2.5; where there is none of
+    them, a batch is refused only if no parameter has a gradient.
+    """
+    module = _imported("torch.distributed._composable_state")
+    for held in [*getattr(module, "_module_state_mapping", {}).values()]:
+        state = held() if callable(held) else held
         groups = getattr(state, "_fsdp_param_groups", None)
         for group in groups or [getattr(state, "_fsdp_param_group", None)]:
-            if not getattr(group, "reduce_grads", True):
-                raise ValueError(
-                    "expected FSDP modules that fill .grad in a backward pass, found a "
-                    f"{type(part).__name__} that gathers gradients; call "
-                    "set_requires_gradient_sync(True), backward() and zero_grad() first"
-                )
+            if hasattr(group, "fsdp_params"):
+                yield group
+
+
+def _is_empty(holder: object) -> bool:
+    """Whether FSDP2 holds no gradient there that it has gathered and not yet sent."""
+    unsharded = getattr(getattr(holder, "_unsharded_param", None), "grad", None)
+    names = ("unsharded_accumulated_grad", "_partial_reduce_output")
+    return unsharded is None and all(getattr(holder, name, None) is None for name in names)
 
 
 def _fsdp_modules(module: object) -> list[Any]:

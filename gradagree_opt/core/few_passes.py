@@ -15,7 +15,7 @@ from gradagree_opt.core.combination import Waiting
 from gradagree_opt.core.results import Aggregation, Combine, Measured
 from gradagree_opt.core.stacks import tree_norm
 from gradagree_opt.core.statistics import Statistics
-from gradagree_opt.core.weightings import Decision, draws_itself
+from gradagree_opt.core.weightings import Decision, UniformWeighting, draws_itself
 
 
 def weighted_loss_refusal(aggregator: Aggregator, /) -> str | None:
@@ -45,7 +45,11 @@ def row_sums_refusal(aggregator: Aggregator, /) -> str | None:
 
 def reads_signal(aggregator: Aggregator, /) -> bool:
     """Whether the weights, or the length that the update gets, depend on the signals."""
-    return aggregator.reference is not None or getattr(aggregator.weighting, "reads_signal", True)
+    # A mean that is rounding is not brought to another length, which the norms tell; only the sum
+    # is rounding where the mean is.
+    equal = all(isinstance(each, UniformWeighting) for each in aggregator.weightings)
+    alone = aggregator.reference is None
+    return not equal and not (alone and not getattr(aggregator.weighting, "reads_signal", True))
 
 
 def measures_directions(aggregator: Aggregator, /) -> bool:

@@ -1,6 +1,6 @@
 """The tasks of one rank: their units and norms, and their products with sums over all ranks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -35,6 +35,30 @@ class Part:
         """Σ_j g_j / ‖g_j‖."""
         shares = or_one(self.lengths).reciprocal()
         return torch.cat([self.units.new_zeros(0), *(shares @ block for block in self._blocks())])
+
+    def products(
+        self,
+        totals: Sequence[Tensor],
+        needs: frozenset[str],
+        largest: Callable[[Tensor], Tensor],
+    ) -> list[Float[Tensor, " n"]]:
+        """Of each task with Σ_j g_j, in their units, then those that are asked for.
+
+        Args:
+            totals: Σ_j g_j and, for cosines, Σ_j u_j over all ranks.
+            needs: of the weightings.
+            largest: the largest of a number over the ranks that hold the other parts.
+        """
+        total = totals[0]
+        size = torch.cat([total.abs(), total.new_zeros(1)]).amax()
+        self.total_unit = power_of_two(largest(size.nan_to_num(0.0, 0.0, 0.0)))
+        total = total / or_one(self.total_unit)
+        found = [self.times(total.to(self.dtype))]
+        if "cosine_row_sums" in needs:
+            found.append(or_one(self.lengths).reciprocal() * self.times(totals[1].to(self.dtype)))
+        if "other_row_sums" in needs:
+            found.append(self.times_others(total))
+        return found
 
     def times(self, vector: Float[Tensor, " d"]) -> Float[Tensor, " n"]:
         """(g_i / unit_i) · vector."""

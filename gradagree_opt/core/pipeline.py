@@ -23,6 +23,7 @@ from gradagree_opt.core.results import Aggregation, Combine, Decided, Measured
 from gradagree_opt.core.scopes import Scope, group_indices, measure_by_group
 from gradagree_opt.core.stacks import PyTree, full_precision, leaf_paths, leaves_of
 from gradagree_opt.core.statistics import Statistics
+from gradagree_opt.core.summed import Summed
 from gradagree_opt.core.weightings import Decision, Need, Weigh, check_weighting, decide, needs_of
 from gradagree_opt.options import check_choice
 
@@ -141,22 +142,25 @@ class Pipeline:
             measured, decided: results of :meth:`measure` and :meth:`decide`.
             combine_directions: linear map from weights to Σ_i w_i · direction_i.
         """
+        matched, stack = decided.reference, None
+        if matched is not None and isinstance(combine_directions, Combination):
+            # The dtype of a coarse stack may not hold the update before that has its length.
+            stack = combine_directions.stack if combine_directions.is_coarse else None
         if self.ranks is not None and measured.own is not None:
-            combine_directions = self.ranks.summed(combine_directions, measured.own)
-        if decided.reference is None and not self.describes:
+            combine_directions = Summed(
+                self.ranks, combine_directions, measured, wide=stack is not None
+            )
+        elif stack is not None:
+            combine_directions = Combination(stack).wide
+        if matched is None and not self.describes:
             return combine_directions(decided.decision.weights, measured.groups), None, decided
-        if decided.reference is None:
-            update, norm = with_norm(combine_directions, decided.decision.weights, measured)
-            return update, norm, decided
-        stack = None
-        if isinstance(combine_directions, Combination) and combine_directions.is_coarse:
-            # Its dtype may not hold the update before that has its length.
-            stack, combine_directions = combine_directions.stack, combine_directions.wide
         update, norm = with_norm(combine_directions, decided.decision.weights, measured)
+        if matched is None:
+            return update, norm, decided
         if measured.total_norm is None:
-            _, length = with_norm(combine_directions, decided.reference.weights, measured)
+            _, length = with_norm(combine_directions, matched.weights, measured)
         else:
-            length = measured.total_norm * decided.reference.weights.amax()
+            length = measured.total_norm * matched.weights.amax()
         factor = factor_to(length, norm, decided, measured)
         if self.ranks is not None and measured.own is not None:
             factor = self.ranks.of_first(factor)

@@ -8,7 +8,8 @@ One step, in this order on every rank, whatever the weighting; all-reduce is the
    and decides on all by itself;
 4. Σ_i w_i · direction_i, d numbers, and before them whether a rank has failed since, a sum of the
    weights that each has taken, and the parameters that the tasks of a loop use; once more for the
-   length that match_norm names, unless 2 has told it.
+   length that match_norm names, unless 2 has told it. Equal weights need no 4: 2 is their update,
+   and takes these words along.
 
 Ranks that would round otherwise, and weightings that draw by themselves, need not decide alike: the
 first rank's decision is then told between 3 and 4, and so are its Gram matrix and its factor of
@@ -22,6 +23,7 @@ Conjugate gradients on J Jᵀ would take d numbers a step, about 70 steps to 1e-
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -29,12 +31,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gradagree_opt.annotations import Bool, Float
-from gradagree_opt.core.blocks import or_one, power_of_two
 from gradagree_opt.core.header import Header, check_alike, digest, words_of
 from gradagree_opt.core.lost import backends
 from gradagree_opt.core.messages import Messages
 from gradagree_opt.core.own_part import Part, statistics_of
-from gradagree_opt.core.results import Aggregation, Combine, Measured
+from gradagree_opt.core.results import Aggregation, Measured
 from gradagree_opt.core.rounding import rounding_of
 from gradagree_opt.core.scopes import by_group
 from gradagree_opt.core.shards import Shards, own_part
@@ -47,7 +48,6 @@ from gradagree_opt.core.stacks import (
     mask_rows,
 )
 from gradagree_opt.core.statistics import OF_GRAMIAN, Statistics, of_products, side_by_side
-from gradagree_opt.core.summed import Summed
 from gradagree_opt.core.weightings import Need, UniformWeighting, Weigh, draws_itself, needs_of
 
 GATHERED_ENTRIES = 2**22
@@ -128,59 +128,32 @@ class Ranks(Messages):
         needs = frozenset[Need]().union(*map(needs_of, weightings))
         with full_precision(leaves[0].device):
             own, apart = self._join(leaves, directions, weightings, options)
-            n = sum(self.counts)
-            if n == 0:
-                raise ValueError(
-                    "expected at least one task, found none on any rank; skip the step when the "
-                    "batch has no tasks"
-                )
-            self.owing = True
-            none = torch.zeros(len(leaves[0]), dtype=torch.bool, device=leaves[0].device)
-            known = none if nonfinite is None else nonfinite
-            if self.shards:  # of which another rank may hold the part with the NaN
-                known = self.shards.sum(known.int()) > 0
-                leaves = mask_rows([*leaves], ~known) if drop else leaves
-            members = by_group(self.shards.counted(leaves), groups)
-            parts = [Part.of(member) for member in members]
-            self.shards.unify(parts)
+            known, parts = self._parts(leaves, groups, nonfinite, drop)
+            equal = [isinstance(each, UniformWeighting) for each in weightings]
+            is_update = all(equal) and groups is None and not (apart or self.shards)
             gathers = bool(needs & OF_GRAMIAN)
-            counts = float(not self.shards.index)  # products are added up over the parts
-            columns = [[part.units * counts, part.lengths * counts] for part in parts]
+            totals = [] if gathers else self._totals(parts, needs, is_update)
             total_norm = None
-            if not gathers:
-                totals = self._totals(parts, needs)
-                for column, told in zip(columns, self._products(parts, totals, needs), strict=True):
-                    column += told
-                # Equal weights are told of by the sum that has come.
-                if isinstance(weightings[-1], UniformWeighting) and weightings[1:] and not apart:
-                    total_norm = self.shards.norm(totals[: len(parts)]).to(parts[0].dtype)
-            table = [known, none, *(each for column in columns for each in column)]
-            draws = draw(n) if "draws" in needs else None
-            rows = self.table(torch.stack([each.double() for each in table], 1), own, n, draws)
-            marks, draws_of_first, *rest = rows.to(accumulation_dtype(leaves)).unbind(1)
+            if totals and equal[1:] == [True] and not apart:
+                total_norm = self.shards.norm(totals[: len(parts)]).to(parts[0].dtype)
+            draws = draw(sum(self.counts)) if "draws" in needs else None
+            marks, first_draws, columns = self._columns(parts, totals, needs, known, own, draws)
             known_bad = marks != 0
             active = ~known_bad if drop else torch.ones_like(known_bad)
-            width = len(columns[0])
             each = []
-            for index, part in enumerate(parts):
-                told_of = rest[index * width : (index + 1) * width]
+            for part, told in zip(parts, columns, strict=True):
                 if gathers:
-                    products = self._inner_products(part, told_of[0], own)
+                    products = self._inner_products(part, told[0], own)
                     eps = torch.finfo(products.dtype).eps
-                    each.append(of_products(told_of[0], products, eps, active, needs))
+                    each.append(of_products(told[0], products, eps, active, needs))
                 else:
-                    each.append(statistics_of(told_of, part.total_unit, active, needs))
+                    each.append(statistics_of(told, part.total_unit, active, needs))
             statistics = each[0] if groups is None else side_by_side(each, active)
             if draws is not None:
-                statistics = statistics._replace(draws=draws_of_first)
-            decisions = len(weightings)
-            self._expect(statistics, decisions, decisions - (total_norm is not None))
-            bad = known_bad | ~statistics.finite
-            return Measured(statistics, bad, groups, True, not apart, total_norm, own)
-
-    def summed(self, combine_directions: Combine, own: slice, /) -> Summed:
-        """Σ_i w_i · direction_i over the tasks of all ranks, from this one's."""
-        return Summed(self, combine_directions, own)
+                statistics = statistics._replace(draws=first_draws)
+            self._expect(statistics, len(equal), len(equal) - (total_norm is not None) - is_update)
+            bad, total = known_bad | ~statistics.finite, totals[0] if is_update else None
+            return Measured(statistics, bad, groups, True, not apart, total_norm, own, total)
 
     def decided(self, parts: list[Tensor], /) -> list[Tensor]:
         """What is decided on every rank: what this one has, or where they are unlike, the first.
@@ -234,12 +207,18 @@ class Ranks(Messages):
         check_alike(table, partial(self.differences, words))
         self.alike = len({header.rounding for header in table}) == 1
         self.counts = self.shards.meet(table, self.groups)
+        if not sum(self.counts):
+            raise ValueError(
+                "expected at least one task, found none on any rank; skip the step when the batch "
+                "has no tasks"
+            )
+        self.owing = True
         start = sum(self.counts[: self.shards.first(table, self.rank)])
         return slice(start, start + n), 2 in {header.form for header in table}
 
     def _expect(self, statistics: Statistics, decisions: int, updates: int) -> None:
         """Notes how long the messages are that follow a table."""
-        self.owing = False
+        self.owing = not updates  # no message would tell of a failure, but a word
         sums, scale = statistics.row_sums, statistics.scale
         zero = sums.new_zeros((), dtype=torch.float64)
         decision = zero.expand(decisions * (2 * sums.numel() + scale.numel()))
@@ -253,7 +232,22 @@ class Ranks(Messages):
         wide = torch.float64 in (dtype for _, dtype in self.layout)
         return torch.float64 if wide else torch.float32
 
-    def _totals(self, parts: Sequence[Part], needs: frozenset[str]) -> Sequence[Tensor]:
+    def _parts(
+        self, leaves: Sequence[Tensor], groups: list[int] | None, bad: Tensor | None, drop: bool
+    ) -> tuple[Bool[Tensor, " n"], list[Part]]:
+        """The tasks that are known to be non-finite, and the leaves of every group."""
+        none = torch.zeros(len(leaves[0]), dtype=torch.bool, device=leaves[0].device)
+        known = none if bad is None else bad
+        if self.shards:  # of which another rank may hold the part with the NaN
+            known = self.shards.sum(known.int()) > 0
+            leaves = mask_rows([*leaves], ~known) if drop else leaves
+        parts = [Part.of(member) for member in by_group(self.shards.counted(leaves), groups)]
+        self.shards.unify(parts)
+        return known, parts
+
+    def _totals(
+        self, parts: Sequence[Part], needs: frozenset[str], is_update: bool
+    ) -> Sequence[Tensor]:
         """Σ_j g_j of every part, then Σ_j u_j of every one where cosines are asked for."""
         wide = torch.float64
         if "other_row_sums" not in needs and all(part.dtype == torch.float32 for part in parts):
@@ -261,29 +255,34 @@ class Ranks(Messages):
         sums = [part.sum(wide) for part in parts]
         if "cosine_row_sums" in needs:
             sums += [part.unit_sum().to(wide) for part in parts]
-        flat = torch.cat(sums)
-        self.shards.add_up(flat)
+        if is_update:
+            total = self.send(sums)
+            self.owing = True  # the table
+            return [total]
+        self.shards.add_up(flat := torch.cat(sums))
         return torch.split(flat, [len(each) for each in sums])
 
-    def _products(
-        self, parts: Sequence[Part], totals: Sequence[Tensor], needs: frozenset[str]
-    ) -> list[list[Float[Tensor, " n"]]]:
-        """Products of each task with Σ g_j, in their units, then those that are asked for."""
-        results = []
-        for index, part in enumerate(parts):
-            total = totals[index]
-            largest = torch.cat([total.abs(), total.new_zeros(1)]).amax()
-            largest = self.shards.largest(largest.nan_to_num(0.0, 0.0, 0.0))
-            part.total_unit = power_of_two(largest)
-            total = total / or_one(part.total_unit)
-            each = [part.times(total.to(part.dtype))]
-            if "cosine_row_sums" in needs:
-                shares = or_one(part.lengths).reciprocal()
-                each.append(shares * part.times(totals[len(parts) + index].to(part.dtype)))
-            if "other_row_sums" in needs:
-                each.append(part.times_others(total))
-            results.append(each)
-        return results
+    def _columns(
+        self,
+        parts: Sequence[Part],
+        totals: Sequence[Tensor],
+        needs: frozenset[str],
+        known: Tensor,
+        own: slice,
+        draws: Tensor | None,
+    ) -> tuple[Tensor, Tensor, list[Sequence[Tensor]]]:
+        """Of the tasks of all ranks: which are bad, the draws, and the columns of every part."""
+        counts = float(not self.shards.index)  # products are added up over the parts
+        columns = [[part.units * counts, part.lengths * counts] for part in parts]
+        for at, part in enumerate(parts if totals else []):
+            columns[at] += part.products(totals[at :: len(parts)], needs, self.shards.largest)
+        table = [known, torch.zeros_like(known), *chain(*columns)]
+        rows = torch.stack([each.double() for each in table], 1)
+        rows = self.table(rows, own, sum(self.counts), draws)
+        dtype = accumulation_dtype([part.units for part in parts])
+        marks, first_draws, *rest = rows.to(dtype).unbind(1)
+        width = len(columns[0])
+        return marks, first_draws, [rest[at : at + width] for at in range(0, len(rest), width)]
 
     def _inner_products(self, part: Part, units: Tensor, own: slice) -> Float[Tensor, "n n"]:
         """(g_i / unit_i) · (g_j / unit_j) of the tasks of all ranks, by blocks of columns."""

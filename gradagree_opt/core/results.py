@@ -55,6 +55,7 @@ class Measured(NamedTuple):
     norm of their mean.
     ``total_norm``: ‖Σ_j g_j‖ where it is known and match_norm asks for nothing else, or None.
     ``own``: the place of this rank's tasks among those of all ranks; None where there is one.
+    ``total``: Σ_j g_j of all ranks, flat, where all tasks weigh the same: it tells the update.
     """
 
     statistics: Statistics
@@ -64,6 +65,7 @@ class Measured(NamedTuple):
     signal_is_direction: bool = True
     total_norm: Tensor | None = None
     own: slice | None = None
+    total: Tensor | None = None
 
 
 class Decided(NamedTuple):

@@ -95,7 +95,7 @@ class Shards:
                 )
         ranks = [rank for rank, header in enumerate(table) if header.part == self.index]
         key = tuple(_global_rank(self.group, rank) for rank in ranks)
-        if len(key) > 1 and key not in groups:
+        if len(key) > 1 and not _is_there(groups.get(key)):
             groups[key] = torch.distributed.new_group(list(key), use_local_synchronization=True)
         self.peers = groups[key] if len(key) > 1 else ALONE
         return [0 if header.part else header.n for header in table]
@@ -164,6 +164,14 @@ class Shards:
         """The own parts of an update as DTensors, where the stack had these."""
         pairs = zip(leaves, self._leaves, strict=True)
         return [_whole(leaf, stack, -1, stack.shape[1:]) for leaf, stack in pairs]
+
+
+def _is_there(group: Any) -> bool:
+    """Whether a process group was made and not destroyed since."""
+    try:
+        return group is not None and torch.distributed.get_rank(group) >= 0
+    except ValueError:
+        return False
 
 
 def _global_rank(group: Any, rank: int) -> int:

@@ -19,8 +19,8 @@ def distributed(aggregator: AnAggregator, /, group: Any = None) -> AnAggregator:
     those of the tasks of all, the same bits on every rank; weights, scores and losses are those of
     the rank's own tasks. It can stand wherever the aggregator can, except with ``compile=True``, in
     TorchOpt's ``weighted_loss`` and for those of TorchJD that need the gradients themselves.
-    In learn2learn's and higher's ``meta_step`` every rank needs a task. Replicas stay equal if they
-    begin equal: by the same seed, a broadcast or DistributedDataParallel.
+    Replicas stay equal if they begin equal: by the same seed, a broadcast or
+    DistributedDataParallel.
 
     All ranks have to make every call of an aggregation. If one fails before it, all raise.
     The process group of all ranks may be made later, as by Lightning, but before the first step.

@@ -15,15 +15,21 @@ if TYPE_CHECKING:
 
 
 class Summed:
-    """Σ_i w_i · direction_i over the tasks of all ranks as a function of the weights."""
+    """Σ_i w_i · direction_i over the tasks of all ranks as a function of the weights.
 
-    def __init__(self, ranks: "Ranks", combine_directions: Combine, own: slice) -> None:
+    ``wide``: leaves the sums in float32 or better.
+    """
+
+    def __init__(
+        self, ranks: "Ranks", combine_directions: Combine, measured: Measured, *, wide: bool
+    ) -> None:
         self._ranks = ranks
+        self._measured = measured
+        self._wide = wide
         if isinstance(combine_directions, Combination):
             # One rank's part may be larger than its dtype can hold.
             combine_directions = combine_directions.wide
         self._combine = combine_directions
-        self._own = own
 
     def __call__(self, weights: Tensor, groups: list[int] | None, /) -> PyTree:
         """The update, as far as this rank holds it.
@@ -31,18 +37,26 @@ class Summed:
         Raises:
             ValueError: another rank has failed, or has taken other weights.
         """
-        ranks = self._ranks
-        update = self._combine(weights[..., self._own], groups)
+        ranks, total = self._ranks, self._measured.total
+        update = self._combine(weights[..., self._measured.own], groups)
         parts = [leaf.flatten().to(ranks.update_dtype) for leaf in tree_leaves(update)]
-        if ranks.shards:  # whose words are for all, and whose numbers for some
+        if total is not None:
+            flat = torch.cat(parts)
+            with torch.no_grad():  # as a message does: the graph is that of the own part
+                flat.copy_(weights.amax() * total)
+            ranks.owing = False
+        elif ranks.shards:  # whose words are for all, and whose numbers for some
             flat = torch.cat(parts)
             ranks.send([flat[:0]], weights)
             ranks.shards.add_up(flat)
         else:
             flat = ranks.send(parts, weights)
         totals = torch.split(flat, [shape.numel() for shape, _ in ranks.layout])
-        pairs = zip(totals, ranks.layout, strict=True)
-        return like(update, [total.reshape(shape).to(dtype) for total, (shape, dtype) in pairs])
+        leaves = []
+        for total, (shape, dtype) in zip(totals, ranks.layout, strict=True):
+            dtype = torch.promote_types(dtype, torch.float32) if self._wide else dtype
+            leaves.append(total.reshape(shape).to(dtype))
+        return like(update, leaves)
 
     def and_norm(self, weights: Tensor, measured: Measured, /) -> tuple[PyTree, Tensor]:
         """The update, and its norm over all parts of it."""

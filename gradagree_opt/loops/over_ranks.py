@@ -14,19 +14,24 @@ from gradagree_opt.core.shards import are_sharded
 from gradagree_opt.core.stacks import PyTree, nonfinite_tasks
 from gradagree_opt.loops.accumulation import add_to_grad, check_no_accumulation_hooks
 from gradagree_opt.loops.graphs import stale_graphs
-from gradagree_opt.one_process import check_fills_grad, check_one_process, inside, reshard
+from gradagree_opt.one_process import (
+    check_fills_grad,
+    check_not_unsharded,
+    check_one_process,
+    inside,
+    reshard,
+)
 
 
 def unwrapped(parameters: Any, aggregator: Aggregator, /) -> Any:
     """What a TaskBatch was given, without the wrapper of DistributedDataParallel.
 
     Raises:
-        ValueError: several ranks train, or a wrapper sends more than gradients, or gathers them.
+        ValueError: several ranks train, or a wrapper sends more than gradients.
     """
     over_ranks = aggregator.ranks is not None
     check_one_process((), parameters, over_ranks=over_ranks, wrapped=True)
     reshard(parameters)
-    check_fills_grad(parameters)
     return inside(parameters)
 
 
@@ -36,6 +41,7 @@ def check_ranks(
     """Raises a ValueError where several ranks train what the aggregator or the form cannot."""
     over_ranks = aggregator.ranks is not None
     check_one_process(parameters.values(), over_ranks=over_ranks, wrapped=True)
+    check_not_unsharded(parameters)
     if adapts and are_sharded(parameters):
         raise ValueError(
             "expected losses alone of sharded parameters, found adapted ones, through whose "
@@ -52,9 +58,10 @@ def accumulated_gradient(
     added to ``used``.
 
     Raises:
-        ValueError: the graph of the loss is stale, a hook hangs on the accumulation, or FSDP fills
-            no ``.grad``, as where it is told to gather gradients.
+        ValueError: the graph of the loss is stale, a hook hangs on the accumulation, FSDP is told
+            to gather gradients, or no ``.grad`` is filled.
     """
+    check_fills_grad(parameters)
     before = {name: parameter.grad for name, parameter in parameters.items()}
     for parameter in parameters.values():
         check_no_accumulation_hooks(parameter, advice="step the optimizer after the batch")
@@ -70,8 +77,7 @@ def accumulated_gradient(
         if all(parameter.grad is None for parameter in parameters.values()):
             raise ValueError(
                 "expected a backward pass that fills .grad of the parameters, found one that fills "
-                "none; compute the loss by the sharded module, and where it is to gather gradients "
-                "call its set_requires_gradient_sync(True), backward() and zero_grad() first"
+                "none; compute the loss by the sharded module"
             )
         used.append({name for name, parameter in parameters.items() if parameter.grad is not None})
     finally:

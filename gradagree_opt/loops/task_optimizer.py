@@ -11,6 +11,7 @@ from gradagree_opt.core.aggregation import Aggregator, check_aggregator
 from gradagree_opt.core.results import CollectedTasks
 from gradagree_opt.loops.loss_vector import Losses, loss_vector
 from gradagree_opt.loops.task_batch import TaskBatch
+from gradagree_opt.one_process import reshard
 
 
 class TaskOptimizer:
@@ -126,6 +127,7 @@ class TaskOptimizer:
                 given = zip(group["params"], group.get("param_names", ()), strict=False)
                 names.update((id(parameter), name) for parameter, name in given)
         if self.module is not None:
+            reshard(self.module)
             names.update((id(p), name) for name, p in self.module.named_parameters())
         groups = [g["params"] if isinstance(g, dict) else g for g in self.param_groups]
         parameters = [leaf for leaf in tree_leaves(groups) if leaf is not None]

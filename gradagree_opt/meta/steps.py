@@ -1,12 +1,17 @@
 """What every meta-algorithm answers with, and how its tasks are checked."""
 
-from typing import TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from torch import Tensor
 
 from gradagree_opt.core.stacks import PyTree, check_floating, task_count
 from gradagree_opt.engines.choice import AggregatedGradients
 
 MetaStep: TypeAlias = AggregatedGradients
 """One outer step over n tasks."""
+LearnerLoss = Callable[[Any, PyTree], Tensor]
+"""``loss_fn(learner, batch) -> scalar`` of one task, of the learners of a framework."""
 
 
 def check_tasks(params: PyTree, tasks: PyTree, /, *sets: str, least: int = 1) -> int:

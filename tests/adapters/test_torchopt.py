@@ -113,6 +113,29 @@ def test_aggregate_behind_another_aggregate_is_refused():
         chain.init(zeros_like_one(stacked()))
 
 
+@pytest.mark.parametrize("in_a_chain", [False, True])
+def test_aggregate_that_a_mask_keeps_from_some_parameters_is_refused(in_a_chain):
+    one = aggregate(ga.Mean())
+    one = torchopt.chain(one, torchopt.sgd(lr=0.1)) if in_a_chain else one
+    params = zeros_like_one(stacked())
+    mask = tree_map(lambda leaf: leaf.ndim > 1, params)
+    chain = torchopt.chain(torchopt.transform.masked(one, mask), torchopt.sgd(lr=0.1))
+    with pytest.raises(ValueError, match="of all parameters, found it in a mask"):
+        chain.init(params)
+
+
+def test_what_follows_aggregate_may_be_masked():
+    decay = torchopt.transform.masked(
+        torchopt.transform.add_decayed_weights(0.5), lambda t: tree_map(lambda x: x.ndim > 1, t)
+    )
+    stack = stacked()
+    params = tree_map(lambda leaf: torch.ones_like(leaf[0]), stack)
+    chain = torchopt.chain(aggregate(ga.Mean()), decay)
+    updates, _ = chain.update(stack, chain.init(params), params=params)
+    expected = tree_map(lambda leaf: leaf.mean(0) + 0.5 * (leaf.ndim > 2), stack)
+    assert_same(updates, expected, 1e-6)
+
+
 @pytest.mark.parametrize("chain", [torchopt.chain, torchopt.chain.flat])
 def test_aggregate_is_first_where_its_own_chain_is_first(chain):
     whole = torchopt.chain(chain(aggregate(ga.Mean()), torchopt.sgd(lr=0.5)), torchopt.sgd(lr=0.2))

@@ -18,6 +18,7 @@ ROW_SUMS = {
 UNREAD = {
     "mean": ga.Mean,
     "sum": ga.Sum,
+    "mean of the sum's length": lambda **options: ga.Mean(match_norm=ga.Sum(), **options),
     "random": lambda **options: ga.RandomWeights(torch.Generator().manual_seed(3), **options),
 }
 
@@ -89,12 +90,13 @@ def test_weights_that_read_no_gradient_are_applied_to_the_loss(make, nonfinite):
     [
         (ga.Mean(), 1),
         (ga.Sum(), 1),
+        (ga.Mean(match_norm=ga.Sum()), 2),
         (ga.RandomWeights(torch.Generator().manual_seed(0)), 1),
         (ga.GradientAgreement(), 2),  # and one through the first
         (ga.GradientAgreement(match_norm="mean"), 3),
         (ga.GradientAgreement(nonfinite="propagate"), 2),
     ],
-    ids=["mean", "sum", "random", "agreement", "matched", "propagate"],
+    ids=["mean", "sum", "mean as long as the sum", "random", "agreement", "matched", "propagate"],
 )
 @pytest.mark.parametrize("n", [4, 16])
 def test_a_shared_trunk_is_gone_back_through_as_often_whatever_the_number_of_tasks(

@@ -116,6 +116,19 @@ def cancelling() -> None:
             assert found.diagnostics.degenerate == wanted.diagnostics.degenerate
 
 
+def graphs() -> None:
+    """The update depends on the own tasks as in one process, where the weights are constants."""
+    join()
+    stack = torch.randn(2 * WORLD, 3, generator=torch.Generator().manual_seed(0))
+    for one in (ga.Mean(), ga.Mean(match_norm=ga.Sum()), ga.GradientAgreement()):
+        mine = ga.own_share(stack).requires_grad_()
+        result = ga.distributed(one).aggregate(mine)
+        result.update.sum().backward()
+        check_close(mine.grad, result.weights.unsqueeze(1).expand(-1, 3))
+        with torch.inference_mode():
+            check_close(ga.distributed(one)(ga.own_share(stack)), result.update.detach())
+
+
 def half_precision() -> None:
     """Sums of one rank that float16 cannot hold, though it can hold that of all."""
     join()
@@ -126,6 +139,15 @@ def half_precision() -> None:
             found = ga.distributed(one).aggregate(ga.own_share(stack))
             assert wanted.update.isfinite().all()
             check_close(found.update, wanted.update, torch.finfo(dtype).eps)
+        # An update of more than float16 holds before it has its length, and one that is rounded.
+        one = ga.Aggregator(
+            lambda statistics: torch.ones_like(statistics.row_sums), match_norm="mean"
+        )
+        for each in (torch.full((4, 1), 6e4), stack.float() / 7):
+            wanted, given = one.aggregate(each.to(dtype)), ga.own_share(each.to(dtype))
+            found = ga.distributed(one).aggregate(given)
+            check_close(found.update, wanted.update, torch.finfo(dtype).eps)
+            check_close(found.weights, own(wanted.weights))
     with refused("rank"):
         ga.distributed(ga.Sum())(stack.half() if RANK else stack)
 

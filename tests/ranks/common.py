@@ -43,11 +43,11 @@ AGGREGATORS = (
 )
 
 
-def join(timeout: float = 60, backend: str | None = "gloo") -> None:
+def join(timeout: float = 60, backend: str | None = "gloo", store: str = STORE) -> None:
     """The process group of this test."""
     dist.init_process_group(
         backend,
-        init_method=f"file://{STORE}",
+        init_method=f"file://{store}",
         rank=RANK,
         world_size=WORLD,
         timeout=timedelta(seconds=timeout),

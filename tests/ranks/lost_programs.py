@@ -25,7 +25,7 @@ from common import (
 from torch import Tensor
 
 import gradagree_opt as ga
-from gradagree_opt.core import own_part, ranks
+from gradagree_opt.core import own_part, pipeline, ranks
 from gradagree_opt.core.lost import RankLostError
 
 
@@ -89,7 +89,7 @@ def failing() -> None:
     """One whose memory does not suffice where the others wait for it, and which lives on."""
     join(60)
     stack, last = torch.ones(2, 2000), RANK == WORLD - 1
-    groups = [dist.new_group([*range(WORLD)]) for _ in range(4)]
+    groups = [dist.new_group([*range(WORLD)]) for _ in range(6)]
 
     def exhausted(*_: object, **__: object) -> NoReturn:
         raise MemoryError("own mistake")
@@ -103,8 +103,9 @@ def failing() -> None:
         (ga.GradientAgreement(match_norm="mean"), ranks, "statistics_of", exhausted),
         (ga.EqualAgreement(), ranks, "of_products", exhausted),
         (ga.EqualAgreement(), torch, "cat", cat),
+        (ga.Mean(), own_part.Part, "times", exhausted),
     ]
-    for (one, owner, name, instead), group in zip(places, groups, strict=True):
+    for (one, owner, name, instead), group in zip(places, groups, strict=False):
         spread = ga.distributed(one, group)
         spread(stack)
         made.append(1)
@@ -120,6 +121,17 @@ def failing() -> None:
         with pytest.raises(RankLostError, match=f"rank {WORLD - 1} failed in the middle"):
             spread(stack)
     check_same_bits(ga.distributed(ga.GradientAgreement())(stack))
+    # What fails when the others have all that they need is told before the next step.
+    spread = ga.distributed(ga.Mean(), groups[5])
+    with pytest.MonkeyPatch.context() as patch:
+        if last:
+            patch.setattr(pipeline, "with_norm", exhausted)
+            with pytest.raises(MemoryError, match="own mistake"):
+                spread(stack)
+        else:
+            spread(stack)
+    with pytest.raises(RankLostError, match=f"rank {WORLD - 1} failed in the middle"):
+        spread(stack)
 
     def fails(_: object, *__: object) -> NoReturn:
         calls.append(1)

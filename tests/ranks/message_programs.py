@@ -27,7 +27,7 @@ def check_sent(cases: Iterable[tuple[Any, int, int]]) -> None:
 
 
 def messages() -> None:
-    """Four of them, and a fifth for match_norm where no message tells the length."""
+    """Four of them, three for equal weights, and a fifth where no message tells match_norm's."""
     join()
     draws = torch.Generator().manual_seed(0)
     check_sent(
@@ -37,6 +37,9 @@ def messages() -> None:
             (ga.GradientAgreement(include_self=False), 3, 4),
             (ga.GradientAgreement(scope="leaf"), 2, 4),
             (ga.NormClipped(), 2, 4),
+            (ga.Mean(), 1, 3),
+            (ga.Sum(nonfinite="drop"), 1, 3),
+            (ga.Mean(match_norm=ga.Sum()), 1, 3),
             (ga.RandomWeights(draws), 2, 4),
             (ga.Aggregator(lambda statistics: statistics.row_sums), 2, 4),
             (ga.GradientAgreement(match_norm="mean"), 2, 4),
@@ -46,16 +49,17 @@ def messages() -> None:
             (ga.EqualAgreement(match_norm="mean"), N + 2, 5),
         )
     )
-    model = Model()
-    for count in (1 + RANK, 0 if RANK else 2):
-        batch = ga.TaskBatch(model, ga.distributed(ga.GradientAgreement()))
-        for x in torch.ones(count, 4, 3):
-            batch.add(model(x, head=1 + RANK).square().mean())
-        with counted() as sent:
-            batch.backward()
-        assert len(sent) == 4, len(sent)
-    found = [p.grad is not None for p in model.parameters()]
-    assert found == [True, True, False, False, True, True, True, True]
+    for one, messages in ((ga.GradientAgreement(), 4), (ga.Mean(), 3)):
+        model = Model()
+        for count in (1 + RANK, 0 if RANK else 2):
+            batch = ga.TaskBatch(model, ga.distributed(one))
+            for x in torch.ones(count, 4, 3):
+                batch.add(model(x, head=1 + RANK).square().mean())
+            with counted() as sent:
+                batch.backward()
+            assert len(sent) == messages, len(sent)
+        found = [p.grad is not None for p in model.parameters()]
+        assert found == [True, True, False, False, True, True, True, True]
     stack = torch.randn(2, D)
     with counted() as sent:  # signals beside the directions
         ga.distributed(ga.GradientAgreement(match_norm="mean")).aggregate(stack, stack + 1)
@@ -70,6 +74,7 @@ def messages_of_the_first_rank() -> None:
         (
             (ga.GradientAgreement(), 2, 5),
             (ga.GradientAgreement(match_norm="mean"), 2, 6),
+            (ga.Mean(), 1, 4),
             (ga.Mean(match_norm="agreement"), 3, 7),
             (ga.EqualAgreement(), N + 1, 6),
         )

@@ -255,8 +255,11 @@ def learners_of_higher() -> None:
     found = filled(ga.distributed(one), ga.own_share(tasks))
     check_close(found, wanted, 1e-5)
     check_same_bits(found)
-    with refused("skip the step" if RANK else "rank 1 failed"):
-        filled(ga.distributed(one), tasks[: 0 if RANK else 2])
+    found = filled(ga.distributed(one), tasks[: 0 if RANK else 3])
+    check_close(found, wanted, 1e-5)
+    check_same_bits(found)
+    with refused("none on any rank"):
+        filled(ga.distributed(one), tasks[:0])
 
 
 def learners_of_learn2learn() -> None:
@@ -281,6 +284,15 @@ def learners_of_learn2learn() -> None:
         batch.add(loss(adapted, task, head=head), adapted=adapted)
     batch.backward()
     wanted = {name: p.grad for name, p in maml.named_parameters() if p.grad is not None}
+
+    def filled(aggregator: Any, count: int) -> Any:
+        maml, share = learner(), tasks[:count]
+        both = {"support": share, "query": share}
+        losses = meta_step(maml, partial(loss, head=0), both, aggregator).losses
+        return {n: p.grad for n, p in maml.named_parameters() if p.grad is not None}, losses
+
+    each = (ga.EqualAgreement(), ga.GradientAgreement())
+    alone = [filled(one, 3)[0] for one in each]
     join()
     dropping = ga.GradientAgreement(nonfinite="drop")
     spoilt = torch.cat([tasks, torch.full_like(tasks[:1], torch.nan)])  # on the second rank
@@ -291,6 +303,11 @@ def learners_of_learn2learn() -> None:
         found = {name: p.grad for name, p in maml.named_parameters() if p.grad is not None}
         assert found.keys() == wanted.keys()
         check_close(found, wanted, 1e-5)
+        check_same_bits(found)
+    for one, whole in zip(each, alone, strict=True):
+        found, losses = filled(ga.distributed(one), 0 if RANK else 3)
+        assert found.keys() == whole.keys() and len(losses) == (0 if RANK else 3)
+        check_close(found, whole, 1e-5)
         check_same_bits(found)
 
 

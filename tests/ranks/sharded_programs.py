@@ -10,6 +10,7 @@ import torch.distributed as dist
 from common import (
     AGGREGATORS,
     RANK,
+    STORE,
     WORLD,
     check_close,
     check_same_bits,
@@ -172,18 +173,70 @@ def bad_tasks(model: nn.Module, mine: list[Tensor], first: int, tasks_group: Any
     maml = ga.MAML(lambda params, x: x.sum(), ga.InnerSGD(0.1, 1))
     with pytest.raises(ValueError, match="found DTensor"):
         maml.step(params, tasks, ga.distributed(ga.Mean()))
-    trunk = model.trunk
-    trunk.set_requires_gradient_sync(False)  # type: ignore[operator, union-attr] # FSDP's
-    with refused("FSDPSequential that gathers", "set_requires_gradient_sync(True)"):
-        ga.TaskBatch(model, agree)
-    trunk.set_requires_gradient_sync(True)  # type: ignore[operator, union-attr] # FSDP's
-    batch = ga.TaskBatch(model, ga.distributed(ga.Mean()))
-    model.set_requires_gradient_sync(False)  # type: ignore[operator] # FSDP's
-    with refused("set_requires_gradient_sync(True)"):
-        batch.add(model(mine[0]).mean())
-        batch.backward()
-    with refused("set_requires_gradient_sync(True)"):
-        collected(model, ga.distributed(ga.Mean()), mine)
+    gathered(model, mine)
+    after_a_forward_pass(model, mine)
+
+
+def gathered(model: Any, mine: list[Tensor]) -> None:
+    """FSDP gathers gradients, of a part of the modules too: refused, and nothing is changed."""
+    model.reshard()
+    mean, sgd = ga.distributed(ga.Mean()), torch.optim.SGD(model.parameters(), lr=0.1)
+    before = full(p.detach().clone() for p in model.parameters())
+
+    def step() -> None:
+        ga.TaskOptimizer(sgd, mean).step([model(x).square().mean() for x in mine])
+
+    for part in (model, model.trunk):
+        batch = ga.TaskBatch(model, mean, memory="stream")
+        part.set_requires_gradient_sync(False)
+        with refused("gathers the gradient of", "set_requires_gradient_sync(True)"):
+            step()
+        with refused("gathers the gradient of"):
+            batch.add(model(mine[0]).square().mean())
+        with refused("found none on any rank"):
+            batch.backward()
+        model(mine[0]).mean().backward()
+        part.set_requires_gradient_sync(True)
+        with refused("gathers the gradient of"):  # which would be added to the first task's
+            step()
+        model(mine[0]).mean().backward()
+        sgd.zero_grad()
+    check_close(full(model.parameters()), before, 0)
+    step()
+
+
+def after_a_forward_pass(model: Any, mine: list[Tensor]) -> None:
+    """FSDP shows whole parameters then: their names are known, but nobody steps their .grad."""
+    spread = ga.distributed(ga.GradientAgreement(scope=lambda path: path[:5]))
+    model.reshard()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = [model(x).square().mean() for x in mine]
+    result = ga.TaskOptimizer(sgd, spread, module=model).step(losses)
+    assert result.update.keys() == dict(model.named_parameters()).keys()
+    model(mine[0])
+    assert not isinstance(model.scale, DTensor)
+    for call in (
+        ga.TaskBatch,
+        lambda params, one: ga.TaskOptimizer(type(sgd)(params), one).step([]),
+    ):
+        with refused("FSDP puts it together for a forward pass"):
+            call(list(model.parameters()), ga.distributed(ga.Mean()))
+
+
+def another_process_group() -> None:
+    """One aggregator over process groups of which each is destroyed before the next is made."""
+    torch.manual_seed(0)
+    x, one = torch.randn(4, 4, 3), ga.GradientAgreement()
+    model, spread = Model(), ga.distributed(one)
+    wanted, _ = collected(model, one, [*x])
+    for number in range(2):
+        join(store=f"{STORE}-{number}")
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("tasks", "shards"))
+        parts = sharded(copy.deepcopy(model), mesh["shards"])
+        found, _ = collected(parts, spread, [*ga.own_share(x, mesh["tasks"].get_group())])
+        there = [n for n, g in wanted.items() if g is not None]
+        check_close(full(found[n] for n in there), [wanted[n] for n in there], 1e-4)
+        dist.destroy_process_group()
 
 
 def replicated() -> None:
@@ -196,6 +249,9 @@ def replicated() -> None:
     parts = sharded(copy.deepcopy(model), mesh)
     for one, each in zip(AGGREGATORS[4:8], wanted, strict=True):
         check_step(parts, one, each, [*x], 0)
+    parts.set_requires_all_reduce(False)  # type: ignore[operator] # FSDP's
+    with refused("gathers the gradient of"):
+        collected(parts, ga.distributed(ga.Mean()), [*x])
 
 
 def half_precision() -> None:
