@@ -74,7 +74,7 @@ def test_studies_on_the_pages_load(body: str, tmp_path: Path) -> None:
 
 def test_the_page_shows_the_weighting_that_the_contract_is_checked_on() -> None:
     [shown] = re.findall(
-        r"```python\n(.*?)```", (DOCS / "own-weighting.md").read_text("utf-8"), re.DOTALL
+        r"```python\n((?!>>>).*?)```", (DOCS / "own-weighting.md").read_text("utf-8"), re.DOTALL
     )
     assert shown in (DOCS / "own_weighting.py").read_text("utf-8")
 
