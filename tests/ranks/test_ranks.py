@@ -81,17 +81,17 @@ def test_a_mean_over_ranks_is_that_of_distributed_data_parallel_to_the_bit(
 
 def test_weightings_of_torchjd_do_what_they_do_in_one_process(tmp_path: Path) -> None:
     pytest.importorskip("torchjd", reason="TorchJD is not installed")
-    check(run("weightings_of_torchjd", 2, tmp_path, "odd_programs.py"))
+    check(run("weightings_of_torchjd", 2, tmp_path, "framework_programs.py"))
 
 
 def test_learners_of_learn2learn_do_what_a_loop_in_one_process_does(tmp_path: Path) -> None:
     pytest.importorskip("learn2learn", reason="learn2learn is not installed")
-    check(run("learners_of_learn2learn", 2, tmp_path, "odd_programs.py"))
+    check(run("learners_of_learn2learn", 2, tmp_path, "framework_programs.py"))
 
 
 def test_learners_of_higher_do_what_one_process_does(tmp_path: Path) -> None:
     pytest.importorskip("higher", reason="higher is not installed")
-    check(run("learners_of_higher", 2, tmp_path, "odd_programs.py"))
+    check(run("learners_of_higher", 2, tmp_path, "framework_programs.py"))
 
 
 @pytest.mark.parametrize(
