@@ -63,6 +63,7 @@ COLUMNS = {  # of tables that compare studies
     "one in ten tasks flipped": "equal-sine-torchjd-flipped",
     "Adam outside": "equal-sine-torchjd-adam",
     "Finn's sines, MAML with Adam": "equal-sine-torchjd-maml",
+    "spruces in folds, MAML with Adam": "equal-grouped-torchjd",
     "a tenth flipped": "equal-sine-flipped",
     "a tenth ten times as large": "equal-sine-scale",
     "noisy targets": "equal-sine-noise",
