@@ -141,16 +141,9 @@ def test_a_single_seed_has_no_p_value_nor_effect_size(tiny: Path, tmp_path: Path
 
 
 @pytest.mark.usefixtures("without_pictures")
-@pytest.mark.parametrize(
-    ("rate", "hopeless"),
-    [("[0.25, 0.5, 4.0]", "[1e30]"), ("lr: 0.02", "lr: 1e30")],
-    ids=["in training", "before training"],
-)
-def test_a_study_whose_runs_all_diverge_says_so_in_its_table(
-    tmp_path: Path, rate: str, hopeless: str
-) -> None:
+def test_a_study_whose_runs_all_diverge_says_so_in_its_table(tmp_path: Path) -> None:
     path = tmp_path / "tiny.yaml"
-    path.write_text(TINY.replace(rate, hopeless))
+    path.write_text(TINY.replace("[0.25, 0.5, 4.0]", "[1e30]"))
     assert ablate(path, "--quick", "--out", tmp_path / "out", "--jobs", 1).exit_code == 0
     rows = (tmp_path / "out/table.md").read_text().splitlines()[2:5]
     assert all(row.count("diverged") >= 3 for row in rows)
