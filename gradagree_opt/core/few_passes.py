@@ -45,11 +45,11 @@ def row_sums_refusal(aggregator: Aggregator, /) -> str | None:
 
 def reads_signal(aggregator: Aggregator, /) -> bool:
     """Whether the weights, or the length that the update gets, depend on the signals."""
-    # A mean that is rounding is not brought to another length, which the norms tell; only the sum
-    # is rounding where the mean is.
+    # With match_norm the norms tell an update that is rounding alone, which keeps its length; of
+    # the mean and the sum, both are or none.
     equal = all(isinstance(each, UniformWeighting) for each in aggregator.weightings)
-    alone = aggregator.reference is None
-    return not equal and not (alone and not getattr(aggregator.weighting, "reads_signal", True))
+    reads = getattr(aggregator.weighting, "reads_signal", True)
+    return not equal and (reads or aggregator.reference is not None)
 
 
 def measures_directions(aggregator: Aggregator, /) -> bool:
