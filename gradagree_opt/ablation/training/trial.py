@@ -1,11 +1,14 @@
 """What is tried before a study is trained, where it could draw or compute what is not finite."""
 
+from torch.utils._pytree import tree_map
+
 from gradagree_opt.ablation.own import told
 from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.networks import before_adaptation, initial_params
 from gradagree_opt.ablation.training.problem import (
     Problem,
+    Tasks,
     TrainingTasks,
     evaluation_tasks,
     query_outputs,
@@ -24,13 +27,13 @@ def try_problem(study: Study, problem: Problem) -> None:
     own = study.tasks.drawn_alone or study.references()
     if not own and study.corruption is None:  # those of the library are checked where they are read
         return
-    seed, n_tasks = study.tuning_seeds[0], study.tuning.tasks
+    seed, n_tasks = study.tuning_seeds[0], min(study.meta_batch, study.tuning.tasks)
     TrainingTasks(study, problem, seed).draw_anew()
     evaluation_tasks(problem, study.test.tasks, "test", seed)
-    tasks, params = (
-        evaluation_tasks(problem, n_tasks, "validation", seed),
-        initial_params(study, seed),
-    )
+    drawn = evaluation_tasks(problem, study.tuning.tasks, "validation", seed)
+    # A few of them: the first run adapts to all, and is checked before it trains.
+    tasks: Tasks = tree_map(lambda leaf: leaf[:n_tasks], drawn)
+    params = initial_params(study, seed)
     name = getattr(study.model, "make", study.model.kind)
     try:
         outputs = query_outputs(problem, before_adaptation(params, n_tasks), tasks)
