@@ -12,6 +12,7 @@ import pandas as pd
 from gradagree_opt.ablation.own import told
 from gradagree_opt.ablation.report.artefacts import (
     check_text,
+    encoded,
     other_versions,
     prepare_folder,
     write_artefacts,
@@ -20,12 +21,13 @@ from gradagree_opt.ablation.report.artefacts import (
 from gradagree_opt.ablation.report.report import Report, build_report
 from gradagree_opt.ablation.report.tables import counted
 from gradagree_opt.ablation.runs.expected import TIMED_STEPS, duration, expect
-from gradagree_opt.ablation.runs.store import Config, one_writer
+from gradagree_opt.ablation.runs.store import CONFIG, Config, one_writer
 from gradagree_opt.ablation.runs.sweep import CHECKPOINT_SECONDS, Ended, Sweep
 from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.devices import choose_device
 from gradagree_opt.ablation.training.grouping import compiles, is_compiled
+from gradagree_opt.ablation.training.run import write_atomically
 from gradagree_opt.engines.errors import is_out_of_memory
 from gradagree_opt.options import check_choice
 
@@ -89,6 +91,8 @@ class Prepared:
             parts = [sweep.run(count, advance, ended) for sweep in self.sweeps]
         report = build_report(parts)
         with one_writer(self.folder):
+            # By now that of another process may be there, which began with other seeds.
+            write_atomically(self.folder / CONFIG, encoded(self.config))
             write_artefacts(self.folder, report, self.config)
         return Results(self.folder, report, self.config)
 

@@ -160,12 +160,7 @@ def encoded(config: Config) -> bytes:
 
 
 def write_artefacts(folder: Path, report: Report, config: Config) -> None:
-    """Tables, figures, the page and what to cite; the same runs give the same files.
-
-    The configuration is written with them: by now that of another process may be there, which has
-    begun the study with other seeds.
-    """
-    write_atomically(folder / CONFIG, encoded(config))
+    """Tables, figures, the page and what to cite; the same runs give the same files."""
     write_atomically(folder / "results.csv", report.runs.to_csv(index=False).encode())
     write_atomically(folder / "table.csv", report.numbers.to_csv(index=False).encode())
     write_atomically(folder / "table.md", layouts.markdown(report).encode())

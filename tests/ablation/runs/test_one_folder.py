@@ -1,5 +1,6 @@
 """One study begun twice in one folder at once, with other seeds: its files tell of one of them."""
 
+import shutil
 import sys
 import threading
 from itertools import permutations
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gradagree_opt.ablation.conduct import prepare
-from gradagree_opt.ablation.runs.store import one_writer, read_config
+from gradagree_opt.ablation.runs.store import CONFIG, one_writer, read_config
 from gradagree_opt.ablation.study.loading import load
 from gradagree_testing.command import contents, gradagree
 
@@ -38,6 +39,15 @@ def test_the_configuration_is_of_the_last_that_ended_and_so_are_the_tables(
     before = contents(out)
     assert gradagree("report", out).exit_code == 0
     assert contents(out) == before
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_report_leaves_the_configuration_of_an_earlier_release_as_it_is(tmp_path: Path) -> None:
+    recorded = Path(__file__).parents[3] / "docs/results/equal-sine"  # which has fewer keys
+    out = tmp_path / "out"
+    shutil.copytree(recorded, out)
+    assert gradagree("report", out).exit_code == 0
+    assert (out / CONFIG).read_bytes() == (recorded / CONFIG).read_bytes()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such locks")
