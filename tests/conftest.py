@@ -117,11 +117,10 @@ def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draws the figures, on the page too, but leaves their files empty."""
-    from gradagree_opt.ablation.report import page, style
+    """Draws the figures on the page, but leaves their files empty, which take most of the time."""
+    from gradagree_testing.command import leave_pictures_empty
 
-    assert page.save is style.save  # its own name for it, which stays as it is
-    monkeypatch.setattr(style, "save", lambda *_: b"")
+    leave_pictures_empty(monkeypatch)
 
 
 @pytest.fixture

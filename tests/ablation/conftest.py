@@ -24,7 +24,7 @@ inner:
   steps: 2
   batch_size: 5
 outer: {optimizer: sgd, rates: [0.25, 0.5], schedule: linear}
-iterations: 12
+iterations: 5
 meta_batch: 3
 seeds: [3, 5]
 tuning: {seeds: 1, tasks: 10, steps: 1}
@@ -38,7 +38,7 @@ methods:
   - {name: "random_weights & co", aggregator: random_weights}
 baseline: mean
 quick:
-  iterations: 6
+  iterations: 3
   tuning: {tasks: 5}
 """
 
@@ -116,31 +116,24 @@ def digits(write_digits: WriteStudy) -> "Study":
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of the tiny study, not to be changed."""
-    from typer.testing import CliRunner
-
-    from gradagree_opt.cli import app
-
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "tiny.yaml").write_text(TINY)
-    arguments = ["ablate", str(folder / "tiny.yaml"), "--out", str(folder / "out"), "--jobs", "1"]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-    return folder / "out"
+    """The output folder of the tiny study, its pictures empty; not to be changed."""
+    return run_whole(TINY, tmp_path_factory.mktemp("finished"))
 
 
 @pytest.fixture(scope="session")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of the tiny study at three fractions of corrupted tasks, as above."""
-    from typer.testing import CliRunner
-
-    from gradagree_opt.cli import app
-
-    folder = tmp_path_factory.mktemp("swept")
     study = yaml.safe_load(TINY) | {"corruption": SHUFFLED, "seeds": [3, 5, 6]}
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
-    arguments = ["ablate", str(folder / "tiny.yaml"), "--out", str(folder / "out"), "--jobs", "1"]
-    result = CliRunner().invoke(app, arguments)
+    return run_whole(yaml.safe_dump(study, sort_keys=False), tmp_path_factory.mktemp("swept"))
+
+
+def run_whole(study: str, folder: Path) -> Path:
+    from gradagree_testing.command import gradagree, leave_pictures_empty
+
+    (folder / "tiny.yaml").write_text(study)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_pictures_empty(patch)
+        result = gradagree("ablate", folder / "tiny.yaml", "--out", folder / "out", "--jobs", 1)
     assert result.exit_code == 0, result.output
     return folder / "out"
 

@@ -15,7 +15,7 @@ model: {kind: mlp, hidden: [8], activation: tanh}
 form: {kind: reptile}
 inner: {lr: 0.02, steps: 2}
 outer: {optimizer: sgd, rates: [0.25, 0.5, 4.0], schedule: linear}
-iterations: 12
+iterations: 5
 meta_batch: 3
 seeds: [3, 5, 6]
 tuning: {seeds: 1, tasks: 10, steps: 1}
@@ -25,7 +25,7 @@ methods:
   - {name: agreement, aggregator: gradient_agreement}
   - {name: "random_weights & co", aggregator: random_weights}
 baseline: mean
-quick: {seeds: [3], iterations: 4}
+quick: {seeds: [3], iterations: 2}
 """
 FIGURES = {
     "adaptation",
@@ -59,7 +59,7 @@ def tiny(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of the tiny study, not to be changed."""
     folder = tmp_path_factory.mktemp("finished")

@@ -108,6 +108,16 @@ def test_the_figures_are_pictures_with_something_on_them(finished: Path, name: s
     assert len(np.unique(picture[::5, ::5].reshape(-1, picture.shape[-1]), axis=0)) > 50
 
 
+@pytest.mark.parametrize("name", sorted(FIGURES))
+def test_the_pdf_is_vectors_with_embedded_truetype_fonts_and_no_date(
+    finished: Path, name: str
+) -> None:
+    content = (finished / f"{name}.pdf").read_bytes()
+    assert content.startswith(b"%PDF-")
+    assert b"/FontFile2" in content and b"/Type3" not in content
+    assert b"/Subtype /Image" not in content and b"/CreationDate" not in content
+
+
 @pytest.mark.slow
 def test_config_reproduces_every_artefact_to_the_bit_but_for_the_seconds_that_runs_took(
     finished: Path, tmp_path: Path

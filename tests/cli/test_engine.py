@@ -107,7 +107,7 @@ class Ended(NamedTuple):
 def end_early(folder: Path, ray_folder: Path, by: signal.Signals) -> Ended:
     """Ends it as soon as a run has been recorded; nothing of its cluster is left."""
     study, out = folder / "tiny.yaml", folder / "out"
-    study.write_text(TINY.replace("iterations: 12", "iterations: 200\ncompile: false"))
+    study.write_text(TINY.replace("iterations: 5", "iterations: 200\ncompile: false"))
     command = [sys.executable, "-m", "gradagree_opt", "ablate", str(study), "--out", str(out)]
     process = subprocess.Popen(
         [*command, "--engine", "ray"],

@@ -42,11 +42,8 @@ baseline: mean
     ],
 )
 @pytest.mark.parametrize("form", ["reptile", "maml"])
-def test_an_omniglot_study_runs_from_an_archive(
-    tmp_path: Path, model: str, form: str, request: pytest.FixtureRequest
-) -> None:
-    if form == "maml":  # it has the pictures of Reptile
-        request.getfixturevalue("without_pictures")
+@pytest.mark.usefixtures("without_pictures")
+def test_an_omniglot_study_runs_from_an_archive(tmp_path: Path, model: str, form: str) -> None:
     study, data = tmp_path / "study.yaml", tmp_path / "drawings.npz"
     study.write_text(
         OMNIGLOT.replace("kind: conv4, filters: 4", model).replace("kind: reptile", f"kind: {form}")

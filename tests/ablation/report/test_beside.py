@@ -15,24 +15,26 @@ from gradagree_opt.ablation.report.beside import compare_folders, varied
 from gradagree_opt.ablation.report.significance import p_value
 from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.loading import load
-from gradagree_testing.command import contents, gradagree
+from gradagree_testing.command import contents, gradagree, leave_pictures_empty
 
 from ..conftest import TINY, WriteStudy
 
 
 @pytest.fixture(scope="module")
 def other(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study of the same tasks with another method, one more seed, and half the iterations."""
+    """A study of the same tasks with another method, one more seed, and fewer iterations."""
     changes = {
         "name": "other",
         "seeds": [7, 5, 3],
-        "iterations": 6,
+        "iterations": 3,
         "tuning": {"seeds": [3], "tasks": 10, "steps": 1},
         "methods": [{"name": "mean", "aggregator": "mean"}, {"name": "x", "aggregator": "sum"}],
     }
     changes["tuning"] = {"seeds": [9], "tasks": 10, "steps": 1}
     folder = tmp_path_factory.mktemp("beside") / "other"
-    ablate(yaml.safe_load(TINY) | changes, out=folder, jobs=1)
+    with pytest.MonkeyPatch.context() as patch:
+        leave_pictures_empty(patch)
+        ablate(yaml.safe_load(TINY) | changes, out=folder, jobs=1)
     return folder
 
 
@@ -61,7 +63,7 @@ def test_differences_are_paired_by_the_seeds_that_both_have(finished: Path, othe
         assert row["difference"] == pytest.approx(sum(expected) / 2)
         assert row["p"] == pytest.approx(p_value(expected))
         assert row["mean_1_steps"] == pytest.approx((theirs[3] + theirs[5]) / 2)
-    assert any("iterations 12 in out, 6 in other" in note for note in report.notes)
+    assert any("iterations 5 in out, 3 in other" in note for note in report.notes)
     assert any("over 2 seeds" in note for note in report.notes)
 
 

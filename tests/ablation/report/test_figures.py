@@ -60,7 +60,7 @@ def test_learning_curves_are_means_over_seeds_with_students_interval(results: Pa
     for name, band in zip(NAMES, axes.collections, strict=True):
         curves = [[point.loss for point in r.curve] for r in results.final(name)]
         at, means = data(line(axes, f"{name} ({results.rates[name]:g})"))
-        assert at == list(range(13))
+        assert at == list(range(6))
         assert means == pytest.approx(np.mean(curves, 0).tolist())
         expected = stats.ttest_1samp(curves, 0).confidence_interval(0.95)
         corners = band.get_paths()[0].vertices
@@ -73,7 +73,7 @@ def test_learning_curves_are_means_over_seeds_with_students_interval(results: Pa
 def test_the_curves_by_time_are_those_by_steps_as_long_as_the_runs_took_in_the_mean(
     results: Part,
 ) -> None:
-    took = {3: 24.0, 5: 48.0}  # for twelve steps
+    took = {3: 10.0, 5: 20.0}  # for five steps
     records = {
         label: record.model_copy(update={"seconds": took[record.run.seed]})
         for label, record in results.records.items()
@@ -151,7 +151,7 @@ def test_agreement_shows_the_mean_of_every_diagnostic_that_was_measured(results:
         nan = math.nan
         values = [[p.diagnostics.get(entry, nan) for p in r.curve[1:]] for r in records]
         expected = pytest.approx(np.mean(values, 0).tolist(), nan_ok=True)
-        assert data(line(axes, "agreement")) == (list(range(1, 13)), expected)
+        assert data(line(axes, "agreement")) == (list(range(1, 6)), expected)
 
 
 def test_a_diagnostic_that_no_run_measured_has_no_panel(results: Part) -> None:
@@ -251,23 +251,6 @@ def lab(rgb: np.ndarray) -> np.ndarray:
     xyz = to_xyz @ rgb.clip(0, 1) / [0.9505, 1, 1.089]
     x, y, z = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
-
-
-def test_the_pdf_is_vectors_with_embedded_truetype_fonts_and_no_date(finished: Path) -> None:
-    names = {path.stem for path in finished.glob("*.png")}
-    assert names == {
-        "adaptation",
-        "agreement",
-        "agreement-matrix",
-        "learning-curves",
-        "seconds",
-        "tuned-rates",
-    }
-    for name in names:
-        content = (finished / f"{name}.pdf").read_bytes()
-        assert content.startswith(b"%PDF-")
-        assert b"/FontFile2" in content and b"/Type3" not in content
-        assert b"/Subtype /Image" not in content and b"/CreationDate" not in content
 
 
 @pytest.mark.parametrize("kind", ["png", "pdf", "svg"])

@@ -109,6 +109,7 @@ def test_the_table_of_all_fractions_fits_a_terminal(swept: Path, tmp_path: Path)
     assert "2 steps" not in result.stdout
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_every_artefact_is_rebuilt_to_the_bit(swept: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(swept, tmp_path / "out"))
     names = [path.name for path in swept.iterdir() if path.is_file()]

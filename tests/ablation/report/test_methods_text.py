@@ -113,7 +113,7 @@ def test_the_text_has_every_number_of_the_study(config: Config) -> None:
         "8 hidden units (tanh)",
         "3 tasks and 2 inner steps",
         "rate 0.02 on minibatches of 5",
-        "12 of them",
+        "5 of them",
         "from 0.25, 0.5 by the loss after 1 gradient step on 10 validation tasks, with 1 of the",
         "from 2 seeds",
         "12 unseen tasks after 0, 1, 2 gradient steps on 5 examples, all of them in every step",

@@ -40,6 +40,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_pictures")
 def test_every_artefact_is_rebuilt_to_the_bit_without_training(
     copied: Path, no_training: None
 ) -> None:
@@ -75,6 +76,7 @@ def test_the_results_are_those_of_the_sweep(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_pictures")
 def test_records_suffice_for_all_but_the_figure_of_trained_parameters_which_stays(
     copied: Path,
 ) -> None:

@@ -144,7 +144,7 @@ def longer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ..conftest import TINY
 
     path = tmp_path_factory.mktemp("longer") / "tiny.yaml"
-    path.write_text(TINY.replace("iterations: 12", "iterations: 100"))
+    path.write_text(TINY.replace("iterations: 5", "iterations: 100"))
     return path
 
 

@@ -25,11 +25,13 @@ def ignore(_: object) -> None:
 def test_the_configuration_is_of_the_last_that_ended_and_so_are_the_tables(
     write_study: WriteStudy, tmp_path: Path, order: tuple[str, ...]
 ) -> None:
-    out, path = tmp_path / "out", str(write_study())
+    methods = [{"name": name, "aggregator": name} for name in ("mean", "gradient_agreement")]
+    outer = {"optimizer": "sgd", "rates": [0.5]}
+    out, path = tmp_path / "out", str(write_study(methods=methods, outer=outer))
     studies = {
-        "few": load(path, seeds=[3, 5]),
-        "many": load(path, seeds=[3, 5, 6]),
-        "short": load(path, iterations=6),
+        "few": load(path, seeds=[3]),
+        "many": load(path, seeds=[3, 5]),
+        "short": load(path, seeds=[3], iterations=3),
     }
     begun = {name: prepare(study, out, None, [name], ignore) for name, study in studies.items()}
     for name in order:

@@ -118,7 +118,7 @@ def test_finished_runs_are_kept_when_a_study_grows_or_a_method_is_renamed(
     steps: list[int] = []
     first = Sweep(study, tmp_path, None, ignore)
     before = first.run(1, steps.append)
-    assert sum(steps) == first.iterations == 12 * 3 * (2 + 1)
+    assert sum(steps) == first.iterations == 5 * 3 * (2 + 1)
     assert len(done) == 9
 
     done.clear()

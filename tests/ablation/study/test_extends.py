@@ -112,7 +112,7 @@ def test_a_mistake_in_what_is_inherited_is_found_in_the_file_that_is_extended(
     study_file.write_text(text.replace("meta_batch: 3", "meta_batch: 0"))
     place = f"{study_file}, line 12 in 'meta_batch', extended by {child}: "
     assert refusal(child).startswith(place)
-    study_file.write_text(text.replace("iterations: 6", "iteration: 6"))
+    study_file.write_text(text.replace("iterations: 3", "iteration: 3"))
     assert refusal(child).startswith(f"{study_file}, line 25 in 'iteration', extended by")
     study_file.write_text(text.replace("inner:\n", "inner: {\n"))
     assert re.match(rf"{study_file}, line \d+: not YAML", refusal(child))

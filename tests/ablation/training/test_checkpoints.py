@@ -207,7 +207,7 @@ def test_a_study_killed_within_its_runs_goes_on_with_the_same_result(
     start: Start, tmp_path: Path, device: str
 ) -> None:
     study = tmp_path / "tiny.yaml"
-    study.write_text(TINY.replace("iterations: 12", "iterations: 200\ncompile: false"))
+    study.write_text(TINY.replace("iterations: 5", "iterations: 200\ncompile: false"))
     options = ("--jobs", "1", "--checkpoint-seconds", "0")
     undisturbed = start(study, tmp_path / "undisturbed", device, "--jobs", "1")
     out = tmp_path / "out"

@@ -195,6 +195,7 @@ def test_a_quick_study_of_every_form_is_run_whole(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_pictures")
 def test_every_artefact_of_a_meta_sgd_study_is_written(
     write_study: WriteStudy, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner, Result
 
 from gradagree_opt.cli import app
@@ -12,6 +13,14 @@ TIMED = {"table.csv", "report.html", "seconds.pdf", "seconds.png"}
 
 def gradagree(*arguments: object) -> Result:
     return CliRunner().invoke(app, list(map(str, arguments)), terminal_width=100)
+
+
+def leave_pictures_empty(patch: pytest.MonkeyPatch) -> None:
+    """Draws figures on a study's page alone: their files take most of a tiny study's time."""
+    from gradagree_opt.ablation.report import page, style
+
+    assert page.save is style.save  # its own name for it, which stays as it is
+    patch.setattr(style, "save", lambda *_: b"")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
