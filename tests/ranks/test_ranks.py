@@ -84,6 +84,11 @@ def test_weightings_of_torchjd_do_what_they_do_in_one_process(tmp_path: Path) ->
     check(run("weightings_of_torchjd", 2, tmp_path, "framework_programs.py"))
 
 
+def test_models_of_accelerate_do_what_one_process_does(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="Accelerate is not installed")
+    check(run("models_of_accelerate", 2, tmp_path, "framework_programs.py"))
+
+
 def test_learners_of_learn2learn_do_what_a_loop_in_one_process_does(tmp_path: Path) -> None:
     pytest.importorskip("learn2learn", reason="learn2learn is not installed")
     check(run("learners_of_learn2learn", 2, tmp_path, "framework_programs.py"))
