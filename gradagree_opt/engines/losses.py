@@ -1,5 +1,6 @@
 """The loss of one task as the engines see it, and what is done to every task of a batch."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -48,11 +49,17 @@ class ScalarLoss:
     tasks; elsewhere, one task among others may have a constant loss.
 
     Raises:
-        TypeError: it is no function.
+        TypeError: it is no function, or a module that takes its inputs and not its parameters.
     """
 
     def __init__(self, loss_fn: LossFn, /) -> None:
         check_callable("loss_fn", loss_fn, "loss_fn(params, batch), which returns a scalar tensor")
+        if isinstance(loss_fn, torch.nn.Module) and not takes_two(loss_fn.forward):
+            raise TypeError(
+                "expected loss_fn to be a function, found a module whose forward takes no (params, "
+                f"batch): {type(loss_fn).__name__}; give loss_fn(params, batch), which calls it as "
+                "torch.func.functional_call(module, params, …) and returns a scalar tensor"
+            )
         self.loss_fn = loss_fn
 
     def __call__(self, params: PyTree, batch: PyTree, /) -> Tensor:
@@ -86,6 +93,21 @@ class ScalarLoss:
             refuse_independent()
         if seen is not None:
             seen.append(depends)
+
+
+def takes_two(function: Callable[..., object], /) -> bool:
+    """Whether a function can be called with two positional arguments, as far as it says.
+
+    >>> takes_two(lambda x: x), takes_two(lambda x, *others: x)
+    (False, True)
+    """
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # what is written in C need not say
+        return True
+    return True
 
 
 def _has_graph(value: object) -> bool:

@@ -36,6 +36,27 @@ def test_a_loss_that_is_no_tensor(algorithm, without_type_checks):
     refuses(algorithm, "to return a scalar tensor, found int", loss=shots)
 
 
+class Learner(torch.nn.Module):
+    """A module that holds no parameter of its own."""
+
+    def forward(self, params, batch):
+        return loss_fn(params, batch)
+
+
+@each_algorithm
+def test_the_model_in_place_of_its_loss_and_no_module_that_is_one(algorithm):
+    model = torch.nn.Linear(4, 2)
+    refuses(algorithm, r"found a module whose .*: Linear; give", loss=model, error=TypeError)
+    with pytest.raises(TypeError, match=r"found a module whose .*: Linear; give"):
+        ga.aggregate_gradients(model, torch.ones(3), torch.ones(2, 3), ga.Mean())
+    params = CASE.meta(algorithm.learns_rates)
+    found, expected = (
+        algorithm.build(loss, 0.1, 1).step(params, CASE.tasks, ga.Mean()).update
+        for loss in (Learner(), loss_fn)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @each_algorithm
 def test_tasks_without_a_support_set(algorithm):
     tasks = {"train": CASE.tasks["support"], "query": CASE.tasks["query"]}
