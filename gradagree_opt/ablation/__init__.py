@@ -21,6 +21,7 @@ def ablate(
     iterations: int | None = None,
     engine: str = "local",
     ray_address: str | None = None,
+    progress: bool = False,
 ) -> "Results":
     """Runs a study, or what is missing of it, and writes its report, as ``gradagree ablate`` does.
 
@@ -39,6 +40,7 @@ def ablate(
             already, or that of ``ray_address``.
         ray_address: as for ``ray.init``; None for the cluster that Ray finds or, where it finds
             none, a new one of this machine.
+        progress: whether to show on standard error how far it is, as the command does.
 
     Returns:
         The folder, every run as a DataFrame ``.runs``, and the table as a DataFrame ``.table``.
@@ -103,6 +105,8 @@ def ablate(
         loaded = load(source, quick=quick, seeds=seeds, iterations=iterations)
         with connected(engine, ray_address, count) as cluster:
             prepared = prepare(loaded, Path(out), folder, command, warn, cluster=cluster)
+            if progress:
+                return prepared.run_displayed(count)
             return prepared.run(count, lambda _: None)
     except StudyError as mistake:
         raise StudyError(arguments(str(mistake))) from mistake.__cause__

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TextIO, TypeAlias, cast
+from typing import TypeAlias
 
 import typer
 from rich.console import Console
@@ -20,12 +20,11 @@ from gradagree_opt.ablation.conduct import (
     foresee,
     prepare,
 )
-from gradagree_opt.ablation.output import Errors
 from gradagree_opt.ablation.report import layouts
 from gradagree_opt.ablation.report.artefacts import check_text, write_artefacts
 from gradagree_opt.ablation.report.beside import compare_folders
 from gradagree_opt.ablation.report.citations import bibtex, methods_text
-from gradagree_opt.ablation.report.display import Display
+from gradagree_opt.ablation.report.display import errors
 from gradagree_opt.ablation.report.report import Report, build_report
 from gradagree_opt.ablation.runs.store import one_writer, read_config, read_results
 from gradagree_opt.ablation.runs.sweep import CHECKPOINT_SECONDS
@@ -37,7 +36,6 @@ from gradagree_opt.stopping import status
 
 EventWriter: TypeAlias = Callable[[Path, Study, RunRecord], None]
 
-errors = Console(file=cast(TextIO, Errors()), soft_wrap=True, highlight=False)
 NARROWEST = 40
 """Characters in a line of a table; a narrower terminal breaks the lines."""
 
@@ -116,18 +114,15 @@ def run_prepared(
     prepared: Prepared, jobs: int | None, write_events: EventWriter | None, command: list[str]
 ) -> Results:
     """Runs what is missing of a study and displays how far it is."""
-    display, folder = Display(prepared.study.title, prepared.iterations, errors), prepared.folder
+    folder = prepared.folder
 
-    def ended(part: Study, record: RunRecord, found: bool) -> None:
-        display.end(part, record, found=found)
-        display.resize(prepared.iterations)
+    def ended(part: Study, record: RunRecord, _: bool) -> None:
         if write_events is not None:
             share = f"corrupted-{part.fraction:g}" if len(prepared.sweeps) > 1 else ""
             write_events(folder / "tensorboard" / share, part, record)
 
     try:
-        with display.live():
-            return prepared.run(jobs, display.advance, ended)
+        return prepared.run_displayed(jobs, ended)
     except (OSError, StudyError) as failure:
         errors.print(f"gradagree: {failure}; the finished runs are in {folder}", markup=False)
         raise typer.Exit(1) from None

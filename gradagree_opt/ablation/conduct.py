@@ -18,6 +18,7 @@ from gradagree_opt.ablation.report.artefacts import (
     write_artefacts,
     write_config,
 )
+from gradagree_opt.ablation.report.display import Display, errors
 from gradagree_opt.ablation.report.report import Report, build_report
 from gradagree_opt.ablation.report.tables import counted
 from gradagree_opt.ablation.runs.expected import TIMED_STEPS, duration, expect
@@ -27,7 +28,7 @@ from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.devices import choose_device
 from gradagree_opt.ablation.training.grouping import compiles, is_compiled
-from gradagree_opt.ablation.training.run import write_atomically
+from gradagree_opt.ablation.training.run import RunRecord, write_atomically
 from gradagree_opt.engines.errors import is_out_of_memory
 from gradagree_opt.options import check_choice
 
@@ -95,6 +96,18 @@ class Prepared:
             write_atomically(self.folder / CONFIG, encoded(self.config))
             write_artefacts(self.folder, report, self.config)
         return Results(self.folder, report, self.config)
+
+    def run_displayed(self, jobs: int | None, ended: Ended = lambda *_: None) -> Results:
+        """:meth:`run`, which shows on standard error how far it is."""
+        display = Display(self.study.title, self.iterations, errors)
+
+        def shown(part: Study, record: RunRecord, found: bool) -> None:
+            display.end(part, record, found=found)
+            display.resize(self.iterations)
+            ended(part, record, found)
+
+        with display.live():
+            return self.run(jobs, display.advance, shown)
 
 
 def build_sweeps(

@@ -29,6 +29,17 @@ def test_from_python_as_from_the_command(write_study: WriteStudy, finished: Path
     assert ablate(given, out="out", jobs=1).runs.equals(results.runs)
 
 
+@pytest.mark.usefixtures("without_figures")
+def test_how_far_it_is_is_shown_where_that_is_asked_for(
+    study_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for progress, shown in ((True, ["Tiny sine", " 100 %"]), (False, [])):
+        ablate(study_file, out=str(progress), jobs=1, seeds=[3], iterations=1, progress=progress)
+        printed = capsys.readouterr()
+        assert printed.out == "" and bool(printed.err) is progress
+        assert all(words in printed.err for words in shown)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -15,10 +16,13 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from gradagree_opt.ablation.output import Errors
 from gradagree_opt.ablation.report.significance import interval
 from gradagree_opt.ablation.runs.sweep import count_runs
 from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.run import RunRecord
+
+errors = Console(file=cast(TextIO, Errors()), soft_wrap=True, highlight=False)
 
 LOGGED = 5
 """Per cent of a study after which a file or a pipe gets another line."""
