@@ -64,6 +64,7 @@ COLUMNS = {  # of tables that compare studies
     "Adam outside": "equal-sine-torchjd-adam",
     "Finn's sines, MAML with Adam": "equal-sine-torchjd-maml",
     "spruces in folds, MAML with Adam": "equal-grouped-torchjd",
+    "Omniglot 5-way 1-shot, 16 filters": "equal-omniglot-5way-1shot-torchjd",
     "a tenth flipped": "equal-sine-flipped",
     "a tenth ten times as large": "equal-sine-scale",
     "noisy targets": "equal-sine-noise",
@@ -217,6 +218,7 @@ KINDS: dict[str, Callable[[str, list[str], Table], Pairs]] = {  # by how the hea
     "validation loss of the first seed, by outer rate": of_tuning,
     "MSE after 5 steps, by share": of_shares,
     "MSE after": of_studies,
+    "accuracy after": of_studies,
     "accuracy in % after": of_ways,
     "study": of_summary,
     "you train": lambda *_: iter(()),  # words alone
