@@ -42,6 +42,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(f"compile=True needs PyTorch {COMPILES_FROM}")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests first: at the end, one process would wait for the other's."""
+    first = {item.path for item in items if item.get_closest_marker("long")}
+    items.sort(key=lambda item: item.path not in first)
+
+
 def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
     """Switches the checks on: the one hook that runs before other conftest.py are imported."""
     command_line = pluginmanager.get_plugin("pytestconfig").known_args_namespace

@@ -69,6 +69,7 @@ def records(out: Path) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_disk_that_is_full_at_any_stage_loses_nothing_and_the_same_command_goes_on(
     disk: Disk, finished: Path, study_file: Path
 ) -> None:
