@@ -23,6 +23,7 @@ from gradagree_opt.ablation.study.study import Study
 from gradagree_opt.ablation.training.run import RunRecord
 
 errors = Console(file=cast(TextIO, Errors()), soft_wrap=True, highlight=False)
+"""Standard error: all that is said beside the result."""
 
 LOGGED = 5
 """Per cent of a study after which a file or a pipe gets another line."""
