@@ -105,8 +105,6 @@ def ablate(
         loaded = load(source, quick=quick, seeds=seeds, iterations=iterations)
         with connected(engine, ray_address, count) as cluster:
             prepared = prepare(loaded, Path(out), folder, command, warn, cluster=cluster)
-            if progress:
-                return prepared.run_displayed(count)
-            return prepared.run(count, lambda _: None)
+            return (prepared.run_displayed if progress else prepared.run)(count)
     except StudyError as mistake:
         raise StudyError(arguments(str(mistake))) from mistake.__cause__

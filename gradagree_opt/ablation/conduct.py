@@ -78,7 +78,10 @@ class Prepared:
         return sum(sweep.iterations for sweep in self.sweeps)
 
     def run(
-        self, jobs: int | None, advance: Callable[[int], None], ended: Ended = lambda *_: None
+        self,
+        jobs: int | None,
+        advance: Callable[[int], None] = lambda _: None,
+        ended: Ended = lambda *_: None,
     ) -> Results:
         """Does what is missing, and writes tables, figures and page.
 

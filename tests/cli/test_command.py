@@ -88,7 +88,7 @@ def test_bad_input_is_one_sentence_exit_code_2_and_changes_nothing(
     words: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("bad.yaml").write_text(TINY.replace("iterations: 5", "iteration: 12"))
+    Path("bad.yaml").write_text(TINY.replace("iterations: 5", "iteration: 5"))
     Path("method.yaml").write_text(TINY.replace(": gradient_agreement", ": agree"))
     many_rows = TINY.replace("kind: sine", "kind: grouped, dataset: Oxboys")
     Path("many-rows.yaml").write_text(many_rows)

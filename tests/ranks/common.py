@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -113,6 +114,31 @@ def counted() -> Iterator[list[int]]:
     dist.all_reduce = counting
     yield sent
     dist.all_reduce = reduce
+
+
+def trained(
+    model: Any,
+    aggregator: Any,
+    tasks: list[Tensor],
+    optimizes: bool,
+    prepare: Callable[..., Any] = lambda *made: made,
+    clip: Callable[..., Any] = lambda *_: None,
+) -> list[Any]:
+    """Parameters after three steps, by TaskOptimizer or TaskBatch, and the last losses."""
+    model, adam = prepare(model, torch.optim.Adam(model.parameters(), lr=0.01))
+    for _ in range(3):
+        adam.zero_grad()
+        if optimizes:
+            losses = [model(x).square().mean() for x in tasks]
+            result = ga.TaskOptimizer(adam, aggregator).step(losses)
+        else:
+            batch = ga.TaskBatch(model, aggregator)
+            for x in tasks:
+                batch.add(model(x).square().mean())
+            result = batch.backward()
+            clip(model.parameters(), 0.01)
+            adam.step()
+    return [[p.detach().clone() for p in model.parameters()], result.losses]
 
 
 class Model(nn.Module):

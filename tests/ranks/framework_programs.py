@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import RANK, WORLD, Model, check_close, check_same_bits, join, leave, refused
+from common import RANK, WORLD, Model, check_close, check_same_bits, join, leave, refused, trained
 from torch import Tensor, nn
 
 import gradagree_opt as ga
@@ -35,40 +35,22 @@ def models_of_accelerate() -> None:
     """Models and optimizers that Accelerate has prepared, beside a plain loop over all tasks."""
     from accelerate import Accelerator
 
-    def trained(aggregator: Any, tasks: Tensor, prepare: Any, clip: Any, by: str) -> list[Tensor]:
+    def model() -> nn.Module:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
-        model, adam = prepare(model, torch.optim.Adam(model.parameters(), lr=0.01))
-        optimizer = ga.TaskOptimizer(adam, aggregator) if by == "TaskOptimizer" else adam
-        for step in range(3):
-            losses = [(model(x) - step).square().mean() for x in tasks]
-            if by == "TaskOptimizer":
-                optimizer.step(losses)
-                continue
-            optimizer.zero_grad()
-            batch = ga.TaskBatch(model, aggregator)
-            for loss in losses:
-                batch.add(loss)
-            batch.backward()
-            clip(model.parameters(), 0.01)
-            optimizer.step()
-        return [p.detach().clone() for p in model.parameters()]
-
-    def unprepared(*made: Any) -> Any:
-        return made
+        return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
 
     torch.manual_seed(1)
     tasks, clip = torch.randn(3, 4, 3), nn.utils.clip_grad_norm_
-    each = [(one, by) for one in (ga.EqualAgreement(), ga.Mean()) for by in ("TaskOptimizer", "")]
-    wanted = [trained(one, tasks, unprepared, clip, by) for one, by in each]
+    each = [(one, by) for one in (ga.EqualAgreement(), ga.Mean()) for by in (False, True)]
+    wanted = [trained(model(), one, [*tasks], by, clip=clip)[0] for one, by in each]
     join()
     ranks, worlds = ("RANK", "LOCAL_RANK"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")  # torchrun says both
     os.environ |= dict.fromkeys(ranks, str(RANK)) | dict.fromkeys(worlds, str(WORLD))
-    accelerator = Accelerator(cpu=True)
+    accelerator, mine = Accelerator(cpu=True), [*ga.own_share(tasks)]
     assert accelerator.num_processes == WORLD
-    wraps, clip = accelerator.prepare, accelerator.clip_grad_norm_
     for (one, by), whole in zip(each, wanted, strict=True):
-        found = trained(ga.distributed(one), ga.own_share(tasks), wraps, clip, by)
+        prepare, clip = accelerator.prepare, accelerator.clip_grad_norm_
+        found, _ = trained(model(), ga.distributed(one), mine, by, prepare, clip)
         check_close(found, whole, 1e-5)
         check_same_bits(found)
 

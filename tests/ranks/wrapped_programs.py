@@ -17,6 +17,7 @@ from common import (
     join,
     leave,
     own,
+    trained,
     with_message,
 )
 from torch import Tensor, nn
@@ -36,23 +37,6 @@ class Normalised(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.net(x)
         return result
-
-
-def trained(model: nn.Module, aggregator: Any, tasks: list[Tensor], optimizes: bool) -> list[Any]:
-    """Parameters after three steps, by TaskOptimizer or TaskBatch, and the last losses."""
-    adam = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(3):
-        adam.zero_grad()
-        if optimizes:
-            losses = [model(x).square().mean() for x in tasks]
-            result = ga.TaskOptimizer(adam, aggregator).step(losses)
-        else:
-            batch = ga.TaskBatch(model, aggregator)
-            for x in tasks:
-                batch.add(model(x).square().mean())
-            result = batch.backward()
-            adam.step()
-    return [[p.detach().clone() for p in model.parameters()], result.losses]
 
 
 def wrapped() -> None:

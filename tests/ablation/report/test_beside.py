@@ -27,10 +27,9 @@ def other(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "name": "other",
         "seeds": [7, 5, 3],
         "iterations": 3,
-        "tuning": {"seeds": [3], "tasks": 10, "steps": 1},
+        "tuning": {"seeds": [9], "tasks": 10, "steps": 1},
         "methods": [{"name": "mean", "aggregator": "mean"}, {"name": "x", "aggregator": "sum"}],
     }
-    changes["tuning"] = {"seeds": [9], "tasks": 10, "steps": 1}
     folder = tmp_path_factory.mktemp("beside") / "other"
     with pytest.MonkeyPatch.context() as patch:
         leave_pictures_empty(patch)
