@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradagree_opt.annotations import Bool, Float
-from gradagree_opt.core.blocks import or_one
+from gradagree_opt.core.blocks import or_one, power_of_two
 from gradagree_opt.core.statistics import Statistics
 from gradagree_opt.core.transforms import is_wrapped
 from gradagree_opt.core.weightings import Decision
@@ -99,8 +99,8 @@ def diagnose(
     weights, norms = decision.weights, statistics.squared_norms
     if norms is None:
         norms = torch.full_like(weights, torch.nan)
-    size = weights.abs().sum(-1)
-    squares = weights.square().sum(-1)
+    shares = _in_units(weights)
+    size, squares = shares.abs().sum(-1), shares.square().sum(-1)
     total = statistics.row_sums.sum(-1).clamp(min=0).sqrt()
     lengths = norms.sqrt().sum(-1)
     unknown = torch.full_like(size, torch.nan)
@@ -181,8 +181,13 @@ def _correlation(
     """
     deviations = pair - pair.sum(-1, keepdim=True) / active.sum()
     rounding = 4 * torch.finfo(pair.dtype).eps * pair.abs().amax(-1, keepdim=True)
-    deviations = deviations.masked_fill((deviations.abs() <= rounding) | ~active, 0)
+    deviations = _in_units(deviations.masked_fill((deviations.abs() <= rounding) | ~active, 0))
     return deviations.prod(0).sum(-1) / deviations.square().sum(-1).prod(0).sqrt()
+
+
+def _in_units(rows: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
+    """Each row over the power of two below its largest entry, so that its squares are in range."""
+    return rows / or_one(power_of_two(rows.abs().amax(-1, keepdim=True)))
 
 
 def check_some_task(diagnostics: Diagnostics, nonfinite: str, /) -> None:

@@ -251,9 +251,9 @@ def tree_norm(tree: PyTree, /, *, scaled: bool = True) -> Float[Tensor, ""]:
 
 
 def in_range(square: Float[Tensor, "*shape"], /) -> Bool[Tensor, "*shape"]:
-    """Whether a sum of squares is so far from both ends of its dtype that it lost nothing there."""
+    """Whether sums of squares, and their own squares, are far from both ends of their dtype."""
     limits = torch.finfo(square.dtype)
-    inside: Tensor = (square > limits.tiny**0.5) & (square < limits.max**0.75)
+    inside: Tensor = (square > limits.tiny**0.5) & (square < limits.max**0.4)
     return inside
 
 

@@ -58,13 +58,27 @@ def test_diagnostics_are_what_their_definitions_give(
         assert found == pytest.approx(value, rel=1e-9, abs=1e-12), name
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-def test_diagnostics_are_right_at_every_scale_of_float32(scale: float):
+@every(
+    aggregator=[ga.GradientAgreement(), ga.EqualAgreement(), ga.NormShare()],
+    scale=[1e-30, *(10.0**power for power in range(-11, 17)), 1e30],
+)
+def test_diagnostics_are_right_at_every_scale_of_float32(aggregator: ga.Aggregator, scale: float):
     matrix = torch.randn(6, 9, generator=seeded()) * scale
-    result = ga.GradientAgreement().aggregate(matrix)
+    result = aggregator.aggregate(matrix)
     expected = computed(matrix.double().numpy(), result.weights.double().numpy())
     for name, value in expected.items():
         assert getattr(result.diagnostics, name).item() == pytest.approx(value, rel=1e-5), name
+
+
+@pytest.mark.parametrize("times", [1e-22, 1e-11, 1e8, 1e12, 1e22])
+def test_diagnostics_are_right_beside_one_task_of_another_scale(times: float):
+    matrix = torch.randn(5, 9, generator=seeded())
+    matrix[2] *= times
+    result = ga.EqualAgreement().aggregate(matrix)
+    expected = computed(matrix.double().numpy(), result.weights.double().numpy())
+    for name, value in expected.items():
+        found = getattr(result.diagnostics, name).item()
+        assert found == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
 def test_signals_that_point_one_way_do_not_cancel_and_opposite_ones_cancel_wholly():

@@ -43,6 +43,17 @@ def test_weights_at_every_scale_are_those_at_one(exponent: int):
         assert_close(aggregator.aggregate(scaled).weights, expected, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("exponent", range(-9, 16))
+def test_agreement_is_known_beside_a_gram_matrix_at_every_scale(exponent: int):
+    signals = rows(4, 30).float() * 10.0**exponent
+    exact = signals.double()
+    length = ga.GradientAgreement()(exact).norm()
+    matched = ga.EqualAgreement(match_norm=ga.GradientAgreement())(signals).double()
+    assert_close(matched.norm(), length, rtol=1e-5, atol=0)
+    scores = ga.GeometricMedian().aggregate(signals).scores.double()
+    assert_close(scores, exact @ exact.sum(0), rtol=1e-5, atol=1e-5 * scores.abs().max())
+
+
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize(("times", "held"), [(1e36, True), (1e38, True), (1e40, False)])
 def test_a_norm_3e38_times_the_median_has_the_weight_zero_in_float32_and_others_keep_theirs(
