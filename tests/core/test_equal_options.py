@@ -84,17 +84,34 @@ def test_the_power_0_is_the_mean_of_tasks_that_are_zero_too(zeros: int, scope: s
     assert_close(ga.GramianPower(0, scope=scope)(stack), expected)
 
 
+def power_of_eigenvalues(signals: Tensor, power: float) -> Tensor:
+    """The weights Mᵏ 1/n by NumPy in float64."""
+    n, gram = len(signals), (signals @ signals.T).double().numpy()
+    values, vectors = np.linalg.eigh(gram)
+    if power < 0:
+        values = (values / (n * median_norm(signals) ** 2) + 0.01) / 1.01
+    else:
+        values = values / values.max()
+    return torch.from_numpy(vectors @ np.diag(values**power) @ vectors.T @ np.full(n, 1 / n))
+
+
 @pytest.mark.parametrize("power", [-2, -1.5, -0.5, 0.5, 1.5, 3])
 def test_powers_are_those_of_the_eigenvalues(power: float):
     signals = rows(5, 8)
-    gram = (signals @ signals.T).numpy()
-    values, vectors = np.linalg.eigh(gram)
-    if power < 0:
-        values = (values / (5 * median_norm(signals) ** 2) + 0.01) / 1.01
-    else:
-        values = values / values.max()
-    expected = vectors @ np.diag(values**power) @ vectors.T @ np.full(5, 0.2)
-    assert_close(ga.GramianPower(power).aggregate(signals).weights, torch.from_numpy(expected))
+    expected = power_of_eigenvalues(signals, power)
+    assert_close(ga.GramianPower(power).aggregate(signals).weights, expected)
+
+
+@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize("power", [-2, -0.5, 0.5])
+def test_powers_in_float32_are_right_beside_a_large_task_whatever_its_place(
+    power: float, place: int
+):
+    signals = rows(5, 40)
+    signals[place] *= 1e4
+    exact = power_of_eigenvalues(signals, power) @ signals
+    found = ga.GramianPower(power)(signals.float()).double()
+    assert (found - exact).norm() <= 1e-5 * exact.norm()
 
 
 @given(matrices())
