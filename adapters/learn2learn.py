@@ -180,7 +180,7 @@ class _Task(nn.Module):
         for _ in range(self.steps):
             loss = self.loss_fn(learner, task["support"])
             _check_adaptable(learner, loss)
-            # Which parameters have gradients is known: so they raise what they would print.
+            # Frozen parameters were checked; with allow_nograd, adapt raises where it else prints.
             prints = getattr(type(learner), "adapt", None) in (MAML.adapt, GBML.adapt)
             learner.adapt(loss, **({"allow_nograd": True} if prints else {}))
         start = {name: p for name, p in before.items() if p.requires_grad}

@@ -36,7 +36,7 @@ from torchjd.linalg import Matrix  # noqa: E402
 OF_GRAMIAN = (Constant, Mean, NashMTL, Random, Sum)
 """Aggregators whose weights TorchJD takes from the matrix, where its Gramian is enough."""
 OF_UNITS = (FairGradWeighting, NashMTL, PCDWeighting)
-"""What gives other weights when all signals are multiplied by one number."""
+"""Those whose weights change when all signals are multiplied by one number."""
 
 
 def from_torchjd(
@@ -129,7 +129,7 @@ class OfGramian:
 
 @dataclass(frozen=True)
 class Unknown:
-    """The weighting of an update that is no combination with weights."""
+    """Weights of NaN, for an update that is no weighted sum of the directions."""
 
     needs: ClassVar[frozenset[weightings.Need]] = frozenset({"directions"})
 

@@ -200,9 +200,9 @@ def _batched_like(support: PyTree, state: Any) -> Any:
 
 
 def _first_calls(update: Callable[..., Any]) -> Iterator[CellType]:
-    """Where a momentum with dampening notes that it was called: outside of its state (0.7.3).
+    """The cells in which momentum with dampening notes its first call, which is not dampened.
 
-    The first step of a state made anew is not to be dampened.
+    TorchOpt 0.7.3 keeps them outside of its state, so a state made anew does not reset them.
     """
     pending: list[Any] = [update]
     seen: set[FunctionType] = set()
@@ -239,8 +239,8 @@ class _WrittenOut(TorchFunctionMode):
 def _check_first() -> None:
     """Raises a ValueError where a chain has called the ``init`` of another transformation first.
 
-    What stands before would work on the stack, and most stop in the midst of it. Of its place in a
-    chain TorchOpt tells a transformation nothing; the frames that call it do.
+    That one would be given the stack, and most fail on it. TorchOpt does not tell a transformation
+    its place in a chain, so it is read from the frames that call ``init``.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -256,7 +256,7 @@ def _check_first() -> None:
 
 
 def _check_unmasked(params: PyTree) -> None:
-    """Raises a ValueError in a ``masked`` that passes stacks by, for an optimizer to broadcast."""
+    """Raises a ValueError inside ``masked``, which hands on the stacks that it leaves out."""
 
     def is_masked(node: object) -> bool:  # TorchOpt does not export the class
         return type(node).__name__ == "MaskedNode"

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class RunningStatistics:
-    """Those of a module's BatchNorm layers that a forward pass changes.
+    """Running statistics of a module's BatchNorm layers, as far as a forward pass changes them.
 
     Args:
         module: any module; layers in evaluation mode, and those that track nothing, are left out.
@@ -44,8 +44,8 @@ class RunningStatistics:
     def follow(self, copies: dict[str, Tensor], /) -> None:
         """Changes the module's statistics as if one task had come after the other.
 
-        k forward passes take a statistic r to (1 − momentum)^k r + c. What a task's own copy gives
-        away is c; from there it follows the tasks before it.
+        k forward passes take a statistic r to (1 − momentum)^k r + c. A task's own copy shows its
+        c, which is then added after the tasks before it.
 
         Args:
             copies: what :meth:`for_tasks` gave, after each task's forward passes.
@@ -67,7 +67,7 @@ class ChangedBufferError(RuntimeError):
 
 @contextmanager
 def statistics_refused() -> Iterator[None]:
-    """Raises one sentence where torch.func finds that a function changes what it was not given.
+    """A context: where a model changes a buffer under torch.func, one sentence says so.
 
     Raises:
         ValueError: in place of torch.func's error, or of a :class:`ChangedBufferError`.

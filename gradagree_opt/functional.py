@@ -1,4 +1,4 @@
-"""A module called with other tensors than its own, whatever it shares within itself."""
+"""Calls a module with other tensors than its own, also one that holds a submodule twice."""
 
 from collections.abc import Mapping
 from itertools import chain

@@ -20,7 +20,7 @@ class Aggregator(Pipeline):
     """A weighting, and how its weights are applied.
 
     Args:
-        weighting: from statistics to weights; a function that reads row sums alone will do.
+        weighting: maps statistics to weights; a function will do if it reads row sums alone.
         scope: "global", one weight a task; "leaf", one for each parameter tensor; or a callable
             from the path of a leaf to the name of its group.
         match_norm: None, "mean" or an aggregator of the same scope: rescale the update to the norm
@@ -82,8 +82,8 @@ class Aggregator(Pipeline):
         check_aggregator(self)
         with self.step_of_ranks():
             aggregator = self.for_batch(self._check(directions, signal))
-            # The look that is due finds this sound except at extreme scales. A weighting that reads
-            # the Gram matrix may depend on the scale.
+            # Sums without scaling are faster, and the check that is due anyway shows whether they
+            # are sound. A weighting that reads the Gram matrix itself may depend on the scale.
             once = self.ranks is not None or draws_itself(self.weightings)
             if self.nonfinite == "raise" and not (once or self.needs & {"gramian", "directions"}):
                 result = aggregator._aggregate(directions, signal, scaled=False)
@@ -100,7 +100,7 @@ class Aggregator(Pipeline):
         *,
         nonfinite: Bool[Tensor, " n"] | None = None,
     ) -> Aggregation:
-        """:meth:`aggregate` without the look at its result: runs under vmap and torch.compile.
+        """:meth:`aggregate` without the check of its result: runs under vmap and torch.compile.
 
         Args:
             directions: task-stacked pytree.

@@ -11,7 +11,7 @@ from gradagree_opt.annotations import Float
 BLOCK_ENTRIES = 2**20
 """Entries of a block that a CPU reads several times: 4 MiB of float32, half or less of a cache."""
 PART_ENTRIES = 2**24
-"""Entries that a GPU looks at together; a larger leaf it reads as it is."""
+"""Entries that a GPU reads together; a larger leaf is read by itself."""
 
 
 def rows(leaf: Float[Tensor, "n ..."], /) -> Float[Tensor, "n d"]:
@@ -24,8 +24,9 @@ def column_blocks(
 ) -> Iterator[Float[Tensor, "n columns"]]:
     """The leaf as matrices ``[n, columns]`` of the dtype that fit a processor's cache together.
 
-    What is done to one block before the next is asked for costs one read of the leaf, however
-    often it looks at the block. One block where a compiler or a GPU does better with the whole.
+    A caller that is done with one block before it takes the next reads the leaf from memory once,
+    however often it reads the block. Under a compiler and on a GPU the whole leaf is one block,
+    which is faster there.
     """
     return (block.to(dtype) for block in _columns(leaf))
 
@@ -49,10 +50,10 @@ def blocks_of_all(
 def unit_parts(
     leaves: Sequence[Tensor], dtype: torch.dtype, /, *, scaled: bool
 ) -> Iterator[tuple[Float[Tensor, ""], Iterator[Float[Tensor, "n columns"]]]]:
-    """The blocks of all leaves, as many at a time as fit a cache together, in units of a scale.
+    """The blocks of all leaves divided by a scale, as many at a time as fit a cache together.
 
-    The scale comes with them: the power of two below their largest finite entry, so that nothing
-    is rounded, 0 where all entries are zero, and 1 without scaling.
+    The scale is yielded with them: the power of two below their largest finite entry, so that the
+    division rounds nothing; 0 if all entries are zero; 1 without scaling.
     """
     for part in _parts(leaves):
         if scaled:
@@ -97,7 +98,7 @@ def _parts(leaves: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _limits(leaf: Tensor) -> tuple[int, int]:
-    """Entries of a part, and up to how many of them a block costs less to copy than to look at."""
+    """Most entries of a part, and of a block that is cheaper to join to others than to visit."""
     if torch.compiler.is_compiling():
         return sys.maxsize, 0
     if leaf.device.type == "cpu":

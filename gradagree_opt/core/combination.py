@@ -23,7 +23,7 @@ from gradagree_opt.core.stacks import (
 def with_norm(
     combine_directions: Combine, weights: Float[Tensor, "*groups n"], measured: Measured, /
 ) -> tuple[PyTree, Float[Tensor, ""]]:
-    """The update of these weights and its norm, which a combination may tell along with it."""
+    """The update of these weights and its norm, which some combinations find in the same pass."""
     if hasattr(combine_directions, "and_norm"):
         together: tuple[PyTree, Tensor] = combine_directions.and_norm(weights, measured)
         return together
@@ -33,7 +33,7 @@ def with_norm(
 
 @dataclass(frozen=True)
 class Combination:
-    """Σ_i w_i · row i of a task-stacked pytree as a function of the weights, and its norm."""
+    """Σ_i w_i · row i of a task-stacked pytree, and its norm, as functions of the weights."""
 
     stack: PyTree
 
@@ -52,7 +52,7 @@ class Combination:
         return is_coarse(leaves_of(self.stack))
 
     def wide(self, weights: Float[Tensor, "*groups n"], groups: Sequence[int] | None, /) -> PyTree:
-        """:func:`combine` of the stack, in the dtype of its sums: as a part of a larger sum."""
+        """:func:`combine` of the stack in float32 or better, for sums that go on."""
         if not self.is_coarse:
             return self(weights, groups)
         return combine(self.stack, weights, groups, wide=True)
@@ -71,9 +71,9 @@ class Combination:
 
 @dataclass(frozen=True)
 class Waiting:
-    """A combination whose norm takes one read of the update where that is enough.
+    """A combination that tries its norm without scaling, in one read of the update.
 
-    To learn whether it is, the host waits for the device.
+    To see whether that norm is in range, the host waits for the device.
     """
 
     combine_directions: Combine

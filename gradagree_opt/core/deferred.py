@@ -42,11 +42,11 @@ def describe(
 class Deferred(Diagnostics):
     """Diagnostics of which some are computed when first looked at.
 
-    Until then what they come from is kept, n numbers of each kind.
+    Until then the statistics that they come from are kept: n numbers of each kind.
     """
 
     def __new__(cls, *values: Tensor) -> Diagnostics:  # type: ignore[misc] # of the class above
-        """Plain diagnostics: pytrees call it to put one together again."""
+        """Makes plain diagnostics: pytrees call the class to rebuild an instance."""
         return Diagnostics(*values)
 
     @classmethod
@@ -88,7 +88,7 @@ for _name in Diagnostics._fields:
     setattr(Deferred, _name, _read(_name))
 for _name in ("iter", "getitem", "len", "eq", "ne", "hash", "repr", "contains", "add"):
     setattr(Deferred, f"__{_name}__", _of_values(f"__{_name}__"))
-# The public function also tells optree, which warns of every class that is a named tuple already.
+# The public function would register it with optree too, which warns about named tuples.
 _private_register_pytree_node(
     Deferred, lambda deferred: (list(deferred), None), lambda values, _: Diagnostics(*values)
 )

@@ -52,9 +52,9 @@ def fused_kernels(leaves: Sequence[Tensor], /, *, gramian: bool = False) -> Modu
 
 
 def runs_at_once(tensor: Tensor, /) -> bool:
-    """Whether it makes no difference if something is computed from the tensor now or later.
+    """Whether a computation from the tensor gives the same later as it gives now.
 
-    It does inside a transform, under a compiler or a tracer, and while a CUDA graph is captured.
+    Not inside a transform, nor under a compiler or a tracer, nor while a CUDA graph is captured.
     """
     return (
         not torch.compiler.is_compiling()

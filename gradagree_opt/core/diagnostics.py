@@ -133,9 +133,9 @@ def undescribed(like: Float[Tensor, "*groups"], /) -> Diagnostics:
 
 
 def update_rounding(statistics: Statistics, decision: Decision, /) -> Float[Tensor, ""]:
-    """What ‖Σ w_i g_i‖ can be from rounding alone, as its terms cancel; 0 where no ‖g_i‖ is known.
+    """The most that rounding leaves of ‖Σ w_i g_i‖ where terms cancel; 0 if no ‖g_i‖ is known.
 
-    To bring that to another length would make a step of noise.
+    An update that is no longer than this is noise, and is not to be rescaled.
     """
     norms = statistics.squared_norms
     if norms is None:
@@ -175,7 +175,7 @@ def _mean_norm(statistics: Statistics) -> Float[Tensor, ""]:
 def _correlation(
     pair: Float[Tensor, "2 *groups n"], active: Bool[Tensor, " n"]
 ) -> Float[Tensor, "*groups"]:
-    """Pearson's, of two rows at the active tasks, as the others are zeros.
+    """Pearson's correlation of two rows over the active tasks; the others' entries are zeros.
 
     Values that differ by rounding alone are constant.
     """
@@ -237,7 +237,7 @@ def complaint(
         diagnostics: of the aggregation.
         finite: whether it complains of a task or an update that is not finite.
         agreement: whether it complains of scores that cancel.
-        name: what the sentence calls tasks of these numbers.
+        name: from the numbers of tasks to what the sentence calls them.
 
     Raises:
         ValueError: something is asked for, and a transform or the meta device hides it.

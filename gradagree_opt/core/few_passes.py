@@ -1,7 +1,8 @@
-"""Which aggregations few backward passes can serve, and what is to be known of their signals.
+"""Aggregations that form no gradient of a single task, and so hold no stack of n gradients.
 
-Two ways form no gradient of a single task, and so hold no stack of them: one backward pass of the
-weighted loss, once the weights are known; and the row sums s = J (Jᵀ 1), by which to find these.
+Once the weights are known, one backward pass of the weighted loss gives the update. Weightings that
+read row sums alone decide from s = J (Jᵀ 1), two more passes. The functions here tell which
+aggregators allow either, and aggregate from row sums.
 """
 
 import torch
@@ -45,8 +46,8 @@ def row_sums_refusal(aggregator: Aggregator, /) -> str | None:
 
 def reads_signal(aggregator: Aggregator, /) -> bool:
     """Whether the weights, or the length that the update gets, depend on the signals."""
-    # With match_norm the norms tell an update that is rounding alone, which keeps its length; of
-    # the mean and the sum, both are or none.
+    # match_norm does not rescale an update that is rounding alone, and recognises it by the norms.
+    # The mean and the sum need none: where one of them is rounding, so is the other.
     equal = all(isinstance(each, UniformWeighting) for each in aggregator.weightings)
     reads = getattr(aggregator.weighting, "reads_signal", True)
     return not equal and (reads or aggregator.reference is not None)
@@ -67,7 +68,7 @@ def measured_by(
     aggregator: Aggregator,
     /,
 ) -> Measured:
-    """What is measured of signals whose norms nobody knows.
+    """What is measured of signals whose norms are unknown.
 
     Args:
         row_sums: in units of scale²; NaN where no weighting reads them.
@@ -96,10 +97,10 @@ def apply_row_sums(
     *,
     waits: bool = False,
 ) -> Aggregation:
-    """:meth:`Aggregator.apply` where Σ g_j may be made of rounding, which no norm tells.
+    """:meth:`Aggregator.apply` from row sums alone, without norms that show whether they cancel.
 
-    Row sums that are rounding would give an update as long as the gradients. It becomes zero then,
-    and the weights and scores are those of row sums of zero.
+    If Σ g_j is nothing but rounding error, its row sums would give an update as long as the
+    gradients. The update is zero then, and weights and scores are those of row sums of zero.
 
     Args:
         aggregator: one that :func:`row_sums_refusal` finds nothing against.
@@ -130,7 +131,7 @@ def apply_row_sums(
 
     leaves, structure = tree_flatten(update)
     del update
-    for index, leaf in enumerate(leaves):  # each in the memory that the one before it has left
+    for index, leaf in enumerate(leaves):  # one by one, so that each reuses the memory of the last
         leaves[index] = unless_degenerate(leaf)
     row_sums = unless_degenerate(statistics.row_sums)
     pairs = zip(without.decision, decision, strict=True)

@@ -1,4 +1,4 @@
-"""What every rank says first in a step, and what is refused where they are not alike."""
+"""The header that every rank sends first in a step, and the check that all have the same to do."""
 
 import re
 import zlib
@@ -12,7 +12,7 @@ from gradagree_opt.core.transforms import is_batched
 
 
 class TaskForm(IntFlag):
-    """What a loop or an engine has of its tasks, which shapes do not tell."""
+    """What the tasks of a loop or an engine consist of, which shapes do not show."""
 
     UNKNOWN = 0
     LOSSES = 1
@@ -20,7 +20,7 @@ class TaskForm(IntFlag):
 
     @property
     def call(self) -> str:
-        """How a ``TaskBatch`` is given such a task."""
+        """The call that gives such a task to a ``TaskBatch``."""
         names = {TaskForm.LOSSES: "loss", TaskForm.DISPLACEMENTS: "adapted=…"}
         return f"add({', '.join(name for form, name in names.items() if form in self)})"
 
@@ -33,18 +33,18 @@ class TaskForm(IntFlag):
 
 
 class Header(NamedTuple):
-    """What every rank says first.
+    """What every rank sends first.
 
     Attributes:
         n, d: number of its tasks, and of the entries of a signal.
-        failed: 1 where it takes no part in the step.
+        failed: 1 if the rank has failed and takes no part in the step.
         options: a digest of what has to be the same on all ranks.
-        form: 2 where the directions are others than the signals, 1 where not, 0 without a task.
+        form: 2 if there are directions beside the signals, 1 if not, 0 without a task.
         tasks: the :class:`TaskForm` of its tasks.
-        layout: a digest of how long its last message is: shapes and dtypes of its part of the
-            directions.
-        rounding: a digest of what its rounding depends on, or a number that no other rank has if
-            its weighting draws by itself: where two differ in this, they need not decide alike.
+        layout: a digest of the shapes and dtypes of its part of the directions, on which the length
+            of its last message depends.
+        rounding: a digest of what its rounding depends on, or a number of its own if its weighting
+            draws by itself. Ranks that differ in it may decide differently.
         block, part: ``block`` and ``index`` of :class:`gradagree_opt.core.shards.Shards`.
     """
 
@@ -63,7 +63,9 @@ class Header(NamedTuple):
 def words_of(
     leaves: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], options: Sequence[str], /
 ) -> list[str]:
-    """What has to be the same on all ranks: options, the last of them names of leaves, and shapes.
+    """Descriptions of all that has to be the same on every rank: the options, then the leaves.
+
+    The last options are the names of the leaves.
 
     Raises:
         ValueError: the leaves are those of vmap.
@@ -77,7 +79,7 @@ def words_of(
             "expected tensors that can be sent to other ranks, found those of vmap; call the "
             "aggregation outside of it"
         )
-    # Without the addresses of functions, and the lines of tensors.
+    # Without addresses of functions, which differ, and without the line breaks of tensors.
     words = [re.sub(r" at 0x[0-9a-f]+|\s*\n", "", option) for option in options]
     names = options[len(options) - len(leaves) :]
     for name, leaf, shape in zip(names, leaves, shapes, strict=True):
@@ -86,7 +88,7 @@ def words_of(
 
 
 def digest(value: object, /) -> int:
-    """A number that another value is unlikely to have."""
+    """A checksum of the value as text."""
     return zlib.crc32(str(value).encode())
 
 
@@ -94,8 +96,8 @@ def check_alike(table: Sequence[Header], differences: Callable[[], str], /) -> N
     """Raises a ValueError, on all ranks alike, unless they have the same to do.
 
     Args:
-        table: what every rank has said.
-        differences: tells in words which of the options differ.
+        table: the headers of all ranks.
+        differences: says which of the options differ.
     """
     if len({(header.d, header.options) for header in table}) > 1:
         raise ValueError(

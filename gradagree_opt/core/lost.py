@@ -12,7 +12,7 @@ from torch import Tensor
 LOOK = timedelta(seconds=1)
 """From one look at the store to the next, while a message waits."""
 PATIENCE = 10.0
-"""Seconds that those who have noticed wait for others to notice."""
+"""Seconds that a rank which has noticed waits for others to notice."""
 
 
 class RankLostError(RuntimeError):
@@ -40,7 +40,7 @@ def reduce_over(tensor: Tensor, group: Any, all_of: Any, operation: Any = None, 
         if not waits:
             return
         while not _arrived(work):
-            # Those whose own connections hold would wait for the timeout.
+            # A rank whose own connections hold would notice at the timeout alone.
             if _keys("noticed", all_of):
                 break
         else:
@@ -103,14 +103,14 @@ def _found(group: Any, waited: float) -> str:
                 _leave(word, own, group)
             names = ", ".join(map(str, failed))
             return f"that rank {names} failed in the middle of a step, as its own message says"
-        # Who comes to those that have noticed already is perhaps the one that they have waited for.
+        # If others have noticed and this rank has only just come, they may have waited for it.
         if _keys("noticed", group) and waited < LOOK.total_seconds():
             _leave("late", own, group)
         _leave("noticed", own, group)
         noticed = _wait_for(size, "noticed", group, PATIENCE)
         lost = [rank for rank in range(size) if rank not in noticed] or _keys("late", group)
         _leave("told", own, group)
-        with suppress(RuntimeError):  # of a store that goes with its process: first all read it
+        with suppress(RuntimeError):  # the store may end with this process: first all read it
             _wait_for(len(noticed), "told", group, 2.0)
     except (RuntimeError, AttributeError):
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -123,7 +123,7 @@ def _found(group: Any, waited: float) -> str:
 
 
 def _wait_for(count: int, word: str, group: Any, patience: float) -> list[int]:
-    """The ranks that have left a word: once it is all but one, the last has a few looks more."""
+    """Waits for so many ranks to leave a word, only briefly for the last; gives those that have."""
     end = time.monotonic() + patience
     nearly = False
     while len(found := _keys(word, group)) < count and time.monotonic() < end:

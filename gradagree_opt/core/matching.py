@@ -71,7 +71,7 @@ def reference_of(method: Any, scope: Scope, /) -> Weigh | None:
 def factor_to(
     length: Float[Tensor, ""], norm: Float[Tensor, ""], decided: Decided, measured: Measured, /
 ) -> Float[Tensor, ""]:
-    """What brings an update of that norm to that length; 1 where the update is rounding."""
+    """The factor from this norm of an update to this length; 1 if the update is rounding alone."""
     rounding: Tensor | int = 0
     if measured.signal_is_direction:
         rounding = update_rounding(measured.statistics, decided.decision)

@@ -43,7 +43,7 @@ def measure(
 ) -> Statistics:
     """Statistics of one group of task-stacked leaves ``[n, *shape]``, in one read of them.
 
-    The Gram matrix takes no other. The cosine row sums take three more reads, the relative norms
+    The Gram matrix needs no further read; the cosine row sums take three more, the relative norms
     without a Gram matrix two, the other row sums one.
 
     Args:

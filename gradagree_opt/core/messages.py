@@ -1,4 +1,4 @@
-"""What the ranks of a process group tell each other, and what is said where they are not alike."""
+"""Messages between the ranks of a process group, and what is raised where ranks disagree."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,24 +20,27 @@ from gradagree_opt.core.lost import (
 )
 
 LIKE_WEIGHTS = 1e-3
-"""Weights that differ by less, relative to their size, were rounded and not decided otherwise."""
+"""Weights that differ by less than this, relative to their size, differ by rounding alone."""
 
 
 class Messages:
-    """What the ranks of a process group tell each other, by all-reduces alone.
+    """The messages of a process group in one step after another, by all-reduces alone.
 
     Attributes:
         counts: how many tasks each rank has in the current step.
-        inside: whether a step is under way; ``joined``, whether the ranks have met in it.
-        alike: whether every rank decides as the first one does.
+        inside: whether a step is under way.
+        joined: whether this rank has sent its header in it.
+        owing: whether the other ranks wait for a message that is not in ``due``, or that this rank
+            can no longer make.
+        left_word: whether this rank failed while it owed one, and left word of it in the store.
+        alike: whether every rank is sure to decide as the first one does.
         form: of the tasks of the step.
-        flags: gives this rank's flags, as many as every other rank has; ``flagged`` says which of
-            them any rank has raised.
-        due: the messages that the others still wait for in it, as vectors of zeros of their length.
-        owing: whether they wait for a message that is not in ``due``, or that cannot be made;
-            ``left_word``, whether this rank has failed then, so that no message follows.
+        flags: gives this rank's flags, as many as every other rank has.
+        flagged: the flags that any rank has raised, by the last message.
+        due: the messages that the others still wait for, as vectors of zeros of their lengths. A
+            rank that fails sends the first of them to say so.
+        left: the batch in which a task has failed before any step; the others wait for its step.
         groups: process groups of ranks with the same part of sharded parameters.
-        left: the batch in which a task has failed before any step, which the others wait for.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -111,9 +114,11 @@ class Messages:
 
     @contextmanager
     def step(self, batch: object = None, form: TaskForm = TaskForm.UNKNOWN) -> Iterator[None]:
-        """Around an aggregation and what leads to it: tells the others where this rank fails.
+        """A context around an aggregation and what leads to it: tells others if this rank fails.
 
-        ``batch``: whose step it is, that a task may have failed in; ``form``: of its tasks.
+        Args:
+            batch: the batch whose step it is; one of its tasks may have failed before.
+            form: of its tasks.
         """
         if self.inside:  # as an aggregation in the step of an adapter
             self.form = form or self.form
@@ -148,12 +153,12 @@ class Messages:
             self.inside, self.flags = False, list
 
     def forget(self, batch: object, /) -> None:
-        """A batch begins anew: had a task failed in it, the step that others wait for is lost."""
+        """A batch is cleared: if a task has failed in it, the step that others wait for is lost."""
         if self.left is batch:
             self.left = self  # no step's batch, so that the next step fails on all
 
     def tell(self, own: Header) -> list[Header]:
-        """What every rank has to say first."""
+        """Sends this rank's header, and gives those of all ranks."""
         self.joined = True
         table = torch.zeros(self.size, len(own), dtype=torch.int64, device=self._device())
         table[self.rank] = torch.tensor(own)
@@ -161,11 +166,11 @@ class Messages:
         return [Header(*row) for row in table.tolist()]
 
     def send(self, own: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
-        """The sum over the ranks of what is due next, and with it whether one of them has failed.
+        """Sums the message that is due next over the ranks, after a report of each of them.
 
         Args:
             own: vectors of the same lengths on all ranks.
-            weights: of all tasks, those that this rank has combined its own with.
+            weights: those of all tasks, as this rank has decided, to compare with the others'.
 
         Raises:
             ValueError: another rank has failed, or has taken other weights.
@@ -173,7 +178,7 @@ class Messages:
         rest, own_words = self.due[1:], own[0].new_zeros(3)
         if weights is not None:
             each = weights.detach().flatten().double()
-            # Of the golden section: the same weights in another order have another sum.
+            # Multiples of the golden ratio: the same weights in another order give another sum.
             places = torch.arange(len(each), dtype=each.dtype, device=each.device)
             factors = 0.6180339887498949 * places % 1 + 0.5
             own_words[1:] = torch.stack([each @ factors, each.abs() @ factors])
@@ -192,7 +197,7 @@ class Messages:
         return total
 
     def differences(self, words: Sequence[str]) -> str:
-        """What is not alike on all ranks, once it is known that something is: two extra messages.
+        """What differs between ranks, once it is known that something does: two extra messages.
 
         Args:
             words: of this rank, one for each thing that has to be alike.
@@ -234,7 +239,7 @@ class Messages:
         return table
 
     def of_first(self, own: Tensor, /) -> Tensor:
-        """What the first rank has computed: one that is unlike rounds otherwise."""
+        """The first rank's value, where the ranks are unlike and may have rounded differently."""
         if self.alike:
             return own
         told = own.clone() if self.rank == 0 else torch.zeros_like(own)
@@ -257,7 +262,7 @@ class Messages:
         reduce_over(tensor, self.group, self.group)
 
     def _device(self) -> torch.device:
-        """Where words are told: on the CPU if the group serves it, else on its own device."""
+        """The device of headers and text: the CPU if the group serves it, else the group's own."""
         kinds = [*backends(self.group)]
         if "cpu" in kinds:
             return torch.device("cpu")

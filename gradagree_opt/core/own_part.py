@@ -42,12 +42,12 @@ class Part:
         needs: frozenset[str],
         largest: Callable[[Tensor], Tensor],
     ) -> list[Float[Tensor, " n"]]:
-        """Of each task with Σ_j g_j, in their units, then those that are asked for.
+        """g_i · Σ_j g_j of each task, in the units of both, then the products that are asked for.
 
         Args:
             totals: Σ_j g_j and, for cosines, Σ_j u_j over all ranks.
             needs: of the weightings.
-            largest: the largest of a number over the ranks that hold the other parts.
+            largest: takes the maximum over the ranks that hold the other parts.
         """
         total = totals[0]
         size = torch.cat([total.abs(), total.new_zeros(1)]).amax()
@@ -118,7 +118,7 @@ def statistics_of(
     active: Bool[Tensor, " n"],
     needs: frozenset[str],
 ) -> Statistics:
-    """Statistics of one group from what its tasks told: unit, length, products in their units."""
+    """Statistics of one group from its tasks' columns: unit, length, products in these units."""
     units, lengths, dots, *rest = told
     scale = or_one(units.amax())
     shares, total_share = units / scale, total_unit.to(units) / scale

@@ -67,13 +67,13 @@ class Pipeline:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Names of the optional statistics that are measured for it."""
+        """Names of the optional statistics that its weightings read."""
         own = needs_of(self.weighting)
         return own if self.reference is None else own | needs_of(self.reference)
 
     @property
     def weightings(self) -> list[Weigh]:
-        """That of the update, and that whose length it gets, where there is one."""
+        """Its own weighting and, under match_norm, the one whose update has the length to match."""
         return [self.weighting] if self.reference is None else [self.weighting, self.reference]
 
     def measure(
@@ -85,7 +85,7 @@ class Pipeline:
         nonfinite: Bool[Tensor, " n"] | None = None,
         scaled: bool = True,
     ) -> Measured:
-        """Statistics of a task-stacked signal: what :meth:`decide` needs to know of it.
+        """The statistics of a task-stacked signal, from which :meth:`decide` finds the weights.
 
         Args:
             signal: task-stacked pytree, every leaf ``[n, *shape]``.
@@ -93,7 +93,8 @@ class Pipeline:
                 what is combined; None where that is the signal.
             nonfinite: tasks already known to be non-finite; "drop" gives them weight 0 and wants
                 zeros in place of their signals.
-            scaled: False saves the scaling, and marks all tasks as not finite where it was needed.
+            scaled: False skips the scaling, which is faster; where it would have been needed, all
+                tasks are marked as not finite.
         """
         groups = group_indices(signal, self.scope)
         leaves = [leaf.detach() for leaf in leaves_of(signal)]
@@ -136,7 +137,7 @@ class Pipeline:
     def combine(
         self, measured: Measured, decided: Decided, combine_directions: Combine, /
     ) -> tuple[PyTree, Tensor | None, Decided]:
-        """The update, its norm (None where nobody asks), and the weights that it came to have.
+        """The update, its norm (None if nothing needs it), and the decision with the final weights.
 
         Args:
             measured, decided: results of :meth:`measure` and :meth:`decide`.
@@ -172,7 +173,7 @@ class Pipeline:
     def answer(
         self, measured: Measured, decided: Decided, update: PyTree, norm: Tensor | None, /
     ) -> Aggregation:
-        """What an aggregation hands out: the update, this rank's weights, and the diagnostics."""
+        """The result of the aggregation, with the weights and scores of this rank's tasks."""
         statistics, decision = measured.statistics, decided.decision
         if norm is None or not self.describes:
             diagnostics = undescribed(statistics.scale)
@@ -190,7 +191,7 @@ class Pipeline:
         )
 
     def apply(self, measured: Measured, combine_directions: Combine, /) -> Aggregation:
-        """Decides on the weights and combines the directions: all that follows :meth:`measure`.
+        """Decides on the weights and combines the directions: every step after :meth:`measure`.
 
         Args:
             measured, combine_directions: as in :meth:`combine`.
@@ -200,13 +201,13 @@ class Pipeline:
         return self.answer(measured, decided, update, norm)
 
     def for_batch(self: Steps, n: int, /) -> Steps:
-        """A copy that holds the random numbers for n tasks; itself where it needs none."""
+        """A copy with random numbers drawn for n tasks; itself if its weighting needs none."""
         if self.drawn is not None or self.ranks is not None or "draws" not in self.needs:
             return self
         return self.holding(self.draw(n))
 
     def holding(self: Steps, draws: Float[Tensor, " n"], /) -> Steps:
-        """A copy that takes these random numbers: vmap and torch.compile allow no others."""
+        """A copy that uses these random numbers: vmap and torch.compile cannot draw their own."""
         held = copy.copy(self)
         held.drawn = draws
         return held
@@ -225,13 +226,13 @@ class Pipeline:
 
     @property
     def fewest(self) -> int:
-        """Fewest tasks of an aggregation here: one, or none on one of several ranks."""
+        """The smallest number of tasks that is accepted: one, or zero on one of several ranks."""
         return 1 if self.ranks is None else 0
 
     def step_of_ranks(
         self, batch: object = None, form: TaskForm = TaskForm.UNKNOWN
     ) -> AbstractContextManager[None]:
-        """Goes around a step: what fails in it on one rank before all have met fails on all."""
+        """A context for one step: what fails on one rank before all have met fails on all."""
         return nullcontext() if self.ranks is None else self.ranks.step(batch, form)
 
     def of_one_process(self: Steps) -> Steps:
@@ -251,9 +252,9 @@ def check_generator(generator: object, /) -> None:
 
 
 def without_diagnostics(steps: Steps, /) -> Steps:
-    """The same aggregator, whose diagnostics are NaN: for steps that nobody looks at.
+    """A copy whose diagnostics are NaN, for steps whose diagnostics nobody reads.
 
-    On a GPU they are a third of the operations of a small step.
+    On a GPU, diagnostics are a third of the operations of a small step.
 
     >>> import gradagree_opt as ga
     >>> stack = torch.tensor([[1.0, 0.0], [1.0, 1.0]])

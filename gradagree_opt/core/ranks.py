@@ -6,19 +6,19 @@ One step, in this order on every rank, whatever the weighting; all-reduce is the
 2. Σ_j g_j, d numbers, and Σ_j u_j for cosines;
 3. table: per task its norm and its products with these sums, so that every rank knows all tasks,
    and decides on all by itself;
-4. Σ_i w_i · direction_i, d numbers, and before them whether a rank has failed since, a sum of the
-   weights that each has taken, and the parameters that the tasks of a loop use; once more for the
-   length that match_norm names, unless 2 has told it. Equal weights need no 4: 2 is their update,
-   and takes these words along.
+4. update: Σ_i w_i · direction_i, d numbers, after a report of each rank: whether it has failed
+   since, a checksum of the weights that it used, and which parameters its tasks use. match_norm
+   needs a second such sum, unless 2 gave the length. With equal weights 2 is the update: it carries
+   the reports, and 4 is left out.
 
-Ranks that would round otherwise, and weightings that draw by themselves, need not decide alike: the
-first rank's decision is then told between 3 and 4, and so are its Gram matrix and its factor of
-match_norm where they are due. Where ranks hold parts of the parameters, the words of 4 go to all of
-them and its numbers to those with the same part.
+Ranks that round differently, or whose weighting draws random numbers, might decide differently. The
+first rank's decision is then sent to all between 3 and 4, as are its Gram matrix and its factor of
+match_norm where there are any. Where each rank holds a part of the parameters, the reports of 4 go
+to all ranks and its numbers to those with the same part.
 
-The Gram matrix takes all rows in the place of step 2, N·d numbers, a block of columns at a time.
-Conjugate gradients on J Jᵀ would take d numbers a step, about 70 steps to 1e-6 at a damping of
-0.01: they would save nothing below as many tasks.
+For a Gram matrix, 2 sends all rows in place of their sum: N·d numbers, by blocks of columns.
+Conjugate gradients on J Jᵀ would send d numbers a step, in about 70 steps to 1e-6 at a damping of
+0.01: with fewer tasks than that they would save nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,7 +55,7 @@ GATHERED_ENTRIES = 2**22
 
 
 class Ranks(Messages):
-    """The ranks of a process group as one: measured, decided and combined together.
+    """A process group that measures, decides and combines as one process would.
 
     Attributes:
         shards: how the tensors of an aggregation lie in parts on several ranks, if they do.
@@ -74,7 +74,7 @@ class Ranks(Messages):
         aggregate: Callable[[PyTree, PyTree | None], Aggregation],
         /,
     ) -> Aggregation:
-        """An aggregation of what this rank holds of each leaf; its update is sharded as they are.
+        """Aggregates the parts of the leaves that this rank holds; the update is sharded like them.
 
         Raises:
             ValueError: DTensors lie on several meshes, or their parts are to be added.
@@ -89,7 +89,7 @@ class Ranks(Messages):
         return result._replace(update=like(result.update, whole))
 
     def name(self, tasks: Sequence[int], /) -> str:
-        """Tasks that are counted over all ranks, by their numbers on their own: "1 of rank 2"."""
+        """Names tasks, numbered over all ranks, by their ranks and numbers there: "1 of rank 2"."""
         names = []
         for rank, count in enumerate(self.counts):
             start = sum(self.counts[:rank])
@@ -119,8 +119,9 @@ class Ranks(Messages):
             directions: of the shapes and dtypes of what is combined; None for those of the signal.
             nonfinite: this rank's tasks that are known to be so.
             drop: whether these get weight 0.
-            draw: gives as many random numbers as there are tasks; those of the first rank count.
-            options: what has to be the same on all ranks, in words; last the names of the leaves.
+            draw: from the number of tasks to random numbers, of which the first rank's are used.
+            options: descriptions of all that has to be the same on every rank; last the names of
+                the leaves.
 
         Raises:
             ValueError: another rank has failed, or has other shapes or options.
@@ -156,10 +157,10 @@ class Ranks(Messages):
             return Measured(statistics, bad, groups, True, not apart, total_norm, own, total)
 
     def decided(self, parts: list[Tensor], /) -> list[Tensor]:
-        """What is decided on every rank: what this one has, or where they are unlike, the first.
+        """The decision for all ranks: this one's own or, where ranks are unlike, the first one's.
 
         Args:
-            parts: weights and what else this rank has decided, of the same shapes on all.
+            parts: the tensors of this rank's decision, of the same shapes on all ranks.
 
         Raises:
             ValueError: the weighting has failed on another rank, where they are unlike.
@@ -178,7 +179,7 @@ class Ranks(Messages):
         weightings: Sequence[Weigh],
         options: Sequence[str],
     ) -> tuple[slice, bool]:
-        """The place of this rank's tasks among all, and whether their directions are no signals."""
+        """Where this rank's tasks are among all, and whether directions come beside the signals."""
         device = leaves[0].device
         served = backends(self.group)
         if device.type not in served:
@@ -217,8 +218,8 @@ class Ranks(Messages):
         return slice(start, start + n), 2 in {header.form for header in table}
 
     def _expect(self, statistics: Statistics, decisions: int, updates: int) -> None:
-        """Notes how long the messages are that follow a table."""
-        self.owing = not updates  # no message would tell of a failure, but a word
+        """Notes which messages follow the table, as vectors of zeros of their lengths."""
+        self.owing = not updates  # with no message left, a failure is told by a word in the store
         sums, scale = statistics.row_sums, statistics.scale
         zero = sums.new_zeros((), dtype=torch.float64)
         decision = zero.expand(decisions * (2 * sums.numel() + scale.numel()))
@@ -235,10 +236,10 @@ class Ranks(Messages):
     def _parts(
         self, leaves: Sequence[Tensor], groups: list[int] | None, bad: Tensor | None, drop: bool
     ) -> tuple[Bool[Tensor, " n"], list[Part]]:
-        """The tasks that are known to be non-finite, and the leaves of every group."""
+        """The tasks that are known to be non-finite, and one :class:`Part` for each group."""
         none = torch.zeros(len(leaves[0]), dtype=torch.bool, device=leaves[0].device)
         known = none if bad is None else bad
-        if self.shards:  # of which another rank may hold the part with the NaN
+        if self.shards:  # another rank may hold the part with the NaN
             known = self.shards.sum(known.int()) > 0
             leaves = mask_rows([*leaves], ~known) if drop else leaves
         parts = [Part.of(member) for member in by_group(self.shards.counted(leaves), groups)]
@@ -271,7 +272,7 @@ class Ranks(Messages):
         own: slice,
         draws: Tensor | None,
     ) -> tuple[Tensor, Tensor, list[Sequence[Tensor]]]:
-        """Of the tasks of all ranks: which are bad, the draws, and the columns of every part."""
+        """From all ranks: which tasks are bad, the draws, and the columns of every part."""
         counts = float(not self.shards.index)  # products are added up over the parts
         columns = [[part.units * counts, part.lengths * counts] for part in parts]
         for at, part in enumerate(parts if totals else []):

@@ -21,8 +21,8 @@ class Aggregation(NamedTuple):
     Attributes:
         update: Σ_i w_i · direction_i, a pytree without the task axis: what an optimizer subtracts.
         weights: ``[n]``, or ``[groups, n]`` where the scope is not "global".
-        scores: what the weights come from, shaped like them, in squared units of the signal; NaN
-            where the weights come from none, and none were measured.
+        scores: what the weights are computed from, in their shape and in squared units of the
+            signal; NaN if the weights need no scores and none were measured.
         diagnostics: plain tensors that say how the tasks agreed, computed when first looked at.
     """
 
@@ -48,14 +48,19 @@ class CollectedTasks(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Statistics of a batch, its non-finite tasks, and the group of every leaf.
+    """What was measured of a batch.
 
-    ``scaled``: whether sums are taken in units of the largest entry, those of the update too.
-    ``signal_is_direction``: the directions are what was measured, so that the statistics hold the
-    norm of their mean.
-    ``total_norm``: ‖Σ_j g_j‖ where it is known and match_norm asks for nothing else, or None.
-    ``own``: the place of this rank's tasks among those of all ranks; None where there is one.
-    ``total``: Σ_j g_j of all ranks, flat, where all tasks weigh the same: it tells the update.
+    Attributes:
+        statistics: of the signals.
+        nonfinite: the tasks ``[n]`` with a NaN or infinite entry.
+        groups: the group of every leaf; None for the global scope.
+        scaled: whether sums are taken in units of the largest entry, those of the update too.
+        signal_is_direction: whether the signals are also what is combined, so that the statistics
+            hold the norm of the mean direction.
+        total_norm: ‖Σ_j g_j‖, if it is known and is all that match_norm needs; else None.
+        own: where this rank's tasks are among those of all ranks; None on one process.
+        total: Σ_j g_j over all ranks, flat, if all tasks have the same weight: the update is a
+            multiple of it. Else None.
     """
 
     statistics: Statistics
@@ -69,10 +74,7 @@ class Measured(NamedTuple):
 
 
 class Decided(NamedTuple):
-    """What was decided of a batch.
-
-    ``reference``: of the method whose length the update gets, or None.
-    """
+    """The decision on a batch, and that of the method whose update length match_norm takes."""
 
     decision: Decision
     reference: Decision | None = None

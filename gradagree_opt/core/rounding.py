@@ -1,4 +1,4 @@
-"""What rounding depends on: where ranks share it, the same numbers give them the same bits."""
+"""What rounding depends on: ranks that have it in common compute the same bits."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ OF_ARM = ("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "Fea
 
 
 def rounding_of(device: torch.device, /) -> str:
-    """The same words in two processes that round alike on a device of that kind.
+    """A description that two processes have in common if they round alike on such a device.
 
     >>> rounding_of(torch.device("cpu")) == rounding_of(torch.device("cpu"))
     True
@@ -25,7 +25,7 @@ def rounding_of(device: torch.device, /) -> str:
 
 @cache
 def _machine() -> str:
-    """The processor and what it runs, which do not change."""
+    """The processor and the build of PyTorch, which do not change."""
     cores = os.cpu_count()
     with suppress(AttributeError):  # not on every system
         cores = len(os.sched_getaffinity(0))
@@ -33,7 +33,7 @@ def _machine() -> str:
 
 
 def _precisions() -> list[str]:
-    """Those of float32 products; torch refuses the older question after the newer setting."""
+    """Settings of float32 products; torch refuses the older query after the newer setting."""
     backends = [torch.backends.cuda, torch.backends.mkldnn]
     found = [getattr(getattr(each, "matmul", None), "fp32_precision", "") for each in backends]
     return found if any(found) else [torch.get_float32_matmul_precision()]  # torch 2.8 and older

@@ -1,8 +1,8 @@
 """Parameters of which each rank holds a part, as FSDP2 and tensor parallelism lay them out.
 
-All ranks of a mesh have the same tasks, and each a part of their gradients: what is summed over the
-columns on one process is summed over these ranks too. A leaf that several of them hold whole is
-counted by the first. Other ranks with the same part, of other meshes, have other tasks.
+The ranks of one mesh have the same tasks, and each holds a part of their gradients: a sum over all
+parameters is a sum over these ranks too. A leaf that several of them hold whole is counted by the
+first. Ranks of other meshes that hold the same part have other tasks.
 """
 
 import sys
@@ -75,11 +75,11 @@ class Shards:
         return [tuple(leaf.shape[1:]) for leaf in (self._leaves if self else leaves)]
 
     def meet(self, table: Sequence[Header], groups: dict[tuple[int, ...], Any]) -> list[int]:
-        """Tasks that each rank counts, from what all have said; finds those with the same part.
+        """How many tasks each rank counts, by all headers; finds the ranks with the same part too.
 
         Args:
-            table: what every rank has said first.
-            groups: process groups made so far, by their ranks.
+            table: the headers of all ranks.
+            groups: process groups made so far, by their ranks; a new one is added.
 
         Raises:
             ValueError: ranks that share their tasks have different numbers of them.
@@ -195,12 +195,12 @@ def are_sharded(parameters: Mapping[str, Tensor], /) -> bool:
 
 
 def stack_tasks(tasks: Sequence[dict[str, Tensor]], /) -> dict[str, Tensor]:
-    """The tensors of all tasks, which are taken out of them: each is held once."""
+    """Stacks the tensors of all tasks, and takes them out of these, so that each is held once."""
     return {name: _stack([task.pop(name) for task in tasks]) for name in [*tasks[0]]}
 
 
 def of_no_task(like: PyTree, /) -> PyTree:
-    """A task-stacked pytree of no tasks, of such leaves."""
+    """A task-stacked pytree of zero tasks, whose leaves are otherwise like these."""
 
     def empty(leaf: Tensor) -> Tensor:
         own = own_part(leaf.detach()).unsqueeze(0)[:0]
@@ -210,7 +210,7 @@ def of_no_task(like: PyTree, /) -> PyTree:
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """``torch.stack``, of DTensors without a message."""
+    """``torch.stack``, for DTensors without communication."""
     stack = torch.stack([own_part(tensor) for tensor in tensors])
     return _whole(stack, tensors[0], 1, (len(tensors), *tensors[0].shape))
 
@@ -230,7 +230,7 @@ def _whole(own: Tensor, like: Tensor, by: int, shape: Sequence[int]) -> Tensor:
 
 
 def _placements(tensor: Any, by: int) -> list[Any]:
-    """Those of a tensor whose axes have moved: a task axis more or less."""
+    """The placements of a DTensor with a task axis more (``by=1``) or less (``by=-1``)."""
     from torch.distributed.tensor import Replicate, Shard
 
     result: list[Any] = []

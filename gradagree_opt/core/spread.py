@@ -22,7 +22,7 @@ def distributed(aggregator: AnAggregator, /, group: Any = None) -> AnAggregator:
     Replicas stay equal if they begin equal: by the same seed, a broadcast or
     DistributedDataParallel.
 
-    All ranks have to make every call of an aggregation. If one fails before it, all raise.
+    Every call of an aggregation has to be made on all ranks. If one fails before it, all raise.
     The process group of all ranks may be made later, as by Lightning, but before the first step.
 
     Args:

@@ -41,7 +41,7 @@ def like(tree: PyTree, leaves: list[Tensor], /) -> PyTree:
 
 
 def _is_flat(tree: PyTree) -> bool:
-    """Whether it is a dict of tensors; torch's walk through it would outlast a launch on a GPU."""
+    """Whether it is a dict of tensors, which are listed faster than by torch's pytrees."""
     return type(tree) is dict and all(isinstance(leaf, Tensor) for leaf in tree.values())
 
 

@@ -18,9 +18,9 @@ class Statistics(NamedTuple):
     Attributes:
         row_sums: s_i = g_i · Σ_j g_j, in units of scale² (Eshratifar et al. 2018, algorithm 1).
         squared_norms: ‖g_i‖², in units of scale²; None from an engine that forms no gradient of a
-            single task, which no weighting that asked for them is given.
+            single task; a weighting that needs them is never given those.
         other_row_sums: Σ_{j≠i} g_i · g_j, in units of scale², or None where no weighting asked for
-            it: of one task far larger than the others, s_i − ‖g_i‖² would be rounding.
+            it: beside a task far larger than the others, s_i − ‖g_i‖² would be rounding error.
         cosine_row_sums: u_i · Σ_j u_j with u_i = g_i / ‖g_i‖ (0 for a zero signal), or None where
             no weighting asked for it.
         nonzero: whether u_i is not 0; None likewise, and where no Gram matrix was measured.
@@ -65,8 +65,8 @@ def side_by_side(each: Sequence[Statistics], active: Tensor) -> Statistics:
 def from_gramian(gramian: Float[Tensor, "n n"], /) -> Statistics:
     """Statistics of n signals that are known by their inner products g_i · g_j alone.
 
-    The scale is the largest norm, since no entry is known. Row sums made of the rounding of
-    the dtype that was given, which may be half, are zero, those of the cosines too.
+    The scale is the largest norm, since no entry is known. Row sums, those of the cosines too, are
+    zero if they may be rounding errors of the given dtype, which may be half precision.
     """
     with full_precision(gramian.device):
         eps = torch.finfo(gramian.dtype).eps
@@ -82,7 +82,7 @@ def of_products(
 ) -> Statistics:
     """Statistics of signals from their inner products, each signal in units of its own, or of 1.
 
-    Row sums that may be made of products rounded to eps are zero.
+    Row sums are zero if they may be rounding errors of products that are right to eps.
     """
     squared_norms = diagonal(products).clamp(min=0)
     lengths = squared_norms.sqrt()
@@ -119,7 +119,7 @@ def relative_norms_of(
     By ratios alone: the norms themselves may overflow, or vanish beside a larger one.
     """
     counted = active & (lengths != 0)
-    # Of none the last and the first: both infinite, and all shares 0.
+    # If none counts: the last and the first, both infinite, so that all ratios are 0.
     places = (counted.sum() + torch.arange(-1, 1, device=lengths.device)) // 2
     if units is None:  # of lengths in range
         ordered = lengths.masked_fill(~counted, torch.inf).sort().values
@@ -133,7 +133,7 @@ def relative_norms_of(
 
 
 def _row_sums(matrix: Tensor, eps: float) -> Tensor:
-    """The sums of the rows, all zero where they may come of entries rounded to eps."""
+    """The sums of the rows; all zero if they may be rounding errors of entries right to eps."""
     sums = matrix.sum(1)
     rounding = 8 * eps * torch.linalg.vector_norm(matrix, dim=1).sum()
     return sums.masked_fill(torch.linalg.vector_norm(sums, ord=1, dim=0) <= rounding, 0)

@@ -32,7 +32,7 @@ class Summed:
         self._combine = combine_directions
 
     def __call__(self, weights: Tensor, groups: list[int] | None, /) -> PyTree:
-        """The update, as far as this rank holds it.
+        """This rank's part of the update.
 
         Raises:
             ValueError: another rank has failed, or has taken other weights.
@@ -42,10 +42,10 @@ class Summed:
         parts = [leaf.flatten().to(ranks.update_dtype) for leaf in tree_leaves(update)]
         if total is not None:
             flat = torch.cat(parts)
-            with torch.no_grad():  # as a message does: the graph is that of the own part
+            with torch.no_grad():  # like a message: the graph stays that of this rank's own sum
                 flat.copy_(weights.amax() * total)
             ranks.owing = False
-        elif ranks.shards:  # whose words are for all, and whose numbers for some
+        elif ranks.shards:  # reports go to all ranks, numbers to those with the same part
             flat = torch.cat(parts)
             ranks.send([flat[:0]], weights)
             ranks.shards.add_up(flat)

@@ -1,4 +1,4 @@
-"""Which transforms a call is inside of: what PyTorch says by private names (2.5 to 2.14) alone."""
+"""Which transforms a call is inside of: PyTorch (2.5 to 2.14) tells it by private names alone."""
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def in_transform() -> bool:
 
 
 def in_tracer() -> bool:
-    """Whether a tracer, or what else sees every operation, is at work."""
+    """Whether a tracer, or any other mode that sees every operation, is at work."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 

@@ -11,7 +11,7 @@ from gradagree_opt.options import check_choice
 COMPILES_FROM = "2.10"
 """The compilers of PyTorch 2.5 to 2.8 do not trace _replace of named tuples; 2.9 was not tried."""
 PROGRAMS = 2**12
-"""Graphs that are kept of one function: a study gives a step many aggregators; torch keeps 8."""
+"""Graphs that are kept of one function, for the many aggregators of a study; torch keeps 8."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

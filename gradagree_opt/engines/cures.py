@@ -107,9 +107,9 @@ def one_of(tasks: PyTree, /) -> PyTree:
 def explaining(
     by: str, n: int, source: object, cures: Callable[[], Iterator[Cure]], /, *, without: str
 ) -> Iterator[None]:
-    """What torch raises in the block, in one sentence that says what to do.
+    """Turns what torch raises in the block into one sentence that says what to do.
 
-    An error that no cure takes away is the loss function's own, and raised as it is.
+    An error that comes again under every cure is the loss function's own, and raised as it is.
 
     Args:
         by: what runs the model.

@@ -1,7 +1,7 @@
-"""What a forward pass leaves in the model, and a pass over all tasks at once must not leave there.
+"""Puts back what a pass over all tasks at once has changed in a model.
 
-A tensor that forward assigns under the transforms of torch.func does not outlive them: the module
-could neither run nor be saved with it.
+A tensor that forward assigns under a transform of torch.func is of no use after it: a module that
+keeps one can neither run nor be saved.
 """
 
 from collections import deque
@@ -21,9 +21,9 @@ from gradagree_opt.engines.reached import Names, base_of, entries, reach
 
 @contextmanager
 def left_as_found(source: object, /) -> Iterator[None]:
-    """Takes away what a run under torch.func has left of it, whatever happens in the block.
+    """A context around a run under torch.func: what the source reaches is afterwards as before.
 
-    Attributes, lists and dicts that hold a tensor of the transforms hold what they held before.
+    Where attributes, lists and dicts hold a tensor of the transforms, they get back what they held.
 
     Args:
         source: the loss function, or several things that it is made of.
@@ -49,7 +49,7 @@ def left_as_found(source: object, /) -> Iterator[None]:
 
 
 class Model:
-    """What a loss function reaches, as it was found.
+    """What a loss function reaches, as it is now, to be put back later.
 
     >>> model = nn.BatchNorm1d(1)
     >>> found = Model(lambda x, model=model: model(x))
@@ -69,35 +69,35 @@ class Model:
         self._holders = [(holder, _entries(holder)) for holder in holders]
 
     def restore(self) -> None:
-        """The buffers and the attributes of the modules as they were found."""
+        """Puts back the buffers and the attributes of the modules."""
         self.restore_buffers(always=True)
         self.restore_attributes()
 
     def restore_attributes(self) -> None:
-        """The attributes of the modules as they were found."""
+        """Puts back the attributes of the modules, their parameters among them."""
         for holder, before in self._attributes:
             _restore(holder, before, lambda _: True)
         self.restore_parameters()
 
     def restore_parameters(self) -> None:
-        """The parameters that a module holds, where a functional call has left others there.
+        """Puts back parameters in whose place a functional call has left others.
 
-        So it does where a module holds a submodule under two names (torch 2.14).
+        It does so where a module holds a submodule under two names (torch 2.14).
         """
         for holder, before in self._parameters:
             _restore(holder, before, lambda _: True)
 
     def restore_buffers(self, *, always: bool = False) -> str | None:
-        """The buffers as they were found; the last one that has changed, in words, or None.
+        """Puts back the buffers, and names the last one that had changed; None if none had.
 
         Args:
-            always: whether it is done also where PyTorch has noted no change.
+            always: also where PyTorch has noted no change.
         """
         changed = [str(buffer) for buffer in self._buffers if buffer.restore(always=always)]
         return changed[-1] if changed else None
 
     def restore_wrapped(self) -> None:
-        """Whatever holds a tensor of a transform holds what it held before."""
+        """Puts back what is held in the place of a tensor of a transform."""
         for holder, before in self._holders:
             _restore(holder, before, _holds_wrapped)
 
@@ -121,9 +121,9 @@ class _Buffer(NamedTuple):
         return f"{self.name!r} of {type(self.module).__name__}"
 
     def restore(self, *, always: bool) -> bool:
-        """Restores it, and says whether it had changed.
+        """Puts it back, and says whether it had changed.
 
-        Of a change by batch_norm's own kernel it cannot tell: PyTorch does not note it.
+        A change by batch_norm's own kernel it misses: PyTorch does not note that.
         """
         now = self.module._buffers.get(self.name)
         replaced = now is not self.tensor
@@ -141,7 +141,7 @@ class _Buffer(NamedTuple):
 
 
 def _stamp(tensor: Tensor) -> tuple[int, int]:
-    """Version and address, where the kind of tensor has them: what a change of it changes."""
+    """Version and address, where the kind of tensor has them: one of them changes with it."""
     version = 0 if tensor.is_inference() else tensor._version
     return version, tensor.data_ptr() if tensor.layout is torch.strided else 0
 
@@ -192,7 +192,7 @@ NoDataSet.instead = {_SET_DATA: _set_data}
 
 
 def no_data_set() -> AbstractContextManager[Any]:
-    """:class:`NoDataSet`, unless a block of it has begun or torch.compile reads the block."""
+    """:class:`NoDataSet`; nothing where it is active already or torch.compile reads the block."""
     if torch.compiler.is_compiling():
         return nullcontext()
     mode: object = _get_current_function_mode()  # type: ignore[no-untyped-call] # torch's

@@ -1,4 +1,4 @@
-"""The loss of one task as the engines see it, and what is done to every task of a batch."""
+"""The loss of one task as the engines see it, and how a function is applied to every task."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -193,7 +193,7 @@ class TaskMap:
         if self.chunk_size == 1:
             each = [function(params, task) for task in self.one_by_one(params, tasks, n)]
             return tree_map(lambda *leaves: torch.stack([_dense(leaf) for leaf in leaves]), *each)
-        # vmap gives its chunks the same random numbers on a CPU alone (torch 2.14).
+        # With "same", vmap itself repeats its draws in every chunk on a CPU alone (torch 2.14).
         state = self._state(params, tasks) if self.chunk_size is not None else None
 
         def chunk(params: PyTree, task: PyTree) -> PyTree:

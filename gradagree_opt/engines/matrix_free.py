@@ -22,7 +22,7 @@ Losses = Callable[[PyTree], Tensor]
 Pullback = Callable[[PyTree], tuple[PyTree]]
 
 FORWARD_MODE = RLock()
-"""Its level is one for all threads of a process (torch 2.14), which get each other's tangents."""
+"""Held in forward mode, which is one for all threads: they would mix their tangents (2.14)."""
 
 
 def matrix_free_refusal(aggregator: Aggregator, task_loss: TaskLoss, /) -> str | None:
@@ -61,7 +61,7 @@ def matrix_free(
     refuse_coarse([losses])
     norm = tree_norm(leaves)
     scale = or_one(norm)
-    for index, leaf in enumerate(leaves):  # each in the memory that the one before it has left
+    for index, leaf in enumerate(leaves):  # one by one, so that each reuses the memory of the last
         leaves[index] = leaf / scale.to(leaf.dtype)
     del leaf
     products = Rows(n)
@@ -101,11 +101,11 @@ def _plus(total: PyTree, part: PyTree) -> PyTree:
 
 
 class _Chunk:
-    """Tasks that one vmap takes, under the random numbers of the first pass at every pass.
+    """The tasks of one vmap; every pass over them draws what the first one drew.
 
     Args:
         keep: hold the graph of the first pass for the next ones.
-        state: random numbers of the first pass; None for those that are due.
+        state: of the generators before the first pass; None for their state at that time.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Tasks in a form that the loss function does not take, named by the form that it takes."""
+"""Errors of a loss function that is given tasks in the wrong form: says which form it takes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +18,10 @@ from gradagree_opt.engines.losses import LossFn
 def naming_what_was_meant(
     loss: LossFn, params: PyTree, tasks: PyTree, source: object, /
 ) -> Iterator[None]:
-    """What a loss function raises of tasks that it would take in another form, in one sentence.
+    """Explains an error of a loss function that would take the tasks in another form.
 
-    A list of tensors may be one task as well as a list of tasks. So it is for the loss function to
-    say: after an error, where it does not take what one task would be, and takes the other form.
+    A list of tensors may be one task as well as a list of tasks, which the loss function alone can
+    tell. So after an error it is tried: on what one task would be, then on the other forms.
 
     Args:
         loss: ``loss(params, batch)`` of one task.

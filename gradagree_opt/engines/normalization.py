@@ -172,7 +172,7 @@ def _apart(operation: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[
 
 
 def _spellings() -> dict[Any, Callable[..., Any]]:
-    """By operation what stands for it: torch's name of it, and those of an exported program."""
+    """The replacement of each operation, by torch's name of it and those of exported programs."""
     apart: dict[str, Callable[..., Any]] = {
         "layer_norm": _layer_norm,
         "native_layer_norm": _native_layer_norm,

@@ -50,7 +50,7 @@ def measured_in_two_passes(stream: Gradients, aggregator: Aggregator, /) -> tupl
     first = _norms_and_sums(stream, aggregator, groups)
     drop = aggregator.nonfinite == "drop"
     active = first.finite if drop else torch.ones_like(first.finite)
-    # A scale of 1 stands for zeros too, which say nothing of the others.
+    # A gradient of zeros has scale 1 too, which is not to count for the others.
     says = active.reshape(-1, *[1] * (first.scales.ndim - 1)) & (first.squares != 0)
     sizes = torch.where(says, first.scales, torch.zeros_like(first.scales))
     scale = or_one(sizes.amax(0))
@@ -122,9 +122,9 @@ def _products(
     first: _First,
     scale: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The second pass: products ``[n, *groups]`` with Σ_j g_j, with that of the others, of units.
+    """The second pass: ``[n, *groups]`` products with Σ_j g_j, with Σ_{j≠i} g_j, and of units.
 
-    The last two are None where nobody asks for them.
+    The last two are None if no weighting needs them.
     """
     waits = aggregator.nonfinite != "propagate"
     of_total, whole = measure_one(first.total, groups, waits=waits), torch.ones_like(scale)

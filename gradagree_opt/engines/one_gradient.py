@@ -1,4 +1,4 @@
-"""What is measured of one gradient where no two exist at a time."""
+"""Norms and products of single gradients, for engines that hold one at a time."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple

@@ -43,7 +43,7 @@ class Reached(NamedTuple):
 
 
 def reach(*sources: object) -> Reached:
-    """What some functions or objects reach, each thing once; what was reached already, as it is.
+    """What some functions or objects reach, each thing once; a :class:`Reached` itself is returned.
 
     >>> model = nn.Linear(1, 1)
     >>> reach(lambda x, model=model: model(x).sum()).modules
@@ -52,7 +52,7 @@ def reach(*sources: object) -> Reached:
     if len(sources) == 1 and isinstance(sources[0], Reached):
         return sources[0]
     found = Reached([], [], [])
-    outside = found._replace(holders=[])  # the loss function may keep what it likes
+    outside = found._replace(holders=[])  # not put back: a loss function may keep what it likes
     pending = deque((source, outside) for source in sources)
     seen: dict[int, object] = {}
     while pending and len(seen) < 10 * MOST:
@@ -70,7 +70,7 @@ _LEAVES = (str, bytes, int, float, complex, Tensor, type, CodeType, torch.dtype,
 
 
 def _is_leaf(thing: object) -> bool:
-    """Whether nothing is behind it; nothing is behind a weak proxy of what is gone."""
+    """Whether the walk ends there, as at a weak proxy of an object that is gone."""
     try:
         return isinstance(thing, _LEAVES)
     except ReferenceError:
@@ -114,7 +114,7 @@ def _behind_object(thing: object, found: Reached) -> Iterable[object]:
 def base_of(holder: Any, /) -> Any:
     """The class whose methods read and write a container without code of its own class.
 
-    What a subclass makes of ``get`` or ``[]`` may load files, or take other keys.
+    A subclass may load files in ``get`` or ``[]``, or take other keys there.
     """
     kind = type(holder)
     if kind in _BASES:

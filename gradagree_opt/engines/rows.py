@@ -6,8 +6,8 @@ from torch import Tensor
 class Rows:
     """Rows of n tasks that come a few at a time, in one stack ``[n, *shape]`` from the first on.
 
-    Kept apart, each would come to lie in the memory that its task's gradient has left, which an
-    allocator can then not give to the next gradient: n · d in the end.
+    Kept apart, each would be allocated in the memory that its task's gradient has just left, which
+    the next gradient could then not reuse: n · d in the end.
 
     >>> import torch
     >>> rows = Rows(3)

@@ -136,7 +136,7 @@ class _Stream:
         ]
 
     def _compare(self, losses: Tensor) -> None:
-        """One host synchronisation: whether a pass has drawn what the first one drew."""
+        """One host synchronisation: raises where a pass has other losses than the first one."""
         if self._losses is None:
             self._losses = losses
         else:

@@ -1,4 +1,4 @@
-"""An update into ``.grad``, and what hangs on its accumulation."""
+"""Adds an update to ``.grad``, and runs the hooks that wait for that."""
 
 from collections.abc import Mapping
 
@@ -9,9 +9,9 @@ from torch import Tensor
 def add_to_grad(
     parameters: Mapping[str, Tensor], update: Mapping[str, Tensor], /, *, over_ranks: bool = False
 ) -> None:
-    """Adds an update to ``.grad`` as ``backward`` would, and runs what hangs on that.
+    """Adds an update to ``.grad`` as ``backward`` would, and runs the hooks after accumulation.
 
-    ``over_ranks``: passes by the hooks of DistributedDataParallel, which would average what is the
+    ``over_ranks``: avoids the hooks of DistributedDataParallel, which would average what is the
     same on all ranks.
     """
     accumulated = {}
@@ -35,7 +35,7 @@ def add_to_grad(
 
 
 def check_no_accumulation_hooks(parameter: Tensor, /, *, advice: str) -> None:
-    """Raises a ValueError where what hangs on ``.grad`` would see the tasks one by one."""
+    """Raises a ValueError where a hook after accumulation would see the tasks one by one."""
     if parameter._post_accumulate_grad_hooks:
         raise ValueError(
             "expected no hook of register_post_accumulate_grad_hook, found one, which would see "

@@ -105,7 +105,7 @@ class LossGraph:
         return self._by_name(found, self.used)
 
     def combined_for(self, aggregator: Aggregator, /) -> Combine:
-        """:meth:`weighted` as an aggregator calls it; the last pass frees what backward() does."""
+        """:meth:`weighted` as aggregators call it; the last call frees the graph, as backward()."""
         passes = 1 if aggregator.reference is None else 2
 
         def weighted(weights: Tensor, _: list[int] | None) -> PyTree:
@@ -162,9 +162,9 @@ class LossGraph:
     def _by_name(
         self, found: Sequence[Tensor | None], used: Sequence[set[str]]
     ) -> dict[str, Tensor]:
-        """Gradients by parameter, dense, that of a copy counted for its parameter.
+        """Dense gradients by parameter; the gradient of a copy counts for its parameter.
 
-        ``used``: of the tasks that they are of, which learn what these use.
+        ``used``: the sets of the tasks they are of, to which the names are added.
         """
         if any(grad is None for grad in found):
             refuse_reentrant(self.survey.foreign)
@@ -179,9 +179,9 @@ class LossGraph:
 
 
 def _refuse_cut(outgoing: tuple[Tensor | None, ...], incoming: tuple[Tensor | None, ...]) -> None:
-    """A node's hook: RuntimeError where its backward pass is no part of the graph.
+    """A node's hook: raises a RuntimeError if its backward pass is not recorded by autograd.
 
-    So it is with a kernel of somebody's own that does not say ``once_differentiable``.
+    So it is in a function of the user's own with a kernel, and without ``once_differentiable``.
     """
     depends = any(grad is not None and grad.requires_grad for grad in incoming)
     if depends and any(grad is not None and not grad.requires_grad for grad in outgoing):

@@ -21,9 +21,9 @@ from gradagree_opt.engines.one_at_a_time import measured_in_two_passes, weighted
 from gradagree_opt.loops.loss_graph import LossGraph
 
 FEW = 2
-"""So many gradients take no more backward passes than their row sums do."""
+"""Up to so many gradients take no more backward passes than their row sums do."""
 TOLERANCE = 0.01
-"""The share of S · S by which Σ_i g_i · S may differ from it if these are row sums."""
+"""How far Σ_i g_i · S may be from S · S, relative to that, in row sums that are believed."""
 
 
 def aggregate_losses(
@@ -74,7 +74,7 @@ def _unread(graph: LossGraph, nonfinite: Tensor, aggregator: Aggregator) -> Aggr
 
 
 def _by_row_sums(graph: LossGraph, nonfinite: Tensor, aggregator: Aggregator) -> Aggregation | None:
-    """Σ g_j, every g_i · Σ_j g_j, and the weighted loss; None where these say nothing."""
+    """Σ g_j, every g_i · Σ_j g_j, and the weighted loss; None if they fail or are not believed."""
     waits = aggregator.nonfinite != "propagate"
     try:
         row_sums, scale, norm = graph.row_sums(waits=waits)
@@ -91,7 +91,7 @@ def _by_row_sums(graph: LossGraph, nonfinite: Tensor, aggregator: Aggregator) ->
 
 
 def _streamed(graph: LossGraph, aggregator: Aggregator) -> Aggregation:
-    """One gradient at a time, twice; then the weighted loss, where the tasks may share a pass."""
+    """Two passes, one gradient at a time; then one of the weighted loss, or a third like them."""
     measured, _ = measured_in_two_passes(graph, aggregator)
     apart = weighted_loss_refusal(aggregator) is not None or aggregator.scope != "global"
     combined = graph.combined_for(aggregator)

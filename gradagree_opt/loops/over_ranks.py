@@ -88,7 +88,7 @@ def accumulated_gradient(
 
 @contextmanager
 def task_of(batch: object, aggregator: Aggregator, /) -> Iterator[None]:
-    """Around one task, outside of any step: where it fails, no other step may take its place."""
+    """A context around one task before any step: if it fails, the next step must be its batch's."""
     try:
         yield
     except Exception:
@@ -139,7 +139,7 @@ class Used:
         add_to_grad(used, result.update, over_ranks=self._ranks is not None)
 
     def by_any(self, diagnostics: Diagnostics) -> dict[str, Tensor]:
-        """The parameters by name, after the aggregation of these diagnostics."""
+        """The parameters that a task of any rank uses, by name; known after the aggregation."""
         if self._ranks is None and self._drops:
             self._leave_out(diagnostics.nonfinite)
         flags = self._flags() if self._ranks is None else self._ranks.flagged

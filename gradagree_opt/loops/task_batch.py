@@ -50,9 +50,9 @@ class TaskBatch:
     is first-order MAML (higher's ``track_higher_grads=False``).
 
     A parameter's hooks (``register_hook``) see the gradient of the weighted loss where one backward
-    pass is shared, and that of each task where there is one for each. What hangs on the
-    accumulation (``register_post_accumulate_grad_hook``, as an optimizer in the backward pass) runs
-    once, when the update is in ``.grad``.
+    pass is shared, and that of each task where there is one for each. Hooks after accumulation
+    (``register_post_accumulate_grad_hook``, as of an optimizer in the backward pass) run once, when
+    the update is in ``.grad``.
 
     Args:
         parameters: module, named tensors or tensors whose ``.grad`` is to be filled; those that do
@@ -210,7 +210,7 @@ class TaskBatch:
             return self._all
         found = named(self._source)
         own = nn.Parameter if isinstance(self._source, nn.Module) else Tensor
-        # A model that adapts in its own place shows what it has adapted to.
+        # A model that adapts in place shows its adapted tensors, which are not what is trained.
         kept = all(isinstance(each, own) and each.is_leaf for each in found.values())
         return found if kept else self._all
 

@@ -1,4 +1,4 @@
-"""Adaptation to one task: what it is given is checked, and its errors say what to do."""
+"""Adaptation to one task, with checks of its arguments and errors that say what to do."""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -25,7 +25,7 @@ def adapt_to(
     source: object,
     /,
 ) -> PyTree:
-    """``adapt(support)``, which leaves what the loss function reaches as it was.
+    """Calls ``adapt(support)``, and puts back what that changes in the model.
 
     Args:
         support: the support set of one task.
@@ -69,7 +69,7 @@ def adapt_to(
 
 
 def _parts(support: PyTree, adapt: Callable[[PyTree], PyTree]) -> Iterator[Cure]:
-    """What may have been meant."""
+    """What the user may have meant to give: parts and forms of the support set."""
     if isinstance(support, Mapping) and "support" in support:
         yield Cure("task['support']", lambda: adapt(support["support"]))
     leaves = tree_leaves(support)

@@ -33,7 +33,7 @@ class InnerLoop(Protocol):
 
 
 def watched(inner: InnerLoop, /) -> AbstractContextManager[Any]:
-    """A block that refuses to set the data of a tensor, which a loop of one's own might do."""
+    """A context that refuses ``tensor.data = …``, which an inner loop of the user's might do."""
     return nullcontext() if isinstance(inner, InnerSGD) else no_data_set()
 
 
@@ -153,6 +153,6 @@ def _is_finite(number: Real) -> bool:
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
-    """Whether what has the one shape gives one number for every entry of the other."""
+    """Whether a tensor of the one shape broadcasts to the other."""
     pairs = zip(reversed(shape), reversed(to), strict=False)
     return len(shape) <= len(to) and all(size in (1, of) for size, of in pairs)

@@ -173,7 +173,7 @@ class MAML:
         return self.loss_fn(self._initial(params), batch)
 
     def _check(self, params: PyTree, aggregator: Aggregator) -> None:
-        """What a form asks of its parameters and its aggregator."""
+        """For a subclass: checks its meta-parameters, and the aggregator with them."""
 
     def _initial(self, params: PyTree) -> PyTree:
         """The part of the meta-parameters that the inner loop starts from."""
