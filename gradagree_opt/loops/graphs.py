@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node, get_gradient_edge
@@ -142,21 +141,9 @@ def survey(losses: Sequence[Tensor], /) -> Survey:
     return Survey(shared, foreign)
 
 
-def gradients(
-    loss: Tensor, tensors: Sequence[Tensor], /, *, retain_graph: bool
-) -> Sequence[Tensor | None]:
-    """Gradients of a loss, None for a tensor that it does not depend on.
-
-    Raises:
-        ValueError: as :func:`stale_graphs`.
-    """
-    with stale_graphs():
-        return torch.autograd.grad(loss, tensors, retain_graph=retain_graph, allow_unused=True)
-
-
 @contextmanager
 def stale_graphs() -> Iterator[None]:
-    """A backward pass of losses within, whose error about a stale graph becomes one sentence.
+    """A context around a backward pass: turns its error about a stale graph into one sentence.
 
     Raises:
         ValueError: the graph of the loss is stale: a backward pass has freed it, or an optimizer

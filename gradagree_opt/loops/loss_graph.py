@@ -12,7 +12,7 @@ from gradagree_opt.core.blocks import or_one
 from gradagree_opt.core.results import Combine
 from gradagree_opt.core.stacks import PyTree, accumulation_dtype, is_coarse, tree_norm
 from gradagree_opt.engines.recomputed import refuse_reentrant
-from gradagree_opt.loops.graphs import Survey, gradients, stale_graphs, survey
+from gradagree_opt.loops.graphs import Survey, stale_graphs, survey
 
 
 class LossGraph:
@@ -80,7 +80,10 @@ class LossGraph:
     def gradient(self, task: int, *, retain_graph: bool) -> dict[str, Tensor]:
         """∇L_i by name, zeros where the loss does not depend on a parameter."""
         loss = self._losses[task]
-        found = gradients(loss, self._tensors, retain_graph=retain_graph)
+        with stale_graphs():
+            found = torch.autograd.grad(
+                loss, self._tensors, retain_graph=retain_graph, allow_unused=True
+            )
         return self._by_name(found, self.used[task : task + 1])
 
     def gradients(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
@@ -92,7 +95,7 @@ class LossGraph:
                 [grad.to(dtype) for grad in self.gradient(task, retain_graph=True).values()],
             )
 
-    def weighted(self, weights: Tensor, *, retain_graph: bool = False) -> dict[str, Tensor]:
+    def weighted(self, weights: Tensor, *, retain_graph: bool) -> dict[str, Tensor]:
         """Σ_i w_i ∇L_i by name, zeros where no loss depends on a parameter."""
         with stale_graphs():
             found = torch.autograd.grad(
