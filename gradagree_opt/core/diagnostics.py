@@ -227,7 +227,7 @@ def complaint(
     *,
     finite: bool,
     agreement: bool,
-    name: Callable[[list[int]], str] = str,
+    name: Callable[[list[int]], str],
 ) -> str | None:
     """What the policies for bad tasks raise, in one sentence; None where all is well.
 

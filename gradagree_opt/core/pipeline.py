@@ -29,7 +29,7 @@ from gradagree_opt.options import check_choice
 
 Nonfinite = Literal["raise", "drop", "propagate"]
 
-Steps = TypeVar("Steps", bound="Pipeline")
+APipeline = TypeVar("APipeline", bound="Pipeline")
 
 
 class Pipeline:
@@ -129,7 +129,7 @@ class Pipeline:
         statistics = measured.statistics
         with full_precision(statistics.row_sums.device):
             each = [decide(weighting, statistics) for weighting in self.weightings]
-        if self.ranks is not None and measured.own is not None:
+        if self.ranks is not None:
             told = self.ranks.decided([tensor for decision in each for tensor in decision])
             each = [Decision(*told[at : at + 3]) for at in range(0, len(told), 3)]
         return Decided(*each)
@@ -147,7 +147,7 @@ class Pipeline:
         if matched is not None and isinstance(combine_directions, Combination):
             # The dtype of a coarse stack may not hold the update before that has its length.
             stack = combine_directions.stack if combine_directions.is_coarse else None
-        if self.ranks is not None and measured.own is not None:
+        if self.ranks is not None:
             combine_directions = Summed(
                 self.ranks, combine_directions, measured, wide=stack is not None
             )
@@ -163,7 +163,7 @@ class Pipeline:
         else:
             length = measured.total_norm * matched.weights.amax()
         factor = factor_to(length, norm, decided, measured)
-        if self.ranks is not None and measured.own is not None:
+        if self.ranks is not None:
             factor = self.ranks.of_first(factor)
         update, norm, decided = rescaled(update, norm, decided, factor)
         if stack is not None:
@@ -200,13 +200,13 @@ class Pipeline:
         update, norm, decided = self.combine(measured, decided, combine_directions)
         return self.answer(measured, decided, update, norm)
 
-    def for_batch(self: Steps, n: int, /) -> Steps:
+    def for_batch(self: APipeline, n: int, /) -> APipeline:
         """A copy with random numbers drawn for n tasks; itself if its weighting needs none."""
         if self.drawn is not None or self.ranks is not None or "draws" not in self.needs:
             return self
         return self.holding(self.draw(n))
 
-    def holding(self: Steps, draws: Float[Tensor, " n"], /) -> Steps:
+    def holding(self: APipeline, draws: Float[Tensor, " n"], /) -> APipeline:
         """A copy that uses these random numbers: vmap and torch.compile cannot draw their own."""
         held = copy.copy(self)
         held.drawn = draws
@@ -235,7 +235,7 @@ class Pipeline:
         """A context for one step: what fails on one rank before all have met fails on all."""
         return nullcontext() if self.ranks is None else self.ranks.step(batch, form)
 
-    def of_one_process(self: Steps) -> Steps:
+    def of_one_process(self: APipeline) -> APipeline:
         """A copy that aggregates the tasks of this rank alone."""
         alone = copy.copy(self)
         alone.ranks = None
@@ -251,7 +251,7 @@ def check_generator(generator: object, /) -> None:
         )
 
 
-def without_diagnostics(steps: Steps, /) -> Steps:
+def without_diagnostics(aggregator: APipeline, /) -> APipeline:
     """A copy whose diagnostics are NaN, for steps whose diagnostics nobody reads.
 
     On a GPU, diagnostics are a third of the operations of a small step.
@@ -262,6 +262,6 @@ def without_diagnostics(steps: Steps, /) -> Steps:
     >>> quiet.aggregate_unchecked(stack).diagnostics.weight_sum
     tensor(nan)
     """
-    quiet = copy.copy(steps)
+    quiet = copy.copy(aggregator)
     quiet.describes = False
     return quiet

@@ -38,7 +38,7 @@ from gradagree_opt.core.own_part import Part, statistics_of
 from gradagree_opt.core.results import Aggregation, Measured
 from gradagree_opt.core.rounding import rounding_of
 from gradagree_opt.core.scopes import by_group
-from gradagree_opt.core.shards import Shards, own_part
+from gradagree_opt.core.shards import Shards, local_part
 from gradagree_opt.core.stacks import (
     PyTree,
     accumulation_dtype,
@@ -81,8 +81,8 @@ class Ranks(Messages):
         """
         shards = self.shards = Shards(leaves_of(directions), self.group)
         try:
-            own = tree_map(own_part, directions)
-            result = aggregate(own, None if signal is None else tree_map(own_part, signal))
+            own = tree_map(local_part, directions)
+            result = aggregate(own, None if signal is None else tree_map(local_part, signal))
         finally:
             self.shards = Shards((), self.group)
         whole = shards.whole(leaves_of(result.update))
@@ -153,8 +153,15 @@ class Ranks(Messages):
             if draws is not None:
                 statistics = statistics._replace(draws=first_draws)
             self._expect(statistics, len(equal), len(equal) - (total_norm is not None) - is_update)
-            bad, total = known_bad | ~statistics.finite, totals[0] if is_update else None
-            return Measured(statistics, bad, groups, True, not apart, total_norm, own, total)
+            return Measured(
+                statistics,
+                known_bad | ~statistics.finite,
+                groups,
+                signal_is_direction=not apart,
+                total_norm=total_norm,
+                own=own,
+                total=totals[0] if is_update else None,
+            )
 
     def decided(self, parts: list[Tensor], /) -> list[Tensor]:
         """The decision for all ranks: this one's own or, where ranks are unlike, the first one's.

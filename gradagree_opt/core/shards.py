@@ -184,7 +184,7 @@ def is_sharded(tensor: Tensor, /) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def own_part(tensor: Tensor, /) -> Tensor:
+def local_part(tensor: Tensor, /) -> Tensor:
     """What this rank holds of it."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
@@ -203,7 +203,7 @@ def of_no_task(like: PyTree, /) -> PyTree:
     """A task-stacked pytree of zero tasks, whose leaves are otherwise like these."""
 
     def empty(leaf: Tensor) -> Tensor:
-        own = own_part(leaf.detach()).unsqueeze(0)[:0]
+        own = local_part(leaf.detach()).unsqueeze(0)[:0]
         return _whole(own, leaf, 1, (0, *leaf.shape))
 
     return tree_map(empty, like)
@@ -211,7 +211,7 @@ def of_no_task(like: PyTree, /) -> PyTree:
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
     """``torch.stack``, for DTensors without communication."""
-    stack = torch.stack([own_part(tensor) for tensor in tensors])
+    stack = torch.stack([local_part(tensor) for tensor in tensors])
     return _whole(stack, tensors[0], 1, (len(tensors), *tensors[0].shape))
 
 
