@@ -76,38 +76,25 @@ def meta_step(
     """
     check_aggregator(aggregator)
     with aggregator.step_of_ranks():
-        return _meta_step(model, optimizer, loss_fn, tasks, aggregator, steps, first_order, memory)
-
-
-def _meta_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loss_fn: LearnerLoss,
-    tasks: PyTree,
-    aggregator: Aggregator,
-    steps: int,
-    first_order: bool,
-    memory: Literal["graph", "stream"],
-) -> MetaStep:
-    check_count("steps", steps, least=1)
-    _check_optimizer(model, optimizer, first_order)
-    parameters = dict(model.named_parameters())
-    n = check_tasks(parameters, tasks, "support", "query", least=aggregator.fewest)
-    loss_fn = ScalarLoss(loss_fn)
-    batch = TaskBatch(model, aggregator, memory=memory)
-    for i in range(n):
-        task = tree_map(lambda leaf, i=i: leaf[i], tasks)
-        with higher.innerloop_ctx(
-            model, optimizer, copy_initial_weights=False, track_higher_grads=not first_order
-        ) as (learner, inner):
-            for _ in range(steps):
-                loss = loss_fn(learner, task["support"])
-                check_depends(loss, learner.parameters(), i, advice="compute it by the learner")
-                inner.step(loss)
-            loss = loss_fn(learner, task["query"])
-        batch.add(loss, adapted=learner)
-    engine = "one_backward" if batch.takes_one_backward else "stacked"
-    return MetaStep._make([*batch.backward(), engine])
+        check_count("steps", steps, least=1)
+        _check_optimizer(model, optimizer, first_order)
+        parameters = dict(model.named_parameters())
+        n = check_tasks(parameters, tasks, "support", "query", least=aggregator.fewest)
+        loss_fn = ScalarLoss(loss_fn)
+        batch = TaskBatch(model, aggregator, memory=memory)
+        for i in range(n):
+            task = tree_map(lambda leaf, i=i: leaf[i], tasks)
+            with higher.innerloop_ctx(
+                model, optimizer, copy_initial_weights=False, track_higher_grads=not first_order
+            ) as (learner, inner):
+                for _ in range(steps):
+                    loss = loss_fn(learner, task["support"])
+                    check_depends(loss, learner.parameters(), i, advice="compute it by the learner")
+                    inner.step(loss)
+                loss = loss_fn(learner, task["query"])
+            batch.add(loss, adapted=learner)
+        engine = "one_backward" if batch.takes_one_backward else "stacked"
+        return MetaStep._make([*batch.backward(), engine])
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, first_order: bool) -> None:

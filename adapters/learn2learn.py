@@ -4,7 +4,7 @@ A loop over ``clone()`` and ``adapt()`` needs nothing from here: :class:`gradagr
 takes the learners.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -111,18 +111,7 @@ def _meta_step(
     statistics = RunningStatistics(algorithm)
     own = measures_directions(aggregator)
     run = _Task(algorithm, ScalarLoss(loss_fn), steps, moves=not own)
-
-    def one_task(params: PyTree, buffers: PyTree, task: PyTree) -> tuple[Tensor, PyTree]:
-        swapped = {f"algorithm.{name}": t for name, t in (params | buffers).items()}
-        loss, moved = call_with(run, swapped, task)
-        return loss, (moved, loss, buffers)
-
-    gradient = torch.func.vmap(
-        torch.func.grad(one_task, has_aux=True),
-        (None, 0, 0),
-        randomness="different",
-        chunk_size=chunk_size,
-    )
+    gradient = _vmapped(run, chunk_size)
     params = tree_map(torch.Tensor.detach, parameters)
     reached = reach((loss_fn, algorithm))
 
@@ -190,6 +179,25 @@ class _Task(nn.Module):
         self.used.update(names[at] for at in dependencies(loss, tensors))
         after = match(before, learner)
         return loss, displacement(start, after) if self.moves else {}
+
+
+def _vmapped(run: _Task, chunk_size: int | None) -> Callable[[PyTree, PyTree, PyTree], Any]:
+    """From parameters, buffers of each task and tasks to gradients, displacements and losses.
+
+    The buffers come last, as the tasks have left them.
+    """
+
+    def one_task(params: PyTree, buffers: PyTree, task: PyTree) -> tuple[Tensor, PyTree]:
+        swapped = {f"algorithm.{name}": t for name, t in (params | buffers).items()}
+        loss, moved = call_with(run, swapped, task)
+        return loss, (moved, loss, buffers)
+
+    return torch.func.vmap(
+        torch.func.grad(one_task, has_aux=True),
+        (None, 0, 0),
+        randomness="different",
+        chunk_size=chunk_size,
+    )
 
 
 def _loop(run: _Task, tasks: PyTree) -> None:

@@ -72,20 +72,18 @@ class TaskOptimizer:
                 touched then.
         """
         with self.aggregator.step_of_ranks():
-            return self._step(losses)
-
-    def _step(self, losses: Losses | None) -> CollectedTasks:
-        if losses is None:
-            raise TypeError(
-                "expected the task losses, found none; a GradScaler, and what else calls step() by "
-                "itself, is given the wrapped optimizer, with TaskBatch for the losses"
-            )
-        batch = TaskBatch(self._named_parameters(), self.aggregator)
-        for loss in loss_vector(losses, least=self.aggregator.fewest):
-            batch.add(loss)
-        result = batch.backward()
-        self.optimizer.step()
-        return result
+            if losses is None:
+                raise TypeError(
+                    "expected the task losses, found none; a GradScaler, and what else calls "
+                    "step() by itself, is given the wrapped optimizer, with TaskBatch for the "
+                    "losses"
+                )
+            batch = TaskBatch(self._named_parameters(), self.aggregator)
+            for loss in loss_vector(losses, least=self.aggregator.fewest):
+                batch.add(loss)
+            result = batch.backward()
+            self.optimizer.step()
+            return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears ``.grad`` of the wrapped optimizer's parameters."""

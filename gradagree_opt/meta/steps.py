@@ -14,8 +14,8 @@ LearnerLoss = Callable[[Any, PyTree], Tensor]
 """``loss_fn(learner, batch) -> scalar`` of one task, of the learners of a framework."""
 
 
-def check_tasks(params: PyTree, tasks: PyTree, /, *sets: str, least: int = 1) -> int:
-    """The number of tasks, which have to hold the named sets.
+def check_tasks(params: PyTree, tasks: PyTree, /, *sets: str, least: int) -> int:
+    """The number of tasks, ``least`` or more, which have to hold the named sets.
 
     Raises:
         TypeError: a parameter is not floating-point, or the tasks are not a dict.
