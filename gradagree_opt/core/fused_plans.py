@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -69,17 +70,12 @@ def plan(
             start = len(firsts) - 1
             count = sum(blocks[leaf] for leaf in members[kind, group])
             share = min(count, max(1, int(limit * count)))
-            ends = [count * (program + 1) // share for program in range(share)]
-            at = 0  # blocks of the group so far
-            for leaf in members[kind, group]:
-                done, width = 0, layouts[leaf][0]
-                while done < blocks[leaf]:
-                    end = ends[len(firsts) - 1 - start]
-                    upto = min(blocks[leaf], done + end - at)
-                    segments.append((leaf, done * columns, min(width, upto * columns)))
-                    at, done = at + upto - done, upto
-                    if at == end:
-                        firsts.append(len(segments))
+            for pieces in _dealt([(leaf, blocks[leaf]) for leaf in members[kind, group]], share):
+                segments += [
+                    (leaf, begin * columns, min(layouts[leaf][0], end * columns))
+                    for leaf, begin, end in pieces
+                ]
+                firsts.append(len(segments))
             ranges.append((start, len(firsts) - 1))
         launches.append((kind, first, len(firsts) - 1 - first))
     places = [
@@ -97,6 +93,27 @@ def plan(
         copied=tuple(copied),
         shapes=tuple([tuple(shape[1:]) for shape in shapes]),
     )
+
+
+def _dealt(sizes: Sequence[tuple[int, int]], programs: int) -> Iterator[list[tuple[int, int, int]]]:
+    """For each program in turn its pieces of leaves: leaf, first block, and the one after the last.
+
+    Args:
+        sizes: leaves and how many blocks each has.
+        programs: that get as many blocks, up to one.
+    """
+    count, at, program = sum(size for _, size in sizes), 0, 0
+    pieces: list[tuple[int, int, int]] = []
+    for leaf, size in sizes:
+        done = 0
+        while done < size:
+            end = count * (program + 1) // programs
+            upto = min(size, done + end - at)
+            pieces.append((leaf, done, upto))
+            at, done = at + upto - done, upto
+            if at == end:
+                yield pieces
+                pieces, program = [], program + 1
 
 
 def _multiprocessors(device: torch.device) -> int:
