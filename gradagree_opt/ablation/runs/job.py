@@ -1,4 +1,4 @@
-"""The work of a process: groups of runs, trained, and what they find sent to who records it."""
+"""The work of a process: it trains groups of runs, and reports to the one that records them."""
 
 import json
 import pickle
@@ -27,10 +27,10 @@ Found: TypeAlias = list[tuple[RunRecord, bytes]]
 
 @dataclass(frozen=True)
 class Task:
-    """A group of runs of one method.
+    """A group of runs of one method, to be trained.
 
     Attributes:
-        saved: What was saved of it last, to go on from.
+        saved: The state that it is resumed from; None to begin anew.
     """
 
     runs: list[Run]
@@ -39,7 +39,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Saved:
-    """What a group goes on from when its process has been killed.
+    """The state of a group, from which it is resumed if its process is killed.
 
     Attributes:
         keys: Of its runs.
@@ -50,7 +50,7 @@ class Saved:
 
 
 Message: TypeAlias = int | str | Saved
-"""Of a process on its way: outer steps that were done, a sentence to know, or a state to keep."""
+"""What a process reports: outer steps that it has done, a warning, or a state to keep."""
 Tell: TypeAlias = Callable[[Message], None]
 
 
@@ -72,10 +72,10 @@ class Job:
     """What a process needs to do groups of runs.
 
     Attributes:
-        data: A path that is the same in every folder.
-        digest: Of the data that the records are filed under.
-        compiled: What the process that records them has decided.
-        seconds: After so many, what a group goes on from is saved; None for never.
+        data: An absolute path.
+        digest: Of the data; a part of the keys that records are filed under.
+        compiled: Whether steps are compiled, as the process that records them has decided.
+        seconds: From one saved state of a group to the next; None for no states.
     """
 
     study: Study
@@ -91,7 +91,7 @@ class Job:
         Raises:
             StudyError: Its data are not those that the records are filed under.
         """
-        # by the parent's decision; the keys of the runs are those of what the study says
+        # as decided for all processes; the keys of runs depend on what the study itself says
         decided = self.study.model_copy(update={"compile": self.compiled})
         problem = build_problem(decided, self.data, self.device)
         if data_digest(problem) != self.digest:
@@ -102,7 +102,7 @@ class Job:
         return problem
 
     def perform(self, problem: Problem, task: Task, tell: Tell) -> Found:
-        """What a group finds; on a GPU, as one program."""
+        """Trains a group; on a GPU, as one program."""
         if self.device.type == "cpu":
             states = self.states(task, tell)
             return archived(train_runs(self.study, problem, task.runs, tell, states))
@@ -143,7 +143,7 @@ class Job:
         )
 
     def states(self, task: Task, tell: Tell) -> Sent | None:
-        """What the group goes on from, and sends to be kept."""
+        """Where the group reads the state that it is resumed from, and sends later ones."""
         if self.seconds is None:
             return None
         keys = self.keys(task.runs)
@@ -159,7 +159,7 @@ class Job:
 
 
 def archived(trained: Trained) -> Found:
-    """Without tensors, which processes would share by way of files of the system."""
+    """Records and files of parameters: tensors would be shared by processes through files."""
     return [(record, archive(params)) for record, params in trained]
 
 

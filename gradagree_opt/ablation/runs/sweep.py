@@ -166,8 +166,8 @@ class Sweep:
         warn: Called with one sentence for each record that is damaged, and for each method whose
             steps on a GPU take longer than they could.
         device: What its runs are trained on.
-        checkpoint_seconds: After so many a group of runs saves what it goes on from when its
-            process has been killed.
+        checkpoint_seconds: From one saved state of a group of runs to the next, from which it is
+            resumed if its process is killed.
         cluster: Where they are trained; None for this machine.
     """
 
@@ -283,7 +283,7 @@ class Sweep:
         return Job(self.study, data, self.digest, compiled, self.device, seconds)
 
     def checkpoints(self) -> Checkpoints:
-        """Those of the folder that are of this hardware and these versions."""
+        """The checkpoints of the folder, as far as they are of this hardware and these versions."""
         here = circumstances(self.compiled, self.nodes[0].hardware)
         return Checkpoints(self.store.folder, here, self.checkpoint_seconds)
 

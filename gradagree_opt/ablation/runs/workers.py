@@ -1,4 +1,4 @@
-"""Groups of runs given to workers of any kind: what they find, and again what died with one."""
+"""Gives tasks to workers of any kind, and a task whose worker has died to another one."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""What a group of runs goes on from after its process was killed."""
+"""Checkpoints, from which a group of runs is resumed after its process was killed."""
 
 import hashlib
 import io
@@ -20,12 +20,12 @@ DAMAGES = (EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError, pic
 
 
 class States:
-    """What a group of runs saves now and then, and what it goes on from.
+    """Saves the state of a group of runs now and then, and reads what it is resumed from.
 
     Args:
         keys: Of the runs, in their order.
-        circumstances: What the bits depend on besides; a state from others is not gone on from.
-        seconds: That pass before a state is due, from one to the next.
+        circumstances: What the bits depend on besides; a state saved under others is not used.
+        seconds: From one state to the next.
     """
 
     def __init__(self, keys: Sequence[str], circumstances: str, seconds: float) -> None:
@@ -34,11 +34,11 @@ class States:
         self.before = time.monotonic()
 
     def load(self) -> bytes | None:
-        """What was kept last."""
+        """The content that was kept last."""
         raise NotImplementedError
 
     def keep(self, content: bytes) -> None:
-        """Takes the place of what was kept before."""
+        """Keeps content in the place of what was kept before."""
         raise NotImplementedError
 
     @property
@@ -91,8 +91,8 @@ class Sent(States):
     """The states of a group that is trained where the output folder may not be.
 
     Args:
-        content: What it goes on from.
-        send: Called with what is to be kept.
+        content: What the group is resumed from.
+        send: Called with each state that is to be kept.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Sent(States):
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Those of an output folder.
+    """The checkpoints of an output folder.
 
     Args:
         circumstances, seconds: As for :class:`States`.
@@ -129,7 +129,7 @@ class Checkpoints:
         return Checkpoint(self.folder, keys, self.circumstances, self.seconds)
 
     def begun(self, missing: Mapping[str, Run]) -> list[list[Run]]:
-        """The groups among the missing runs, by key, that a checkpoint goes on with.
+        """The groups of missing runs, given by key, that have a checkpoint to be resumed from.
 
         The checkpoint of a group of which a run is recorded is old, and removed.
         """

@@ -45,7 +45,7 @@ def train_side_by_side(
         at_once: The most runs at a time, None for all; a larger group is trained by itself.
         report: As for :func:`gradagree_opt.ablation.training.training.train_runs`.
         tell: Called with one sentence for a method whose steps cannot be captured.
-        checkpoint_of: What a group goes on from, and writes now and then.
+        checkpoint_of: Where a group is resumed from and writes its states; None for nowhere.
     """
     alone = [group for group in groups if group[0].method.of_torchjd]
     others = [group for group in groups if not group[0].method.of_torchjd]
@@ -74,8 +74,9 @@ def take_turns(
     at_once: int | None,
     report: Report,
     tell: Tell,
-    checkpoint_of: Callable[[list[Run]], States | None] = lambda _: None,
+    checkpoint_of: Callable[[list[Run]], States | None],
 ) -> Iterator[Trained]:
+    """Advances each group by one block in turn; a group waits until there is room for it."""
     waiting, active = list(groups), list[Turn]()
     before = time.perf_counter()
     while waiting or active:

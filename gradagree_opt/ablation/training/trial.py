@@ -1,4 +1,4 @@
-"""What is tried before a study is trained, where it could draw or compute what is not finite."""
+"""A trial before a study is trained: whether its tasks and the loss after adaptation are finite."""
 
 from torch.utils._pytree import tree_map
 
