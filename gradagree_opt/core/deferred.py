@@ -64,6 +64,9 @@ class Deferred(Diagnostics):
     def _replace(self, **values: Any) -> Diagnostics:  # type: ignore[override] # plain, likewise
         return self.now()._replace(**values)
 
+    def __radd__(self, other: tuple[Any, ...]) -> tuple[Any, ...]:
+        return other + self.now()  # a tuple itself would add the one below, which is empty
+
     def __reduce__(self) -> Any:
         return Diagnostics, tuple(self.now())
 
@@ -86,8 +89,10 @@ def _of_values(name: str) -> Callable[..., Any]:
 
 for _name in Diagnostics._fields:
     setattr(Deferred, _name, _read(_name))
-for _name in ("iter", "getitem", "len", "eq", "ne", "hash", "repr", "contains", "add"):
+for _name in ("iter", "getitem", "len", "eq", "ne", "hash", "repr", "contains", "add", "mul"):
     setattr(Deferred, f"__{_name}__", _of_values(f"__{_name}__"))
+for _name in ("count", "index", "__rmul__"):
+    setattr(Deferred, _name, _of_values(_name))
 # The public function would register it with optree too, which warns about named tuples.
 _private_register_pytree_node(
     Deferred, lambda deferred: (list(deferred), None), lambda values, _: Diagnostics(*values)

@@ -249,5 +249,10 @@ def test_diagnostics_that_are_computed_when_looked_at_are_those_computed_at_once
     for found in plain:
         assert type(found) is Diagnostics
         torch.testing.assert_close(found, at_once)
+    values = [*later]
+    beside = sum([later], ("step",))
+    for joined in (beside[1:], (later * 2)[len(later) :], (2 * later)[: len(later)]):
+        assert all(found is value for found, value in zip(joined, values, strict=True))
+    assert later.index(values[0]) == 0
     assert repr(later) == repr(at_once)
     assert later.log() == pytest.approx(at_once.log())
