@@ -80,8 +80,7 @@ class AgreementWeighting:
     def _softmax(self, shares: Tensor, active: Tensor) -> Tensor:
         """Softmax of the scores in units of their mean absolute value, so of no scale."""
         logits = shares * active.sum() / self.temperature
-        weights = logits.masked_fill(~active, float("-inf")).softmax(-1)
-        return torch.where(active, weights, torch.zeros_like(weights))
+        return logits.masked_fill(~active, -torch.inf).softmax(-1).masked_fill(~active, 0)
 
 
 class GradientAgreement(Aggregator):

@@ -57,7 +57,7 @@ def unit_parts(
     """
     for part in _parts(leaves):
         if scaled:
-            scale = _scale(part, dtype)
+            scale = power_of_two(_finite_maxima(part, dtype).amax())
             unit = or_one(scale)
             yield scale, (block.to(dtype) / unit for block in part)
         else:
@@ -72,8 +72,7 @@ def row_unit_parts(
     The scales come with them ``[n]``, 0 for a row of zeros.
     """
     for part in _parts(leaves):
-        maxima = torch.stack([absolute_maxima(block).to(dtype) for block in part])
-        scales = power_of_two(maxima.nan_to_num(0.0, 0.0, 0.0).amax(0))
+        scales = power_of_two(_finite_maxima(part, dtype).amax(0))
         units = or_one(scales).unsqueeze(1)
         yield scales, (block.to(dtype) / units for block in part)
 
@@ -114,9 +113,10 @@ def _side_by_side(part: list[Tensor], joined: int) -> list[Tensor]:
     return [torch.cat(small, 1), *(block for block in part if block.numel() > joined)]
 
 
-def _scale(blocks: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, ""]:
+def _finite_maxima(blocks: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "blocks n"]:
+    """Largest absolute entry of every row of every block; 0 for a row that is not finite."""
     maxima = torch.stack([absolute_maxima(block).to(dtype) for block in blocks])
-    return power_of_two(maxima.nan_to_num(0.0, 0.0, 0.0).amax())
+    return maxima.nan_to_num(0.0, 0.0, 0.0)
 
 
 def power_of_two(sizes: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Gradients of n tasks of which one exists at a time: their statistics and their weighted sum."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -34,11 +34,10 @@ def weighted_sum(stream: Gradients, weights: Tensor, groups: list[int] | None, /
     total = _zeros(stream)
     for index, (_, gradient) in enumerate(stream.gradients()):
         each = by_leaf(weights[..., index], groups, len(total))
-        for place, (leaf, weight) in enumerate(zip(gradient, each, strict=True)):
-            # 0 · NaN is NaN: a task of weight 0 is left out.
-            part = torch.where(weight == 0, torch.zeros_like(leaf), weight.to(leaf) * leaf)
-            total[place] = total[place] + part
-        del gradient, leaf, part  # before the next one is made
+        # 0 · NaN is NaN: a task of weight 0 is left out.
+        parts = (torch.where(w == 0, 0, w.to(g) * g) for g, w in zip(gradient, each, strict=True))
+        _add(total, parts)
+        del gradient, parts  # before the next one is made
     leaves = tree_leaves(stream.params)
     cast = [a.to(b.dtype) for a, b in zip(total, leaves, strict=True)]
     return tree_unflatten(cast, tree_structure(stream.params))
@@ -52,7 +51,7 @@ def measured_in_two_passes(stream: Gradients, aggregator: Aggregator, /) -> tupl
     active = first.finite if drop else torch.ones_like(first.finite)
     # A gradient of zeros has scale 1 too, which is not to count for the others.
     says = active.reshape(-1, *[1] * (first.scales.ndim - 1)) & (first.squares != 0)
-    sizes = torch.where(says, first.scales, torch.zeros_like(first.scales))
+    sizes = torch.where(says, first.scales, 0)
     scale = or_one(sizes.amax(0))
     shares = sizes / scale
     squared_norms = torch.where(shares == 0, shares, shares.square() * first.squares).movedim(0, -1)
@@ -156,10 +155,10 @@ def _products(
 
 def _kept(gradient: Sequence[Tensor], sound: Tensor) -> list[Tensor]:
     """The gradient, or zeros where its task is not sound."""
-    return [torch.where(sound, leaf, torch.zeros_like(leaf)) for leaf in gradient]
+    return [torch.where(sound, leaf, 0) for leaf in gradient]
 
 
-def _add(total: list[Tensor], part: Sequence[Tensor]) -> None:
+def _add(total: list[Tensor], part: Iterable[Tensor]) -> None:
     """Adds to the total in its place."""
     for mine, leaf in zip(total, part, strict=True):
         mine.add_(leaf)
