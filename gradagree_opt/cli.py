@@ -15,32 +15,35 @@ from typing import Annotated
 from gradagree_opt.stopping import ended_as_by_ctrl_c, status
 
 
-def unavailable(error: ImportError) -> SystemExit:
-    """Says in one sentence which package the command lacks, and how to install or mend it.
+@contextmanager
+def explained() -> Iterator[None]:
+    """Around an import: says in one sentence which package the command lacks, and how to mend it.
 
     Raises:
         ImportError: the error itself, where a module of this library is at fault.
+        SystemExit: with the sentence.
     """
-    if error.name and error.name.startswith("gradagree_opt"):
-        raise error
-    if isinstance(error, ModuleNotFoundError):
-        return SystemExit(
-            f"the gradagree command needs {error.name}: pip install 'gradagree-opt[ablation]', "
-            "or pip install '.[ablation]' in a clone"
-        )
-    reason = str(error).partition("\n")[0]
-    return SystemExit(
-        f"the gradagree command cannot import what it needs: {reason}; "
-        "`python -m gradagree_opt.doctor` names the package and how to mend it"
-    )
+    try:
+        yield
+    except ImportError as error:
+        if error.name and error.name.startswith("gradagree_opt"):
+            raise
+        if isinstance(error, ModuleNotFoundError):
+            raise SystemExit(
+                f"the gradagree command needs {error.name}: pip install 'gradagree-opt[ablation]', "
+                "or pip install '.[ablation]' in a clone"
+            ) from None
+        reason = str(error).partition("\n")[0]
+        raise SystemExit(
+            f"the gradagree command cannot import what it needs: {reason}; "
+            "`python -m gradagree_opt.doctor` names the package and how to mend it"
+        ) from None
 
 
-try:
+with explained():
     import typer
 
     from gradagree_opt.ablation.output import Command
-except ImportError as missing:
-    raise unavailable(missing) from None
 
 ENDS = """\
 Exit status: 0 if all went well; 1 if a run, a file or a package failed; 2 if an argument, a study
@@ -104,10 +107,8 @@ def stopped_in_one_sentence() -> Iterator[None]:
 
 def list_studies(wanted: bool) -> bool:
     if wanted:
-        try:
+        with explained():
             from gradagree_opt.ablation import commands
-        except ImportError as missing:
-            raise unavailable(missing) from None
         commands.list_studies()
         raise typer.Exit
     return wanted
@@ -223,10 +224,8 @@ def ablate(
     If it is interrupted, run the same command again: it picks up where it left off.
     """
     with stopped_in_one_sentence():
-        try:
+        with explained():
             from gradagree_opt.ablation import commands
-        except ImportError as missing:
-            raise unavailable(missing) from None
         commands.run_study(
             study,
             quick=quick,
@@ -265,10 +264,8 @@ def report(
 
     With several studies, show their methods in one table, on the same tasks and seeds.
     """
-    try:
+    with explained():
         from gradagree_opt.ablation import commands
-    except ImportError as missing:
-        raise unavailable(missing) from None
     commands.write_report(folders, out)
 
 
@@ -288,8 +285,6 @@ def cite(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The output folder of a study.")],
 ) -> None:
     """Print a paragraph for a paper's methods section, and BibTeX of exactly what was used."""
-    try:
+    with explained():
         from gradagree_opt.ablation import commands
-    except ImportError as missing:
-        raise unavailable(missing) from None
     commands.print_citation(folder)
