@@ -153,15 +153,9 @@ class Ranks(Messages):
             if draws is not None:
                 statistics = statistics._replace(draws=first_draws)
             self._expect(statistics, len(equal), len(equal) - (total_norm is not None) - is_update)
-            return Measured(
-                statistics,
-                known_bad | ~statistics.finite,
-                groups,
-                signal_is_direction=not apart,
-                total_norm=total_norm,
-                own=own,
-                total=totals[0] if is_update else None,
-            )
+            bad, total = known_bad | ~statistics.finite, totals[0] if is_update else None
+            measured = Measured(statistics, bad, groups, signal_is_direction=not apart, own=own)
+            return measured._replace(total_norm=total_norm, total=total)
 
     def decided(self, parts: list[Tensor], /) -> list[Tensor]:
         """The decision for all ranks: this one's own or, where ranks are unlike, the first one's.
