@@ -120,7 +120,8 @@ def match(parameters: Mapping[str, Tensor], adapted: Parameters, /) -> dict[str,
             raise ValueError(
                 f"expected adapted parameters of the same shapes, found {list(tensor.shape)} for "
                 f"{name!r} of shape {list(parameters[name].shape)}; add the learner adapted from "
-                "the same model, its parameters in the same order"
+                "the same model, its parameters in the same order (of what a vmap has stacked, "
+                "p[i] for task i)"
             )
     if all(_is_same(tensor, parameters[name]) for name, tensor in after.items()):
         raise ValueError(
