@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gradagree_opt.loops.graphs import depends
+from gradagree_opt.loops.graphs import check_outside_vmap, depends
 
 Parameters = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
 """A module, or its parameters by name or in order."""
@@ -43,7 +43,7 @@ def trained(parameters: Mapping[str, Tensor], /) -> dict[str, Tensor]:
     Raises:
         TypeError: one is complex.
         ValueError: there is none, one was computed from other tensors, one occurs twice, or they
-            lie on several devices.
+            lie on several devices or on "meta".
     """
     found = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
     if not found:
@@ -69,6 +69,7 @@ def trained(parameters: Mapping[str, Tensor], /) -> dict[str, Tensor]:
                 f"expected parameters on one device, found {device} in {first_name!r} and "
                 f"{tensor.device} in {name!r}; give each device a TaskBatch of its own"
             )
+        _check_holds_numbers(name, tensor)
         other = names.setdefault(id(tensor), name)
         if other != name:
             raise ValueError(
@@ -91,7 +92,8 @@ def match(parameters: Mapping[str, Tensor], adapted: Parameters, /) -> dict[str,
 
     Raises:
         TypeError: ``adapted`` is neither a module nor tensors.
-        ValueError: these are no adapted parameters of the same model.
+        ValueError: these are no adapted parameters of the same model, or they hold no numbers, or
+            are those of a vmap.
     """
     after = named(adapted)
     has_names = isinstance(adapted, nn.Module | Mapping)
@@ -111,11 +113,15 @@ def match(parameters: Mapping[str, Tensor], adapted: Parameters, /) -> dict[str,
             )
         after = dict(zip(parameters, after.values(), strict=True))
     for name, tensor in after.items():
+        check_outside_vmap(tensor)
+        if not parameters[name].is_meta:
+            _check_holds_numbers(name, tensor)
         if tensor.shape != parameters[name].shape:
             raise ValueError(
                 f"expected adapted parameters of the same shapes, found {list(tensor.shape)} for "
                 f"{name!r} of shape {list(parameters[name].shape)}; add the learner adapted from "
-                "the same model, its parameters in the same order"
+                "the same model, its parameters in the same order (of what a vmap has stacked, "
+                "p[i] for task i)"
             )
     if all(_is_same(tensor, parameters[name]) for name, tensor in after.items()):
         raise ValueError(
@@ -170,6 +176,15 @@ def check_of_adapted(loss: Tensor, adapted: Sequence[Tensor], task: int, /) -> N
         raise ValueError(
             f"expected a loss of the adapted parameters, found one for task {task} that depends on "
             "none of them; add every loss with its own learner, computed after its last inner step"
+        )
+
+
+def _check_holds_numbers(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise ValueError(
+            f"expected parameters that hold numbers, found {name!r} on the device meta; give the "
+            "tensors that the module is called with, and not the empty module (of make_functional, "
+            "or a copy for functional_call)"
         )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node, get_gradient_edge
 
+from gradagree_opt.core.transforms import is_batched
 from gradagree_opt.engines.recomputed import of_reentrant
 
 
@@ -66,6 +67,7 @@ def check_loss(
             f"expected a scalar loss, found {type(loss).__name__} for task {task}; give the tensor "
             "that backward() would be called on"
         )
+    check_outside_vmap(loss)
     if loss.ndim != 0:
         raise ValueError(
             f"expected a scalar loss, found shape {list(loss.shape)} for task {task}; reduce it, "
@@ -80,6 +82,16 @@ def check_loss(
         raise ValueError(
             f"expected a loss with a graph, found one that requires no gradient for task {task}; "
             f"{advice}, outside torch.no_grad()"
+        )
+
+
+def check_outside_vmap(tensor: Tensor, /) -> None:
+    """Raises a ValueError where a tensor of a task is one of a vmap, and dies when that ends."""
+    if is_batched(tensor):
+        raise ValueError(
+            "expected the losses and adapted parameters of each task, found those of all tasks in "
+            "the middle of a vmap; return them from the mapped function, and take task i from what "
+            "vmap returns"
         )
 
 

@@ -241,7 +241,7 @@ def test_a_task_that_is_refused_is_not_counted():
 def test_a_learner_on_another_device_is_not_counted():
     w = torch.tensor([1.0], requires_grad=True)
     batch = ga.TaskBatch([w], ga.GradientAgreement())
-    with pytest.raises(RuntimeError, match="meta"):
+    with pytest.raises(ValueError, match="on the device meta"):
         batch.add((w**2).sum(), adapted=[torch.zeros(1, device="meta")])
     assert len(batch) == 0
     batch.add((w**2).sum())  # of another form: the batch is empty

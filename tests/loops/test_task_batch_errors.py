@@ -1,5 +1,7 @@
 """What TaskBatch refuses as it is made, in one sentence each."""
 
+import copy
+
 import pytest
 import torch
 
@@ -28,6 +30,62 @@ def test_parameters_that_were_computed_from_others(model):
     """A clone in the place of the model: an optimizer steps on none of them."""
     message = "the parameters to train, found 'weight' computed from other tensors; give the model"
     refuses(lambda: ga.TaskBatch(adapted_from(model), ga.Mean()), message)
+
+
+@pytest.fixture
+def empty(model):
+    """The module that make_functional returns, or a copy for functional_call: no numbers in it."""
+    return copy.deepcopy(model).to("meta")
+
+
+EMPTY = "that hold numbers, found '.*' on the device meta; give the tensors that the module is"
+
+
+def test_parameters_of_an_empty_module(empty):
+    refuses(lambda: ga.TaskBatch(empty, ga.Mean()), EMPTY)
+    refuses(lambda: ga.TaskBatch([*empty.parameters()], ga.Mean()), EMPTY)
+    tasks = ga.TaskOptimizer(torch.optim.SGD(empty.parameters(), lr=0.1), ga.Mean())
+    refuses(lambda: tasks.step([loss_of(named(empty))]), EMPTY)
+
+
+@pytest.mark.parametrize("aggregator", [ga.Mean(), ga.GradientAgreement(), ga.EqualAgreement()])
+def test_an_empty_module_as_what_has_adapted(model, empty, aggregator):
+    batch = ga.TaskBatch(model, aggregator)
+    refuses(lambda: batch.add(loss_of(named(model)), adapted=empty), EMPTY)
+    refuses(lambda: batch.add(adapted=empty), EMPTY)
+    assert not len(batch)
+
+
+def test_a_frozen_part_that_is_kept_elsewhere_may_be_empty(model):
+    """As where the base of an adapter is offloaded: its numbers come when it is called."""
+    whole = torch.nn.Sequential(model, torch.nn.Linear(2, 2, device="meta").requires_grad_(False))
+    batch = ga.TaskBatch(whole, ga.Mean())
+    moved = {n: p + 1 if p.requires_grad else p for n, p in whole.named_parameters()}
+    batch.add(adapted=moved)
+    batch.backward()
+    torch.testing.assert_close(model.weight.grad, -torch.ones_like(model.weight))
+
+
+@pytest.mark.parametrize("aggregator", [ga.Mean(), ga.GradientAgreement(), ga.EqualAgreement()])
+@pytest.mark.parametrize("form", ["multi-task", "MAML", "Reptile", "TaskOptimizer"])
+def test_a_task_that_is_added_in_the_middle_of_a_vmap(model, aggregator, form):
+    batch = ga.TaskBatch(model, aggregator)
+    tasks = ga.TaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), aggregator)
+
+    def one(scale):
+        adapted = {name: p * scale for name, p in model.named_parameters()}
+        loss = sum((p**2).sum() for p in adapted.values())
+        if form == "TaskOptimizer":
+            tasks.step([loss])
+        elif form == "Reptile":
+            batch.add(adapted=adapted)
+        else:
+            batch.add(loss, **({"adapted": adapted} if form == "MAML" else {}))
+        return loss
+
+    message = "those of all tasks in the middle of a vmap; return them from the mapped function"
+    refuses(lambda: torch.func.vmap(one)(torch.rand(3)), message)
+    assert not len(batch)
 
 
 def test_a_parameter_that_is_given_twice(model):

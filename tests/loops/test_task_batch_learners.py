@@ -197,6 +197,18 @@ def test_what_one_vmap_has_adapted_is_taken_apart_by_task(part, container, aggre
     assert_filled(module, batch.backward(), expected)
 
 
+@pytest.mark.parametrize("container", [dict, lambda named: [*named.values()]], ids=["dict", "list"])
+@pytest.mark.parametrize("with_loss", [True, False], ids=["MAML", "Reptile"])
+def test_the_stacks_of_all_tasks_in_the_place_of_one_task(container, with_loss):
+    module = Network(CASE.params)
+    own = parameters(module)
+    batch = ga.TaskBatch(container(own), ga.Mean())
+    losses = (loss_fn(own, CASE.task(0)["query"]),) if with_loss else ()
+    stacks = container({name: torch.stack([p * 2, p * 3]) for name, p in own.items()})
+    with pytest.raises(ValueError, match=r"\(of what a vmap has stacked, p\[i\] for task i\)"):
+        batch.add(*losses, adapted=stacks)
+
+
 @pytest.mark.parametrize("part", [TAKEN_APART["views by index"], TAKEN_APART["unbound"]])
 def test_views_of_what_another_model_has_adapted_are_refused(part):
     module, other = Network(CASE.params), Network(CASE.params)
