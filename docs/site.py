@@ -61,7 +61,9 @@ def tour() -> str:
     """docs/tour.py as a page: its comments are the prose, the rest is code."""
     text = (ROOT / "docs/tour.py").read_text("utf-8")
     head, *cells = re.split(r"^# %%", text, flags=re.MULTILINE)
-    page = ["# A tour in ten minutes", "", head.split('"""')[1].strip(), ""]
+    _, introduction, imports = head.split('"""')
+    page = ["# A tour in ten minutes", "", introduction.strip(), ""]
+    page += ["```python", imports.strip(), "```", ""]
     for cell in cells:
         title, _, body = cell.strip("\n").partition("\n")
         prose = re.match(r"(?:#.*\n)*", body)
@@ -101,8 +103,11 @@ def on_page_markdown(markdown: str, *, page: Any, files: Files, **_: Any) -> str
         return f"{mark}[{text}]({relative}{anchor})"
 
     parts = CODE.split(fenced(markdown))
-    texts = (part if CODE.fullmatch(part) else unbroken(LINK.sub(mend, part)) for part in parts)
-    return "".join(texts)
+    text = "".join(part if CODE.fullmatch(part) else LINK.sub(mend, part) for part in parts)
+    if here.startswith("results/"):  # without headings, and with tables as wide as the screen
+        page.meta["hide"] = ["toc"]
+        return f"# {page.file.name.title()} of {here.split('/')[1]}\n\n{text}"
+    return unbroken(text)
 
 
 def unbroken(markdown: str) -> str:
@@ -134,7 +139,7 @@ def in_markdown(docstring: str) -> str:
         return "\n".join(f"{item[1]}{name}: {item[3]}" for name in item[2].split(", "))
 
     text = re.sub(r":\w+:`(?:~[\w.]*\.)?([\w.]+)`", r"`\1`", docstring)
-    return fenced(re.sub(r"(?m)^( +)((?:\w+, )+\w+): (.*(?:\n\1 +\S.*)*)", alone, text))
+    return fenced(re.sub(r"(?m)^( +)((?:[a-z]\w*, )+[a-z]\w*): (.*(?:\n\1 +\S.*)*)", alone, text))
 
 
 class Docstrings(griffe.Extension):

@@ -130,6 +130,13 @@ def test_docstrings_are_shown_as_they_are_meant(site: Path) -> None:
     assert len(returns) > 10 and {each.count("doc-section-item") for each in returns} == {1}
 
 
+def test_the_tour_on_the_site_is_the_whole_script() -> None:
+    page = runpy.run_path(str(DOCS / "site.py"))["tour"]()
+    shown = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    meant = ast.parse((DOCS / "tour.py").read_text("utf-8"))
+    assert ast.dump(ast.Module(meant.body[1:], [])) == ast.dump(ast.parse(shown))
+
+
 @pytest.mark.slow
 def test_an_interval_stays_beside_its_number(site: Path) -> None:
     shown = (site / "results.html").read_text("utf-8")
