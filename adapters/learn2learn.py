@@ -31,11 +31,12 @@ from gradagree_opt.loops.over_ranks import Used
 from gradagree_opt.meta.steps import LearnerLoss, MetaStep, check_tasks
 from gradagree_opt.one_process import check_one_process
 from gradagree_opt.options import check_count
-from gradagree_opt.tasks.tasksets import Tasksets
 
 require("learn2learn")
 
 from learn2learn.algorithms import GBML, MAML, MetaSGD  # noqa: E402 - require says how to install it
+
+from gradagree_opt.tasks.tasksets import Tasksets  # noqa: E402 - needs NumPy, as learn2learn does
 
 __all__ = ["Tasksets", "meta_step"]
 

@@ -61,7 +61,9 @@ def tour() -> str:
     """docs/tour.py as a page: its comments are the prose, the rest is code."""
     text = (ROOT / "docs/tour.py").read_text("utf-8")
     head, *cells = re.split(r"^# %%", text, flags=re.MULTILINE)
-    page = ["# A tour in ten minutes", "", head.split('"""')[1].strip(), ""]
+    _, introduction, imports = head.split('"""')
+    page = ["# A tour in ten minutes", "", introduction.strip(), ""]
+    page += ["```python", imports.strip(), "```", ""]
     for cell in cells:
         title, _, body = cell.strip("\n").partition("\n")
         prose = re.match(r"(?:#.*\n)*", body)
@@ -101,7 +103,16 @@ def on_page_markdown(markdown: str, *, page: Any, files: Files, **_: Any) -> str
         return f"{mark}[{text}]({relative}{anchor})"
 
     parts = CODE.split(fenced(markdown))
-    return "".join(part if CODE.fullmatch(part) else LINK.sub(mend, part) for part in parts)
+    text = "".join(part if CODE.fullmatch(part) else LINK.sub(mend, part) for part in parts)
+    if here.startswith("results/"):  # without headings, and with tables as wide as the screen
+        page.meta["hide"] = ["toc"]
+        return f"# {page.file.name.title()} of {here.split('/')[1]}\n\n{text}"
+    return unbroken(text)
+
+
+def unbroken(markdown: str) -> str:
+    """Numbers with their intervals, which no line break parts."""
+    return re.sub(r"(?<=\d) ± (?=\d)", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}", markdown)
 
 
 def fenced(markdown: str) -> str:
@@ -121,9 +132,19 @@ def fenced(markdown: str) -> str:
     return "\n".join([*found, "```"] if shown else found)
 
 
-class Doctests(griffe.Extension):
-    """Shows the doctests of docstrings as code."""
+def in_markdown(docstring: str) -> str:
+    """A docstring without Sphinx's roles, a line for each of several names, its doctests fenced."""
+
+    def alone(item: re.Match[str]) -> str:
+        return "\n".join(f"{item[1]}{name}: {item[3]}" for name in item[2].split(", "))
+
+    text = re.sub(r":\w+:`(?:~[\w.]*\.)?([\w.]+)`", r"`\1`", docstring)
+    return fenced(re.sub(r"(?m)^( +)((?:[a-z]\w*, )+[a-z]\w*): (.*(?:\n\1 +\S.*)*)", alone, text))
+
+
+class Docstrings(griffe.Extension):
+    """Shows docstrings as Markdown."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
-            obj.docstring.value = fenced(obj.docstring.value)
+            obj.docstring.value = in_markdown(obj.docstring.value)

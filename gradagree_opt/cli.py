@@ -251,7 +251,7 @@ def ablate(
 def report(
     folders: Annotated[
         list[Path],
-        typer.Argument(metavar="DIR...", help="The output folder of a finished study, or several."),
+        typer.Argument(help="The output folder of a finished study, or several."),
     ],
     out: Annotated[
         Path | None,
@@ -282,7 +282,7 @@ def doctor() -> None:
 
 @app.command(epilog=examples("gradagree cite runs/sine", "gradagree cite runs/sine > methods.md"))
 def cite(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The output folder of a study.")],
+    folder: Annotated[Path, typer.Argument(help="The output folder of a study.")],
 ) -> None:
     """Print a paragraph for a paper's methods section, and BibTeX of exactly what was used."""
     with explained():

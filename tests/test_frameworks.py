@@ -104,13 +104,19 @@ def test_a_broken_import_is_told_from_a_missing_framework(
     assert str(raised.value).endswith(f'mend it with: pip install {options}"fake-package>=2.1"')
 
 
+@pytest.mark.parametrize("name", ["higher", "learn2learn", "lightning", "torchjd", "torchopt"])
 def test_an_adapter_without_its_framework_names_the_command(
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "lightning", None)
-    monkeypatch.delitem(sys.modules, "gradagree_opt.adapters.lightning", raising=False)
-    with pytest.raises(ImportError, match=r'found none; .*pip install "lightning>=2\.5"'):
-        __import__("gradagree_opt.adapters.lightning")
+    """Where its framework's own dependencies are missing too, as in an environment of PyTorch."""
+    for missing in (name, "numpy"):
+        monkeypatch.setitem(sys.modules, missing, None)
+    for ours in (f"adapters.{name}", "tasks.tasksets"):
+        monkeypatch.delitem(sys.modules, f"gradagree_opt.{ours}", raising=False)
+    with pytest.raises(ImportError) as raised:
+        __import__(f"gradagree_opt.adapters.{name}")
+    command = FRAMEWORKS[name].install_command()
+    assert str(raised.value).endswith(f"found none; install it with: {command}")
 
 
 def test_a_reinstallation_leaves_the_dependencies_alone() -> None:

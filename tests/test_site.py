@@ -119,6 +119,31 @@ def test_every_public_name_is_in_the_reference(pages: dict[Path, Page], site: Pa
                 assert set(ast.literal_eval(node.value)) <= last, file.stem
 
 
+@pytest.mark.slow
+def test_docstrings_are_shown_as_they_are_meant(site: Path) -> None:
+    text = (site / "api.html").read_text("utf-8")
+    assert not re.search(r":(class|data|func|meth|mod):", text)
+    assert not re.search(
+        r"<code>\w+, [\w, ]+</code>", text
+    )  # a row of two parameters has no default
+    returns = re.findall(r"Returns:</span></p>\s*<table>(.*?)</table>", text, re.DOTALL)
+    assert len(returns) > 10 and {each.count("doc-section-item") for each in returns} == {1}
+
+
+def test_the_tour_on_the_site_is_the_whole_script() -> None:
+    page = runpy.run_path(str(DOCS / "site.py"))["tour"]()
+    shown = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    meant = ast.parse((DOCS / "tour.py").read_text("utf-8"))
+    assert ast.dump(ast.Module(meant.body[1:], [])) == ast.dump(ast.parse(shown))
+
+
+@pytest.mark.slow
+def test_an_interval_stays_beside_its_number(site: Path) -> None:
+    shown = (site / "results.html").read_text("utf-8")
+    assert re.findall(r"\d ± \d", (DOCS / "results.md").read_text("utf-8"))
+    assert not re.findall(r"\d ± \d", shown)
+
+
 def test_the_page_of_messages_is_that_of_the_source() -> None:
     shown = (DOCS / "troubleshooting.md").read_text("utf-8")
     assert shown == TROUBLES["page"](), "run: python docs/troubleshooting.py"

@@ -20,7 +20,7 @@ TUNING_SEEDS = [101, 102, 103]
 DIVERGED = 1.0  # mean squared error; no trained network comes near it
 LOOKS = {
     "equal agreement": ("Equal Agreement", COLOURS[1], "o"),
-    "mean at equal agreement's length": ("the mean at its length", COLOURS[2], "^"),
+    "mean at equal agreement's length": ("the mean at Equal Agreement's length", COLOURS[2], "^"),
     "mean": ("the mean", INK, "s"),
     "agreement": ("Gradient Agreement", COLOURS[0], "D"),
 }

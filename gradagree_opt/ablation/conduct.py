@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,8 +49,8 @@ class Results:
     """
 
     folder: Path
-    report: Report
-    config: Config
+    report: Report = field(repr=False)
+    config: Config = field(repr=False)
 
     @property
     def runs(self) -> pd.DataFrame:

@@ -126,7 +126,8 @@ def match(parameters: Mapping[str, Tensor], adapted: Parameters, /) -> dict[str,
     if all(_is_same(tensor, parameters[name]) for name, tensor in after.items()):
         raise ValueError(
             "expected adapted parameters, found the parameters of the batch themselves; add the "
-            "learner, before its original parameters are recovered"
+            "learner that was adapted to the task, with TorchOpt before its original parameters "
+            "are recovered"
         )
     return after
 

@@ -111,8 +111,8 @@ class TaskOptimizer:
         """
         raise TypeError(
             "expected an optimizer that is stepped without losses, as by Lightning, found "
-            "TaskOptimizer; give the wrapped one, as configure_optimizers does, with "
-            "AgreementCallback or ManualTaskBatch for the tasks"
+            "TaskOptimizer; return the wrapped one from configure_optimizers, and give the tasks "
+            "to AgreementCallback or ManualTaskBatch"
         )
 
     defaults = state

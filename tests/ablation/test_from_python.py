@@ -22,6 +22,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_from_python_as_from_the_command(write_study: WriteStudy, finished: Path) -> None:
     results = ablate(finished.parent / "tiny.yaml", out="out", jobs=1)
     assert isinstance(results, Results) and results.folder == Path("out")
+    assert repr(results) == f"Results(folder={results.folder!r})"
     for name, table in (("results.csv", results.runs), ("table.csv", results.table)):
         assert Path("out", name).read_text() == table.to_csv(index=False)
     assert Path("out/results.csv").read_bytes() == (finished / "results.csv").read_bytes()

@@ -40,6 +40,7 @@ def run(output: Path, *arguments: str, **variables: str) -> int:
 def test_the_help_of_every_command_has_an_example_of_it(name: str) -> None:
     shown = CliRunner().invoke(app, [name, "--help"], terminal_width=100).stdout
     assert re.search(rf"^ *gradagree {name}\b", shown.partition("Examples:")[2], re.MULTILINE)
+    assert not re.search(r"\.{3}\S*\.{3}", shown)  # of several folders, said once
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
