@@ -150,9 +150,8 @@ def _is_empty(holder: object) -> bool:
 
 
 def _fsdp_modules(module: object) -> list[Any]:
-    parts = getattr(_imported("torch.distributed.fsdp"), "FSDPModule", ())
     modules = module.modules() if isinstance(module, nn.Module) else ()
-    return [each for each in modules if isinstance(each, parts)]
+    return [each for each in modules if isinstance(each, _fsdp_classes("FSDPModule"))]
 
 
 def _check_sends_nothing(wrapper: nn.parallel.DistributedDataParallel) -> None:
@@ -181,10 +180,15 @@ def _wrappers(*, sharded: bool) -> tuple[type, ...]:
 
     ``sharded``: those of FSDP2 among them.
     """
-    fsdp = _imported("torch.distributed.fsdp")
     names = ("FullyShardedDataParallel", "FSDPModule")[: 1 + sharded]
-    classes = [getattr(fsdp, name) for name in names if hasattr(fsdp, name)]
-    return (nn.parallel.DistributedDataParallel, *classes)
+    return (nn.parallel.DistributedDataParallel, *_fsdp_classes(*names))
+
+
+def _fsdp_classes(*names: str) -> tuple[type, ...]:
+    """Those that are there, of what has been imported; FSDP2 has its public name from 2.6 on."""
+    rooms = ("torch.distributed.fsdp", "torch.distributed._composable.fsdp")
+    modules = [_imported(room) for room in rooms]
+    return tuple(getattr(each, name) for each in modules for name in names if hasattr(each, name))
 
 
 def _imported(name: str) -> ModuleType | None:

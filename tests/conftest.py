@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("compiled"):
+    if item.get_closest_marker("compiled") or item.get_closest_marker("compiles"):
         from gradagree_opt.engines.compilation import COMPILES_FROM
 
         if torch.__version__ < COMPILES_FROM:

@@ -53,7 +53,10 @@ def sharded(call):
     call({n: distribute_tensor(p, mesh, [Shard(0)]) for n, p in params.items()})
 
 def fully_sharded():
-    from torch.distributed.fsdp import fully_shard
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:  # PyTorch 2.5
+        from torch.distributed._composable.fsdp import fully_shard
     ga.TaskBatch(fully_shard(nn.Linear(2, 2)), agree)
 
 params = {n: p.detach() for n, p in module.named_parameters()}

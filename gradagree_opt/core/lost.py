@@ -146,4 +146,6 @@ def _keys(word: str, group: Any) -> list[int]:
 
 def _store(group: Any) -> Any:
     group = torch.distributed.group.WORLD if group is None else group
+    if not hasattr(group, "get_group_store"):  # before PyTorch 2.6
+        return torch.distributed.distributed_c10d._get_process_group_store(group)
     return group.get_group_store()

@@ -83,6 +83,7 @@ def test_a_loss_that_is_no_real_number_is_refused(step, dtype):
         step(lambda w, x: (w * x).sum().to(dtype))
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("loss", [own_parameters, detached, constant, without_grad, of_the_data])
 @pytest.mark.parametrize(
     "step",

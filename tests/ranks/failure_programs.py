@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import gradagree_opt as ga
+from gradagree_opt.engines.compilation import COMPILES_FROM
+
+COMPILES = torch.__version__ >= COMPILES_FROM
 
 
 def unlike() -> None:
@@ -190,9 +193,10 @@ def failures() -> None:
         ga.aggregate_gradients(broken, PARAMS, x, agree)
     with refused("own mistake" if last == RANK else f"rank {last}"):
         ga.Reptile(broken, ga.InnerSGD(0.1, 1)).step(PARAMS, {"support": x}, agree)
-    compiled = ga.Reptile(loss_of, ga.InnerSGD(0.1, 1), compile=last == RANK)
-    with refused("compile=False" if last == RANK else f"rank {last}"):
-        compiled.step(PARAMS, {"support": x}, agree)
+    if COMPILES:
+        compiled = ga.Reptile(loss_of, ga.InnerSGD(0.1, 1), compile=last == RANK)
+        with refused("compile=False" if last == RANK else f"rank {last}"):
+            compiled.step(PARAMS, {"support": x}, agree)
     late_failure(agree, last, x, 1)
     for passes in (1, 2):
         late_failure(ga.distributed(ga.Mean(match_norm="agreement")), last, x, passes)
@@ -278,11 +282,10 @@ def refusals() -> None:
     assert repr(spread) == repr(agree) and type(spread) is type(agree)
     ddp = nn.parallel.DistributedDataParallel(Model())
     with_message(lambda: ga.TaskBatch(ddp, agree), "the module that it wraps")
-    maml = ga.MAML(loss_of, ga.InnerSGD(0.1, 1), compile=True)
     x = {"support": torch.randn(1, 2, 3), "query": torch.randn(1, 2, 3)}
-    with_message(lambda: maml.step(PARAMS, x, spread), "compile=False")
-    reptile = ga.Reptile(loss_of, ga.InnerSGD(0.1, 1), compile=True)
-    with_message(lambda: reptile.step(PARAMS, x, spread), "compile=False")
+    for make in (ga.MAML, ga.Reptile) if COMPILES else ():
+        compiled = make(loss_of, ga.InnerSGD(0.1, 1), compile=True)
+        with_message(lambda compiled=compiled: compiled.step(PARAMS, x, spread), "compile=False")
     with refused("those of vmap"):
         torch.func.vmap(ga.distributed(ga.Sum(nonfinite="propagate")))(torch.ones(2, 3, 4))
     for engine in ("streamed", "matrix_free"):

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -83,7 +84,9 @@ def parameters(folder: Path, step: int = STEPS) -> dict[str, Tensor]:
     path = folder / f"step-{step:06d}"
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     state = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in metadata.items()}
-    dcp.load(state, checkpoint_id=path, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it loads in a single process
+        dcp.load(state, checkpoint_id=path)
     return state
 
 

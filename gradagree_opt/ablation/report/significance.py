@@ -1,6 +1,7 @@
 """Means over seeds with Student-t intervals; differences paired by seed, their tests and size."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,10 +9,16 @@ import numpy as np
 from scipy import special
 
 LEVEL = 0.95
+HUGE = 1e5
+"""Numbers from here on are written as 1.234e+05: their decimals say nothing."""
 
 
 class Interval(NamedTuple):
-    """A mean and the half width of its 95 % interval, NaN for a single value."""
+    """A mean and the half width of its 95 % interval, NaN for a single value.
+
+    >>> f"{Interval(2.0, 0.5):.2f}, {Interval(1152133632.245, 99999.0):+.2f}"
+    '2.00 ± 0.50, +1.152e+09 ± 99999.00'
+    """
 
     mean: float
     half_width: float
@@ -22,10 +29,14 @@ class Interval(NamedTuple):
     def __format__(self, spec: str) -> str:
         if not math.isfinite(self.mean):
             return "diverged"
-        mean = format(self.mean, spec)
+        mean = _number(self.mean, spec)
         if math.isnan(self.half_width):
             return mean
-        return f"{mean} ± {format(self.half_width, spec.lstrip('+'))}"
+        return f"{mean} ± {_number(self.half_width, spec.lstrip('+'))}"
+
+
+def _number(value: float, spec: str) -> str:
+    return format(value, spec if abs(value) < HUGE else re.sub(r"\..*", ".3e", spec))
 
 
 def interval(values: Sequence[float], /) -> Interval:

@@ -98,6 +98,7 @@ def no_compiler(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]
         yield "none" if request.param == "absent" else "one that fails (error: no Python.h)"
 
 
+@pytest.mark.compiles
 def test_without_a_compiler_a_study_goes_on_uncompiled_after_one_sentence(
     study: Study, no_compiler: str
 ) -> None:
@@ -116,6 +117,7 @@ def test_a_study_that_does_not_compile_needs_no_compiler(study: Study) -> None:
     assert warnings == []
 
 
+@pytest.mark.compiles
 def test_without_a_compiler_a_study_that_wants_one_is_refused_before_anything_is_written(
     write_study: Callable[..., Path], tmp_path: Path, no_compiler: str
 ) -> None:
@@ -134,6 +136,7 @@ def test_with_a_compiler_both_are_compiled(study: Study) -> None:
         assert compiles(study.model_copy(update=changes), pytest.fail)
 
 
+@pytest.mark.compiles
 def test_the_workers_do_as_the_parent_has_decided_under_the_keys_of_the_study(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,7 @@ def test_a_run_is_the_plain_loop_with_torchjd(study: Study, name: str) -> None:
     assert record.curve[-1].iteration == study.iterations
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("name", ["UPGrad", "PCGrad", "GradDrop"])
 def test_a_maml_study_asked_to_compile_trains_them_as_they_are(study: Study, name: str) -> None:
     study = study.model_copy(update={"form": MAMLForm(kind="maml"), "compile": True})
