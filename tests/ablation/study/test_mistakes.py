@@ -230,6 +230,22 @@ def test_an_unknown_name_is_answered_with_the_nearest_one_or_all() -> None:
         load("x")
 
 
+@pytest.mark.parametrize("text", ["hidden: " + 9999 * "x", f"hidden: [[{9999 * '1, '}]]"])
+def test_of_a_long_value_the_beginning_is_told(study_file: Path, text: str) -> None:
+    with pytest.raises(StudyError) as caught:
+        load(str(edited(study_file, "hidden: [8]", text)))
+    assert text[8:100].strip("[]") in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_of_a_text_that_is_no_study_the_beginning_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "novel.yaml"
+    path.write_text("It was a dark night, and " * 1000)
+    with pytest.raises(StudyError, match="the keys of a study, found 'It was") as caught:
+        load(str(path))
+    assert len(str(caught.value)) < 500
+
+
 def test_a_folder_is_no_study_file(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"is a folder; give a study file, as .*config\.json$"):
         load(str(tmp_path))
