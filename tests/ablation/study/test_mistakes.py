@@ -36,6 +36,13 @@ def corruption(keys: str) -> tuple[str, str]:
         ("activation: tanh", "activation: gelu", 4, "'relu' or 'tanh', found \"gelu\""),
         ("kind: sine,", "kind: grouped, dataset: Loblolly,", 3, "'Spruce'"),
         (*corruption("kind: noise, fraction: 0.3"), 6, "'shuffled_labels'"),
+        ("  lr: 0.02\n", "  lr: 1e300\n", 7, "found 1e+300"),
+        (*corruption("kind: flipped, fraction: 0.5, scale: 1e300"), 6, "found 1e+300"),
+        (
+            *corruption("kind: outlier_scale, fraction: 0.5, scale: -1e39"),
+            6,
+            "found -1e+39",
+        ),
         (*corruption("kind: shuffled_labels, fraction: 0"), 6, "greater than 0, found 0"),
         (*corruption("kind: shuffled_labels, fraction: []"), 6, "at least 1 in the list, found 0"),
         (
