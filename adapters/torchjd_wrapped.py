@@ -116,15 +116,24 @@ class OfGramian:
         assert statistics.gramian is not None
         active = statistics.active.nonzero().flatten()
         weights = torch.zeros_like(statistics.row_sums)
+        unsolved = False
         if len(active):
             gramian = statistics.gramian[active][:, active]
             if self.scale_free:
                 gramian = gramian / or_one(gramian.diagonal().amax())
             else:
                 gramian = gramian * statistics.scale * statistics.scale
-            sound = gramian.isfinite().all()  # TorchJD's solvers would stop at what is not
-            weights[active] = self.weigh(gramian).to(weights) if sound else torch.nan
-        return weightings.plain_decision(weights, statistics)
+            if not gramian.isfinite().all():  # TorchJD's solvers would stop at it
+                weights[active] = torch.nan
+            else:
+                try:
+                    weights[active] = _answer(self.weigh, gramian).to(weights)
+                except ValueError:  # of zeros NashMTL makes NaN, which its solver refuses
+                    unsolved = not gramian.any()
+                    if not unsolved:
+                        raise
+        decision = weightings.plain_decision(weights, statistics)
+        return decision._replace(degenerate=torch.full_like(decision.degenerate, unsolved))
 
 
 @dataclass(frozen=True)
@@ -172,13 +181,24 @@ class OfMatrix(OurAggregator):
         )
         matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
         if matrix.isfinite().all():
-            vector = self.torchjd(matrix)
+            vector = _answer(self.torchjd, matrix)
         else:
             vector = torch.full_like(matrix[0], torch.nan)  # TorchJD's solvers would stop at it
         leaves = tree_leaves(directions[0])
         parts = vector.split_with_sizes([leaf.numel() for leaf in leaves])
         shaped = [p.reshape(leaf.shape).to(leaf) for p, leaf in zip(parts, leaves, strict=True)]
         return tree_unflatten(shaped, tree_structure(directions[0]))
+
+
+def _answer(ask: Callable[[Tensor], Tensor], tasks: Tensor) -> Tensor:
+    """What TorchJD answers, or a ValueError of one sentence: cvxpy's names no task."""
+    try:
+        return ask(tasks)
+    except ValueError as error:
+        raise ValueError(
+            f"expected tasks that TorchJD's aggregator can weigh, found {len(tasks)} of which it "
+            f"says {str(error).rstrip('.')!r}; give it the number of tasks that it is made for"
+        ) from error
 
 
 def _root(gramian: Tensor) -> Tensor:

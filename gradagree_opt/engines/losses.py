@@ -49,7 +49,8 @@ class ScalarLoss:
     tasks; elsewhere, one task among others may have a constant loss.
 
     Raises:
-        TypeError: it is no function, or a module that takes its inputs and not its parameters.
+        TypeError: it is no function, or a module that takes its inputs and not its parameters; when
+            called, a loss of PyTorch's own on something other than two tensors.
     """
 
     def __init__(self, loss_fn: LossFn, /) -> None:
@@ -61,9 +62,17 @@ class ScalarLoss:
                 "torch.func.functional_call(module, params, …) and returns a scalar tensor"
             )
         self.loss_fn = loss_fn
+        self._of_tensors = _is_of_torch_nn(loss_fn)
 
     def __call__(self, params: PyTree, batch: PyTree, /) -> Tensor:
         """The loss of one task."""
+        if self._of_tensors and not (isinstance(params, Tensor) and isinstance(batch, Tensor)):
+            name = getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__)
+            raise TypeError(
+                "expected loss_fn to be a function of (params, batch), found torch.nn's, which "
+                f"takes tensors: {name}; give loss_fn(params, batch), which calls the model as "
+                "torch.func.functional_call(module, params, …) and then the loss of its outputs"
+            )
         with no_data_set():
             loss: object = self.loss_fn(params, batch)
         if not isinstance(loss, Tensor) or loss.ndim != 0:
@@ -108,6 +117,14 @@ def takes_two(function: Callable[..., object], /) -> bool:
     except ValueError:  # what is written in C need not say
         return True
     return True
+
+
+def _is_of_torch_nn(function: Callable[..., object], /) -> bool:
+    """Whether it is written in torch.nn, whose modules and functions know no parameters by name."""
+    function = getattr(function, "forward", function)
+    return getattr(function, "__module__", "").startswith(
+        ("torch.nn.modules.", "torch.nn.functional")
+    )
 
 
 def _has_graph(value: object) -> bool:

@@ -143,6 +143,41 @@ def test_batch_without_a_finite_task_gives_a_zero_update(name):
     assert torch.equal(aggregator(torch.full((3, 2), torch.nan)), torch.zeros(2))
 
 
+# -- tasks that TorchJD does not take --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("of", ["gradients", "displacements"])
+def test_a_batch_without_any_signal_is_a_zero_update(name, of):
+    aggregator, zeros = from_torchjd(make(name)), torch.zeros(4, 5)
+    if of == "gradients":
+        result = seeded(aggregator.aggregate, zeros)
+    else:  # every task is solved: its inner and its outer gradients are zero
+        maml = ga.MAML(lambda w, x: (w - x).square().sum(), ga.InnerSGD(0.1, 1))
+        result = maml.step(zeros[0], {"support": zeros, "query": zeros}, aggregator)
+    assert torch.equal(result.update, zeros[0])
+
+
+def test_nash_mtl_tells_a_batch_without_any_signal_and_goes_on_as_before_it():
+    aggregator = from_torchjd(make("NashMTL"))
+    result = aggregator.aggregate(torch.zeros(4, 12, dtype=torch.float64))
+    assert result.diagnostics.degenerate
+    assert torch.equal(result.weights, torch.zeros(4, dtype=torch.float64))
+    result = aggregator.aggregate(matrix())
+    assert not result.diagnostics.degenerate
+    assert_same(result.update, make("NashMTL")(matrix()), 1e-9)
+
+
+@pytest.mark.parametrize(
+    "aggregator",
+    [lambda: make("NashMTL"), lambda: jd.Constant(torch.ones(4)), lambda: jd.TrimmedMean(2)],
+    ids=["NashMTL", "Constant", "TrimmedMean"],
+)
+def test_another_number_of_tasks_is_refused_in_one_sentence(aggregator):
+    with pytest.raises(ValueError, match=r"^expected tasks .*, found 3 of .*; give it the number"):
+        from_torchjd(aggregator()).aggregate(matrix(n=3))
+
+
 # -- misuse ----------------------------------------------------------------------------------------
 
 

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gradagree_opt.ablation import ablate
 from gradagree_opt.ablation.runs import sweep
 from gradagree_opt.ablation.runs.sweep import tuning_runs
+from gradagree_opt.ablation.section import StudyError
 from gradagree_opt.ablation.study.loading import load
+from gradagree_opt.ablation.training import trial
 from gradagree_opt.ablation.training.run import Run
 from gradagree_testing.command import contents, gradagree
 
@@ -163,6 +166,11 @@ def test_a_dry_run_counts_the_rates_beyond_an_edge(tmp_path: Path) -> None:
         ("meta_batch: 3", f"meta_batch: {10**12}", "expected less than or equal to 10000, found"),
         ("hidden: [8]", f"hidden: [{10**19}]", "expected less than or equal to 1000000000, found"),
         ("hidden: [8]", f"hidden: [1000000, {10**9}]", "expected a study that fits into memory"),
+        (
+            "hidden: [8]",
+            f"hidden: {[10**9] * 3}",
+            "fits into memory, found a network of 2e+18 param",
+        ),
         ("support_shots: 10}", f"support_shots: {10**13}}}", "can't allocate memory"),
     ],
 )
@@ -173,3 +181,43 @@ def test_sizes_that_no_machine_holds_are_refused_in_one_sentence(
     result = run(tiny, "--out", tmp_path / "out", "--dry-run")
     assert result.exit_code == 2
     assert words in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "networks"),
+    [
+        (("", ""), 13),  # its own, and that of each of the 12 tasks of a test
+        (("tasks: 10, steps: 1", "tasks: 20, steps: 1"), 21),  # that rates are chosen by
+        (("tasks: 10, steps: 1", "tasks: 20, steps: 0"), 13),
+        (("{kind: reptile}", "{kind: anil}"), 1),
+    ],
+)
+def test_a_network_is_refused_from_the_memory_on_that_it_takes(
+    change: tuple[str, str], networks: int, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_text(TINY.replace("support_shots: 10}", "support_shots: 10, query_shots: 5}", 1))
+    tiny.write_text(tiny.read_text().replace(*change))
+    study = load(str(tiny))
+    bytes_needed = networks * 4 * (8 + 8 + 8 + 1)
+    monkeypatch.setattr(trial, "memory_of", lambda _: bytes_needed)
+    trial.check_memory(study, torch.device("cpu"))
+    monkeypatch.setattr(trial, "memory_of", lambda _: bytes_needed - 1)
+    with pytest.raises(StudyError, match="a network of 25 parameters, which takes"):
+        trial.check_memory(study, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "model", [f"{{kind: mlp, hidden: [{10**8}]}}", f"{{kind: mlp, hidden: {[10**9] * 3}}}"]
+)
+def test_of_a_network_that_is_too_large_nothing_is_allocated(
+    model: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_text(TINY.replace("{kind: mlp, hidden: [8], activation: tanh}", model))
+    monkeypatch.setattr(trial, "memory_of", lambda _: 2**30)
+    made = []
+    monkeypatch.setattr(sweep, "build_problem", lambda *_: made.append(True))
+    result = run(tiny, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "fits into memory, found a network of" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not made and not (tmp_path / "out").exists()

@@ -76,6 +76,46 @@ def test_a_loss_of_no_parameter_is_refused(step, loss):
     step(lambda w, x: loss(w, x) + (w * x).square().sum())
 
 
+class OwnSquares(nn.MSELoss):
+    """Of the parameters and the batch, though its parent is not."""
+
+    def forward(self, params, batch):
+        return super().forward(params["w"] * batch["x"], torch.zeros_like(batch["x"]))
+
+
+OF_TENSORS = [nn.MSELoss(), nn.CrossEntropyLoss(), nn.Bilinear(2, 2, 1), nn.functional.mse_loss]
+
+
+@pytest.mark.parametrize("loss", OF_TENSORS, ids=["MSE", "CrossEntropy", "Bilinear", "mse_loss"])
+def test_a_loss_of_torch_is_refused_where_a_model_has_to_come_first(loss):
+    params, x = {"w": W}, {"x": X}
+    sgd, tasks = ga.InnerSGD(0.1, 1), {"support": x, "query": x}
+    rates = {"params": params, "lr": {"w": torch.ones(2)}}
+    for step in (
+        lambda: ga.aggregate_gradients(loss, params, x, AGREE),
+        lambda: ga.aggregate_gradients(loss, params, x, AGREE, engine="streamed"),
+        lambda: ga.aggregate_gradients(loss, W, x, AGREE, engine="matrix_free"),
+        lambda: ga.task_gradients(loss, params, X, chunk_size=1),
+        lambda: ga.MAML(loss, sgd).step(params, tasks, AGREE),
+        lambda: ga.Reptile(loss, sgd).adapt(params, {"x": X[0]}),
+        lambda: ga.Reptile(loss, sgd).step(params, tasks, AGREE),
+        lambda: ga.MetaSGD(loss, 1).step(rates, tasks, AGREE),
+    ):
+        with pytest.raises(TypeError, match=r"of \(params, batch\), found torch.nn.s, .*; give"):
+            step()
+
+
+def test_a_loss_of_torch_is_taken_where_parameters_and_batch_are_its_tensors():
+    found = ga.aggregate_gradients(nn.MSELoss(), W, X, ga.Mean()).update
+    torch.testing.assert_close(found, (W - X).mean(0))
+
+
+def test_a_loss_made_of_one_of_torch_is_taken():
+    expected = ga.aggregate_gradients(lambda w, x: (w * x).square().mean(), W, X, AGREE)
+    found = ga.aggregate_gradients(OwnSquares(), {"w": W}, {"x": X}, AGREE)
+    torch.testing.assert_close(found.update["w"], expected.update, rtol=0, atol=0)
+
+
 @each_step
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
 def test_a_loss_that_is_no_real_number_is_refused(step, dtype):

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from functools import cached_property
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, ClassVar
@@ -79,6 +80,8 @@ class Processes:
         self.busy: dict[Future[Found], Process] = {}
 
     def submit(self, task: Task, /) -> "Future[Found]":
+        if hasattr(signal, "pthread_sigmask"):  # starting, it would let Ctrl-C through in the block
+            resource_tracker.ensure_running()
         with uninterrupted():  # or a process could be at work that is not among the busy
             return self._submit(task)
 

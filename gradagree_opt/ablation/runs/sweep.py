@@ -25,7 +25,7 @@ from gradagree_opt.ablation.training.grouping import compiles, group_size
 from gradagree_opt.ablation.training.problem import build_problem, data_digest
 from gradagree_opt.ablation.training.run import DamagedRecordError, Run, RunRecord, Store
 from gradagree_opt.ablation.training.training import Report
-from gradagree_opt.ablation.training.trial import try_problem
+from gradagree_opt.ablation.training.trial import check_memory, try_problem
 
 if TYPE_CHECKING:
     from gradagree_opt.ablation.runs.cluster import Cluster
@@ -187,6 +187,8 @@ class Sweep:
         check_methods(study)
         if data is not None and study.tasks.drawn_alone:
             check_apart(data, folder)
+        if cluster is None:
+            check_memory(study, device)
         problem = build_problem(study, data)
         try_problem(study, problem)
         self.digest = data_digest(problem)

@@ -23,6 +23,7 @@ from gradagree_opt.ablation.study.nodes import (
 )
 from gradagree_opt.ablation.study.study import Study
 
+MOST_SHOWN = 200  # characters of a value
 OWN = ("name", "title")  # not inherited: two studies of one name would share an output folder
 
 
@@ -193,9 +194,10 @@ def no_study(named: Any, place: str = "") -> StudyError:
 
 
 def shown(value: Any) -> str:
-    """A value as the file may have it."""
+    """A value as the file may have it, or its beginning."""
     try:
-        return json.dumps(value, default=str)
+        text = json.dumps(value, default=str)
+        return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
     except (TypeError, ValueError):  # a date as key, a list that holds itself
         return reprlib.repr(value)
 

@@ -66,7 +66,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], yaml.Node]:
         problem = getattr(error, "problem", None) or "unreadable characters"
         raise StudyError(printable(f"{path}{line}: not YAML: {problem}")) from None
     if not isinstance(document, dict):
-        raise StudyError(f"{path}: expected the keys of a study, found {document!r}")
+        raise StudyError(f"{path}: expected the keys of a study, found {reprlib.repr(document)}")
     if path.suffix == ".json" and isinstance(document.get("study"), dict):
         return document["study"], child(root, "study")
     return document, root

@@ -34,6 +34,8 @@ Network = Literal["finn", "nichol"]
 Steps = Annotated[int, Field(ge=0, le=10**6)]
 Size = Annotated[int, Field(gt=0, le=10**9)]
 """More than that, and products of them, numbers of the machine do not hold."""
+LARGEST = 3.4e38
+"""Beyond it float32, in which studies are trained, holds no number."""
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -55,7 +57,7 @@ class CorruptionSection(Section):
         | Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1), Tag("list")],
         Discriminator(one_or_list),
     ]
-    scale: float | None = None
+    scale: Annotated[float, Field(ge=-LARGEST, le=LARGEST)] | None = None
     foreign: Literal["lines", "fast_sines", Dataset] | None = None
 
     @property
@@ -128,7 +130,7 @@ class Inner(Section):
     """``betas`` are Adam's, 0.9 and 0.999 where they are not given."""
 
     optimizer: Literal["sgd", "adam"] = "sgd"
-    lr: PositiveFloat
+    lr: Annotated[PositiveFloat, Field(le=LARGEST)]
     steps: Annotated[Steps, Field(gt=0)]
     batch_size: PositiveInt | None = None
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] | None = None

@@ -1,5 +1,6 @@
 """The device that a study runs on: which one, what it is called, and its arithmetic."""
 
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +60,16 @@ def describe(device: torch.device, tf32: bool) -> Hardware:
         return Hardware(device="cpu", name=processor(), arithmetic="float32")
     name = torch.cuda.get_device_name(device)
     return Hardware(device="cuda", name=name, arithmetic="TF32" if tf32 else "float32")
+
+
+def memory_of(device: torch.device) -> int | None:
+    """The bytes that it has, or this machine for a CPU; None where the system does not tell."""
+    if device.type != "cpu":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows has no such function
+        return None
 
 
 def processor() -> str:

@@ -1,11 +1,16 @@
 """A trial before a study is trained: whether its tasks and the loss after adaptation are finite."""
 
+import math
+
+import torch
 from torch.utils._pytree import tree_map
 
 from gradagree_opt.ablation.own import told
 from gradagree_opt.ablation.section import StudyError
+from gradagree_opt.ablation.study.sections import OwnModel
 from gradagree_opt.ablation.study.study import Study
-from gradagree_opt.ablation.training.networks import before_adaptation, initial_params
+from gradagree_opt.ablation.training.devices import memory_of
+from gradagree_opt.ablation.training.networks import before_adaptation, build_module, initial_params
 from gradagree_opt.ablation.training.problem import (
     Problem,
     Tasks,
@@ -15,6 +20,33 @@ from gradagree_opt.ablation.training.problem import (
     scores_after,
 )
 from gradagree_opt.ablation.training.scoring import check_untrained
+
+
+def check_memory(study: Study, device: torch.device) -> None:
+    """Refuses a network that the device cannot hold, before any of it is allocated.
+
+    Raises:
+        StudyError: The parameters of the tasks that a test adapts to are more than its memory. A
+            network of the user's own is not known before it is made.
+    """
+    memory = memory_of(device)
+    if memory is None or isinstance(study.model, OwnModel):
+        return
+    try:
+        with torch.device("meta"):
+            numbers: float = sum(leaf.numel() for leaf in build_module(study).parameters())
+    except RuntimeError:  # of a layer with more than torch can count
+        numbers = math.inf
+    adapted = 1
+    if study.adapts and study.form.kind != "anil":  # whose body is that of all tasks
+        tuned, tested = bool(study.tuning.steps), any(study.test.steps)
+        adapted += max(study.tuning.tasks * tuned, study.test.tasks * tested)
+    if (needed := 4 * numbers * adapted) > memory:
+        raise StudyError(
+            f"expected a study that fits into memory, found a network of {numbers:.3g} parameters, "
+            f"which takes {needed / 2**30:.3g} GiB of {memory / 2**30:.3g} (its own and those of "
+            f"{adapted - 1} adapted tasks of a test); give it a smaller network or fewer tasks"
+        )
 
 
 def try_problem(study: Study, problem: Problem) -> None:

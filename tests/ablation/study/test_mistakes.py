@@ -36,6 +36,13 @@ def corruption(keys: str) -> tuple[str, str]:
         ("activation: tanh", "activation: gelu", 4, "'relu' or 'tanh', found \"gelu\""),
         ("kind: sine,", "kind: grouped, dataset: Loblolly,", 3, "'Spruce'"),
         (*corruption("kind: noise, fraction: 0.3"), 6, "'shuffled_labels'"),
+        ("  lr: 0.02\n", "  lr: 1e300\n", 7, "found 1e+300"),
+        (*corruption("kind: flipped, fraction: 0.5, scale: 1e300"), 6, "found 1e+300"),
+        (
+            *corruption("kind: outlier_scale, fraction: 0.5, scale: -1e39"),
+            6,
+            "found -1e+39",
+        ),
         (*corruption("kind: shuffled_labels, fraction: 0"), 6, "greater than 0, found 0"),
         (*corruption("kind: shuffled_labels, fraction: []"), 6, "at least 1 in the list, found 0"),
         (
@@ -228,6 +235,22 @@ def test_an_unknown_name_is_answered_with_the_nearest_one_or_all() -> None:
         load("sin")
     with pytest.raises(StudyError, match=f'found "x"; there are {", ".join(SHIPPED)}$'):
         load("x")
+
+
+@pytest.mark.parametrize("text", ["hidden: " + 9999 * "x", f"hidden: [[{9999 * '1, '}]]"])
+def test_of_a_long_value_the_beginning_is_told(study_file: Path, text: str) -> None:
+    with pytest.raises(StudyError) as caught:
+        load(str(edited(study_file, "hidden: [8]", text)))
+    assert text[8:100].strip("[]") in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_of_a_text_that_is_no_study_the_beginning_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "novel.yaml"
+    path.write_text("It was a dark night, and " * 1000)
+    with pytest.raises(StudyError, match="the keys of a study, found 'It was") as caught:
+        load(str(path))
+    assert len(str(caught.value)) < 500
 
 
 def test_a_folder_is_no_study_file(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """TorchJD's aggregators as methods of a study, against a plain loop with TorchJD itself."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -226,7 +228,7 @@ def test_a_study_of_others_does_not_import_torchjd(study_file: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_nash_mtl_on_gradients_of_zero_ends_the_study_in_one_sentence(
+def test_nash_mtl_on_gradients_of_zero_goes_on_as_the_mean_does(
     write_study: WriteStudy, tmp_path: Path
 ) -> None:
     method = {"name": "nash", "aggregator": "torchjd.NashMTL", "options": {"n_tasks": 3}}
@@ -235,8 +237,10 @@ def test_nash_mtl_on_gradients_of_zero_ends_the_study_in_one_sentence(
         inner={"lr": 1e-44, "steps": 1},  # by which no parameter moves
     )
     result = gradagree("ablate", study, "--out", tmp_path / "out", "--jobs", 1)
-    assert result.exit_code == 1
-    sentence = result.stderr.strip().splitlines()[-1]
-    assert "the method 'nash': expected an update in each of the outer steps 1 to 1" in sentence
-    assert "gradients of tasks are zero" in sentence and "the finished runs are in" in sentence
-    assert len(list(tmp_path.glob("out/runs/*.json"))) == 2  # of the mean, at two rates
+    assert result.exit_code == 0
+    found: dict[str, list[Any]] = {"mean": [], "nash": []}
+    for path in tmp_path.glob("out/runs/*.json"):
+        record = json.loads(path.read_text())
+        run = record["run"]
+        found[run["method"]["name"]].append((run["rate"], run["seed"], record["validation"]))
+    assert sorted(found["nash"]) == sorted(found["mean"]) != []
