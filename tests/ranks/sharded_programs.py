@@ -21,14 +21,10 @@ from common import (
 )
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import gradagree_opt as ga
-
-try:
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-except ImportError:  # PyTorch 2.5
-    from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard
 
 
 class Model(nn.Module):
