@@ -21,6 +21,7 @@ def dependencies(loss: Tensor, tensors: Sequence[Tensor], /) -> Iterator[int]:
         loss: any tensor.
         tensors: those in question; a tensor that requires no gradient is never found.
 
+    >>> import torch
     >>> a, b = torch.ones(2, requires_grad=True)
     >>> list(dependencies(a.exp(), [a, b]))
     [0]
@@ -129,6 +130,7 @@ class Survey(NamedTuple):
 def survey(losses: Sequence[Tensor], /) -> Survey:
     """Walks through the graphs of the losses, each node once.
 
+    >>> import torch
     >>> w = torch.ones(3, requires_grad=True)
     >>> survey((2 * w).unbind()).shared, survey([w.sum(), w.max()]).shared
     (True, False)

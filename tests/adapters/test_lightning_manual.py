@@ -226,5 +226,5 @@ def test_a_task_optimizer_in_the_place_of_its_own_is_refused(module: Callable[[]
     of_tasks = module()
     own = of_tasks.configure_optimizers
     of_tasks.configure_optimizers = lambda: ga.TaskOptimizer(own(), ga.Mean())
-    with pytest.raises(TypeError, match="found TaskOptimizer; give the wrapped one, as configure"):
+    with pytest.raises(TypeError, match="found TaskOptimizer; return the wrapped one from conf"):
         manual(of_tasks)

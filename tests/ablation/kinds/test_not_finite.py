@@ -152,6 +152,6 @@ def test_an_inner_rate_that_no_untrained_network_stands_is_not_a_methods_diverge
 
 
 def test_a_corruption_that_overflows_is_named(write_study: WriteStudy) -> None:
-    corruption = {"kind": "outlier_scale", "fraction": 1.0, "scale": 1e39}
+    corruption = {"kind": "outlier_scale", "fraction": 1.0, "scale": 3.4e38}
     message = refusal(write_study(corruption=corruption))
     assert "targets of train tasks: expected finite numbers, found " in message
