@@ -57,15 +57,16 @@ def _solve(matrix: Tensor, vector: Tensor) -> Tensor:
 
 def _power(matrix: Tensor, vector: Tensor, exponent: float) -> Tensor:
     finite = torch.isfinite(matrix).all(-1, keepdim=True).all(-2, keepdim=True)
+    wide = vector.dtype if vector.device.type == "mps" else torch.float64  # which mps lacks
     # Rows of different sizes spoil the small eigenvalues, least if the largest row comes first.
     order = diagonal(matrix).argsort(-1, descending=True).unsqueeze(-1)
-    graded = matrix.take_along_dim(order, -2).take_along_dim(order.mT, -1).double()
+    graded = matrix.take_along_dim(order, -2).take_along_dim(order.mT, -1).to(wide)
     values, vectors = torch.linalg.eigh(torch.where(finite, graded, 0))  # which raises at NaN
     values = values.clamp(min=0)
     if exponent > 0:
         values = values / or_one(values[..., -1:])
     vectors = vectors.take_along_dim(order.argsort(-2), -2)
-    column = vector.double().unsqueeze(-1)
+    column = vector.to(wide).unsqueeze(-1)
     product = vectors @ (values.pow(exponent).unsqueeze(-1) * (vectors.mT @ column))
     return torch.where(finite, product, torch.nan).squeeze(-1).to(vector.dtype)
 
