@@ -17,11 +17,10 @@ from gradagree_opt.one_process import reshard
 class TaskOptimizer:
     """Wraps an optimizer: ``step(losses)`` aggregates the gradients of n task losses, then steps.
 
-    ``zero_grad``, ``state_dict``, ``load_state_dict`` and ``param_groups`` are the wrapped
-    optimizer's. Give that one to a learning-rate scheduler, and register hooks and add groups
-    there. A GradScaler could not undo its scale before the step: take a
-    :class:`gradagree_opt.TaskBatch` with it. As with ``backward``, the update is added to a
-    ``.grad`` that is already there.
+    All else is the wrapped optimizer's: ``zero_grad``, ``state_dict``, ``param_groups``, and the
+    ``train`` and ``eval`` of schedule-free ones. Give that one to a learning-rate scheduler. A
+    GradScaler could not undo its scale before the step: take a :class:`gradagree_opt.TaskBatch`
+    with it. As with ``backward``, the update is added to a ``.grad`` that is already there.
 
     Args:
         optimizer: one that steps on ``.grad``, as those of torch.optim and ``torchopt.Optimizer``.
@@ -117,6 +116,12 @@ class TaskOptimizer:
 
     defaults = state
 
+    def __getattr__(self, name: str) -> Any:
+        """What else the wrapped optimizer has: ``train``, ``eval``, ``add_param_group``, hooks."""
+        if name.startswith("_") or name == "optimizer":  # what a GradScaler or copy looks for
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.optimizer, name)
+
     def _named_parameters(self) -> dict[str, Tensor] | list[Tensor]:
         """The parameters by name, or in order where they have none of their own."""
         names: dict[int, str] = {}
@@ -171,5 +176,6 @@ def check_optimizer(optimizer: Any, /) -> None:
             raise TypeError(
                 f"expected an optimizer that steps on .grad alone, found "
                 f"{type(optimizer).__name__}, whose step() needs its {name}; give one as "
-                "torch.optim.SGD(model.parameters(), …)"
+                "torch.optim.SGD(model.parameters(), …), or leave it unwrapped, and fill .grad by "
+                "a TaskBatch, in its closure if it takes one"
             )
