@@ -15,7 +15,9 @@ PARTS = 3
 
 
 @pytest.fixture
-def accelerator():
+def accelerator(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # Lightning leaves some
+        monkeypatch.delenv(name, raising=False)
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
     yield accelerate.Accelerator(cpu=True, gradient_accumulation_steps=PARTS)
