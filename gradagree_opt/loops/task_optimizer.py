@@ -86,7 +86,10 @@ class TaskOptimizer:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears ``.grad`` of the wrapped optimizer's parameters."""
-        self.optimizer.zero_grad(set_to_none)
+        if inspect.signature(self.optimizer.zero_grad).parameters:
+            self.optimizer.zero_grad(set_to_none)
+        else:  # of wrappers by hand, as Lookahead
+            self.optimizer.zero_grad()
 
     def state_dict(self) -> Any:
         """State of the wrapped optimizer: a dict, or what TorchOpt has in its place."""
@@ -149,6 +152,9 @@ class TaskOptimizer:
         return parameters
 
 
+_UNWRAPPED = ", or leave it unwrapped, and fill .grad by a TaskBatch"
+
+
 def check_optimizer(optimizer: Any, /) -> None:
     """Raises a TypeError unless it is an optimizer that steps on ``.grad`` without a closure."""
     if not (hasattr(optimizer, "step") and hasattr(optimizer, "param_groups")):
@@ -159,9 +165,10 @@ def check_optimizer(optimizer: Any, /) -> None:
                 f"expected an optimizer that steps on .grad, found {found}, which steps on a loss; "
                 "give its step() that of gradagree_opt.adapters.torchopt.weighted_loss"
             )
+        other = _UNWRAPPED if hasattr(optimizer, "step") else ""
         raise TypeError(
             f"expected an optimizer with param_groups and step(), found {found}; give one as "
-            "torch.optim.SGD(model.parameters(), …)"
+            f"torch.optim.SGD(model.parameters(), …){other}"
         )
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise TypeError(
@@ -176,6 +183,6 @@ def check_optimizer(optimizer: Any, /) -> None:
             raise TypeError(
                 f"expected an optimizer that steps on .grad alone, found "
                 f"{type(optimizer).__name__}, whose step() needs its {name}; give one as "
-                "torch.optim.SGD(model.parameters(), …), or leave it unwrapped, and fill .grad by "
-                "a TaskBatch, in its closure if it takes one"
+                f"torch.optim.SGD(model.parameters(), …){_UNWRAPPED}, in its closure if it takes "
+                "one"
             )

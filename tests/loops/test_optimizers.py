@@ -143,6 +143,57 @@ def test_a_wrapper_can_be_copied(model, how):
     assert how(optimizer).param_groups[0]["lr"] == 0.5
 
 
+class Lookahead:
+    """Slow weights, as many scripts have them: no Optimizer, and a zero_grad without arguments."""
+
+    def __init__(self, optimizer, k=2):
+        self.optimizer, self.k, self.steps = optimizer, k, 0
+        self.param_groups = optimizer.param_groups
+        self.slow = [p.detach().clone() for p in self.param_groups[0]["params"]]
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def step(self):
+        self.optimizer.step()
+        self.steps += 1
+        if self.steps % self.k == 0:
+            for slow, p in zip(self.slow, self.param_groups[0]["params"], strict=True):
+                p.copy_(slow.lerp_(p, 0.5))
+
+
+@each_aggregator
+def test_slow_weights_of_lookahead_are_those_by_hand(model, aggregator):
+    reference = copy.deepcopy(model).double()
+    expected = Lookahead(torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = ga.TaskOptimizer(Lookahead(sgd), aggregator)
+    for _ in range(5):
+        expected.zero_grad()
+        by_hand(reference, aggregator)
+        expected.step()
+        optimizer.zero_grad()
+        optimizer.step(losses_of(model))
+    check_close(model, reference)
+
+
+class Warmup:
+    """The optimizer of the annotated transformer, which has no param_groups."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def step(self):
+        self.optimizer.step()
+
+
+def test_a_wrapper_without_groups_is_refused_with_the_way_that_it_has(model):
+    warmup = Warmup(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match=r"found Warmup; .* and fill \.grad by a TaskBatch$"):
+        ga.TaskOptimizer(warmup, ga.Mean())
+
+
 @each_aggregator
 def test_sharpness_aware_steps_are_those_by_hand(model, aggregator):
     reference = copy.deepcopy(model).double()

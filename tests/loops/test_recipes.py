@@ -143,6 +143,25 @@ def test_learned_weights_of_losses_train_as_before_beside_an_aggregated_trunk(mo
     torch.testing.assert_close(*learned, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("aggregator", [ga.Sum(), AGREE, ga.EqualAgreement()], ids=repr)
+def test_the_update_of_the_features_passes_through_the_trunk(model, aggregator):
+    """The weights of the tasks are those of the features, the gradients those of the trunk."""
+    trunk = list(model.trunk.parameters())
+    features = model.trunk(X).tanh()
+    z = features.detach().requires_grad_()
+    batch = ga.TaskBatch([z], aggregator)
+    for head, y in zip(model.heads, Y, strict=True):
+        batch.add(mse_loss(head(z), y))
+    batch.backward()
+    features.backward(z.grad)
+    features = model.trunk(X).tanh()
+    losses = [mse_loss(head(features), y) for head, y in zip(model.heads, Y, strict=True)]
+    stack = torch.stack([gradient(loss, [features])[0] for loss in losses])
+    weights = aggregator.aggregate(stack).weights
+    expected = gradient(sum(w * loss for w, loss in zip(weights, losses, strict=True)), trunk)
+    torch.testing.assert_close([p.grad for p in trunk], list(expected), rtol=1e-4, atol=1e-6)
+
+
 def clients_of(server, count=4):
     """States after local training on data of unequal size and scale, and their shares."""
     draws, states = torch.Generator().manual_seed(0), []
