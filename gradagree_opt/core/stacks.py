@@ -158,7 +158,12 @@ def check_floating(tree: PyTree, /, name: str) -> None:
         if not floating or leaf.dtype.itemsize == 1:  # float8, with which torch does not compute
             found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
             several = len(leaves) > 1 and not floating
-            fix = "leave out what has no gradient" if several else "give it as float()"
+            fix = "give it as float()"
+            if several:  # BatchNorm's variance, of floats, could become negative in an update
+                fix = (
+                    "leave out what has no gradient, as every buffer of a state_dict: keep the "
+                    "names of named_parameters()"
+                )
             if not isinstance(leaf, Tensor):
                 fix = _instead_of(leaf, stacked=False)
             elif leaf.is_complex():

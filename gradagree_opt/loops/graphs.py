@@ -63,10 +63,11 @@ def check_loss(
         task: which one it is.
         advice: what to do about a loss without a graph.
     """
+    without = ", and leave out a task that has no examples"
     if not isinstance(loss, Tensor):
         raise ValueError(
             f"expected a scalar loss, found {type(loss).__name__} for task {task}; give the tensor "
-            "that backward() would be called on"
+            f"that backward() would be called on{without if isinstance(loss, int | float) else ''}"
         )
     check_outside_vmap(loss)
     if loss.ndim != 0:
@@ -82,7 +83,7 @@ def check_loss(
     if not loss.requires_grad:
         raise ValueError(
             f"expected a loss with a graph, found one that requires no gradient for task {task}; "
-            f"{advice}, outside torch.no_grad()"
+            f"{advice}, outside torch.no_grad(){without}"
         )
 
 
@@ -169,8 +170,9 @@ def stale_graphs() -> Iterator[None]:
         if "second time" in str(error):
             raise ValueError(
                 "expected a loss whose graph is alive, found one that a backward pass has freed; "
-                "add every loss once, without backward() of its own, and take memory='graph' "
-                "where the losses of several tasks share a part of their graphs"
+                "add every loss once, to one TaskBatch where several optimizers step, without "
+                "backward() of its own, and take memory='graph' where the losses of several tasks "
+                "share a part of their graphs"
             ) from error
         if "use_reentrant" in str(error):
             raise of_reentrant() from error

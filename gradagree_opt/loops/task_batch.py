@@ -164,7 +164,8 @@ class TaskBatch:
         """Adds Σ_i w_i · direction_i to ``.grad`` of every parameter; ready for the next batch.
 
         As with ``loss.backward()``, a parameter that no loss depends on keeps the ``.grad`` it has;
-        losses of dropped tasks do not count. The update is dense, that of a sparse embedding too,
+        losses of dropped tasks do not count. The graphs are freed: whatever else passes through
+        them, as GradNorm does, comes before. The update is dense, that of a sparse embedding too,
         with which SparseAdam cannot step.
 
         Returns:

@@ -17,11 +17,10 @@ from gradagree_opt.one_process import reshard
 class TaskOptimizer:
     """Wraps an optimizer: ``step(losses)`` aggregates the gradients of n task losses, then steps.
 
-    ``zero_grad``, ``state_dict``, ``load_state_dict`` and ``param_groups`` are the wrapped
-    optimizer's. Give that one to a learning-rate scheduler, and register hooks and add groups
-    there. A GradScaler could not undo its scale before the step: take a
-    :class:`gradagree_opt.TaskBatch` with it. As with ``backward``, the update is added to a
-    ``.grad`` that is already there.
+    All else is the wrapped optimizer's: ``zero_grad``, ``state_dict``, ``param_groups``, and the
+    ``train`` and ``eval`` of schedule-free ones. Give that one to a learning-rate scheduler. A
+    GradScaler could not undo its scale before the step: take a :class:`gradagree_opt.TaskBatch`
+    with it. As with ``backward``, the update is added to a ``.grad`` that is already there.
 
     Args:
         optimizer: one that steps on ``.grad``, as those of torch.optim and ``torchopt.Optimizer``.
@@ -87,7 +86,10 @@ class TaskOptimizer:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears ``.grad`` of the wrapped optimizer's parameters."""
-        self.optimizer.zero_grad(set_to_none)
+        if inspect.signature(self.optimizer.zero_grad).parameters:
+            self.optimizer.zero_grad(set_to_none)
+        else:  # of wrappers by hand, as Lookahead
+            self.optimizer.zero_grad()
 
     def state_dict(self) -> Any:
         """State of the wrapped optimizer: a dict, or what TorchOpt has in its place."""
@@ -117,6 +119,12 @@ class TaskOptimizer:
 
     defaults = state
 
+    def __getattr__(self, name: str) -> Any:
+        """What else the wrapped optimizer has: ``train``, ``eval``, ``add_param_group``, hooks."""
+        if name.startswith("_") or name == "optimizer":  # what a GradScaler or copy looks for
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.optimizer, name)
+
     def _named_parameters(self) -> dict[str, Tensor] | list[Tensor]:
         """The parameters by name, or in order where they have none of their own."""
         names: dict[int, str] = {}
@@ -144,6 +152,9 @@ class TaskOptimizer:
         return parameters
 
 
+_UNWRAPPED = ", or leave it unwrapped, and fill .grad by a TaskBatch"
+
+
 def check_optimizer(optimizer: Any, /) -> None:
     """Raises a TypeError unless it is an optimizer that steps on ``.grad`` without a closure."""
     if not (hasattr(optimizer, "step") and hasattr(optimizer, "param_groups")):
@@ -154,9 +165,10 @@ def check_optimizer(optimizer: Any, /) -> None:
                 f"expected an optimizer that steps on .grad, found {found}, which steps on a loss; "
                 "give its step() that of gradagree_opt.adapters.torchopt.weighted_loss"
             )
+        other = _UNWRAPPED if hasattr(optimizer, "step") else ""
         raise TypeError(
             f"expected an optimizer with param_groups and step(), found {found}; give one as "
-            "torch.optim.SGD(model.parameters(), …)"
+            f"torch.optim.SGD(model.parameters(), …){other}"
         )
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise TypeError(
@@ -171,5 +183,6 @@ def check_optimizer(optimizer: Any, /) -> None:
             raise TypeError(
                 f"expected an optimizer that steps on .grad alone, found "
                 f"{type(optimizer).__name__}, whose step() needs its {name}; give one as "
-                "torch.optim.SGD(model.parameters(), …)"
+                f"torch.optim.SGD(model.parameters(), …){_UNWRAPPED}, in its closure if it takes "
+                "one"
             )

@@ -59,6 +59,11 @@ BAD_STACKS = {
         TypeError,
         "expected floating-point {}, found torch.int64 in 'counts'; leave out",
     ),
+    "clients' stacks of a state_dict": (
+        {name: torch.stack([t, t]) for name, t in torch.nn.BatchNorm1d(2).state_dict().items()},
+        TypeError,
+        "in 'num_batches_tracked'; leave out what has no gradient, as every buffer of a state_dict",
+    ),
     "numbers of eight bits": (
         {"w": rows(4, 3), "b": rows(4).to(torch.float8_e4m3fn)},
         TypeError,

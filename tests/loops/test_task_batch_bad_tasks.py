@@ -82,6 +82,11 @@ def test_a_loss_without_a_graph(batch, model):
     refuses(lambda: batch.add(loss), "with a graph, found one that requires no gradient")
 
 
+@pytest.mark.parametrize("loss", [0, 0.0, torch.tensor(0.0)], ids=["int", "float", "tensor"])
+def test_the_loss_of_a_task_without_examples(batch, loss, without_type_checks):
+    refuses(lambda: batch.add(loss), ", and leave out a task that has no examples$")
+
+
 @each_memory
 @pytest.mark.parametrize("maml", [True, False])
 def test_a_loss_of_another_model(model, memory, maml):
