@@ -9,7 +9,7 @@ from torch import Tensor
 from gradagree_opt.annotations import Float
 from gradagree_opt.core.blocks import column_blocks, rows
 from gradagree_opt.core.devices import fused_kernels
-from gradagree_opt.core.results import Combine, Measured
+from gradagree_opt.core.results import Measured
 from gradagree_opt.core.stacks import (
     PyTree,
     full_precision,
@@ -18,17 +18,6 @@ from gradagree_opt.core.stacks import (
     like,
     tree_norm,
 )
-
-
-def with_norm(
-    combine_directions: Combine, weights: Float[Tensor, "*groups n"], measured: Measured, /
-) -> tuple[PyTree, Float[Tensor, ""]]:
-    """The update of these weights and its norm, which some combinations find in the same pass."""
-    if hasattr(combine_directions, "and_norm"):
-        together: tuple[PyTree, Tensor] = combine_directions.and_norm(weights, measured)
-        return together
-    update = combine_directions(weights, measured.groups)
-    return update, tree_norm(update, scaled=measured.scaled)
 
 
 @dataclass(frozen=True)
@@ -67,26 +56,6 @@ class Combination:
             return like(self.stack, sums), norm
         update = combine(self.stack, weights, measured.groups)
         return update, tree_norm(update, scaled=measured.scaled)
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """A combination that tries its norm without scaling, in one read of the update.
-
-    To see whether that norm is in range, the host waits for the device.
-    """
-
-    combine_directions: Combine
-
-    def __call__(self, weights: Float[Tensor, "*groups n"], groups: list[int] | None, /) -> PyTree:
-        return self.combine_directions(weights, groups)
-
-    def and_norm(
-        self, weights: Float[Tensor, "*groups n"], measured: Measured, /
-    ) -> tuple[PyTree, Float[Tensor, ""]]:
-        update = self(weights, measured.groups)
-        norm = tree_norm(update, scaled=False)
-        return update, norm if torch.isfinite(norm) else tree_norm(update)
 
 
 def combine(

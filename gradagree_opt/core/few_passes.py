@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from gradagree_opt.annotations import Bool, Float
 from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.agreement import AgreementWeighting
-from gradagree_opt.core.combination import Waiting
 from gradagree_opt.core.results import Aggregation, Combine, Measured
 from gradagree_opt.core.stacks import tree_norm
 from gradagree_opt.core.statistics import Statistics
@@ -67,6 +66,8 @@ def measured_by(
     nonfinite: Bool[Tensor, " n"],
     aggregator: Aggregator,
     /,
+    *,
+    waits: bool = False,
 ) -> Measured:
     """What is measured of signals whose norms are unknown.
 
@@ -75,6 +76,7 @@ def measured_by(
         scale: power of two or not, positive.
         nonfinite: the tasks whose loss is not finite.
         aggregator: that weights them.
+        waits: whether the host may wait for the device to save what is not needed.
     """
     statistics = Statistics(
         row_sums=row_sums,
@@ -84,7 +86,7 @@ def measured_by(
         active=torch.ones_like(nonfinite),
         scale=scale,
     )
-    return Measured(aggregator.with_draws(statistics), nonfinite, None)
+    return Measured(aggregator.with_draws(statistics), nonfinite, None, waits=waits)
 
 
 def apply_row_sums(
@@ -94,8 +96,6 @@ def apply_row_sums(
     norm: Float[Tensor, ""],
     eps: float,
     /,
-    *,
-    waits: bool = False,
 ) -> Aggregation:
     """:meth:`Aggregator.apply` from row sums alone, without norms that show whether they cancel.
 
@@ -108,10 +108,7 @@ def apply_row_sums(
         combine_directions: linear map from weights to Σ_i w_i g_i.
         norm: ‖Σ g_j‖.
         eps: to which the gradients are rounded.
-        waits: whether the host may wait for the device to save what is not needed.
     """
-    if waits:
-        combine_directions = Waiting(combine_directions)
     decided = aggregator.decide(measured)
     update, length, decided = aggregator.combine(measured, decided, combine_directions)
     if length is None:
@@ -120,7 +117,7 @@ def apply_row_sums(
     size = decision.weights.abs().sum()  # 1, unless the update has another one's length
     rounding = 8 * eps * statistics.row_sums.shape[-1] ** 1.5
     cancelled = norm * size <= rounding * length
-    if waits and not cancelled:
+    if measured.waits and not cancelled:
         return aggregator.answer(measured, decided, update, length)
     nothing = statistics._replace(row_sums=torch.zeros_like(statistics.row_sums))
     without = aggregator.decide(measured._replace(statistics=nothing))

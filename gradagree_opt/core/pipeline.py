@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gradagree_opt.annotations import Bool, Float
-from gradagree_opt.core.combination import Combination, with_norm
+from gradagree_opt.core.combination import Combination
 from gradagree_opt.core.deferred import describe
 from gradagree_opt.core.diagnostics import undescribed
 from gradagree_opt.core.header import TaskForm
@@ -21,7 +21,7 @@ from gradagree_opt.core.matching import factor_to, reference_of, rescaled
 from gradagree_opt.core.ranks import Ranks
 from gradagree_opt.core.results import Aggregation, Combine, Decided, Measured
 from gradagree_opt.core.scopes import Scope, group_indices, measure_by_group
-from gradagree_opt.core.stacks import PyTree, full_precision, leaf_paths, leaves_of
+from gradagree_opt.core.stacks import PyTree, full_precision, leaf_paths, leaves_of, tree_norm
 from gradagree_opt.core.statistics import Statistics
 from gradagree_opt.core.summed import Summed
 from gradagree_opt.core.weightings import Decision, Need, Weigh, check_weighting, decide, needs_of
@@ -240,6 +240,18 @@ class Pipeline:
         alone = copy.copy(self)
         alone.ranks = None
         return alone
+
+
+def with_norm(
+    combine_directions: Combine, weights: Float[Tensor, "*groups n"], measured: Measured, /
+) -> tuple[PyTree, Float[Tensor, ""]]:
+    """The update of these weights and its norm, which some combinations find in the same pass."""
+    if isinstance(combine_directions, (Combination, Summed)):
+        return combine_directions.and_norm(weights, measured)
+    update = combine_directions(weights, measured.groups)
+    if measured.waits and torch.isfinite(norm := tree_norm(update, scaled=False)):
+        return update, norm
+    return update, tree_norm(update, scaled=measured.scaled)
 
 
 def check_generator(generator: object, /) -> None:

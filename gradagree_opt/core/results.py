@@ -61,6 +61,7 @@ class Measured(NamedTuple):
         own: where this rank's tasks are among those of all ranks; None on one process.
         total: Σ_j g_j over all ranks, flat, if all tasks have the same weight: the update is a
             multiple of it. Else None.
+        waits: whether the host may wait for the device to see that a norm needs no scaling.
     """
 
     statistics: Statistics
@@ -71,6 +72,7 @@ class Measured(NamedTuple):
     total_norm: Tensor | None = None
     own: slice | None = None
     total: Tensor | None = None
+    waits: bool = False
 
 
 class Decided(NamedTuple):

@@ -167,7 +167,7 @@ def _behind_module(module: nn.Module, found: Reached) -> Iterator[object]:
     for name, value in vars(module).items():
         if name not in _OF_EVERY_MODULE or (value and name not in _OF_A_MODULE):
             yield value
-    if not _is_of_a_library(module):
+    if not _is_of_a_library(module):  # TorchScript's class has no forward to be read
         yield type(module).forward
 
 

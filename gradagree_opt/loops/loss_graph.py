@@ -22,13 +22,13 @@ class LossGraph:
         losses: n scalars.
         parameters: the leaves, by name, that gradients are taken of.
         copies: detached copies of parameters, whose gradients count for these (FOMAML).
+        used: of every task, a set to be filled with the names of the parameters that a pass has
+            found a gradient of; after a pass over all tasks together, those that any of them uses.
         kept: whether the graphs are to outlive the last pass.
 
     Attributes:
         n: number of tasks.
         params: the parameters.
-        used: of every task, names of the parameters that a pass has found a gradient of; after a
-            pass over all tasks together, those that any of them uses.
     """
 
     def __init__(
@@ -37,12 +37,13 @@ class LossGraph:
         parameters: Mapping[str, Tensor],
         copies: Sequence[Mapping[str, Tensor]] = (),
         *,
+        used: Sequence[set[str]] = (),
         kept: bool = False,
     ) -> None:
         self.n = len(losses)
         self.params = dict(parameters)
-        self.used: list[set[str]] = [set() for _ in losses]
         self._losses = list(losses)
+        self._used = used
         self._kept = kept
         places = chain(parameters.items(), *(copy.items() for copy in copies))
         # Tasks may share a copy, whose one gradient is the sum over them.
@@ -84,7 +85,7 @@ class LossGraph:
             found = torch.autograd.grad(
                 loss, self._tensors, retain_graph=retain_graph, allow_unused=True
             )
-        return self._by_name(found, self.used[task : task + 1])
+        return self._by_name(found, self._used[task : task + 1])
 
     def gradients(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """Loss and gradient of every task in turn, in float32 or better."""
@@ -105,7 +106,7 @@ class LossGraph:
                 retain_graph=retain_graph or self._kept,
                 allow_unused=True,
             )
-        return self._by_name(found, self.used)
+        return self._by_name(found, self._used)
 
     def combined_for(self, aggregator: Aggregator, /) -> Combine:
         """:meth:`weighted` as aggregators call it; the last call frees the graph, as backward()."""

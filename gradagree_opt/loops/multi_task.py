@@ -7,7 +7,6 @@ from torch import Tensor
 
 from gradagree_opt.annotations import Bool
 from gradagree_opt.core.aggregation import Aggregator
-from gradagree_opt.core.combination import Waiting
 from gradagree_opt.core.few_passes import (
     apply_row_sums,
     measured_by,
@@ -66,11 +65,9 @@ def aggregate_losses(
 def _unread(graph: LossGraph, nonfinite: Tensor, aggregator: Aggregator) -> Aggregation:
     """The mean and its like: one backward pass of the weighted loss, nothing measured."""
     unknown = graph.ones * torch.nan
-    measured = measured_by(unknown, unknown.new_ones(()), nonfinite, aggregator)
-    combined = graph.combined_for(aggregator)
-    if aggregator.nonfinite != "propagate":
-        combined = Waiting(combined)
-    return aggregator.apply(measured, combined)
+    waits = aggregator.nonfinite != "propagate"
+    measured = measured_by(unknown, unknown.new_ones(()), nonfinite, aggregator, waits=waits)
+    return aggregator.apply(measured, graph.combined_for(aggregator))
 
 
 def _by_row_sums(graph: LossGraph, nonfinite: Tensor, aggregator: Aggregator) -> Aggregation | None:
@@ -85,9 +82,9 @@ def _by_row_sums(graph: LossGraph, nonfinite: Tensor, aggregator: Aggregator) ->
         sound = (row_sums.sum() - square).abs() <= TOLERANCE * square
         if not bool(sound & ~nonfinite.any()):
             return None
-    measured = measured_by(row_sums, scale, nonfinite, aggregator)
+    measured = measured_by(row_sums, scale, nonfinite, aggregator, waits=waits)
     combined = graph.combined_for(aggregator)
-    return apply_row_sums(aggregator, measured, combined, norm, graph.eps, waits=waits)
+    return apply_row_sums(aggregator, measured, combined, norm, graph.eps)
 
 
 def _streamed(graph: LossGraph, aggregator: Aggregator) -> Aggregation:

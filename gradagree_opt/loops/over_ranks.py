@@ -50,11 +50,11 @@ def check_ranks(
 
 
 def accumulated_gradient(
-    loss: Tensor, parameters: Mapping[str, Tensor], used: list[set[str]], /, *, retain_graph: bool
+    loss: Tensor, parameters: Mapping[str, Tensor], used: set[str], /, *, retain_graph: bool
 ) -> dict[str, Tensor]:
     """∇L by name of sharded parameters, which no function returns: a backward pass fills ``.grad``.
 
-    That of a parameter is as before afterwards. A set of the names that the loss depends on is
+    That of a parameter is as before afterwards. The names of those that the loss depends on are
     added to ``used``.
 
     Raises:
@@ -79,7 +79,7 @@ def accumulated_gradient(
                 "expected a backward pass that fills .grad of the parameters, found one that fills "
                 "none; compute the loss by the sharded module"
             )
-        used.append({name for name, parameter in parameters.items() if parameter.grad is not None})
+        used.update(n for n, parameter in parameters.items() if parameter.grad is not None)
     finally:
         for name, parameter in parameters.items():
             parameter.grad = before[name]

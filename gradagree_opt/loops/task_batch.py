@@ -1,7 +1,7 @@
 """TaskBatch: measure and apply inside the user's own loop over the tasks of a meta-batch."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,14 @@ from gradagree_opt.loops.over_ranks import (
     unwrapped,
 )
 from gradagree_opt.options import check_choice
+
+
+class _Task(NamedTuple):
+    loss: Tensor | None  # detached, if its gradient was taken when the task was added
+    copies: dict[str, Tensor]  # detached copies of parameters, whose gradients count for these
+    displacement: dict[str, Tensor]  # θ − θ_i, if the weights read it
+    gradient: dict[str, Tensor]  # if it was taken when the task was added
+    used: set[str]  # names of the parameters that a pass has found a gradient of
 
 
 class TaskBatch:
@@ -95,22 +103,18 @@ class TaskBatch:
         # A module may be given new parts between batches; an iterator can be read once.
         self._source = parameters if isinstance(parameters, nn.Module | Mapping | list) else None
         self._all = named(parameters)
-        self._trained = trained(self._all)
-        if are_sharded(self._trained):  # in the middle of a step FSDP shows others
+        self._look_anew()
+        if self._sharded:  # in the middle of a step FSDP shows others
             self._source = None
         check_ranks(self._trained, aggregator)
         self.aggregator = aggregator
         self.memory = memory
-        self._losses: list[Tensor] = []
-        self._values: list[Tensor] = []
-        self._copies: list[dict[str, Tensor]] = []
-        self._directions: list[dict[str, Tensor]] = []
-        self._used: list[set[str]] = []
-        self._displacements: list[dict[str, Tensor]] = []
+        self._form = TaskForm.UNKNOWN
+        self._tasks: list[_Task] = []
 
     def __len__(self) -> int:
         """Number of tasks added since the last ``backward``."""
-        return max(len(self._losses), len(self._directions), len(self._displacements))
+        return len(self._tasks)
 
     @property
     def takes_one_backward(self) -> bool:
@@ -156,9 +160,13 @@ class TaskBatch:
         after = match(self._all, adapted) if adapted is not None else {}
         read = loss is None or not measures_directions(self.aggregator)
         moved = displacement(self._trained, after) if adapted is not None and read else {}
-        if loss is not None:
-            self._add_loss(loss, after)
-        self._displacements += [moved] * (adapted is not None)
+        copies = {} if loss is None else self._copies(loss, after)
+        task = _Task(loss, copies, moved, {}, {*self._trained} if loss is None else set())
+        if loss is not None and self.memory == "stream":
+            gradient = self._gradient(loss, task, retain_graph=False)
+            task = task._replace(loss=loss.detach(), copies={}, gradient=gradient)
+        self._tasks.append(task)
+        self._form = form
 
     def backward(self) -> CollectedTasks:
         """Adds Σ_i w_i · direction_i to ``.grad`` of every parameter; ready for the next batch.
@@ -182,12 +190,15 @@ class TaskBatch:
                 if not len(self):
                     self._look_anew()
                 self._check_same_parameters()
-                used = Used(self.aggregator, self._trained, self._used)
-                result = self._aggregate(used)
+                used = Used(self.aggregator, self._trained, [task.used for task in self._tasks])
+                device = next(iter(self._trained.values())).device
+                values = [loss.detach().to(device) for loss in self._losses]
+                losses = torch.stack(values) if values else None
+                result = self._aggregate(used, losses)
                 self.aggregator.verify(result)
                 check_some_task(result.diagnostics, self.aggregator.nonfinite)
-                losses = None if len(self) else result.weights.new_zeros(0)
-                losses = torch.stack(self._values) if self._values else losses
+                if not len(self):
+                    losses = result.weights.new_zeros(0)
         finally:
             self.clear()
         used.add_to_grad(result)
@@ -195,8 +206,7 @@ class TaskBatch:
 
     def clear(self) -> None:
         """Forgets the tasks added so far, and their graphs."""
-        self._losses, self._values, self._copies = [], [], []
-        self._directions, self._displacements, self._used = [], [], []
+        self._tasks, self._form = [], TaskForm.UNKNOWN
         if self.aggregator.ranks is not None:
             self.aggregator.ranks.forget(self)
 
@@ -204,6 +214,7 @@ class TaskBatch:
         """Parameters may be replaced, frozen and unfrozen between batches."""
         self._all = self._found()
         self._trained = trained(self._all)
+        self._sharded = are_sharded(self._trained)
 
     def _found(self) -> dict[str, Tensor]:
         """The parameters as they are now."""
@@ -227,11 +238,11 @@ class TaskBatch:
                 )
 
     @property
-    def _form(self) -> TaskForm:
-        has_losses = bool(self._losses or self._directions)
-        return TaskForm(has_losses + 2 * bool(self._displacements))
+    def _losses(self) -> list[Tensor]:
+        return [task.loss for task in self._tasks if task.loss is not None]
 
-    def _add_loss(self, loss: Tensor, after: Mapping[str, Tensor]) -> None:
+    def _copies(self, loss: Tensor, after: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The detached copies of parameters that a loss may come from; checks the loss."""
         advice = advice_on_loss(after, self._all)
         check_loss(loss, len(self), advice=advice)
         own = {n: t for n, t in after.items() if n in self._trained and t is not self._all[n]}
@@ -240,37 +251,32 @@ class TaskBatch:
         copies = {n: t for n, t in own.items() if t.is_leaf and not isinstance(t, nn.Parameter)}
         check_of_adapted(loss, list(own.values()), len(self))
         start = [*self._trained.values(), *copies.values()]
-        if not are_sharded(self._trained):  # FSDP computes with others
+        if not self._sharded:  # FSDP computes with others
             check_depends(loss, start, len(self), advice=advice)
-        if self.memory == "stream":
-            self._directions.append(self._gradient(loss, copies, retain_graph=False))
-        else:
-            self._losses.append(loss)
-            self._copies.append(copies)
-        device = next(iter(self._trained.values())).device
-        self._values.append(loss.detach().to(device))
+        return copies
 
-    def _aggregate(self, used: Used) -> Aggregation:
+    def _aggregate(self, used: Used, losses: Tensor | None) -> Aggregation:
         if not len(self):  # on one of several ranks
             return self.aggregator.aggregate_unchecked(of_no_task(self._trained))
-        if TaskForm.LOSSES not in self._form:
-            self._used[:] = [{*self._trained} for _ in self._displacements]
-            return self.aggregator.aggregate_unchecked(stack_tasks(self._displacements))
-        signal = stack_tasks(self._displacements) if any(self._displacements) else None
-        nonfinite, directions = ~torch.isfinite(torch.stack(self._values)), self._directions
-        if self._losses:
-            graph = LossGraph(self._losses, self._trained, self._copies)
-            self._used[:] = graph.used  # which the passes fill
+        displacements = [task.displacement for task in self._tasks]
+        signal = stack_tasks(displacements) if any(displacements) else None
+        if losses is None:
+            return self.aggregator.aggregate_unchecked(signal)
+        nonfinite, gradients = ~torch.isfinite(losses), [task.gradient for task in self._tasks]
+        if self.memory == "graph":
+            copies = [task.copies for task in self._tasks]
+            names = [task.used for task in self._tasks]
+            graph = LossGraph(self._losses, self._trained, copies, used=names)
             result = self._from_few_passes(graph, signal, nonfinite)
             if result is not None:
                 return result
-            self._used.clear()
             shared = graph.survey.shared  # compiled, a graph may be passed through once
-            directions = [
-                self._gradient(self._losses[i], copies, retain_graph=shared and i < graph.n - 1)
-                for i, copies in enumerate(self._copies)
+            pairs = zip(self._losses, self._tasks, strict=True)
+            gradients = [
+                self._gradient(loss, task, retain_graph=shared and i < graph.n - 1)
+                for i, (loss, task) in enumerate(pairs)
             ]
-        stacked = stack_tasks(directions)
+        stacked = stack_tasks(gradients)
         used.look_at(stacked, signal, nonfinite)
         return self.aggregator.aggregate_unchecked(stacked, signal, nonfinite=nonfinite)
 
@@ -286,13 +292,9 @@ class TaskBatch:
         measured = self.aggregator.measure(signal, directions=like, nonfinite=nonfinite)
         return self.aggregator.apply(measured, graph.combined_for(self.aggregator))
 
-    def _gradient(
-        self, loss: Tensor, copies: dict[str, Tensor], *, retain_graph: bool
-    ) -> dict[str, Tensor]:
+    def _gradient(self, loss: Tensor, task: _Task, *, retain_graph: bool) -> dict[str, Tensor]:
         """Gradient by parameter, that of a detached copy counted for its parameter (FOMAML)."""
-        if are_sharded(self._trained):
-            return accumulated_gradient(loss, self._trained, self._used, retain_graph=retain_graph)
-        graph = LossGraph([loss], self._trained, [copies])
-        gradient = graph.gradient(0, retain_graph=retain_graph)
-        self._used += graph.used
-        return gradient
+        if self._sharded:
+            return accumulated_gradient(loss, self._trained, task.used, retain_graph=retain_graph)
+        graph = LossGraph([loss], self._trained, [task.copies], used=[task.used])
+        return graph.gradient(0, retain_graph=retain_graph)

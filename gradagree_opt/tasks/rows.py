@@ -17,7 +17,7 @@ class Scale(NamedTuple):
     deviation: Float[Tensor, " columns"]
 
 
-class Rows(NamedTuple):
+class GroupedRows(NamedTuple):
     """The numbers of a data frame, and the groups in the order of their names."""
 
     x: Float[Tensor, "rows features"]
@@ -26,7 +26,7 @@ class Rows(NamedTuple):
     names: list[Hashable]
 
 
-def read_frame(frame: Any, /, *, inputs: Sequence[str], target: str, group: str) -> Rows:
+def read_frame(frame: Any, /, *, inputs: Sequence[str], target: str, group: str) -> GroupedRows:
     """The rows of a data frame, or in one sentence why they cannot be learned from.
 
     Raises:
@@ -70,7 +70,7 @@ def read_frame(frame: Any, /, *, inputs: Sequence[str], target: str, group: str)
     names = sorted(set(members))
     numbered = {name: number for number, name in enumerate(names)}
     groups = torch.tensor([numbered[name] for name in members], dtype=torch.int64)
-    return Rows(values[:, :-1], values[:, -1], groups, names)
+    return GroupedRows(values[:, :-1], values[:, -1], groups, names)
 
 
 def standardised(values: Tensor, training: Tensor, /) -> tuple[Tensor, Scale]:

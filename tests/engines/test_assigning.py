@@ -199,6 +199,42 @@ def test_what_a_hook_keeps_in_a_global_is_left_too():
     assert HOOKED == {}
 
 
+class Output:
+    def __init__(self, value):
+        self.value = value
+
+
+def test_what_a_hook_keeps_in_a_variable_around_it_is_left_too():
+    kept = None
+
+    def keep_output(module, args, output):
+        nonlocal kept
+        kept = Output(output)
+
+    module = nn.Linear(3, 2)
+    module.register_forward_hook(keep_output)
+    case = Model(module, mse_loss, (torch.randn(5, 6, 3), torch.randn(5, 6, 2)))
+    ga.task_gradients(case.loss_fn, case.params, case.tasks)
+    assert kept is None
+
+
+class Takes(nn.Linear):
+    """Takes an entry and an attribute away, as of something that is asked for once."""
+
+    def forward(self, x):
+        self.__dict__.pop("first", None)
+        self.once.pop("first", None)
+        return super().forward(x)
+
+
+def test_what_forward_takes_away_is_there_again():
+    module = Takes(3, 2)
+    module.first, module.once = 1, {"first": 1}
+    case = Model(module, mse_loss, (torch.randn(5, 6, 3), torch.randn(5, 6, 2)))
+    ga.task_gradients(case.loss_fn, case.params, case.tasks)
+    assert module.first == 1 and module.once == {"first": 1}
+
+
 @each_call
 @pytest.mark.parametrize("kind", BUFFERS)
 def test_buffers_that_change_are_refused_and_as_they_were(kind, call):

@@ -44,7 +44,6 @@ from gradagree_opt.ablation.training.networks import (
     with_network_params,
 )
 from gradagree_opt.ablation.training.optimizers import OPTIMIZERS
-from gradagree_opt.core.blocks import or_one
 from gradagree_opt.core.measuring import measure
 from gradagree_opt.tasks import Batch
 from gradagree_opt.tasks.protocol import Split
@@ -284,7 +283,6 @@ def agreement_matrix(problem: Problem, params: Params, support: tuple[Tensor, ..
         adapted = torch.vmap(inner_loop, chunk_size=problem.chunk_size)(support)
         signals = tree_map(torch.sub, network_params(params), adapted)
     active = torch.ones(len(support[0]), dtype=torch.bool, device=support[0].device)
-    gramian = measure(tree_leaves(signals), active, frozenset({"gramian"})).gramian
-    assert gramian is not None
-    lengths = or_one(gramian.diagonal().sqrt())
-    return gramian / lengths / lengths.unsqueeze(1)
+    cosines = measure(tree_leaves(signals), active, frozenset({"cosines"})).cosines
+    assert cosines is not None
+    return cosines
