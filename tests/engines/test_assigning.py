@@ -204,8 +204,10 @@ class Output:
         self.value = value
 
 
-def test_what_a_hook_keeps_in_a_variable_around_it_is_left_too():
-    kept = None
+@pytest.mark.parametrize("assigned", [True, False])
+def test_what_a_hook_keeps_in_a_variable_around_it_is_left_too(assigned):
+    if assigned:
+        kept = None
 
     def keep_output(module, args, output):
         nonlocal kept
@@ -215,7 +217,11 @@ def test_what_a_hook_keeps_in_a_variable_around_it_is_left_too():
     module.register_forward_hook(keep_output)
     case = Model(module, mse_loss, (torch.randn(5, 6, 3), torch.randn(5, 6, 2)))
     ga.task_gradients(case.loss_fn, case.params, case.tasks)
-    assert kept is None
+    if assigned:
+        assert kept is None
+    else:
+        with pytest.raises(NameError):
+            print(kept)
 
 
 class Takes(nn.Linear):
