@@ -172,6 +172,8 @@ RATIOS = [  # of mean scores: study, share of spoilt tasks, methods, steps, what
     ("equal-sine", "", EQUAL, "mean", 5, "0.56"),
     ("equal-sine", "", EQUAL, LENGTH, 5, "0.71"),
     ("equal-sine", "", EQUAL, "mean", 32, "0.43"),  # less than half
+    ("equal-sine-controls", "", "equal agreement at the mean's length", "mean", 5, "0.45"),
+    ("equal-sine-controls", "", "mean of the directions", "mean", 5, "1.11"),
     ("equal-sine-corrupted", "0.0", EQUAL, "mean", 5, "0.3"),
     ("equal-sine-corrupted", "0.1", EQUAL, "mean", 5, "0.3"),
     ("equal-sine-corrupted", "0.3", EQUAL, "mean", 5, "0.2"),
