@@ -129,14 +129,14 @@ class EqualAgreement(Aggregator):
 
     The weights are (1 + λ) [(Ĝ/n + λ I)⁻¹ 1/n]_i · τ / ‖g_i‖ with the cosines Ĝ_ij = u_i · u_j and
     the median norm τ. Their update solves min_d Σ_i (u_i · d − 1)² + n λ ‖d‖², up to a factor by
-    which equal tasks give exactly the mean. A single huge task among three or more moves nothing,
-    the update never opposes Σ u_i, and it vanishes continuously with it. Tasks of zero norm are
-    left out.
+    which equal tasks give exactly the mean. How huge a single task among three or more is moves
+    nothing, the update never opposes Σ u_i, and it vanishes continuously with it. Tasks of zero
+    norm are left out.
 
-    Tune its outer rate: the step is as long as the mean's for equal tasks, nearly n times as long
-    for orthogonal ones of one norm, and never longer than τ (1 + λ) / (2 √λ). The weights are
-    constants of differentiation. The Gram matrix is formed in one read of the signals, in the
-    arithmetic of ``torch.set_float32_matmul_precision``, which is to be left at "highest".
+    Tune its outer rate: the step is as long as the mean's for equal tasks, n (1 + λ) / (1 + n λ)
+    times as long for orthogonal ones of one norm, and never longer than τ (1 + λ) / (2 √λ). The
+    weights are constants of differentiation. The Gram matrix is formed in one read of the signals,
+    in the arithmetic of ``torch.set_float32_matmul_precision``, which is to be left at "highest".
 
     In float32 the weights have a relative error of their norm below 4 eps / λ (λ ≥ 1e-4, n ≤ 256).
     It cannot hold the weight of a task whose norm is some 3e38 times the median or more: that is
@@ -155,8 +155,9 @@ class EqualAgreement(Aggregator):
     Raises:
         ValueError: an option has none of these values.
 
-    Source: ours; docs/equal-agreement.md has the derivation. For λ → 0 its direction is that of
-    IMTL-G (Liu et al. 2021); with "inner" it is a damped natural gradient of the tasks.
+    Source: ours; docs/equal-agreement.md has the derivation. For λ → 0 its direction is, up to
+    the sign, that of IMTL-G (Liu et al. 2021), for independent tasks; with "inner" it is a damped
+    natural gradient of the tasks.
 
     >>> import gradagree_opt as ga
     >>> grads = torch.tensor([[4.0, 0.0], [0.0, 2.0], [0.0, 1.0]])

@@ -129,6 +129,26 @@ def test_small_damping_lets_independent_tasks_agree_exactly_alike():
     assert result.diagnostics.agreement_spread < 1e-8
 
 
+def test_undamped_it_has_the_line_of_imtl_g_whose_step_may_oppose_every_task():
+    """Liu et al. 2021: weights G⁻¹ ‖g_i‖ over their sum, which is negative here."""
+    signals = torch.tensor([[1.0, 0.3, 0.0], [1.0, -0.3, 0.0], [0.1, 0.0, 0.005]]).double()
+    weights = torch.linalg.solve(signals @ signals.T, signals.norm(dim=1))
+    imtl_g = weights / weights.sum() @ signals
+    update = ga.EqualAgreement(damping=1e-10)(signals)
+    assert_close(imtl_g / imtl_g.norm(), -update / update.norm(), rtol=1e-5, atol=1e-5)
+    assert (units(signals) @ imtl_g < 0).all() and (units(signals) @ update > 0).all()
+
+
+@pytest.mark.parametrize("damping", DAMPINGS)
+@pytest.mark.parametrize("n", [2, 10, 100])
+def test_for_orthogonal_tasks_the_step_is_as_many_times_the_means_as_is_said(
+    n: int, damping: float
+):
+    signals = 3 * torch.eye(n).double()
+    ratio = ga.EqualAgreement(damping=damping)(signals).norm() / signals.mean(0).norm()
+    assert_close(ratio.item(), n * (1 + damping) / (1 + n * damping))
+
+
 @pytest.mark.parametrize("damping", DAMPINGS)
 @given(matrices())
 def test_scores_are_bounded_by_the_damping(damping: float, matrix: Array):

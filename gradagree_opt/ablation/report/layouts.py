@@ -10,6 +10,14 @@ from rich.text import Text
 from gradagree_opt.ablation.report.report import Report
 from gradagree_opt.ablation.report.tables import ADJUSTED_P, EDGE, EFFECT_SIZE, counted
 
+NAMES = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau "
+    "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega"
+)
+LETTERS = zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΥΦΨΩ", NAMES.split(), strict=True)
+GREEK = str.maketrans({letter: rf"$\{name}$" for letter, name in LETTERS})
+"""Letters in the names of methods, such as λ = 0.1, which pdfLaTeX has in formulas alone."""
+
 
 def markdown(report: Report) -> str:
     table = report.summary
@@ -27,11 +35,11 @@ def latex(report: Report) -> str:
     body: str = style.to_latex(
         hrules=True, column_format="l" * left + "r" * (len(style.columns) - left)
     )
-    body = body.replace("±", r"$\pm$").replace(EDGE, r"$^\dagger$")
+    body = body.replace("±", r"$\pm$").replace(EDGE, r"$^\dagger$").translate(GREEK)
     body = re.sub(r"[<>|]", r"$\g<0>$", body)
     # In front of a name, so that it is no argument of the line break before it.
     body = re.sub(r"^(?=[\[*])", "{}", body, flags=re.MULTILINE)
-    body = re.sub(r"(?<=& )-(?=\d)", "$-$", body)
+    body = re.sub(r"(?<=[&=] )-(?=\d)", "$-$", body)
     lines, rows = body.splitlines(keepends=True), len(report.parts[0].rates)
     first = lines.index("\\midrule\n") + 1
     for start in range(first + rows * (len(report.parts) - 1), first, -rows):

@@ -51,6 +51,10 @@ SUMMARY = {
     "Omniglot 5-way 1-shot, 500 steps": ("equal-omniglot-5way-1shot", ""),
     "Omniglot 5-way 1-shot, Adam inside, 200 steps": ("equal-omniglot-5way-1shot-adam", ""),
     "Omniglot 20-way 1-shot, 200 steps": ("equal-omniglot-20way-1shot", ""),
+    "sines, two tasks in a batch, 2000 steps": ("tasks-per-batch-2", ""),
+    "spruces in folds, MAML, Adam outside, 1000 steps": ("equal-grouped", ""),
+    "boys in folds, MAML, Adam outside, 1000 steps": ("equal-grouped-oxboys", ""),
+    "digits, multi-task, Adam, 2000 steps": ("multi-task-digits", ""),
     "sines": ("sine", ""),
     "sines, half of the tasks corrupted": ("sine-corrupted", "50 %"),
     "spruces, MAML": ("grouped", ""),
@@ -131,7 +135,11 @@ def score(study: str, label: str, share: str = "", steps: str = STEPS) -> str:
     """Of a method, or of its difference to the mean; nothing for one that the study is without."""
     method = label.removesuffix(" minus mean")
     row = recorded(study).get((share, method), {})
-    return row.get("minus mean" if method != label else steps, "")
+    if method != label:
+        return row.get("minus mean", "")
+    return row.get(steps) or row.get(
+        "test", ""
+    )  # nothing adapts to the tasks of multi-task learning
 
 
 def steps_in(text: str) -> str:

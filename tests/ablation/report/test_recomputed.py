@@ -151,11 +151,166 @@ SAID = [  # of pairs without the mean, which no table has: on docs/results.md
 def test_what_is_said_of_two_methods_is_that_of_their_paired_runs(
     study: str, one: str, other: str, least: float, most: float
 ) -> None:
+    runs = scores(study)
+    assert least < stats.ttest_rel(runs[one], runs[other]).pvalue < most
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return [*csv.DictReader(file)]
+
+
+def scores(study: str, share: str = "", steps: int | None = None) -> dict[str, list[float]]:
+    """Of each method at its chosen rate, in the order of the seeds."""
     config = read(RESULTS / study / "config.json")["study"]
-    runs: dict[str, dict[int, float]] = defaultdict(dict)
-    with (RESULTS / study / "results.csv").open(encoding="utf-8") as file:
-        for method, _, seed, chosen, _, steps, score in csv.reader(file):
-            if chosen == "True" and steps == str(config["tuning"]["steps"]):
-                runs[method][int(seed)] = float(score)
-    pairs = [(runs[one][seed], runs[other][seed]) for seed in config["seeds"]]
-    assert least < stats.ttest_rel(*zip(*pairs, strict=True)).pvalue < most
+    wanted = str(config["tuning"]["steps"] if steps is None else steps)
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in rows_of(RESULTS / study / "results.csv"):
+        if (row["chosen"], row["steps"], row.get("fraction", "")) == ("True", wanted, share):
+            found[row["method"]][int(row["seed"])] = float([*row.values()][-1])
+    return {name: [each[seed] for seed in config["seeds"]] for name, each in found.items()}
+
+
+RATIOS = [  # of mean scores: study, share of spoilt tasks, methods, steps, what is said of them
+    ("equal-sine", "", EQUAL, "mean", 5, "0.56"),
+    ("equal-sine", "", EQUAL, LENGTH, 5, "0.71"),
+    ("equal-sine", "", EQUAL, "mean", 32, "0.43"),  # less than half
+    ("equal-sine-controls", "", "equal agreement at the mean's length", "mean", 5, "0.45"),
+    ("equal-sine-controls", "", "mean of the directions", "mean", 5, "1.11"),
+    ("equal-sine-corrupted", "0.0", EQUAL, "mean", 5, "0.3"),
+    ("equal-sine-corrupted", "0.1", EQUAL, "mean", 5, "0.3"),
+    ("equal-sine-corrupted", "0.3", EQUAL, "mean", 5, "0.2"),
+    ("equal-sine-corrupted", "0.5", EQUAL, "mean", 5, "0.2"),
+    ("equal-sine-corrupted", "0.1", "mean with momentum", EQUAL, 5, "2.3"),
+    ("equal-sine-corrupted", "0.0", "mean with momentum", EQUAL, 5, "3.5"),
+    ("equal-sine-scale", "", EQUAL, "mean", 5, "0.1"),
+    ("equal-sine-foreign", "", EQUAL, "mean", 5, "0.1"),
+    ("equal-sine-flipped", "", EQUAL, "mean", 5, "0.2"),
+    ("equal-sine-noise", "", EQUAL, "mean", 5, "0.4"),
+    ("equal-sine-noise", "", LENGTH, EQUAL, 5, "1.9"),
+    ("equal-sine-foreign", "", LENGTH, EQUAL, 5, "6.8"),
+    ("equal-sine-scale", "", "norm clipped", EQUAL, 5, "2.6"),
+    ("equal-sine-noise", "", "mean with momentum", "mean", 5, "0.7"),
+    ("equal-sine-foreign", "", "mean with momentum", "mean", 5, "0.8"),
+    ("tasks-per-batch-5", "", EQUAL, "mean", 5, "0.37"),
+    ("tasks-per-batch-25", "", EQUAL, "mean", 5, "0.17"),
+    ("tasks-per-batch-50", "", EQUAL, "mean", 5, "0.15"),
+    ("equal-sine-torchjd-corrupted", "", EQUAL, "UPGrad", 5, "0.36"),
+    ("equal-sine-torchjd-foreign", "", EQUAL, "UPGrad", 5, "0.33"),
+    ("equal-sine-torchjd-noise", "", EQUAL, "UPGrad", 5, "0.62"),
+    ("equal-sine-torchjd-scale", "", EQUAL, "CAGrad", 5, "0.28"),
+    ("equal-sine-torchjd-flipped", "", EQUAL, "UPGrad", 5, "0.39"),
+    ("gramian-powers", "", "k = 1", "mean", 5, "2.8"),
+    ("gramian-powers", "", "k = -1", "mean", 5, "0.28"),
+    ("equal-sine-maml", "", "equal agreement with SGD", "mean with SGD", 5, "0.5"),
+    ("equal-sine-maml", "", "agreement", "mean", 5, "2.2"),  # twice
+    ("damping", "", "λ = 0.0001", "λ = 0.01", 5, "1.5"),
+    ("damping", "", "λ = 0.001", "λ = 0.01", 5, "1.5"),
+    ("damping", "", "λ = 1", "λ = 0.01", 5, "2.7"),
+    ("damping", "", "λ = 1", "mean", 5, "0.77"),
+    ("sine-corrupted", "0.0", "agreement", "mean", 5, "2.8"),
+    ("sine-corrupted", "0.5", "agreement", "mean", 5, "1.6"),
+]
+
+
+@pytest.mark.parametrize(("study", "share", "one", "other", "steps", "said"), RATIOS)
+def test_what_is_said_of_ratios_is_that_of_the_runs(
+    study: str, share: str, one: str, other: str, steps: int, said: str
+) -> None:
+    runs = scores(study, share, steps)
+    digits = len(said.partition(".")[2])
+    assert f"{np.mean(runs[one]) / np.mean(runs[other]):.{digits}f}" == said
+
+
+P_VALUES = [  # of the difference to the mean: by itself, after Holm
+    ("equal-sine-adam", EQUAL, "0.02", "0.06"),
+    ("equal-sine-adam", "agreement", "0.04", "0.07"),
+    ("equal-omniglot-5way-1shot", EQUAL, "0.08", "0.17"),
+    ("equal-sine-torchjd-scale", EQUAL, "0.010", "0.062"),
+    ("equal-sine-torchjd-maml", "CAGrad", "0.005", "0.023"),
+    *(
+        ("equal-sine-torchjd-maml", name, "", "0.061")
+        for name in (EQUAL, *TORCHJD)
+        if name != "CAGrad"
+    ),
+    ("equal-sine-maml", EQUAL, "0.19", "0.57"),
+    ("equal-sine-maml", "equal agreement with SGD", "0.35", "0.70"),
+    ("equal-grouped-oxboys", EQUAL, "0.023", "0.023"),
+    ("multi-task-digits-torchjd", EQUAL, "0.012", "0.069"),
+    ("multi-task-digits-torchjd", "Aligned-MTL", "0.011", "0.069"),
+]
+
+
+@pytest.mark.parametrize(("study", "method", "alone", "adjusted"), P_VALUES)
+def test_what_is_said_of_p_values_is_that_of_the_table(
+    study: str, method: str, alone: str, adjusted: str
+) -> None:
+    [row] = [each for each in rows_of(RESULTS / study / "table.csv") if each["method"] == method]
+    for said, there in ((alone, row["p"]), (adjusted, row["p_holm"])):
+        assert not said or f"{float(there):.{len(said) - 2}f}" == said
+
+
+LEAST = [  # every adjusted p-value is that or more
+    ("grouped", 0.58),
+    ("omniglot-5way-1shot", 0.28),
+    ("omniglot-5way-5shot", 0.28),
+    ("omniglot-20way-1shot", 0.28),
+]
+
+
+@pytest.mark.parametrize(("study", "least"), LEAST)
+def test_no_method_has_an_adjusted_p_value_below_what_is_said(study: str, least: float) -> None:
+    found = [
+        float(row["p_holm"]) for row in rows_of(RESULTS / study / "table.csv") if row["p_holm"]
+    ]
+    assert min(found) >= least
+
+
+@pytest.mark.parametrize(
+    ("study", "runs"),
+    [
+        ("equal-sine", 108 + 40),
+        ("equal-sine-corrupted", 491),
+        ("sine", 81),
+        ("sine-corrupted", 224),
+        ("omniglot-5way-1shot", 42),
+        ("omniglot-5way-5shot", 42),
+        ("omniglot-20way-1shot", 21),
+        ("grouped", 99),
+    ],
+)
+def test_the_number_of_runs_is_that_of_the_records(study: str, runs: int) -> None:
+    assert len([*(RESULTS / study).glob("runs/*.json")]) == runs
+
+
+def diagnostics(study: str, name: str, key: str) -> list[float]:
+    """Of the batches on record of a method's runs at its chosen rate, from the study's seeds."""
+    folder = RESULTS / study
+    [row] = [each for each in rows_of(folder / "table.csv") if each["method"] == name]
+    config = read(folder / "config.json")["study"]
+    [method] = [each for each in config["methods"] if each["name"] == name]
+    runs = records_of(folder)[labelled(method), float(row["rate"])]
+    points = [point for seed in config["seeds"] for point in runs[seed]["curve"]]
+    return [point["diagnostics"][key] for point in points if point["diagnostics"]]
+
+
+@pytest.mark.parametrize(
+    ("study", "method", "said"),
+    [
+        ("equal-sine", EQUAL, "8.4"),
+        ("sine", "agreement", "3.4"),
+        ("omniglot-5way-1shot", "agreement", "1.06"),
+        ("omniglot-5way-5shot", "agreement", "1.06"),
+        ("omniglot-20way-1shot", "agreement", "1.01"),
+    ],
+)
+def test_what_is_said_of_the_length_of_steps_is_that_of_the_batches_on_record(
+    study: str, method: str, said: str
+) -> None:
+    digits = len(said.partition(".")[2])
+    assert f"{np.mean(diagnostics(study, method, 'update_to_mean')):.{digits}f}" == said
+
+
+@pytest.mark.parametrize("task", ["5way-1shot", "5way-5shot", "20way-1shot"])
+def test_on_omniglot_no_weight_of_agreement_is_negative(task: str) -> None:
+    assert max(diagnostics(f"omniglot-{task}", "agreement", "negative_share")) == 0
