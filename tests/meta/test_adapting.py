@@ -184,7 +184,8 @@ def test_a_task_of_several_examples_is_not_taken_for_all_tasks(algorithm):
     module = seeded(lambda: nn.Linear(3, 1))
 
     def loss_fn(params, batch):
-        return (params["weight"].squeeze(0).dot(batch[0]) + params["bias"] - batch[1]).square().sum()
+        x, y = batch
+        return (params["weight"].squeeze(0).dot(x) + params["bias"] - y).square().sum()
 
     support = (torch.randn(6, 3), torch.randn(6))
     loss_fn(dict(module.named_parameters()), tree_map(lambda leaf: leaf[0], support))
