@@ -6,6 +6,7 @@ from threading import RLock
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from gradagree_opt.annotations import Float
@@ -16,6 +17,7 @@ from gradagree_opt.core.results import Aggregation
 from gradagree_opt.core.stacks import PyTree, task_count, tree_norm
 from gradagree_opt.engines.losses import TaskLoss, refuse_coarse
 from gradagree_opt.engines.random_state import RandomState, check_same_losses
+from gradagree_opt.engines.recomputed import cuts_refused, is_foreign, nodes_of
 from gradagree_opt.engines.rows import Rows
 
 Losses = Callable[[PyTree], Tensor]
@@ -137,13 +139,14 @@ class _Chunk:
 
     def losses_and_sum(self, params: PyTree) -> tuple[Tensor, PyTree]:
         """Losses ``[n]``, and Σ g_i."""
-        losses, backward = _pullback(self.losses, params)
+        losses, backward, foreign = _graph(self.losses, params)
         ones = torch.ones_like(losses)
         if not self._keep:
             return losses.detach(), backward(ones)[0]
         self._backward = backward
         try:
-            total, self._transposed = _transpose(backward, ones)
+            with cuts_refused(foreign):
+                total, self._transposed = _transpose(backward, ones)
         except RuntimeError:  # a model without second derivatives
             total = backward(ones)[0]
         return losses.detach(), total
@@ -186,15 +189,30 @@ def _jacobian_times(losses_of: Losses, params: PyTree, direction: PyTree) -> tup
     try:
         with nullcontext() if torch.compiler.is_compiling() else FORWARD_MODE:
             losses, product = torch.func.jvp(losses_of, (params,), (direction,))[:2]
-    except RuntimeError:  # NotImplementedError is one
-        losses, backward = _pullback(losses_of, params)
-        product = _transpose(backward, torch.ones_like(losses))[1](direction)[0]
+    except (RuntimeError, AssertionError):  # the latter of a generated vmap rule without jvp()
+        losses, backward, foreign = _graph(losses_of, params)
+        with cuts_refused(foreign):
+            transposed = _transpose(backward, torch.ones_like(losses))[1]
+        product = transposed(direction)[0]
     return losses.detach(), product
 
 
 def _transpose(backward: Pullback, weights: Tensor) -> tuple[PyTree, Pullback]:
     """Σ w_i g_i, and J: the sum is linear in the weights, so that its own vjp is the Jacobian."""
     return _pullback(lambda weights: backward(weights)[0], weights)
+
+
+def _graph(losses_of: Losses, params: PyTree) -> tuple[Tensor, Pullback, list[Node]]:
+    """Losses, their pullback, and the nodes whose backward pass is somebody else's code."""
+    foreign: list[Node] = []
+
+    def noted(params: PyTree) -> Tensor:
+        losses = losses_of(params)
+        if not torch.compiler.is_compiling():
+            foreign.extend(filter(is_foreign, nodes_of(losses)))
+        return losses
+
+    return *_pullback(noted, params), foreign
 
 
 def _pullback(function: Callable[..., PyTree], at: PyTree) -> tuple[PyTree, Pullback]:

@@ -48,6 +48,9 @@ def reach(*sources: object) -> Reached:
     >>> model = nn.Linear(1, 1)
     >>> reach(lambda x, model=model: model(x).sum()).modules
     [Linear(in_features=1, out_features=1, bias=True)]
+    >>> model.pool = nn.functional.max_pool2d  # a closure, but a library's own affair
+    >>> any(isinstance(holder, CellType) for holder in reach(model).holders)
+    False
     """
     if len(sources) == 1 and isinstance(sources[0], Reached):
         return sources[0]

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.checkpoint import CheckpointFunction
@@ -57,6 +58,38 @@ def refuse_reentrant(nodes: Iterable[Node], /) -> None:
     for node in nodes:
         if getattr(type(node), "_forward_cls", None) is CheckpointFunction:
             raise of_reentrant()
+
+
+def is_foreign(node: Node, /) -> bool:
+    """Whether it is none of PyTorch's own: its backward pass is somebody else's code."""
+    return issubclass(type(node), BackwardCFunction) or type(node).__name__ == "CppFunction"
+
+
+@contextmanager
+def cuts_refused(foreign: Iterable[Node], /) -> Iterator[None]:
+    """A context around a backward pass that is to be differentiated in turn.
+
+    Raises:
+        RuntimeError: autograd does not record what one of these nodes does in it: a kernel of the
+            user's own, without a second derivative.
+    """
+    handles = [node.register_hook(_refuse_cut) for node in foreign]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _refuse_cut(outgoing: tuple[Tensor | None, ...], incoming: tuple[Tensor | None, ...]) -> None:
+    depends = any(grad is not None and grad.requires_grad for grad in incoming)
+    if depends and any(grad is not None and _is_cut(grad) for grad in outgoing):
+        raise RuntimeError("a backward pass that cannot be differentiated")
+
+
+def _is_cut(grad: Tensor) -> bool:
+    # The node of once_differentiable, an Error, is one that torch.func never comes to.
+    return not grad.requires_grad or type(grad.grad_fn).__name__ == "Error"
 
 
 def of_reentrant() -> ValueError:

@@ -5,11 +5,10 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node, get_gradient_edge
 
 from gradagree_opt.core.transforms import is_batched
-from gradagree_opt.engines.recomputed import of_reentrant
+from gradagree_opt.engines.recomputed import is_foreign, of_reentrant
 
 
 def dependencies(loss: Tensor, tensors: Sequence[Tensor], /) -> Iterator[int]:
@@ -149,7 +148,7 @@ def survey(losses: Sequence[Tensor], /) -> Survey:
                 shared = shared or bool(node.next_functions)
                 continue
             own.add(node)
-            if issubclass(type(node), BackwardCFunction) or type(node).__name__ == "CppFunction":
+            if is_foreign(node):
                 foreign.append(node)
             pending += [following for following, _ in node.next_functions]
         visited |= own

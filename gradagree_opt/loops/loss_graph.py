@@ -11,7 +11,7 @@ from gradagree_opt.core.aggregation import Aggregator
 from gradagree_opt.core.blocks import or_one
 from gradagree_opt.core.results import Combine
 from gradagree_opt.core.stacks import PyTree, accumulation_dtype, is_coarse, tree_norm
-from gradagree_opt.engines.recomputed import refuse_reentrant
+from gradagree_opt.engines.recomputed import cuts_refused, refuse_reentrant
 from gradagree_opt.loops.graphs import Survey, stale_graphs, survey
 
 
@@ -132,18 +132,13 @@ class LossGraph:
             ValueError: the graph of a loss is stale.
             RuntimeError: the graph cannot be differentiated twice.
         """
-        handles = [node.register_hook(_refuse_cut) for node in self.survey.foreign]
-        try:
-            with torch.enable_grad():
-                weights = self.ones.requires_grad_()
-                cotangents = self._cotangents(weights)
-            with stale_graphs():
-                found = torch.autograd.grad(
-                    self._losses, self._tensors, cotangents, create_graph=True, allow_unused=True
-                )
-        finally:
-            for handle in handles:
-                handle.remove()
+        with torch.enable_grad():
+            weights = self.ones.requires_grad_()
+            cotangents = self._cotangents(weights)
+        with cuts_refused(self.survey.foreign), stale_graphs():
+            found = torch.autograd.grad(
+                self._losses, self._tensors, cotangents, create_graph=True, allow_unused=True
+            )
         sums = [each for each in found if each is not None and each.requires_grad]
         if not sums or any(each.layout != torch.strided for each in sums):
             raise RuntimeError("gradients that are constant or sparse")
@@ -180,13 +175,3 @@ class LossGraph:
                 dense = grad if grad.layout == torch.strided else grad.to_dense()
                 total[name] = total[name] + dense if name in total else dense
         return {n: total[n] if n in total else torch.zeros_like(p) for n, p in self.params.items()}
-
-
-def _refuse_cut(outgoing: tuple[Tensor | None, ...], incoming: tuple[Tensor | None, ...]) -> None:
-    """A node's hook: raises a RuntimeError if its backward pass is not recorded by autograd.
-
-    So it is in a function of the user's own with a kernel, and without ``once_differentiable``.
-    """
-    depends = any(grad is not None and grad.requires_grad for grad in incoming)
-    if depends and any(grad is not None and not grad.requires_grad for grad in outgoing):
-        raise RuntimeError("a backward pass that cannot be differentiated")

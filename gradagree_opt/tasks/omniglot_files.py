@@ -133,19 +133,17 @@ def read_members(path: Path, names: tuple[str, ...], /) -> list[Tensor]:
 
 def download_folder(root: Path, /) -> None:
     """Have torchvision fetch what is missing of Omniglot into ``root/omniglot-py``."""
-    missing = [part for part in PARTS if not (root / "omniglot-py" / part).is_dir()]
-    if not missing:
-        return
-    try:
-        from torchvision import datasets
-    except ImportError as error:
-        raise ImportError(
-            "downloading Omniglot needs torchvision: pip install torchvision"
-        ) from error
-
-    for part in missing:
+    for part in PARTS:
+        if (root / "omniglot-py" / part).is_dir():
+            continue
         try:
+            from torchvision import datasets
+
             datasets.Omniglot(root, background=part == "images_background", download=True)
+        except ImportError as error:
+            raise ImportError(
+                "downloading Omniglot needs torchvision: pip install torchvision"
+            ) from error
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(
                 f"expected the drawings of Omniglot in {root / 'omniglot-py'}, found them neither "

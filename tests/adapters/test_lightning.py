@@ -33,7 +33,9 @@ from .lightning_cases import (  # noqa: E402
     gradients,
     half_precision,
     no_process_group_left,
+    one_task_a_batch,
     stacked,
+    trainer,
     windows_of,
 )
 
@@ -217,6 +219,19 @@ def test_one_task_a_step_is_refused() -> None:
 
 def test_the_callback_refuses_manual_optimization() -> None:
     refused("use ManualTaskBatch", Manual(ga.Mean()), accumulate_grad_batches=1)
+
+
+def test_what_does_not_train_is_not_refused() -> None:
+    class Tested(Manual):
+        def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.log("loss", self.loss(batch))
+
+    callback = AgreementCallback(ga.Mean())
+    module = Tested(ga.Mean())
+    with torch.no_grad():
+        expected = torch.stack([module.loss(list(task)) for task in data(3)]).mean()
+    [found] = trainer(callbacks=[callback]).test(module, one_task_a_batch(data(3)), verbose=False)
+    assert found["loss"] == pytest.approx(expected.item())
 
 
 def test_two_callbacks_are_refused() -> None:

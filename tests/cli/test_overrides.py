@@ -89,9 +89,10 @@ def test_a_dry_run_times_a_few_steps_and_leaves_nothing(tiny: Path, tmp_path: Pa
     result = run(tiny, "--out", tmp_path / "out", "--dry-run", "--jobs", 2)
     assert result.exit_code == 0, result.output
     # three methods at three rates from one seed, and from two more
-    assert result.stdout.startswith("15 runs, of which 0 are finished. ")
-    assert re.search(
-        r"about \d+ s with 2 processes, by \d+ timed steps of mean, agree", result.stdout
+    assert re.fullmatch(
+        r"15 runs, of which 0 are finished\. The others take about \d+ s with 2 processes, "
+        r"by \d+ timed steps of mean, agreement, random_weights & co\.\s",
+        result.stdout,
     )
     assert not (tmp_path / "out").exists()
 
@@ -136,17 +137,22 @@ def test_a_dry_run_goes_by_the_seconds_of_the_runs_that_are_finished(
     before = contents(tmp_path)
     result = run(tiny, "--out", out, "--dry-run", "--jobs", 1)
     assert "15 runs, of which 12 are finished" in result.stdout
-    assert "about 70 s with 1 process, as those did" in result.stdout  # 10 + 2 · 30
+    assert " take about 70 s with 1 process, as those did" in result.stdout  # 10 + 2 · 30
     assert contents(tmp_path) == before
     whole = run(tiny, "--out", finished, "--dry-run")
     assert whole.stdout.strip() == "15 runs, of which 15 are finished."
 
 
-def test_a_dry_run_counts_the_rates_beyond_an_edge(tmp_path: Path) -> None:
+def test_a_dry_run_counts_rates_beyond_an_edge_and_says_what_will_be_compiled(
+    tmp_path: Path,
+) -> None:
     study = tmp_path / "study.yaml"
-    study.write_text(TINY.replace("schedule: linear", "schedule: linear, extend: 2"))
+    extended = TINY.replace("schedule: linear", "schedule: linear, extend: 2")
+    study.write_text(f"{extended}compile: true\n")
     nothing = run(study, "--out", tmp_path / "out", "--dry-run", "--jobs", 1)
-    assert "15 runs, of which 0 are finished; up to 6 more" in nothing.stdout
+    assert nothing.stdout.startswith("15 runs, of which 0 are finished; up to 6 more")
+    assert " take at most about " in nothing.stdout
+    assert nothing.stdout.endswith("compiled, as they will be, steps are several times faster.\n")
 
 
 @pytest.mark.parametrize(

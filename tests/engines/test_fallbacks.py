@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import mse_loss, scaled_dot_product_attention
 
 import gradagree_opt as ga
@@ -150,6 +151,58 @@ def test_where_streamed_refuses_the_aggregator_a_loop_is_advised_and_does_it(eng
         batch.add(mse_loss(case.module(x), y))
     gradients, _ = case.loop()
     torch.testing.assert_close(batch.backward().update, EQUAL.combine(gradients))
+
+
+def square(once):
+    """x² by kernels that autograd does not look into, one of them for forward mode."""
+
+    class Square(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x):
+            return x**2
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        @once
+        def backward(ctx, grad):
+            return 2 * ctx.saved_tensors[0] * grad
+
+        @staticmethod
+        def jvp(ctx, tangent):
+            return 2 * ctx.saved_tensors[0] * tangent
+
+    return Square
+
+
+@pytest.mark.parametrize("once", [once_differentiable, torch.no_grad()])
+def test_a_backward_pass_that_is_not_recorded_is_never_differentiated(once, monkeypatch):
+    def loss_fn(square, params, x):
+        return (square(x - params["before"]) @ params["after"]).square()
+
+    def aggregate(square, **options):
+        loss = partial(loss_fn, square)
+        return ga.aggregate_gradients(loss, params, x, ga.GradientAgreement(), **options)
+
+    generator = torch.Generator().manual_seed(0)
+    params = {name: torch.randn(3, generator=generator) for name in ("before", "after")}
+    x = torch.randn(5, 3, generator=generator)
+    kernel = square(once)
+    expected = aggregate(torch.square, engine="stacked")
+    found = [aggregate(kernel.apply, engine="matrix_free")]
+    kernel.jvp = torch.autograd.Function.jvp
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated; take engine='streamed'$"):
+        aggregate(kernel.apply, engine="matrix_free")
+    monkeypatch.setattr(candidates, "STACK_BYTES", 0)
+    found += [aggregate(kernel.apply, chunk_size=size) for size in (None, 2, 1)]
+    for result in found:
+        torch.testing.assert_close(result.update, expected.update)
+        torch.testing.assert_close(result.weights, expected.weights)
 
 
 def test_maml_falls_back_too():

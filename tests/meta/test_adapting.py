@@ -178,6 +178,21 @@ def test_what_no_advice_helps_is_the_loss_functions_own_error(algorithm, support
     assert str(found.value) == str(own.value)
 
 
+@each_algorithm
+def test_a_task_of_several_examples_is_not_taken_for_all_tasks(algorithm):
+    """The first example alone would be taken: the loss function is one of a single example."""
+    module = seeded(lambda: nn.Linear(3, 1))
+
+    def loss_fn(params, batch):
+        x, y = batch
+        return (params["weight"].squeeze(0).dot(x) + params["bias"] - y).square().sum()
+
+    support = (torch.randn(6, 3), torch.randn(6))
+    loss_fn(dict(module.named_parameters()), tree_map(lambda leaf: leaf[0], support))
+    with pytest.raises(RuntimeError, match="1D tensors expected"):
+        algorithm.build(loss_fn, RATE, STEPS).adapt(given(algorithm, module), support)
+
+
 NORMS = {
     "batch": lambda: nn.BatchNorm1d(3),
     "instance": lambda: nn.InstanceNorm1d(3, affine=True, track_running_stats=True),

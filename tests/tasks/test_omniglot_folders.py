@@ -138,6 +138,14 @@ def test_torchvision_downloads_both_parts(tmp_path, folder, served, monkeypatch)
     assert torch.equal(fetched.images, Omniglot.from_torchvision(folder.parent, **options).images)
 
 
+def test_torchvision_is_needed_only_for_what_is_missing(tmp_path, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    images, _ = read_folder(folder.parent, "vinyals", download=True)
+    assert images.shape == (9, 3, 28, 28)
+    with pytest.raises(ImportError, match="needs torchvision: pip install torchvision"):
+        read_folder(tmp_path, "vinyals", download=True)
+
+
 @pytest.mark.parametrize("part", ["images_background", "images_evaluation"])
 def test_a_missing_folder_is_named(tmp_path, folder, part):
     shutil.copytree(folder, tmp_path / "omniglot-py", ignore=shutil.ignore_patterns(part))

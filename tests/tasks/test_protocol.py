@@ -1,5 +1,6 @@
 """What holds for every task distribution; a new one is added to ``DISTRIBUTIONS``."""
 
+import dataclasses
 import inspect
 
 import pytest
@@ -44,6 +45,14 @@ def distribution(request, named_images, tmp_path):
 
 def tensors(tasks):
     return [tensor for part in ("support", "query") for tensor in tasks[part]]
+
+
+@pytest.mark.parametrize(("kind", "option"), [(Sine, "amplitude"), (Lines, "slope")])
+def test_functions_are_what_their_checked_options_say_for_good(kind, option):
+    tasks, same = (kind(**{option: (1.0, 2.0)}) for _ in range(2))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(tasks, option, (2.0, 1.0))
+    assert {tasks, same, kind()} == {tasks, kind()}
 
 
 def test_has_the_signature_of_the_protocol(distribution):

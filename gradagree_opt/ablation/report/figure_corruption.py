@@ -37,7 +37,7 @@ def corruption(parts: Sequence[Part]) -> Figure:
         axes.errorbar(at + shift, means, halves, fmt="none", ecolor=look.color, elinewidth=1)
         if gone.any():
             draw_diverged(axes, at[gone] + shift, look.color)
-    if seen and not measure.higher_is_better:
+    if not measure.higher_is_better:
         plain_log(axes, seen)
     axes.set_xticks(at, [f"{100 * fraction:g}" for fraction in at])
     axes.set_xlabel("corrupted training tasks in %")

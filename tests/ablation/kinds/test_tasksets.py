@@ -66,8 +66,8 @@ def shuffled(shuffle, train_ways, train_samples, test_ways, test_samples, apart=
     ):
         part = l2l.data.FilteredMetaDataset(data, classes[first : first + 10])
         drawn_from = part if apart else data
-        transforms = [FusedNWaysKShots(drawn_from, n=ways, k=samples), LoadData(part)]
-        parts.append(l2l.data.Taskset(part, [*transforms, RemapLabels(part)]))
+        transforms = [lambda task: task, FusedNWaysKShots(drawn_from, n=ways, k=samples)]
+        parts.append(l2l.data.Taskset(part, [*transforms, LoadData(part), RemapLabels(part)]))
     return parts
 
 calls = []

@@ -95,6 +95,18 @@ def test_a_seed_that_diverged_is_left_out_of_the_curve_and_said_so(results: Part
     assert len(axes.collections) == 2  # one seed has no interval
 
 
+def test_losses_below_zero_are_drawn_on_a_linear_axis(results: Part) -> None:
+    records = {}
+    for label, record in results.records.items():
+        curve = [point.model_copy(update={"loss": -point.loss}) for point in record.curve]
+        records[label] = record.model_copy(update={"curve": curve})
+    axes = figures.learning_curves(changed(results, records)).axes[0]
+    above = figures.learning_curves(results).axes[0]
+    assert axes.get_yscale() == "linear"
+    for name in NAMES:
+        assert data(line(axes, name))[1] == [-loss for loss in data(line(above, name))[1]]
+
+
 def test_rate_curves_show_every_candidate_and_ring_the_chosen_one(results: Part) -> None:
     left, right = figures.tuned_rates(results).axes
     assert left.get_xscale() == right.get_xscale() == "log"

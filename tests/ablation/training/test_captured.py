@@ -60,6 +60,17 @@ def test_a_step_that_waits_for_the_device_is_done_one_by_one_after_one_sentence(
         torch.testing.assert_close(params, others, rtol=1e-3, atol=1e-5)
 
 
+def test_diagnostics_are_read_of_the_last_step_alone(study: Study) -> None:
+    problem, runs = build_problem(study, None), runs_of(EQUAL, (0.5, 3))
+    program = program_module.Program(study, problem, runs, [initial_params(study, 3)], print)
+    program.load()
+    program.make_steps()
+    taken: list[bool] = []
+    program._steps = {True: lambda: taken.append(True), False: lambda: taken.append(False)}
+    program.do_steps(4)
+    assert taken == [False, False, False, True]
+
+
 def test_the_sentence_of_a_step_that_cannot_be_captured_names_the_method_and_the_reason(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,8 +85,10 @@ def test_a_record_cut_off_anywhere_is_damaged_never_wrong(store: Store) -> None:
         {"agreement": [[1.0], [1.0, 0.5]]},
         {"seconds": "NaN"},
         {"seconds": -1.0},
+        {"colour": "of a later version"},
         {"run": RUN.model_copy(update={"rate": 0.25}).model_dump()},
         {"run": RUN.model_copy(update={"seed": 4}).model_dump()},
+        {"run": RUN.model_dump() | {"colour": "of a later version"}},
         {"run": Run(method=Method(name="mean", aggregator="sum"), rate=0.5, seed=3).model_dump()},
     ],
 )
