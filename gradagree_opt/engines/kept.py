@@ -216,14 +216,17 @@ def _entries(holder: Any) -> Any:
     return entries(holder)
 
 
+def _fill(cell: CellType, before: object) -> None:
+    cell.cell_contents = before
+    if before is _UNSET:
+        del cell.cell_contents
+
+
 def _restore(holder: Any, before: Any, is_meant: Callable[[Any], bool]) -> None:
     if isinstance(holder, CellType):
         now = _entries(holder)
         if now is not before and is_meant(now):
-            if before is _UNSET:
-                del holder.cell_contents
-            else:
-                holder.cell_contents = before
+            _fill(holder, before)
     elif isinstance(holder, list | deque):
         now, base = entries(holder), base_of(holder)
         same = len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))

@@ -116,8 +116,8 @@ def test_the_text_has_every_number_of_the_study(config: Config) -> None:
         "5 of them",
         "from 0.25, 0.5 by the loss after 1 gradient step on 10 validation tasks, with 1 of the",
         "from 2 seeds",
-        "12 unseen tasks after 0, 1, 2 gradient steps on 5 examples with inputs uniform in [-5, 5], "
-        "all of them in every step",
+        "12 unseen tasks after 0, 1, 2 gradient steps on 5 examples with inputs uniform in [-5, 5]",
+        "[-5, 5], all of them in every step",
         "scored on an even grid of 7",
         f"PyTorch {config.packages['torch']}",
     ):
