@@ -84,6 +84,8 @@ COLUMNS = {  # of tables that compare studies
     "boys": "equal-grouped-oxboys",
     "sleep": "equal-grouped-sleepstudy",
     "mares": "equal-grouped-ovary",
+    "milk, 150 steps": "equal-grouped-milk-torchjd",
+    "mares, 150 steps": "equal-grouped-ovary-torchjd",
 }
 STEPS = "5 steps"  # of the page's summaries: "All after five gradient steps."
 ROWS = {"ours: Reptile, the mean": "mean", "ours: Gradient Agreement": "agreement"}
