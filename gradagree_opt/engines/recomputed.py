@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a backward pass computes anew, and from which parameters."""
+"""What of a graph is not autograd's own: what checkpointing makes anew, functions of others."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -97,6 +97,16 @@ def by_hand(model, aggregator):
     return None
 
 
+def train(model, optimizer, reference, expected):
+    """Five steps of the wrapper, and the same by hand."""
+    for _ in range(5):
+        expected.zero_grad()
+        by_hand(reference, optimizer.aggregator)
+        expected.step()
+        optimizer.zero_grad()
+        optimizer.step(losses_of(model))
+
+
 def check_close(model, reference):
     wanted = [p.float() for p in reference.parameters()]
     torch.testing.assert_close(list(model.parameters()), wanted, rtol=1e-4, atol=1e-5)
@@ -109,12 +119,7 @@ def test_the_wrapper_has_the_modes_of_the_wrapped_optimizer(model, aggregator):
     optimizer = ga.TaskOptimizer(Averaging(model.parameters(), lr=0.1), aggregator)
     expected.train()
     optimizer.train()
-    for _ in range(3):
-        expected.zero_grad()
-        by_hand(reference, aggregator)
-        expected.step()
-        optimizer.zero_grad()
-        optimizer.step(losses_of(model))
+    train(model, optimizer, reference, expected)
     trained = copy.deepcopy(model)
     for each in (expected, optimizer):
         if hasattr(each, "eval"):  # as loops for any optimizer ask
@@ -169,12 +174,7 @@ def test_slow_weights_of_lookahead_are_those_by_hand(model, aggregator):
     expected = Lookahead(torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9))
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     optimizer = ga.TaskOptimizer(Lookahead(sgd), aggregator)
-    for _ in range(5):
-        expected.zero_grad()
-        by_hand(reference, aggregator)
-        expected.step()
-        optimizer.zero_grad()
-        optimizer.step(losses_of(model))
+    train(model, optimizer, reference, expected)
     check_close(model, reference)
 
 

@@ -139,9 +139,7 @@ def score(study: str, label: str, share: str = "", steps: str = STEPS) -> str:
     row = recorded(study).get((share, method), {})
     if method != label:
         return row.get("minus mean", "")
-    return row.get(steps) or row.get(
-        "test", ""
-    )  # nothing adapts to the tasks of multi-task learning
+    return row.get(steps) or row.get("test", "")  # of multi-task learning, where nothing adapts
 
 
 def steps_in(text: str) -> str:

@@ -1,9 +1,7 @@
 """Studies over a real Ray cluster of this machine: the same bits, killed workers, unlike nodes."""
 
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -49,27 +47,10 @@ class Own:
         return lengths / lengths.sum(-1, keepdim=True)
 """
 """A weighting that kills the process in which it is called so many times, once."""
-SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_worker_niceness": "0",
-}
 
 
 @pytest.fixture(scope="module")
-def settings() -> Iterator[dict[str, str]]:
-    """What a cluster of the tests' own is started with; its files are removed."""
-    folder = tempfile.mkdtemp(prefix="ray-")  # paths of sockets must be short
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        for name, value in (own := SETTINGS | {"RAY_TMPDIR": folder}).items():
-            patch.setenv(name, value)
-        yield own
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def cluster(settings: dict[str, str]) -> Iterator["Cluster"]:
+def cluster(ray_settings: None) -> Iterator["Cluster"]:
     """One of two cores, that a program is connected to already."""
     ray = pytest.importorskip("ray")
     from gradagree_opt.ablation.runs.cluster import Cluster

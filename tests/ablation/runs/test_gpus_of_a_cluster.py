@@ -4,8 +4,6 @@ No GPU is needed, because nothing is trained: a group answers which GPUs it may 
 """
 
 import os
-import shutil
-import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -16,22 +14,13 @@ import torch
 from gradagree_testing.forked import Program
 
 pytestmark = pytest.mark.slow
-SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_worker_niceness": "0",
-}
 
 
+@pytest.mark.usefixtures("ray_settings")
 def test_a_group_has_a_gpu_of_its_own(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    folder = tempfile.mkdtemp(prefix="ray-")  # paths of sockets must be short
-    settings = SETTINGS | {"RAY_ADDRESS": "", "RAY_TMPDIR": folder}
-    program = Program(Path(__file__), output=tmp_path / "said", environment=os.environ | settings)
-    try:
-        assert not program.finish(), program.printed()
-    finally:
-        shutil.rmtree(folder)
+    program = Program(Path(__file__), output=tmp_path / "said", environment=os.environ)
+    assert not program.finish(), program.printed()
 
 
 def seen(*_: object) -> tuple[str, float, float]:
